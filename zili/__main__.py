@@ -1,0 +1,3 @@
+from zili.cli import main
+
+main()

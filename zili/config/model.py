@@ -1,0 +1,80 @@
+"""The shape of a decoder, as data. One table describes every dense model of the family."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from zili.config.section import Section
+
+RotaryRule = Literal["plain", "linear", "llama3", "yarn", "telechat3_yarn", "telechat_ntk", "tele_flm_ntk"]
+
+
+class RotaryConfig(Section):
+    """How positions turn queries and keys; `zili.models.rotary` holds the formulas and their sources."""
+
+    rule: RotaryRule = "plain"
+    base: PositiveFloat = 10_000.0
+    factor: PositiveFloat = 1.0
+    """Length extension, for linear, llama3 and both yarn rules."""
+    original_length: PositiveInt | None = None
+    """Tokens: length before extension (llama3, yarn), or base_seqlen (telechat_ntk, tele_flm_ntk)."""
+    training_length: PositiveInt | None = None
+    """Tokens: training_seqlen, the shortest length the telechat_ntk rule assumes."""
+    beta_fast: PositiveFloat = 32.0
+    beta_slow: PositiveFloat = 1.0
+    low_frequency_factor: PositiveFloat = 1.0
+    high_frequency_factor: PositiveFloat = 4.0
+    attention_factor: PositiveFloat | None = None
+    """Multiplied into cos and sin; None takes the rule's own."""
+
+    @model_validator(mode="after")
+    def _lengths_present(self) -> Self:
+        needs = {
+            "llama3": ("original_length",),
+            "yarn": ("original_length",),
+            "telechat3_yarn": ("original_length",),
+            "telechat_ntk": ("original_length", "training_length"),
+            "tele_flm_ntk": ("original_length",),
+        }
+        for name in needs.get(self.rule, ()):
+            if getattr(self, name) is None:
+                raise ValueError(f"rotary rule {self.rule!r} needs {name}")
+        return self
+
+
+class ModelConfig(Section):
+    """A pre-norm decoder with RMSNorm, SwiGLU, rotary positions and grouped key/value heads."""
+
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    layers: PositiveInt
+    heads: PositiveInt
+    kv_heads: PositiveInt
+    head_dim: PositiveInt
+    ffn_hidden_size: PositiveInt
+    max_length: PositiveInt = 8192
+    """Tokens the model is meant for; rotary rules may reach further."""
+    norm_eps: PositiveFloat = 1e-5
+    tied_embeddings: bool = False
+    qkv_bias: bool = False
+    attention_output_bias: bool = False
+    gate_up_bias: bool = False
+    ffn_down_bias: bool = False
+    embedding_multiplier: PositiveFloat = 1.0
+    """muP input_mult: embeddings are multiplied by it."""
+    logit_multiplier: PositiveFloat = 1.0
+    """muP output_mult / mup_scale_factor: logits are multiplied by it."""
+    hidden_dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    attention_dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    init_std: PositiveFloat = 0.02
+    rotary: RotaryConfig = RotaryConfig()
+
+    @model_validator(mode="after")
+    def _heads_group(self) -> Self:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads ({self.heads}) is not a multiple of kv_heads ({self.kv_heads})")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) is odd; rotary positions turn pairs")
+        return self

@@ -1,0 +1,9 @@
+"""The base of every table in a recipe."""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Section(BaseModel):
+    """An immutable table of settings that refuses keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)

@@ -1,0 +1,41 @@
+"""The errors a user can meet, each with the exit code the command line gives it.
+
+A message says what is wrong with the numbers in it, where, and what to do next. Anything that is not a
+`ZiliError` is a defect of ours and exits with 1 and a traceback.
+"""
+
+
+class ZiliError(Exception):
+    """Base of every error a user can cause or cure."""
+
+    exit_code = 1
+
+
+class ConfigError(ZiliError):
+    """A recipe, an override or a command line that cannot be run as written."""
+
+    exit_code = 3
+
+
+class DataError(ZiliError):
+    """Text, a tokenizer or a token store that cannot be read or does not fit the run."""
+
+    exit_code = 4
+
+
+class CheckpointError(ZiliError):
+    """A checkpoint that is damaged, missing, or of another model."""
+
+    exit_code = 5
+
+
+class ChipError(ZiliError):
+    """A chip that is unknown, absent, or lacks what the run asks for."""
+
+    exit_code = 6
+
+
+class LayoutError(ZiliError):
+    """A parallel layout that does not divide the model, the batch or the world."""
+
+    exit_code = 7

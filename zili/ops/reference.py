@@ -1,0 +1,81 @@
+"""The plain PyTorch form of every operation: what each faster version is checked against."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x [..., I] @ weight [O, I]^T + bias [O]` -> `[..., O]`."""
+    return F.linear(x, weight, bias)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm of `x [..., D]` (Zhang and Sennrich 2019, eq. 4).
+
+    Normalised in fp32, cast back, then multiplied by `weight [D]` in the input's dtype: the order of the
+    TeleChat and Llama reference code.
+    """
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return normed.to(x.dtype) * weight
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn `x [B, S, H, d]` by `cos, sin [S, d]`, rotate-half convention (Su et al. 2021, as in GPT-NeoX)."""
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up` (Shazeer 2020)."""
+    return F.silu(gate) * up
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, document_ids: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
+    """Causal attention within documents, scale 1/sqrt(d).
+
+    Args:
+        query: `[B, S, H, d]`.
+        key, value: `[B, T, K, d]` with H a multiple of K; T >= S when earlier tokens come from a cache, the
+            queries being the last S positions.
+        document_ids: `[B, T]` integers; a query sees only keys of its own document. None: one document.
+        dropout: probability on the attention weights.
+    Returns:
+        `[B, S, H, d]`.
+    """
+    queries, keys = query.shape[1], key.shape[1]
+    visible = None
+    if document_ids is not None:
+        rows = document_ids[:, keys - queries :, None]
+        visible = (rows == document_ids[:, None, :])[:, None]
+    if queries != keys or visible is not None:
+        causal = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+        visible = causal if visible is None else visible & causal
+    out = F.scaled_dot_product_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attn_mask=visible,
+        dropout_p=dropout,
+        is_causal=visible is None,
+        enable_gqa=query.shape[2] != key.shape[2],
+    )
+    return out.transpose(1, 2)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, multiplier: float = 1.0) -> Tensor:
+    """Sum over rows of the cross entropy of `multiplier * hidden [N, D] @ weight [V, D]^T` against `labels [N]`.
+
+    Rows whose label is `IGNORE_INDEX` count nothing. Logits are taken to fp32. Returns a 0-d fp32 sum; the
+    caller divides by the number of targets of the whole batch, which one rank or micro-batch does not know.
+    """
+    logits = linear(hidden, weight).float() * multiplier
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
