@@ -1,0 +1,29 @@
+"""Backends and chip figures. Importing this does not import torch; only `activate` and `Device` do."""
+
+from zili.chips.activation import Activation, Setting, activate, apply_environment
+from zili.chips.backend import CAPABILITIES, Backend, Capability, Variable
+from zili.chips.catalog import Chip, catalog, find_chip
+from zili.chips.device import Device
+from zili.chips.presence import Presence, Selection, choose, detect
+from zili.chips.registry import find_backend, registry
+
+__all__ = [
+    "CAPABILITIES",
+    "Activation",
+    "Backend",
+    "Capability",
+    "Chip",
+    "Device",
+    "Presence",
+    "Selection",
+    "Setting",
+    "Variable",
+    "activate",
+    "apply_environment",
+    "catalog",
+    "choose",
+    "detect",
+    "find_backend",
+    "find_chip",
+    "registry",
+]

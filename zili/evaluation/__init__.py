@@ -1,0 +1,1 @@
+"""How good a model is: bits per byte, the compressors it is measured against, and the report of a run."""

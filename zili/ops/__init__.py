@@ -1,13 +1,55 @@
-"""The few operations worth fusing. Callers use these names; which version runs is chosen once, at start."""
+"""The few operations worth fusing. Callers use these names; which version runs is chosen once, at start.
 
-from zili.ops.reference import (
-    IGNORE_INDEX,
-    attention,
-    linear,
-    linear_cross_entropy,
-    rms_norm,
-    rotate,
-    swiglu,
-)
+`reference` holds the plain PyTorch form and the meaning of every operation; `registry` chooses among the faster ones.
+"""
 
-__all__ = ["IGNORE_INDEX", "attention", "linear", "linear_cross_entropy", "rms_norm", "rotate", "swiglu"]
+from __future__ import annotations
+
+from torch import Tensor
+
+from zili.ops.reference import IGNORE_INDEX
+from zili.ops.registry import active, choose, chosen
+
+__all__ = [
+    "IGNORE_INDEX",
+    "attention",
+    "choose",
+    "chosen",
+    "linear",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rotate",
+    "swiglu",
+]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See `reference.linear`."""
+    return active("linear")(x, weight, bias)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `reference.rms_norm`."""
+    return active("rms_norm")(x, weight, eps)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """See `reference.rotate`."""
+    return active("rotate")(x, cos, sin)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """See `reference.swiglu`."""
+    return active("swiglu")(gate, up)
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, document_ids: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
+    """See `reference.attention`."""
+    return active("attention")(query, key, value, document_ids=document_ids, dropout=dropout)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, multiplier: float = 1.0) -> Tensor:
+    """See `reference.linear_cross_entropy`."""
+    return active("linear_cross_entropy")(hidden, weight, labels, multiplier)

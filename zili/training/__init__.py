@@ -1,0 +1,1 @@
+"""The trainer, its optimizers, schedules, checkpoints and callbacks."""

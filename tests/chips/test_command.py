@@ -1,0 +1,61 @@
+"""`zili chips`, as a user sees it on a terminal of 100 columns."""
+
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from zili.chips import catalog
+from zili.cli.chips import chips
+from zili.errors import ChipError
+
+APP = typer.Typer()
+APP.command()(chips)
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(APP, list(arguments), env={"COLUMNS": "100"}, catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.output
+
+
+def test_the_list_shows_what_is_here_and_what_is_known():
+    output = run()
+    assert max(map(len, output.splitlines())) <= 100
+    assert "bf16" in output
+    for chip in catalog():
+        assert chip in output
+    assert "not published" in output
+    assert "353.9 H" in output
+    assert "…" not in output, "nothing is cut off"
+
+
+def test_a_backend_in_detail():
+    output = run("ascend")
+    assert max(map(len, output.splitlines())) <= 100
+    for text in ("torch_npu", "HCCL_CONNECT_TIMEOUT", "1800", "fsdp2", "evidence", "ascend-910b2", "left alone"):
+        assert text in output
+
+
+def test_a_chip_in_detail():
+    output = run("MLU590")
+    assert "not published" in output
+    assert "80" in output
+    assert "source: " in output
+
+
+def test_an_unknown_name():
+    with pytest.raises(ChipError, match="no backend or chip is named '910b9'; did you mean"):
+        run("910b9")
+
+
+def test_json_leaves_unpublished_figures_out():
+    everything = json.loads(run("--json"))
+    assert {backend["name"] for backend in everything["backends"]} >= {"cpu", "ascend"}
+    known = {chip["name"]: chip["figures"] for chip in everything["chips"]}
+    assert known["ascend-910b2"]["bf16_tflops"] == {"value": 353.9, "confidence": "H"}
+    assert set(known["mlu590"]) == {"memory_gb", "chips_per_node"}
+    one = json.loads(run("cpu", "--json"))
+    assert one["here"] is True
+    assert one["capabilities"]["premul_sum"]["value"] is False

@@ -1,0 +1,21 @@
+"""Made-up runs for the report's tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from made_run import make_run
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """A finished run of 400 steps."""
+    return make_run(tmp_path / "first-light")
+
+
+@pytest.fixture
+def new_run(tmp_path: Path) -> Callable[..., Path]:
+    """`make_run` into a fresh folder."""
+    return lambda name="some-run", **how: make_run(tmp_path / name, **how)

@@ -1,0 +1,36 @@
+"""A tokenizer and a tiny model to serve."""
+
+from __future__ import annotations
+
+import pytest
+
+from zili.config.model import ModelConfig
+from zili.data.tokenizer import Tokenizer
+from zili.models.decoder import Decoder
+
+TEXTS = ["def read(self):\n    return self.data\n", "春眠不觉晓，处处闻啼鸟。", "hello, hello, world 👋🏽 "] * 4
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(TEXTS, vocab_size=300)
+
+
+@pytest.fixture(scope="session")
+def shape() -> ModelConfig:
+    return ModelConfig(
+        vocab_size=320,
+        hidden_size=32,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        head_dim=8,
+        ffn_hidden_size=48,
+        max_length=64,
+        init_std=0.4,
+    )
+
+
+@pytest.fixture(scope="session")
+def model(shape: ModelConfig) -> Decoder:
+    return Decoder(shape).eval()

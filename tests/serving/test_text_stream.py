@@ -1,0 +1,52 @@
+"""Streaming never breaks a character, and nothing shown can drive a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zili.data.tokenizer import Tokenizer
+from zili.serving.text_stream import stream_text, visible
+
+
+def from_list(ids: Iterable[int]) -> Iterator[int]:
+    yield from ids
+    return "stop"
+
+
+def pieces_of(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    return list(stream_text(tokenizer, from_list(ids)))
+
+
+@given(text=st.text(max_size=60))
+def test_pieces_join_to_the_text_and_never_hold_half_a_character(tokenizer: Tokenizer, text: str) -> None:
+    pieces = pieces_of(tokenizer, tokenizer.encode(text).tolist())
+    assert "".join(pieces) == text
+    assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
+
+
+def test_text_comes_as_soon_as_it_is_whole(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("a🦉b").tolist()
+    assert len(ids) == 6  # four bytes of the owl
+    assert pieces_of(tokenizer, ids)[:6] == ["a", "", "", "", "🦉", "b"]
+
+
+@given(ids=st.lists(st.integers(0, 299), max_size=40))
+def test_any_ids_a_model_may_draw(tokenizer: Tokenizer, ids: list[int]) -> None:
+    assert "".join(pieces_of(tokenizer, ids)) == tokenizer.decode(ids, skip_special=True)
+
+
+def test_the_reason_is_passed_on(tokenizer: Tokenizer) -> None:
+    stream = stream_text(tokenizer, from_list([70]))
+    with pytest.raises(StopIteration) as end:
+        while True:
+            next(stream)
+    assert end.value.value == "stop"
+
+
+def test_control_characters_are_shown_not_obeyed() -> None:
+    assert visible("a\tb\nc 中") == "a\tb\nc 中"
+    assert visible("\x1b[2J\x07\r\x7f\x9b\u202e") == "␛[2J␇␍␡\ufffd\ufffd"

@@ -1,0 +1,108 @@
+"""What a backend is: one frozen record, all data, no torch.
+
+The rest of the house never asks which vendor a device is of: it asks a record for a capability, by name.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from zili.errors import ChipError
+
+CAPABILITIES: Mapping[str, str] = {
+    "bf16": "matrix products in bfloat16 at the speed of its matrix units",
+    "bf16_reduce": "collectives that sum bfloat16",
+    "fp8": "matrix products in 8-bit floating point",
+    "fsdp2": "torch.distributed.fsdp.fully_shard",
+    "fused_adamw": "torch.optim.AdamW(fused=True)",
+    "compile": "torch.compile with the default compiler",
+    "premul_sum": "collectives that scale before they sum (FSDP2's gradient divide factor)",
+    "deterministic": "bitwise repeatable steps under torch.use_deterministic_algorithms",
+    "grouped_matmul": "torch.nn.functional.grouped_mm, forward and backward",
+    "inf_nan": "overflow becomes inf or nan; without it overflow saturates and checks for nan are blind",
+}
+"""Every capability that may be asked for, and what a yes promises."""
+
+Evidence = Literal["run", "documented", "assumed"]
+"""How we know: run by us on that chip; stated in a named public source; or concluded, and to be checked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capability:
+    """One answer, why it is so, and how we know."""
+
+    value: bool
+    reason: str
+    evidence: Evidence = "assumed"
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """One environment variable the vendor's software reads."""
+
+    name: str
+    value: str | None
+    """What we set where the user set nothing. None: never set by us, only shown when the user has set it."""
+    reason: str
+    only_deterministic: bool = False
+    """Set only in deterministic mode, because it costs speed."""
+    older_names: tuple[str, ...] = ()
+    """A user who set one of these has made the choice already; setting ours would override it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Backend:
+    """Everything the house knows of one vendor's software. All fields but the first three may stay empty."""
+
+    name: str
+    """What `--chip` and `chip.name` take."""
+    device_type: str
+    """torch's name for the device, e.g. the type in `torch.device(type, index)`."""
+    collectives: str
+    """Name of the torch.distributed backend."""
+    vendor: str = ""
+    plugin: str | None = None
+    """Module to import after torch so that torch knows the device; None where torch has it built in."""
+    plugin_pairs: bool = False
+    """The plugin's major.minor version must equal torch's."""
+    install: str = ""
+    """How a user gets the plugin and what it needs, in one line."""
+    torch_build: str | None = None
+    """Name in torch/version.py that is None in a torch build without this device."""
+    device_nodes: str | None = None
+    """Glob of the files the driver makes, one a device; None: nothing is known before activation."""
+    runtime_library: str | None = None
+    """Shared library that must be found before the plugin can be imported."""
+    runtime_fix: str = ""
+    """What to do where the runtime library is not found."""
+    visible_devices: str | None = None
+    """Variable that limits the devices a process sees; the launcher sets it."""
+    environment: tuple[Variable, ...] = ()
+    capabilities: Mapping[str, Capability | Callable[[], Capability]] = field(default_factory=dict)
+    """By name; a function where the machine has to be looked at, called when asked for."""
+    notes: tuple[str, ...] = ()
+
+    def capability(self, name: str, overrides: Mapping[str, Capability] | None = None) -> Capability:
+        """The answer to one capability; `overrides` is what the chip model at hand changes.
+
+        Raises:
+            ChipError: no capability of that name exists.
+        """
+        if name not in CAPABILITIES:
+            raise ChipError(f"no capability is named {name!r}{nearest(name, CAPABILITIES)}")
+        known = (overrides or {}).get(name) or self.capabilities.get(name)
+        if known is None:
+            return Capability(False, f"the record of {self.name} does not state it")
+        return known if isinstance(known, Capability) else known()
+
+
+def nearest(wanted: str, known: Iterable[str]) -> str:
+    """The end of an error message: the names closest to `wanted`, or all where they are few."""
+    known = list(known)
+    close = difflib.get_close_matches(wanted.lower(), known, n=3, cutoff=0.6)
+    if close:
+        return f"; did you mean {' or '.join(close)}?"
+    return f"; known: {', '.join(known)}" if len(known) <= 12 else ""

@@ -1,0 +1,45 @@
+"""Cambricon MLU: torch with the torch_mlu plugin and the Neuware stack, both from the vendor."""
+
+from __future__ import annotations
+
+from zili.chips.backend import Backend, Capability, Variable
+
+CAMBRICON = Backend(
+    name="cambricon",
+    device_type="mlu",
+    collectives="cncl",
+    vendor="Cambricon",
+    plugin="torch_mlu",
+    install=(
+        "use Cambricon's container, or its torch_mlu wheel for your torch, from developer.cambricon.com "
+        "(it is not on PyPI)"
+    ),
+    device_nodes="/dev/cambricon_dev[0-9]*",
+    runtime_library="libcnrt.so",
+    runtime_fix="add $NEUWARE_HOME/lib64 to LD_LIBRARY_PATH (Neuware is usually under /usr/local/neuware)",
+    visible_devices="MLU_VISIBLE_DEVICES",
+    environment=(
+        Variable("ENABLE_FALLBACK_TO_CPU", "0", "an operation the device lacks fails instead of running slowly"),
+        Variable("ENABLE_MLU_FAIL_FALLBACK", "0", "the same, for operations that fail on the device"),
+        Variable("PYTORCH_MLU_ALLOC_CONF", None, "allocator settings; no recommended value is published"),
+        Variable("PYTORCH_NO_MLU_MEMORY_CACHING", None, "debugging: turns the caching allocator off"),
+        Variable("NEUWARE_HOME", None, "where Neuware is installed"),
+        Variable("TORCH_MIN_CNLOG_LEVEL", None, "log level of torch_mlu"),
+    ),
+    capabilities={
+        "bf16": Capability(True, "listed for MLU370", "documented"),
+        "bf16_reduce": Capability(True, "no public statement"),
+        "fp8": Capability(False, "no public statement"),
+        "fsdp2": Capability(True, "stock PyTorch, ran on an emulated device; no public report on hardware"),
+        "fused_adamw": Capability(True, "torch's own is listed for plugin devices; torch_mlu has kernels for it"),
+        "compile": Capability(False, "no public statement for this torch"),
+        "premul_sum": Capability(False, "no public statement; a plain sum always works"),
+        "deterministic": Capability(False, "no public statement"),
+        "grouped_matmul": Capability(False, "no public statement"),
+        "inf_nan": Capability(True, "no public statement"),
+    },
+    notes=(
+        "Not run on hardware by us: written to torch_mlu's public source, which ends in 2024 (torch 2.4).",
+        "An 'assumed' answer is a conclusion of ours: check it on the device before a long run.",
+    ),
+)

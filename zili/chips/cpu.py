@@ -1,0 +1,82 @@
+"""The CPU: always here, and the reference every other chip is compared with."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+from zili.chips.backend import Backend, Capability, Variable
+
+_CPUINFO = Path("/proc/cpuinfo")
+_BF16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
+"""Matrix or dot-product units: Intel AMX, AVX-512 BF16 (AMD Zen 4 on, some Intel), Arm's BF16 extension."""
+
+
+def cpu_flags() -> frozenset[str]:
+    """Instruction-set flags of the first processor as Linux names them; empty where there is no /proc."""
+    return frozenset(_cpuinfo("flags", "Features").split())
+
+
+def cpu_name() -> str:
+    """Model name for people, e.g. "AMD EPYC 9654"."""
+    return _cpuinfo("model name", "CPU part") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(*keys: str) -> str:
+    try:
+        text = _CPUINFO.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in keys:
+            return value.strip()
+    return ""
+
+
+def bf16_units() -> Capability:
+    """Without bf16 units a bf16 product runs at about a quarter of fp32's speed: say no then."""
+    flags = cpu_flags()
+    if not flags:
+        return Capability(False, f"CPU flags cannot be read on {platform.system()}; fp32 is the safe choice")
+    found = [flag for flag in _BF16_FLAGS if flag in flags]
+    if found:
+        return Capability(True, f"the CPU has bf16 units ({found[0]})", "run")
+    return Capability(False, "the CPU has no bf16 units: bf16 runs at about a quarter of fp32", "run")
+
+
+def compiler() -> Capability:
+    """torch.compile writes C++ for the CPU: it looks at CXX, then the system's compiler."""
+    command = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    found = shutil.which(command)
+    if found:
+        return Capability(True, f"C++ compiler {found}", "run")
+    return Capability(False, f"no C++ compiler: {command} is not on PATH (install it, or set CXX)", "run")
+
+
+CPU = Backend(
+    name="cpu",
+    device_type="cpu",
+    collectives="gloo",
+    vendor="any",
+    environment=(
+        # Values come from benchmarks/, one line each; None leaves torch's own choice.
+        Variable("THP_MEM_ALLOC_ENABLE", None, "huge pages for large tensors (fewer page faults); torch: off"),
+        Variable("OMP_NUM_THREADS", None, "threads of one operation; recipes set it by chip.threads"),
+    ),
+    capabilities={
+        "bf16": bf16_units,
+        "bf16_reduce": Capability(True, "Gloo all_reduce and reduce_scatter, 2 processes", "run"),
+        "fp8": Capability(False, "no fp8 units"),
+        "fsdp2": Capability(True, "trains on Gloo; needs a plain sum for gradients", "run"),
+        "fused_adamw": Capability(True, "about 4x faster than the loop", "run"),
+        "compile": compiler,
+        "premul_sum": Capability(False, "Gloo refuses ReduceOp.PREMUL_SUM", "run"),
+        "deterministic": Capability(True, "same thread count, same bits", "run"),
+        "grouped_matmul": Capability(True, "fp32 and bf16; rows aligned to 16 bytes", "run"),
+        "inf_nan": Capability(True, "IEEE 754", "run"),
+    },
+)

@@ -1,0 +1,36 @@
+"""How much memory this process may still take on the host."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def available_bytes() -> int | None:
+    """Bytes that can be allocated without swapping: what Linux estimates, or less where a container's limit is less.
+
+    None where the system does not say (no /proc, as on macOS).
+    """
+    figures = [figure for figure in (_system(), _container()) if figure is not None]
+    return min(figures) if figures else None
+
+
+def _system() -> int | None:
+    try:
+        lines = _MEMINFO.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    kib = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
+    return int(kib) * 1024 if kib else None
+
+
+def _container() -> int | None:
+    """Room under the control group's limit (cgroup v2); page cache counts as used there but gives way."""
+    try:
+        limit = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
+        used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
+    return None if limit == "max" else max(0, int(limit) - used)

@@ -1,0 +1,76 @@
+"""All backends: the four of this house, and those that installed packages bring by entry point."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import dataclass, field
+
+from zili.chips.ascend import ASCEND
+from zili.chips.backend import Backend, nearest
+from zili.chips.cambricon import CAMBRICON
+from zili.chips.cpu import CPU
+from zili.chips.nvidia import NVIDIA
+from zili.errors import ChipError
+
+ENTRY_POINT_GROUP = "zili.backends"
+_BUILT_IN = (ASCEND, CAMBRICON, NVIDIA, CPU)
+
+
+@dataclass(slots=True)
+class Registry:
+    """Backends in the order automatic choice tries them (the CPU last), and plugins that were refused."""
+
+    backends: list[Backend] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    """By the name claimed: why it is not used."""
+
+
+def registry() -> Registry:
+    """Everything known now. A faulty plugin is refused with its reason, and never hides the others."""
+    known = Registry(list(_BUILT_IN[:-1]))
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        origin = entry.dist.name if entry.dist else entry.value
+        try:
+            record = entry.load()
+        except Exception as error:  # a third party's module may raise anything
+            known.refused[entry.name] = (
+                f"backend {entry.name!r} of package {origin} cannot be loaded from {entry.value}: "
+                f"{type(error).__name__}: {error}; repair or uninstall {origin}"
+            )
+            continue
+        problem = _problem(record, known)
+        if problem:
+            name = record.name if isinstance(record, Backend) else entry.name
+            known.refused[name] = f"backend {name!r} of package {origin} is refused: {problem}; uninstall or rename it"
+        elif record not in known.backends:
+            known.backends.append(record)
+    known.backends.append(CPU)
+    return known
+
+
+def _problem(record: object, known: Registry) -> str | None:
+    if not isinstance(record, Backend):
+        return f"{record!r:.60} is not a zili.chips.Backend"
+    for other in (*known.backends, CPU):
+        if record == other:
+            return None
+        for claim in (record.name, record.device_type):
+            if claim in (other.name, other.device_type):
+                return f"{other.name} ({other.device_type}) has {claim!r} already"
+    return None
+
+
+def find_backend(name: str) -> Backend:
+    """The backend of that name, or of that torch device type.
+
+    Raises:
+        ChipError: unknown (the message has the nearest names), or claimed by a plugin that was refused.
+    """
+    known, wanted = registry(), name.lower()
+    if wanted in known.refused:
+        raise ChipError(known.refused[wanted])
+    for backend in known.backends:
+        if wanted in (backend.name, backend.device_type):
+            return backend
+    names = [backend.name for backend in known.backends]
+    raise ChipError(f"no backend is named {name!r}{nearest(name, names)} (`zili chips` lists them)")

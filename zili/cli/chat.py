@@ -1,0 +1,55 @@
+"""`zili chat`: talk with a model in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Mode(StrEnum):
+    """How the model is addressed."""
+
+    auto = "auto"
+    chat = "chat"
+    text = "text"
+
+
+def chat(
+    path: Annotated[Path, typer.Argument(help="Run, checkpoint or model folder.", metavar="PATH")],
+    *,
+    mode: Annotated[Mode, typer.Option(help="chat: turns; text: continue; auto: what it was made for.")] = Mode.auto,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 512,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.8,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this mass; 1: all.")] = 0.95,
+    top_k: Annotated[int, typer.Option(help="Draw from this many likeliest tokens; 0: all.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 avoids tokens already there.")] = 1.0,
+    chip: Annotated[str, typer.Option(help="Where to run; `zili chips` lists names.")] = "auto",
+    seed: Annotated[int, typer.Option(help="The same seed and lines give the same answers.")] = 0,
+) -> None:
+    """Talk with a model, or let a base model continue your text. Lines may also be piped in."""
+    from zili.serving.place import open_device
+
+    device = open_device(chip)
+    from zili.serving.conversation import Conversation, Template
+    from zili.serving.generation import Sampling
+    from zili.serving.model_folder import open_folder
+    from zili.serving.terminal import Chat, piped_lines, typed_lines, write_note, write_output
+
+    opened = open_folder(path, device=device)
+    talks = mode is Mode.chat or (mode is Mode.auto and opened.conversational)
+    conversation = Conversation(opened.tokenizer, Template.of(opened.tokenizer) if talks else None)
+    if mode is Mode.chat and conversation.template is None:
+        write_note("The tokenizer has no <_user>, <_bot> and <_end>: the text is continued as it is.")
+    terminal = Chat(
+        opened.model,
+        conversation,
+        write=write_output,
+        note=write_note,
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(temperature, top_p, top_k, repetition_penalty, seed).checked(),
+    )
+    terminal.run(typed_lines("> ", write_note) if sys.stdin.isatty() else piped_lines())

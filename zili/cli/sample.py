@@ -1,0 +1,50 @@
+"""`zili sample`: what a model writes after a prompt."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def sample(
+    path: Annotated[Path, typer.Argument(help="Run, checkpoint or model folder.", metavar="PATH")],
+    *,
+    prompt: Annotated[str, typer.Option(help="Text to continue; empty begins a document.")] = "",
+    number: Annotated[int, typer.Option(help="How many; each with the next seed.", min=1)] = 1,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest continuation, in tokens.", min=1)] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.8,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this mass; 1: all.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Draw from this many likeliest tokens; 0: all.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 avoids tokens already there.")] = 1.0,
+    chip: Annotated[str, typer.Option(help="Where to run; `zili chips` lists names.")] = "auto",
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a sample.")] = False,
+) -> None:
+    """Continue a prompt."""
+    from zili.serving.place import open_device
+
+    device = open_device(chip)
+    from zili.serving.continuation import continue_text, sample_text
+    from zili.serving.generation import Sampling
+    from zili.serving.model_folder import open_folder
+    from zili.serving.terminal import typed_text, write_output
+
+    prompt = typed_text(prompt)
+    opened = open_folder(path, device=device)
+    for index in range(number):
+        how = Sampling(temperature, top_p, top_k, repetition_penalty, seed + index)
+        given = (opened.model, opened.tokenizer, prompt)
+        if as_json:
+            drawn = sample_text(*given, max_new_tokens=max_new_tokens, sampling=how)
+            typer.echo(json.dumps(drawn.as_json(), ensure_ascii=False))
+            continue
+        if number > 1:
+            print(f"--- sample {index + 1} of {number}, seed {how.seed}", file=sys.stderr, flush=True)
+        write_output(prompt)
+        for piece in continue_text(*given, max_new_tokens=max_new_tokens, sampling=how):
+            write_output(piece)
+        write_output("\n")

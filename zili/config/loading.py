@@ -1,0 +1,133 @@
+"""Recipes in and out: TOML to a validated `RunConfig`, with dotted overrides and named presets."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import tomli_w
+from pydantic import BaseModel, ValidationError
+
+from zili.config.presets import load_preset
+from zili.config.run import RunConfig
+from zili.errors import ConfigError
+
+
+def load_recipe(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a recipe, apply `table.key=value` overrides, validate.
+
+    Raises:
+        ConfigError: unreadable file, broken TOML, a malformed override, or an invalid configuration.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the recipe {path}: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    return build_config(table, overrides, origin=str(path))
+
+
+def build_config(table: Mapping[str, Any], overrides: Iterable[str] = (), *, origin: str) -> RunConfig:
+    """Validate a raw table; `origin` names it in errors. `[model] preset = "..."` is filled in from the preset."""
+    table = _with_overrides(table, overrides)
+    table["model"] = _with_preset(table.get("model", {}), origin)
+    try:
+        return RunConfig.model_validate(table)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, origin)) from error
+
+
+def dump_recipe(config: RunConfig) -> str:
+    """The resolved configuration as TOML that `load_recipe` reads back to an equal one."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def _with_preset(model: Any, origin: str) -> Any:
+    if not isinstance(model, dict) or "preset" not in model:
+        return model
+    own = {key: value for key, value in model.items() if key != "preset"}
+    if not isinstance(model["preset"], str):
+        raise ConfigError(f"{origin}: model.preset must be a name in quotes, not {model['preset']!r}")
+    preset = load_preset(model["preset"])
+    rotary = {**preset.get("rotary", {}), **own.pop("rotary", {})}
+    return {**preset, **own, **({"rotary": rotary} if rotary else {})}
+
+
+def _with_overrides(table: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A deep copy of `table` with each `a.b=value` set; the value is TOML, or a plain string where it is not."""
+    result = _copied(table)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        parts = key.strip().split(".")
+        if not equals or not all(parts):
+            raise ConfigError(f"cannot read the override {override!r}; write --set table.key=value")
+        place = result
+        for part in parts[:-1]:
+            place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"override {override!r}: {part!r} is a value, not a table")
+        place[parts[-1]] = _parsed(text.strip())
+    return result
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _copied(value: Any) -> Any:
+    return {key: _copied(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+
+
+def _explain(error: ValidationError, origin: str) -> str:
+    lines = [_explain_one(item) for item in error.errors()]
+    return f"{origin} cannot be run:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _explain_one(item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {where}{_nearest(item['loc'])}"
+    if item["type"] == "missing":
+        return f"{where} is missing"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    return f"{where}: {message} (got {item['input']!r})"
+
+
+def _nearest(location: tuple[Any, ...]) -> str:
+    """What the user may have meant: the nearest key of the same table, or the same key of another table."""
+    known = _fields_at(RunConfig, location[:-1])
+    wanted = str(location[-1])
+    elsewhere = [name for name in RunConfig.model_fields if wanted in _fields_at(RunConfig, (name,))]
+    if elsewhere:
+        return f"; did you mean {elsewhere[0]}.{wanted}?"
+    close = difflib.get_close_matches(wanted, known, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {'.'.join([*map(str, location[:-1]), close[0]])}?"
+    return f"; known keys here: {', '.join(sorted(known))}" if known else ""
+
+
+def _fields_at(section: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = section.model_fields.get(part)
+        found = _section_in(field.annotation) if field else None
+        if found is None:
+            return []
+        section = found
+    return list(section.model_fields)
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _section_in(part))), None)

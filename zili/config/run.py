@@ -1,0 +1,156 @@
+"""A whole run, as one typed tree. Validated before torch is imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from zili.config.model import ModelConfig
+from zili.config.section import Section
+
+Precision = Literal["fp32", "bf16"]
+
+
+class ChipConfig(Section):
+    """What the run computes on, and how."""
+
+    name: str = "auto"
+    """Backend name as `zili chips` lists it; auto takes the first that is here."""
+    precision: Precision | Literal["auto"] = "auto"
+    """Dtype of the matrix products; weights, optimizer state and reductions stay fp32. Auto asks the backend."""
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile each decoder block. Auto: where the backend supports it and a C++ compiler is found."""
+    operations: dict[str, str] = Field(default_factory=dict)
+    """Version of single operations by name, e.g. `linear = "reference"`; those not named are chosen at start."""
+    threads: NonNegativeInt = 0
+    """CPU threads for one operation; 0 leaves torch's own number."""
+
+
+class DataSource(Section):
+    """One token store and its share of the mixture."""
+
+    store: Path
+    """Path of the store without its ending: `corpus` stands for corpus.bin, corpus.idx and its manifest."""
+    weight: PositiveFloat = 1.0
+    """Share of the samples drawn from it, relative to the other sources."""
+
+
+class DataConfig(Section):
+    """What the run reads."""
+
+    sources: tuple[DataSource, ...] = Field(min_length=1)
+    tokenizer: Path
+    """Folder that holds tokenizer.json; every store must have been built with it."""
+    held_out: Path | None = None
+    """Token store of held-out documents, for bits per byte during training."""
+    prefetch: PositiveInt = 4
+    """Batches read ahead of the step."""
+
+
+class OptimizerConfig(Section):
+    """How weights move."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: torch's Muon on the matrices inside the blocks, AdamW on embeddings, head, norms and biases."""
+    learning_rate: PositiveFloat = 3e-4
+    """Peak learning rate. Muon's update is scaled to AdamW's size, so one number serves both."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled; on matrices only, never on norms and biases."""
+    momentum: float = Field(0.95, ge=0.0, lt=1.0)
+    """Muon's momentum (Nesterov)."""
+    clip: NonNegativeFloat = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+
+
+class ScheduleConfig(Section):
+    """How the learning rate moves, as a share of its peak."""
+
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    """wsd: warmup, stable, decay (linear to `final`)."""
+    warmup_steps: NonNegativeInt = 0
+    decay_fraction: float = Field(0.2, gt=0.0, le=1.0)
+    """wsd only: last share of the steps over which the rate decays."""
+    final: float = Field(0.1, ge=0.0, le=1.0)
+    """Share of the peak rate at the last step."""
+
+
+class TrainingConfig(Section):
+    """How long, how wide, and how it fits."""
+
+    steps: PositiveInt
+    sequence_length: PositiveInt = 512
+    """Tokens a sample."""
+    global_batch: PositiveInt = 8
+    """Samples a step, over the whole world."""
+    micro_batch: PositiveInt | Literal["auto"] = "auto"
+    """Samples a forward; the step accumulates global_batch / micro_batch of them. Auto: the most that fit."""
+    recompute: Literal["none", "full"] = "none"
+    """Activation checkpointing: full keeps only the input of each block and computes the rest again."""
+
+
+class CheckpointConfig(Section):
+    """What is kept."""
+
+    every: NonNegativeInt = 200
+    """Steps between checkpoints; 0 saves only at the end and when interrupted."""
+    keep: PositiveInt = 2
+    """Newest checkpoints kept. At least two, so that a damaged one has one before it."""
+
+
+class EvaluationConfig(Section):
+    """Held-out bits per byte while training."""
+
+    every: NonNegativeInt = 0
+    """Steps between evaluations; 0 evaluates only at the end, and only where data.held_out is given."""
+    max_bytes: PositiveInt = 100_000
+    """UTF-8 bytes of held-out text scored each time during training; the same documents every time."""
+
+
+class LoggingConfig(Section):
+    """What is written beside the checkpoints."""
+
+    every: PositiveInt = 1
+    """Steps between records in metrics.jsonl."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files to `tensorboard/` in the run folder."""
+
+
+class RunConfig(Section):
+    """Everything a run is determined by."""
+
+    name: str = Field("run", pattern=r"^[\w.-]+$")
+    folder: Path = Path("runs/run")
+    """Where checkpoints, metrics and the resolved recipe go."""
+    seed: NonNegativeInt = 0
+    """Determines initial weights, data order and dropout."""
+    model: ModelConfig
+    data: DataConfig
+    training: TrainingConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    chip: ChipConfig = ChipConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        training, micro = self.training, self.training.micro_batch
+        if micro != "auto" and training.global_batch % micro:
+            raise ValueError(
+                f"training.global_batch ({training.global_batch}) is not a multiple of training.micro_batch ({micro})"
+            )
+        if self.schedule.warmup_steps >= training.steps and self.schedule.warmup_steps > 0:
+            raise ValueError(
+                f"schedule.warmup_steps ({self.schedule.warmup_steps}) leaves none of training.steps ({training.steps})"
+            )
+        if training.sequence_length > self.model.max_length:
+            raise ValueError(
+                f"training.sequence_length ({training.sequence_length}) is longer than model.max_length "
+                f"({self.model.max_length})"
+            )
+        return self

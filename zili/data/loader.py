@@ -1,0 +1,176 @@
+"""Batches for training: step k's is a pure function of the seed, k and the stores."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from zili.data.order import DOCUMENTS, WINDOWS, Mixture, permutation
+from zili.data.store import TokenStore
+from zili.errors import DataError
+
+IGNORE_INDEX = -100  # torch's cross entropy default, and `zili.ops`' (this room may not look there)
+_SCHEME = 1  # raise when the same arguments come to mean other batches
+
+Rows = tuple[NDArray[np.int64], NDArray[np.int32]]
+"""Tokens `[B, S+1]` and the document of each within its row `[B, S+1]`."""
+
+
+class Batch(NamedTuple):
+    """Packed rows on the CPU."""
+
+    input_ids: Tensor
+    """`[B, S]` int64."""
+    labels: Tensor
+    """`[B, S]` int64: the next token, or `IGNORE_INDEX` where that is the first token of another document."""
+    document_ids: Tensor
+    """`[B, S]` int32, from 0 in each row: attention and positions stop where it changes."""
+
+
+class Loader:
+    """Packs documents of several stores into rows of one length, in a mixture, shuffled.
+
+    Each source is read in epochs: its documents are shuffled and laid end to end, the line is cut into
+    windows of S+1 tokens of which neighbours share one, and the windows are shuffled. So an epoch predicts
+    every token once, except the first of the line and the last (fewer than S) that fill no window. Nothing
+    depends on how many processes read, or on what was read before.
+
+    Memory: 16 bytes a document, and for each source's two latest epochs 16 a document and 8 a window.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[TokenStore, float]],
+        *,
+        sequence_length: int,
+        global_batch: int,
+        seed: int,
+    ) -> None:
+        """`sources`: stores and their weights (shares of samples, of any sum). `seed`: 0 or more.
+
+        Raises `DataError` for a weight that is no positive number, or a store shorter than one window.
+        """
+        if not sources or any(not 0 < weight < float("inf") for _, weight in sources):
+            raise DataError(f"mixture weights {[weight for _, weight in sources]}: give positive numbers.")
+        if min(sequence_length, global_batch) < 1 or seed < 0:
+            raise DataError(f"{sequence_length=}, {global_batch=}: at least 1; {seed=}: at least 0.")
+        self.sources = list(sources)
+        self.sequence_length = sequence_length
+        self.global_batch = global_batch
+        self.seed = seed
+        self._mixture = Mixture([weight for _, weight in sources], seed)
+        self._lines = [_Line(store, sequence_length, seed, i) for i, (store, _) in enumerate(sources)]
+
+    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+        """The batch of step `step` (from 0), or those of its rows that one data-parallel rank takes."""
+        first = step * self.global_batch
+        return self.samples(np.arange(first, first + self.global_batch)[rows])
+
+    def samples(self, numbers: NDArray[np.int64]) -> Batch:
+        """The rows of these global sample numbers: the data position of a run is one such number."""
+        shape = (len(numbers), self.sequence_length + 1)
+        tokens, documents = np.empty(shape, np.int64), np.empty(shape, np.int32)
+        source, position = self._mixture.locate(numbers)
+        for index, line in enumerate(self._lines):
+            mine = source == index
+            if mine.any():
+                tokens[mine], documents[mine] = line.windows(position[mine])
+        return _pack(tokens, documents)
+
+    def epochs(self, steps: int) -> list[float]:
+        """How often each source has been read after `steps` steps."""
+        weights = np.array([weight for _, weight in self.sources])
+        seen = weights / weights.sum() * steps * self.global_batch
+        return [float(count / line.count) for count, line in zip(seen, self._lines, strict=True)]
+
+    def fingerprint(self) -> str:
+        """Identity of the sequence of samples: equal means that sample n is the same row. For checkpoints."""
+        parts = {
+            "scheme": _SCHEME,
+            "sources": [(store.identity(), weight) for store, weight in self.sources],
+            "sequence_length": self.sequence_length,
+            "seed": self.seed,
+        }
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _pack(tokens: NDArray[np.int64], documents: NDArray[np.int32]) -> Batch:
+    labels = np.where(documents[:, 1:] == documents[:, :-1], tokens[:, 1:], IGNORE_INDEX)
+    inputs = np.ascontiguousarray(tokens[:, :-1]), labels, np.ascontiguousarray(documents[:, :-1])
+    return Batch(*map(torch.from_numpy, inputs))
+
+
+@dataclass(frozen=True, slots=True)
+class _Epoch:
+    """One pass over a source: its documents `[N]` and windows in order, and where documents begin `[N+1]`."""
+
+    documents: NDArray[np.int64]
+    begins: NDArray[np.int64]
+    windows: NDArray[np.int64]
+
+
+class _Line:
+    """The endless row of one source's windows: number p is window `p % count` of epoch `p // count`."""
+
+    def __init__(self, store: TokenStore, sequence_length: int, seed: int, source: int) -> None:
+        self._store = store
+        self._length = sequence_length
+        self._key = (seed, source)
+        self._lengths = np.asarray(store.lengths, dtype=np.int64)
+        self.count = (store.manifest.tokens - 1) // sequence_length
+        if self.count < 1:
+            raise DataError(
+                f"{store.prefix}: {store.manifest.tokens} tokens fill no row of {sequence_length} + 1. "
+                "Give more text or a shorter sequence."
+            )
+        self._cached = lru_cache(maxsize=2)(self._shuffle)
+
+    def _shuffle(self, epoch: int) -> _Epoch:
+        seed, source = self._key
+        documents = permutation(len(self._lengths), seed, DOCUMENTS, source, epoch)
+        documents = documents[self._lengths[documents] > 0]
+        begins = np.zeros(len(documents) + 1, np.int64)
+        np.cumsum(self._lengths[documents], out=begins[1:])
+        return _Epoch(documents, begins, permutation(self.count, seed, WINDOWS, source, epoch))
+
+    def windows(self, positions: NDArray[np.int64]) -> Rows:
+        """Windows number `positions [B]` of this source."""
+        shape = (len(positions), self._length + 1)
+        tokens, documents = np.empty(shape, np.int64), np.empty(shape, np.int32)
+        epochs, inside = np.divmod(positions, self.count)
+        for number in np.unique(epochs):
+            here = epochs == number
+            epoch = self._cached(int(number))
+            tokens[here], documents[here] = self._gather(epoch, epoch.windows[inside[here]] * self._length)
+        return tokens, documents
+
+    def _gather(self, epoch: _Epoch, starts: NDArray[np.int64]) -> Rows:
+        """S+1 tokens of the line from each of `starts [B]`, without a loop over rows or documents.
+
+        Every row is a run of pieces, a piece being what of one document lies in it. Spelled out per piece:
+        where it begins on the line, how long it is, where its tokens lie in the store.
+        """
+        width = self._length + 1
+        first = np.searchsorted(epoch.begins, starts, side="right") - 1
+        last = np.searchsorted(epoch.begins, starts + width, side="left") - 1
+        per_row = last - first + 1
+        row = np.repeat(np.arange(len(starts)), per_row)
+        within = np.arange(len(row)) - np.repeat(np.cumsum(per_row) - per_row, per_row)
+        piece = first[row] + within
+        begin = np.maximum(epoch.begins[piece], starts[row])
+        length = np.minimum(epoch.begins[piece + 1], starts[row] + width) - begin
+        place = self._store.offsets[epoch.documents[piece]] + begin - epoch.begins[piece]
+        # Position i of the output lies in piece j at `place[j] + (i - first position of j)`.
+        shift = place - (np.cumsum(length) - length)
+        index = np.repeat(shift, length) + np.arange(len(starts) * width)
+        tokens = self._store.tokens[index].astype(np.int64).reshape(-1, width)
+        return tokens, np.repeat(within.astype(np.int32), length).reshape(-1, width)

@@ -1,0 +1,175 @@
+"""Which files hold the text: files and folders in a fixed order, the standard library, and their identity."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import sysconfig
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from zili.errors import DataError
+
+_SUFFIX_LIST = """
+    .txt .text .md .markdown .rst .tex .org .adoc .srt .po
+    .py .pyi .pyx .c .h .cc .cpp .cxx .hh .hpp .cu .cuh .java .kt .scala .groovy .js .mjs .jsx .ts .tsx .vue
+    .go .rs .swift .mm .rb .php .pl .pm .lua .r .jl .sh .bash .zsh .fish .ps1 .bat .sql .hs .ml .mli .ex .exs
+    .erl .clj .lisp .el .scm .f .f90 .pas .vb .cs .fs .dart .zig .nim .v .sv .vhd .asm .s .tcl
+    .yaml .yml .toml .ini .cfg .cmake .proto
+"""
+TEXT_SUFFIXES = frozenset(_SUFFIX_LIST.split())
+"""Read whole, one document a file. Markup (.html, .xml) is left out: its tags are not text."""
+LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+TABLE_SUFFIXES = (".parquet",)
+READABLE = ".txt .md .rst .py and other source, .jsonl[.gz|.zst], .parquet"
+
+# `test` and its like: half the library, repetitive, in places deliberately ill-encoded, and absent from some
+# distributions' Python. Left out, so that two machines with one Python release train on the same text.
+_NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One file to read. `name` is relative to what the user gave, so that records hold no machine's paths."""
+
+    path: Path
+    name: str
+    explicit: bool = False
+    """Given by its own path, not found in a folder: it is read whatever its suffix says."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """What was read of one file, as the manifest keeps it."""
+
+    name: str
+    bytes: int
+    sha256: str
+    documents: int
+
+
+@dataclass
+class Census:
+    """What a reading met: documents, UTF-8 bytes of text, files, and everything it left out by reason."""
+
+    hashes: bool = True
+    """Hash the files; False for a reading whose files are known, since hashing reads each once more."""
+    documents: int = 0
+    text_bytes: int = 0
+    files: list[FileRecord] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def left_out(self) -> str:
+        """`3 hidden, 1 binary`, or `nothing`."""
+        return ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items())) or "nothing"
+
+    def fingerprint(self) -> str:
+        """The value `fingerprint` gives for the files read."""
+        return _identity((file.name, file.bytes, file.sha256) for file in self.files)
+
+
+Source = str | os.PathLike[str] | SourceFile
+
+
+def list_files(paths: Iterable[Source], census: Census | None = None) -> list[SourceFile]:
+    """The files under `paths`: paths in the order given, a folder's files before its folders, each sorted.
+
+    Hidden names, suffixes that are not text, files given twice and what is no regular file are left out and
+    counted in `census`. Links to folders are not followed. Raises `DataError` for a path that is not there.
+    """
+    skipped = Counter[str]() if census is None else census.skipped
+    seen: set[Path] = set()
+    files = []
+    for file in (file for path in paths for file in _expand(path, skipped)):
+        real = file.path.resolve()
+        if real in seen:
+            skipped["given twice"] += 1
+        else:
+            files.append(file)
+            seen.add(real)
+    return files
+
+
+def _expand(source: Source, skipped: Counter[str]) -> Iterator[SourceFile]:
+    if isinstance(source, SourceFile):
+        yield source
+        return
+    path = Path(source)
+    if path.is_dir():
+        yield from _walk(path, skipped)
+    elif path.is_file():
+        yield SourceFile(path, path.name, explicit=True)
+    else:
+        raise DataError(f"{path}: no such file or folder. Check the path given as text.")
+
+
+def _walk(folder: Path, skipped: Counter[str]) -> Iterator[SourceFile]:
+    for at, folders, names in os.walk(folder, onerror=_refuse):
+        skipped["hidden"] += sum(name.startswith(".") for name in folders)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = Path(at, name)
+            reason = _unfit(path)
+            if reason:
+                skipped[reason] += 1
+            else:
+                yield SourceFile(path, (folder.resolve().name / path.relative_to(folder)).as_posix())
+    skipped += Counter()  # drops the zeros
+
+
+def _refuse(error: OSError) -> None:
+    # os.walk's default leaves out a folder it may not open, without a word.
+    raise DataError(f"{error.filename}: cannot be read ({error.strerror}). Check its permissions.") from error
+
+
+def _unfit(path: Path) -> str | None:
+    name = path.name.lower()
+    if name.startswith("."):
+        return "hidden"
+    if path.suffix.lower() not in TEXT_SUFFIXES and not name.endswith(LINE_SUFFIXES + TABLE_SUFFIXES):
+        return "of another kind"
+    return None if path.is_file() else "not a regular file"
+
+
+def standard_library_files() -> list[SourceFile]:
+    """The running Python's own library as text: 12 MB on every machine, no download (PSF licence).
+
+    Sorted; without installed packages, tests, and the generated file that records the build machine's paths.
+    Raises `DataError` where Python came without its source.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    label = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    files = []
+    for path in sorted(root.rglob("*.py")):
+        inside = path.relative_to(root)
+        if not _NOT_LIBRARY.intersection(inside.parts) and not path.name.startswith("_sysconfigdata"):
+            files.append(SourceFile(path, f"{label}/{inside.as_posix()}"))
+    if not files:
+        raise DataError(f"{root}: this Python came without its source. Give your own text with --text PATH.")
+    return files
+
+
+def fingerprint(paths: Iterable[Source]) -> str:
+    """Identity of the text in `paths`: sha256 over names, sizes and content hashes. Reads every file once."""
+    return _identity((file.name, *measure(file.path)) for file in list_files(paths))
+
+
+def measure(path: Path) -> tuple[int, str]:
+    """Bytes and sha256 of a file's content. Raises `DataError` when it cannot be read."""
+    try:
+        with path.open("rb") as stream:
+            return os.fstat(stream.fileno()).st_size, hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        _refuse(error)
+        raise
+
+
+def _identity(records: Iterable[tuple[str, int, str]]) -> str:
+    digest = hashlib.sha256()
+    for name, size, content in records:
+        digest.update(f"{name}\0{size}\0{content}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()

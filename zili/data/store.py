@@ -1,0 +1,142 @@
+"""A corpus as tokens on disk: Megatron's `.bin` and `.idx`, and a manifest that says what they are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zili.data.indexed import REBUILD, Index, read_index
+from zili.data.sources import FileRecord, measure
+from zili.data.tokenizer import Tokenizer
+from zili.errors import DataError
+
+FORMAT = "zili token store 1"
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """`prefix.json`: where the tokens come from, and what the two files must hash to."""
+
+    tokenizer_sha256: str
+    vocab_size: int
+    end_id: int
+    documents: int
+    tokens: int
+    text_bytes: int
+    """UTF-8 bytes of the text behind the tokens, for bits per byte."""
+    split: str
+    files: dict[str, dict[str, Any]]
+    """`.bin` and `.idx`: bytes and sha256."""
+    sources: tuple[FileRecord, ...]
+    left_out: dict[str, int]
+    zili_version: str
+    format: str = FORMAT
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Raises `DataError` for a manifest that is missing, broken or of another format."""
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            fields["sources"] = tuple(FileRecord(**record) for record in fields["sources"])
+            manifest = cls(**fields)
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{path}: no such manifest: the store is absent or half-built. {REBUILD}"
+            ) from error
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{path}: not a manifest this version reads ({error}). {REBUILD}") from error
+        if manifest.format != FORMAT:
+            raise DataError(f"{path}: format {manifest.format!r}, this version reads {FORMAT!r}. {REBUILD}")
+        return manifest
+
+
+def store_files(prefix: str | Path) -> dict[str, Path]:
+    """The three files of a store by suffix: `.bin`, `.idx`, `.json`."""
+    return {suffix: Path(f"{prefix}{suffix}") for suffix in (".bin", ".idx", ".json")}
+
+
+class TokenStore:
+    """A token store, memory-mapped. Each document ends with the tokenizer's end token."""
+
+    def __init__(self, prefix: Path, manifest: Manifest, index: Index, tokens: NDArray[Any]) -> None:
+        self.prefix = prefix
+        self.manifest = manifest
+        self.tokens = tokens
+        """All ids `[T]`, document after document."""
+        self.lengths = index.lengths
+        """Tokens of each document `[N]`."""
+        self.offsets = index.offsets
+        """First token of each document `[N]`, as a position in `tokens`."""
+
+    @classmethod
+    def open(cls, prefix: str | Path) -> TokenStore:
+        """Map `prefix.bin` and check it against index and manifest, by size (`verify` checks content).
+
+        Raises `DataError` naming the file that is missing or cut off, with expected and found numbers.
+        """
+        files = store_files(prefix)
+        manifest = Manifest.read(files[".json"])
+        for suffix in (".bin", ".idx"):
+            if not files[suffix].is_file():
+                raise DataError(f"{files[suffix]}: missing from the store. {REBUILD}")
+        index = read_index(files[".idx"])
+        found, expected = files[".bin"].stat().st_size, index.tokens * index.dtype.itemsize
+        if found != expected:
+            raise DataError(
+                f"{files['.bin']}: {index.tokens} tokens take {expected} bytes, found {found}. {REBUILD}"
+            )
+        if (len(index.lengths), index.tokens) != (manifest.documents, manifest.tokens):
+            raise DataError(
+                f"{files['.json']}: speaks of {manifest.documents} documents and {manifest.tokens} tokens, "
+                f"the index of {len(index.lengths)} and {index.tokens}: files of two stores. {REBUILD}"
+            )
+        return cls(Path(prefix), manifest, index, np.memmap(files[".bin"], dtype=index.dtype, mode="r"))
+
+    def verify(self) -> None:
+        """Hash both files again. Raises `DataError` naming one whose content is not what was written."""
+        for suffix, path in store_files(self.prefix).items():
+            if suffix == ".json":
+                continue
+            written = self.manifest.files[suffix]["sha256"]
+            _, found = measure(path)
+            if found != written:
+                raise DataError(
+                    f"{path}: content changed since it was built "
+                    f"(sha256 {found[:12]}, written {written[:12]}). {REBUILD}"
+                )
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Raises `DataError` when the store was built with another tokenizer: its ids mean other text."""
+        built = self.manifest.tokenizer_sha256
+        if built != tokenizer.sha256:
+            raise DataError(
+                f"{self.prefix}: built with tokenizer {built[:12]} ({self.manifest.vocab_size} tokens), the "
+                f"run has {tokenizer.sha256[:12]} ({tokenizer.vocab_size}). Use that tokenizer, or build the "
+                "store again with this one."
+            )
+
+    def __len__(self) -> int:
+        """Documents."""
+        return self.manifest.documents
+
+    def document(self, index: int) -> NDArray[Any]:
+        """Ids `[n]` of one document, its end token last; a view of the file."""
+        start = int(self.offsets[index])
+        return self.tokens[start : start + int(self.lengths[index])]
+
+    def iter_documents(self) -> Iterator[NDArray[Any]]:
+        """The documents in stored order."""
+        return (self.document(index) for index in range(len(self)))
+
+    def identity(self) -> str:
+        """sha256 of what the store holds, the same wherever it lies."""
+        return f"{self.manifest.files['.bin']['sha256']}:{self.manifest.files['.idx']['sha256']}"

@@ -1,0 +1,195 @@
+"""Text to ids and back: a thin wrapper over Hugging Face `tokenizers`, in its own file format."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
+from zili.errors import DataError
+
+SPECIAL_TOKENS = ("<_unk>", "<_start>", "<_end>", "<_pad>", "<_user>", "<_bot>", "<_system>")
+"""TeleChat2's names at TeleChat2's ids, 0 to 6 (its SentencePiece model), so that chat code serves both."""
+
+# Qwen2's, letter by letter (transformers models/qwen2/tokenization_qwen2.py): fast encoders know a few
+# expressions by heart and refuse the rest. Digits stand alone; a word takes the one space before it.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+_END_NAMES = (
+    *("<_end>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<eos>", "<|eos|>"),
+    "<｜end▁of▁sentence｜>",
+)
+
+
+class Tokenizer:
+    """A tokenizer read from, and kept as, the text of a `tokenizer.json`.
+
+    Encoding never yields a special token's id: a document that spells `<_end>` is text like any other, and
+    no user's input can end a turn. Who wants the id asks for it by name (`special_id`). A tokenizer trained
+    here gives every text back exactly; one read from elsewhere may normalise.
+    """
+
+    def __init__(
+        self, definition: str, *, end_token: str | None = None, name: str = "tokenizer.json"
+    ) -> None:
+        try:
+            self._inner = tokenizers.Tokenizer.from_str(definition)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise DataError(f"{name}: not a Hugging Face tokenizer.json ({error}).") from error
+        self.definition = definition
+        self._inner.no_padding()
+        self._inner.no_truncation()
+        self._inner.encode_special_tokens = True  # meaning: as plain text
+        ids = self._inner.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(ids.values()) + 1
+        added = self._inner.get_added_tokens_decoder()
+        self.special_tokens = {token.content: id_ for id_, token in sorted(added.items()) if token.special}
+        self.end_token = _end_token(ids, end_token, name)
+        self.end_id = ids[self.end_token]
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int = 8192) -> Tokenizer:
+        """Byte-level byte pair encoding (Sennrich et al. 2016; bytes as in GPT-2) learned from `texts`.
+
+        No normaliser, so that decoding gives the text back exactly. Little text gives fewer than `vocab_size`
+        tokens. Raises `DataError` when `vocab_size` cannot hold the 256 bytes and the special tokens.
+        """
+        least = 256 + len(SPECIAL_TOKENS)
+        if vocab_size < least:
+            raise DataError(
+                f"vocabulary of {vocab_size}: {least} is the least (256 bytes, 7 special tokens)."
+            )
+        inner = tokenizers.Tokenizer(models.BPE())
+        split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
+        as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
+        inner.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
+        inner.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(SPECIAL_TOKENS),
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        inner.train_from_iterator(texts, trainer)
+        return cls(inner.to_str(pretty=True))
+
+    @classmethod
+    def from_file(cls, path: str | Path, *, end_token: str | None = None) -> Tokenizer:
+        """Read a `tokenizer.json`; `end_token` names the token that ends a document, if it is unusual."""
+        try:
+            definition = Path(path).read_bytes().decode()  # line ends as they are, for the hash
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: cannot be read as a tokenizer.json ({error}).") from error
+        return cls(definition, end_token=end_token, name=str(path))
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, *, end_token: str | None = None) -> Tokenizer:
+        """Read `tokenizer.json` of a folder, the end token as `tokenizer_config.json` beside it names it."""
+        config = Path(folder, "tokenizer_config.json")
+        if end_token is None and config.is_file():
+            try:
+                named = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+            except ValueError as error:
+                raise DataError(f"{config}: broken JSON ({error}).") from error
+            end_token = named.get("content") if isinstance(named, dict) else named
+        return cls.from_file(Path(folder, "tokenizer.json"), end_token=end_token)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json`, which transformers' AutoTokenizer reads."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tokenizer.json").write_text(self.definition, encoding="utf-8", newline="\n")
+        config = json.dumps(self._config(), indent=2, ensure_ascii=False) + "\n"
+        (folder / "tokenizer_config.json").write_text(config, encoding="utf-8", newline="\n")
+
+    def _config(self) -> dict[str, Any]:
+        roles = {"bos_token": "<_start>", "pad_token": "<_pad>", "unk_token": "<_unk>"}
+        named = {role: token for role, token in roles.items() if token in self.special_tokens}
+        return {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": self.end_token,
+            **named,
+            "clean_up_tokenization_spaces": False,
+        }
+
+    @property
+    def sha256(self) -> str:
+        """Of `tokenizer.json` as written, byte for byte."""
+        return hashlib.sha256(self.definition.encode()).hexdigest()
+
+    def special_id(self, token: str) -> int:
+        """The id of a special token by name. Raises `DataError` naming those there are."""
+        if token not in self.special_tokens:
+            there = ", ".join(self.special_tokens) or "none"
+            raise DataError(f"the tokenizer has no special token {token!r}; there are: {there}.")
+        return self.special_tokens[token]
+
+    def encode(self, text: str) -> NDArray[np.int32]:
+        """Ids `[N]` of a text, with no special token added or recognised."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """Ids of each text, encoded in parallel. Raises `DataError` for text that is not Unicode."""
+        try:
+            encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
+        except (UnicodeEncodeError, TypeError) as error:
+            raise DataError(
+                f"text with a lone surrogate, or no text at all, cannot be encoded ({error})."
+            ) from error
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
+        """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        return self._inner.decode([int(id_) for id_ in ids], skip_special_tokens=skip_special)
+
+
+def _end_token(ids: dict[str, int], wanted: str | None, name: str) -> str:
+    if wanted is not None:
+        if wanted not in ids:
+            raise DataError(f"{name}: no token {wanted!r} to end documents with.")
+        return wanted
+    for token in _END_NAMES:
+        if token in ids:
+            return token
+    raise DataError(f"{name}: none of {', '.join(_END_NAMES)} is in it. Name its end token (end_token=...).")
+
+
+class DecodeStream:
+    """Ids in one at a time, text out as soon as it is whole, for chat.
+
+    Some tokenizers decode a token differently after another, and one character may take several tokens:
+    so a short window is decoded again with each id, and text that ends in U+FFFD waits for its rest.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
+        self._decode = lambda ids: tokenizer.decode(ids, skip_special=skip_special)
+        self._said: list[int] = []
+        self._waiting: list[int] = []
+
+    def push(self, id_: int) -> str:
+        """The text that `id_` completes; empty while a character is unfinished."""
+        self._waiting.append(id_)
+        text = self._fresh()
+        if not text or text.endswith("\ufffd"):
+            return ""
+        self._said, self._waiting = self._waiting, []
+        return text
+
+    def finish(self) -> str:
+        """What still waits, unfinished characters as U+FFFD."""
+        text = self._fresh()
+        self._said, self._waiting = [], []
+        return text
+
+    def _fresh(self) -> str:
+        return self._decode(self._said + self._waiting)[len(self._decode(self._said)) :]

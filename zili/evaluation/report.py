@@ -1,0 +1,109 @@
+"""The report of a run: one HTML file that needs nothing else, neither network nor script.
+
+All text from the run is escaped: a model's samples are untrusted. As a second lock the page's content
+security policy admits only the one script of the template, by its hash.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import re
+import shlex
+from datetime import datetime
+from html import escape
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import NamedTuple
+
+import zili
+from zili.evaluation.report_curves import charts
+from zili.evaluation.report_parts import (
+    choices,
+    commands,
+    details,
+    evaluations,
+    header,
+    headline,
+    notes,
+    samples,
+    tiles,
+)
+from zili.evaluation.run_record import RunRecord, read_run
+
+
+class Command(NamedTuple):
+    """A command line to type, and what it is for."""
+
+    line: str
+    purpose: str
+
+
+def write_report(run_folder: Path | str) -> Path:
+    """Write `report.html` into a run folder from what the run left there; returns its path.
+
+    A missing, damaged or empty record leaves its part out and a note in; see `zili.evaluation.run_record`.
+
+    Raises:
+        DataError: the folder is not a run.
+    """
+    folder = Path(run_folder)
+    page = render(read_run(folder))
+    target, aside = folder / "report.html", folder / f".report.html.{os.getpid()}"
+    aside.write_text(page, encoding="utf-8")
+    aside.replace(target)
+    return target
+
+
+def render(run: RunRecord) -> str:
+    """The whole page."""
+    parts = [
+        header(run),
+        notes(run),
+        headline(run),
+        tiles(run),
+        charts(run),
+        evaluations(run),
+        samples(run),
+        choices(run),
+        details(run),
+        commands(next_commands(run.folder)),
+        f"<footer>Written by Zili {escape(zili.__version__)}, "
+        f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}.</footer>",
+    ]
+    files = resources.files("zili.evaluation")
+    page = files.joinpath("report.html").read_text(encoding="utf-8")
+    return Template(page).substitute(
+        title=escape(f"{run.name} · Zili"),
+        style=files.joinpath("report.css").read_text(encoding="utf-8"),
+        script_hash=_script_hash(page),
+        body="\n".join(part for part in parts if part),
+    )
+
+
+def next_commands(run_folder: Path) -> list[Command]:
+    """What one can do with a run, in the order people do it."""
+    run = _as_typed(run_folder)
+    return [
+        Command(f"zili sample {run} --prompt '...'", "continue a text of yours"),
+        Command(f"zili chat {run}", "write with it in the terminal"),
+        Command(f"zili eval {run} --text PATH", "bits per byte on other text"),
+        Command(f"zili train {_as_typed(run_folder / 'recipe.toml')}", "train on, from the last checkpoint"),
+        Command(f"zili report {run}", "write this page again"),
+    ]
+
+
+def _as_typed(path: Path) -> str:
+    """A path as one would type it here: relative where it is below, quoted where needed."""
+    whole = path.resolve()
+    here = Path.cwd()
+    return shlex.quote(str(whole.relative_to(here) if whole.is_relative_to(here) else whole))
+
+
+def _script_hash(page: str) -> str:
+    """The content security policy's name for the template's script."""
+    found = re.search(r"<script>(.*?)</script>", page, re.DOTALL)
+    script = found.group(1) if found else ""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

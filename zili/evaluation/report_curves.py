@@ -1,0 +1,85 @@
+"""Which curves a report shows, from the records of a run."""
+
+from __future__ import annotations
+
+import math
+from html import escape
+from statistics import median
+
+from zili.evaluation.charts import Chart, Level, Line, Point, drawn, rising_ceiling, smoothed
+from zili.evaluation.figures import compact
+from zili.evaluation.run_record import Record, RunRecord, number
+
+
+def charts(run: RunRecord) -> str:
+    """The section of charts; "" when nothing was recorded."""
+    made = [drawn(c) for c in (_loss(run), _bits(run), _learning_rate(run), _gradient(run), _speed(run))]
+    made = [figure for figure in made if figure]
+    if not made:
+        return ""
+    return (
+        "<section><h2>Training</h2>"
+        f'<p class="lead">{escape(_lead(run))}</p>'
+        f'<div class="charts">{"".join(made)}</div></section>'
+    )
+
+
+def series(records: list[Record], key: str) -> list[Point]:
+    """`(step, value)` of every record that has `key`; a value that is no finite number is NaN, a gap."""
+    found = [(float(r["step"]), number(r, key)) for r in records if key in r]
+    return [(step, math.nan if value is None else value) for step, value in found]
+
+
+def compressor_levels(run: RunRecord) -> list[Level]:
+    """The reference compressors of the summary, in its order."""
+    listed = run.summary.get("compressors")
+    entries = [c for c in listed if isinstance(c, dict)] if isinstance(listed, list) else []
+    values = [(str(c.get("name", "compressor")), number(c, "bits_per_byte")) for c in entries]
+    return [Level(name, value) for name, value in values if value is not None]
+
+
+def _lead(run: RunRecord) -> str:
+    tokens = number(run.train[-1], "tokens") if run.train else None
+    read = f", {compact(tokens)} tokens" if tokens else ""
+    return f"{run.last_step:,} steps{read}. Point at a chart for the values of a step."
+
+
+def _loss(run: RunRecord) -> Chart:
+    raw = series(run.train, "loss")
+    window = max(3, len(raw) // 25)
+    lines = [Line("each step", raw, "raw")]
+    if len(raw) >= 8:
+        lines.append(Line(f"mean of {window} records", smoothed(raw, window), "main"))
+    evaluated = series(run.evals, "loss")
+    if evaluated:
+        lines.append(Line("held-out text", evaluated, "evaluated"))
+    ceiling = rising_ceiling(raw)
+    above = max((y for _, y in raw if math.isfinite(y)), default=0.0)
+    caption = "Cross entropy in nats a token; lower is better."
+    if ceiling is not None:
+        caption += f" It began at {compact(above)}, above the chart."
+    return Chart("Loss", caption, lines, ceiling=ceiling, wide=True, identity="loss")
+
+
+def _bits(run: RunRecord) -> Chart:
+    caption = "On held-out text, next to what compressors need for it; lower is better."
+    lines = [Line("model", series(run.evals, "bits_per_byte"), "evaluated")]
+    return Chart("Bits per byte", caption, lines, compressor_levels(run), identity="bits")
+
+
+def _learning_rate(run: RunRecord) -> Chart:
+    lines = [Line("learning rate", series(run.train, "learning_rate"))]
+    return Chart("Learning rate", "As the schedule sets it.", lines, from_zero=True, identity="rate")
+
+
+def _gradient(run: RunRecord) -> Chart:
+    lines = [Line("gradient norm", series(run.train, "gradient_norm"))]
+    caption = "Global norm before clipping. Lasting growth or tall spikes warn of divergence."
+    return Chart("Gradient norm", caption, lines, logarithmic=True, identity="gradient")
+
+
+def _speed(run: RunRecord) -> Chart:
+    points = series(run.train, "tokens_per_second")
+    finite = [y for _, y in points if math.isfinite(y)]
+    caption = f"Tokens a second; the median is {compact(median(finite))}." if finite else ""
+    return Chart("Throughput", caption, [Line("tokens/s", points)], from_zero=True, identity="speed")

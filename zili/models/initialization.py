@@ -1,0 +1,35 @@
+"""First values of the weights: a pure function of seed, name and shape."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from zili.config.model import ModelConfig
+
+_RESIDUAL_OUTPUTS = ("attention.output.weight", "feed_forward.down.weight")
+
+
+def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
+    """First value of the parameter `name`, fp32 on the CPU, the same for every layout, device and build
+    order.
+
+    Norms are ones, biases zeros, matrices N(0, init_std); the two matrices that write into the residual
+    stream are scaled by 1/sqrt(2 * layers) (GPT-2, Radford et al. 2019, section 2.3; Megatron-LM
+    `scaled_init_method_normal`).
+    """
+    if name.endswith("norm.weight"):
+        return torch.ones(shape, device="cpu")
+    if name.endswith(".bias"):
+        return torch.zeros(shape, device="cpu")
+    std = config.init_std
+    if name.endswith(_RESIDUAL_OUTPUTS):
+        std /= (2 * config.layers) ** 0.5
+    return torch.empty(shape, device="cpu").normal_(0.0, std, generator=_generator(name, seed))
+
+
+def _generator(name: str, seed: int) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)

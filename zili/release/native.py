@@ -1,0 +1,94 @@
+"""Zili's own model folder: weights under Zili's names beside a `model.json`.
+
+`model.json` holds `format` and `version`, `model` (the ModelConfig), `source` (where the weights came from,
+so that an export can give back what the decoder does not model: layout, variant and the original config.json,
+or null) and `files` (sha256 of each weight file). A run or checkpoint folder may hold a `model.json` too,
+without weights: then only its `source` is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from zili.config.model import ModelConfig
+from zili.errors import CheckpointError
+from zili.models.arithmetic import parameter_shapes
+from zili.release.folder import read_json, write_json
+from zili.release.layout import PublishedConfig, Variant
+from zili.release.mapping import check_tensors
+from zili.release.tensors import Tensors, open_tensors, write_tensors
+
+MODEL_FILE = "model.json"
+_FORMAT, _VERSION = "zili-model", 1
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The published folder some weights came from."""
+
+    layout: str
+    variant: Variant
+    config: dict[str, Any]
+    """Its config.json, whole."""
+
+
+def is_native(folder: Path) -> bool:
+    """Whether `folder` is a Zili model folder, weights included."""
+    weights = ("model.safetensors", "model.safetensors.index.json")
+    return (folder / MODEL_FILE).is_file() and any((folder / name).is_file() for name in weights)
+
+
+def write_model_file(folder: Path, config: ModelConfig, origin: Origin | None, weights: list[str]) -> None:
+    """`model.json`, with the sha256 of each of the `weights` files in `folder`."""
+    content = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "model": config.model_dump(),
+        "source": asdict(origin) if origin else None,
+        "files": {name: _sha256(folder / name) for name in weights},
+    }
+    write_json(folder / MODEL_FILE, content)
+
+
+def write_native(
+    folder: Path, config: ModelConfig, origin: Origin | None, tensors: Tensors, max_shard_bytes: int
+) -> None:
+    """Weights and `model.json` into an existing folder."""
+    write_model_file(folder, config, origin, write_tensors(tensors, folder, max_shard_bytes))
+
+
+def read_model_file(folder: Path) -> tuple[ModelConfig, Origin | None, dict[str, str]]:
+    """Config, origin and file checksums of `model.json`; CheckpointError where it is not one of ours."""
+    path = folder / MODEL_FILE
+    content = read_json(path)
+    if content.get("format") != _FORMAT or content.get("version") != _VERSION:
+        raise CheckpointError(
+            f"{path}: format {content.get('format')!r} version {content.get('version')!r}; this Zili reads "
+            f"{_FORMAT!r} version {_VERSION}"
+        )
+    source = content.get("source")
+    origin = Origin(source["layout"], Variant(**source["variant"]), source["config"]) if source else None
+    return PublishedConfig(path, content).model(content.get("model") or {}), origin, content.get("files", {})
+
+
+def read_native(folder: Path) -> tuple[ModelConfig, Origin | None, Tensors]:
+    """A Zili model folder, its checksums and its tensors' names and shapes verified."""
+    config, origin, files = read_model_file(folder)
+    for name, expected in files.items():
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name} is missing; import the model again")
+        if _sha256(folder / name) != expected:
+            raise CheckpointError(
+                f"{folder / name} is not the file that was written (sha256); import the model again"
+            )
+    tensors = open_tensors(folder)
+    check_tensors(tensors.describe(), parameter_shapes(config), folder)
+    return config, origin, tensors
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

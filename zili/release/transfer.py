@@ -1,0 +1,208 @@
+"""Opening any model folder, and carrying models between Hugging Face's form and Zili's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zili.config.model import ModelConfig
+from zili.errors import CheckpointError, ConfigError
+from zili.models.decoder import Decoder
+from zili.release.folder import copy_companions, read_json, whole_folder, write_json
+from zili.release.layout import Layout, PublishedConfig, Variant, recognise
+from zili.release.llama import Llama
+from zili.release.mapping import ImportedTensors, PublishedTensors, check_tensors
+from zili.release.native import MODEL_FILE, Origin, is_native, read_model_file, read_native, write_native
+from zili.release.telechat2 import TeleChat2
+from zili.release.telechat52 import TeleChat52
+from zili.release.tensors import (
+    DEFAULT_SHARD_BYTES,
+    CastTensors,
+    HeldTensors,
+    Tensors,
+    open_tensors,
+    write_tensors,
+)
+
+LAYOUTS: tuple[Layout, ...] = (TeleChat2(), Llama(), TeleChat52())
+"""In the order `export_model` tries them for a model that was never published."""
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model whose weights are still on disk, or held by a restored checkpoint."""
+
+    config: ModelConfig
+    tensors: Tensors
+    """Under Zili's names."""
+    origin: Origin | None
+    companions: Path
+    """Folder of the tokenizer and its like."""
+
+
+def load(
+    path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> Decoder:
+    """The decoder in a Hugging Face folder, a Zili model folder, or a Zili checkpoint or run; in eval mode.
+
+    Weights are read one at a time and converted to `dtype` whatever they are stored in.
+
+    Raises:
+        CheckpointError: nothing there, damaged, incomplete, or an architecture not supported.
+    """
+    folder = Path(path)
+    if not _is_published(folder) and not is_native(folder):
+        return _restore(folder).to(device=device, dtype=dtype).eval()
+    model = open_model(folder)
+    with torch.device("meta"):
+        decoder = Decoder(model.config)
+    decoder.to(dtype=dtype).to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            parameter.copy_(model.tensors.read(name))
+    return decoder.eval()
+
+
+def import_model(
+    source: str | Path,
+    target: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> OpenModel:
+    """Write a Hugging Face folder's model as a Zili model folder; `dtype` None keeps each tensor's own.
+
+    Raises:
+        CheckpointError: as `load`, or `target` exists. Nothing half-written is left.
+    """
+    source, target = Path(source), Path(target)
+    if not _is_published(source):
+        raise CheckpointError(f"{source} is not a Hugging Face model folder: it has no config.json")
+    model = open_published(source)
+    tensors = model.tensors if dtype is None else CastTensors(model.tensors, dtype)
+    with whole_folder(target) as aside:
+        write_native(aside, model.config, model.origin, tensors, max_shard_bytes)
+        copy_companions(model.companions, aside)
+    return model
+
+
+def export_model(
+    source: str | Path,
+    target: str | Path,
+    *,
+    layout: str = "auto",
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> str:
+    """Write any model `load` takes as a Hugging Face folder of safetensors; returns the layout's name.
+
+    "auto" takes the layout the weights came in, else the first that can hold the model. A model exported in
+    its own layout gets its original config.json back, with what has changed since put in.
+
+    Raises:
+        CheckpointError: as `load`, `target` exists, or the layout cannot hold the model.
+        ConfigError: no layout of that name.
+    """
+    model = open_model(Path(source))
+    chosen = _choose_layout(layout, model)
+    own = model.origin is not None and model.origin.layout == chosen.name
+    variant = model.origin.variant if own and model.origin else Variant(chosen.prefix)
+    tensors = model.tensors if dtype is None else CastTensors(model.tensors, dtype)
+    published = PublishedTensors(tensors, chosen.rules(model.config, variant))
+    config = _published_config(model, chosen, variant)
+    stored = str(published.describe()[variant.prefix + chosen.embedding].dtype).removeprefix("torch.")
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    with whole_folder(Path(target)) as aside:
+        write_json(aside / "config.json", {**config, key: stored})
+        write_tensors(published, aside, max_shard_bytes)
+        copy_companions(model.companions, aside)
+    return chosen.name
+
+
+def open_model(folder: Path) -> OpenModel:
+    """Any folder `load` takes, as names, shapes and a way to read them."""
+    if is_native(folder):
+        config, origin, tensors = read_native(folder)
+        return OpenModel(config, tensors, origin, folder)
+    if _is_published(folder):
+        return open_published(folder)
+    decoder = _restore(folder)
+    around = [place for place in (folder, *folder.resolve().parents[:2]) if (place / MODEL_FILE).is_file()]
+    origin = read_model_file(around[0])[1] if around else None
+    return OpenModel(decoder.config, HeldTensors(decoder.state_dict()), origin, _tokenizer_folder(folder))
+
+
+def open_published(folder: Path) -> OpenModel:
+    """A Hugging Face folder, its layout recognised and its tensors' names and shapes checked."""
+    config = PublishedConfig(folder / "config.json", read_json(folder / "config.json"))
+    published = open_tensors(folder)
+    described = published.describe()
+    layout = recognise(LAYOUTS, config, set(described))
+    names = {name for name in described if not layout.ignored.search(name)}
+    model = layout.read_config(config, names)
+    variant = layout.find_variant(model, names)
+    check_tensors({name: described[name] for name in names}, layout.published_shapes(model, variant), folder)
+    if variant.repeats_head:
+        _check_repeated_head(published, variant.prefix + layout.embedding, config.path)
+    tensors = ImportedTensors(published, layout.rules(model, variant))
+    return OpenModel(model, tensors, Origin(layout.name, variant, config.values), folder)
+
+
+def _check_repeated_head(published: Tensors, embedding: str, config: Path) -> None:
+    if not torch.equal(published.read(embedding), published.read("lm_head.weight")):
+        raise CheckpointError(
+            f"{config} ties the head to the embedding, yet lm_head.weight is not {embedding}; if the head is "
+            "its own, set tie_word_embeddings to false"
+        )
+
+
+def _choose_layout(name: str, model: OpenModel) -> Layout:
+    by_name = {layout.name: layout for layout in LAYOUTS}
+    if name != "auto":
+        if name not in by_name:
+            raise ConfigError(f"there is no layout {name!r}; choose auto, {', '.join(by_name)}")
+        losses = by_name[name].losses(model.config)
+        if losses:
+            raise CheckpointError(
+                f"the {name} layout cannot hold this model: {'; '.join(losses)}; try --as auto"
+            )
+        return by_name[name]
+    first = by_name[model.origin.layout] if model.origin else LAYOUTS[0]
+    for layout in (first, *LAYOUTS):
+        if not layout.losses(model.config):
+            return layout
+    reasons = "; ".join(f"{layout.name}: {layout.losses(model.config)[0]}" for layout in LAYOUTS)
+    raise CheckpointError(f"no published layout can hold this model ({reasons})")
+
+
+def _published_config(model: OpenModel, layout: Layout, variant: Variant) -> dict[str, Any]:
+    """The original config.json where there is one, with the keys of what has changed since."""
+    if model.origin is None or model.origin.layout != layout.name:
+        return layout.write_config(model.config)
+    original = model.origin.config
+    names = set(layout.published_shapes(model.config, variant))
+    if layout.read_config(PublishedConfig(Path("config.json"), original), names) == model.config:
+        return original
+    return {**original, **layout.write_config(model.config)}
+
+
+def _is_published(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def _restore(folder: Path) -> Decoder:
+    """The decoder of a Zili checkpoint or run folder."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; give a model, checkpoint or run folder")
+    # Late: reading a published model needs no trainer.
+    from zili.training.checkpoints import load_model
+
+    return load_model(folder)
+
+
+def _tokenizer_folder(folder: Path) -> Path:
+    places = (folder, *folder.resolve().parents[:2])
+    return next((place for place in places if any(place.glob("tokenizer*"))), folder)

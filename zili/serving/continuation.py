@@ -1,0 +1,68 @@
+"""A prompt's continuation as text: what `zili sample` prints and a run's report shows."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from zili.data.tokenizer import Tokenizer
+from zili.serving.generation import DEFAULT_SAMPLING, CausalModel, Sampling, StopReason, generate
+from zili.serving.text_stream import stream_text
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One continuation, with what is needed to draw it again."""
+
+    prompt: str
+    text: str
+    temperature: float
+    seed: int
+    ended: StopReason
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def continue_text(
+    model: CausalModel,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = DEFAULT_SAMPLING,
+) -> Generator[str, None, StopReason]:
+    """Stream the text that follows `prompt` at the start of a document, up to the end-of-text token.
+
+    The prompt stands after an end-of-text token, as every document of the training text but the first does.
+
+    Raises: ConfigError and CheckpointError as `zili.serving.generation.generate`.
+    """
+    tokens = generate(
+        model,
+        [tokenizer.end_id, *tokenizer.encode(prompt).tolist()],
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop_ids={tokenizer.end_id},
+        vocabulary=tokenizer.vocab_size,
+    )
+    return stream_text(tokenizer, tokens)
+
+
+def sample_text(
+    model: CausalModel,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = DEFAULT_SAMPLING,
+) -> Sample:
+    """The whole continuation at once."""
+    pieces = continue_text(model, tokenizer, prompt, max_new_tokens=max_new_tokens, sampling=sampling)
+    text: list[str] = []
+    while True:
+        try:
+            text.append(next(pieces))
+        except StopIteration as end:
+            return Sample(prompt, "".join(text), sampling.temperature, sampling.seed, end.value)

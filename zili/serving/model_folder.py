@@ -1,0 +1,86 @@
+"""Opening a model with its tokenizer, whatever kind of folder it lies in."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import zili
+from zili.data.tokenizer import Tokenizer
+from zili.errors import CheckpointError, DataError
+from zili.models.decoder import Decoder
+
+LONGEST_DEFAULT = 2048
+"""Tokens of an evaluation window where no recipe tells the training length."""
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model ready to use, in eval mode."""
+
+    model: Decoder
+    tokenizer: Tokenizer
+    training_length: int
+    """Tokens a sample in training had, or what can be assumed."""
+    conversational: bool
+    """Whether it may have learned to answer: false for a run of ours, which has read plain text only."""
+
+
+def open_folder(path: Path, *, device: str | torch.device = "cpu") -> OpenedModel:
+    """A run, a checkpoint of it, a Zili model folder or a Hugging Face folder, with its tokenizer.
+
+    Raises:
+        CheckpointError: no model there, or a tokenizer that knows more tokens than the model.
+        DataError: no tokenizer.
+    """
+    tokenizer = Tokenizer.from_folder(tokenizer_folder(path))
+    model = zili.load(path, device=device)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise CheckpointError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}; "
+            "they do not belong together"
+        )
+    recipe = next((p / "recipe.toml" for p in _around(path) if (p / "recipe.toml").is_file()), None)
+    length = _recipe_length(recipe) if recipe else None
+    return OpenedModel(
+        model,
+        tokenizer,
+        training_length=length or min(model.config.max_length, LONGEST_DEFAULT),
+        conversational=recipe is None,
+    )
+
+
+def tokenizer_folder(path: Path) -> Path:
+    """Where the tokenizer of a model is: in its folder, or for a checkpoint in the run's.
+
+    Raises: DataError naming the places looked at.
+    """
+    places = [place for folder in _around(path) for place in (folder, folder / "tokenizer")]
+    for place in places:
+        if (place / "tokenizer.json").is_file():
+            return place
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; give a run, checkpoint or model folder")
+    raise DataError(
+        f"{path} has no tokenizer: there is no tokenizer.json in it or in the run around it; "
+        "put the one it was trained with there"
+    )
+
+
+def _around(path: Path) -> list[Path]:
+    """The folder and, as a checkpoint is `RUN/checkpoints/step-...`, the two above it."""
+    whole = path.resolve()
+    above = [whole.parent, whole.parent.parent] if (whole / "run.json").is_file() else []
+    above += [whole.parent] if whole.name == "checkpoints" else []
+    return [path, *above]
+
+
+def _recipe_length(recipe: Path) -> int | None:
+    try:
+        training = tomllib.loads(recipe.read_text(encoding="utf-8")).get("training", {})
+        return int(training["sequence_length"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None

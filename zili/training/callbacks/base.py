@@ -1,0 +1,52 @@
+"""What a callback is: one concern of a run, told of its events."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from zili.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step, as it is logged."""
+
+    step: int
+    """Steps done, this one included."""
+    tokens: int
+    """Tokens consumed since the beginning of the run."""
+    loss: float
+    """Mean cross entropy over the step's targets, nats a token."""
+    learning_rate: float
+    gradient_norm: float
+    """Before clipping."""
+    step_seconds: float
+    data_seconds: float
+    """Of the step, what was spent waiting for data."""
+    tokens_per_second: float
+    matmul_share: float
+    """Model FLOP/s over the matmul peak measured at start."""
+
+
+class Callback:
+    """Does nothing; override what is needed. Called in the order given to the trainer."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Before the first step, everything built and restored."""
+
+    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        """After a step whose record was taken (`logging.every`)."""
+
+    def on_checkpoint(self, trainer: Trainer) -> None:
+        """After a checkpoint was written."""
+
+    def after_step(self, trainer: Trainer) -> None:
+        """After every step, logged or not."""
+
+    def on_note(self, text: str) -> None:
+        """Something the user should know: one line."""
+
+    def on_end(self, trainer: Trainer) -> None:
+        """After the last step, or when interrupted: the last checkpoint is written."""

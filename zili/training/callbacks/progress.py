@@ -1,0 +1,71 @@
+"""The live line on the terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from zili.training.callbacks.base import Callback, StepRecord
+
+if TYPE_CHECKING:
+    from zili.training.trainer import Trainer
+
+_PLAIN_LINES = 20
+
+
+class ProgressDisplay(Callback):
+    """Loss, tokens a second, share of the matmul peak and time left.
+
+    A bar on a terminal; elsewhere (a file, a cluster's log) about twenty plain lines over the run.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self._progress: Progress | None = None
+        self._evaluated = ""
+
+    def on_start(self, trainer: Trainer) -> None:
+        if not self.console.is_terminal:
+            return
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            console=self.console,
+            expand=True,
+        )
+        self._task = self._progress.add_task(
+            "training", total=trainer.config.training.steps, completed=trainer.step, figures="the first step compiles"
+        )
+        self._progress.start()
+
+    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        figures = (
+            f"loss {record.loss:.3f}{self._evaluated}  {record.tokens_per_second:,.0f} tokens/s  "
+            f"{record.matmul_share:.0%} of matmul peak"
+        )
+        if self._progress is not None:
+            self._progress.update(self._task, completed=record.step, figures=figures)
+            return
+        steps = trainer.config.training.steps
+        if record.step % max(1, steps // _PLAIN_LINES) == 0 or record.step == steps:
+            self.console.print(f"step {record.step}/{steps}  {figures}", highlight=False)
+
+    def on_evaluation(self, step: int, values: dict[str, float]) -> None:
+        self._evaluated = f"  {values['bits_per_byte']:.3f} bits/byte"
+
+    def on_note(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False)
+
+    def on_end(self, trainer: Trainer) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the terminal as it was, also when the run ended by an error."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None

@@ -1,0 +1,308 @@
+"""Checkpoints: written aside and renamed, every byte hashed, nothing in them that a reader must unpickle.
+
+A checkpoint is a folder `step-00000120/`:
+
+- `shard-*.safetensors`: weights (`model.*`), optimizer state (`optimizer.*`) and generator states (`rng.*`), written
+  by torch.distributed.checkpoint through its safetensors storage, whose plans let any other layout read them.
+- `run.json`: step, data position, configuration, versions, chosen operations.
+- `SHA256SUMS`: one line a file, as `sha256sum -c` reads it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.optim import Optimizer
+
+from zili.config import ModelConfig
+from zili.errors import CheckpointError
+from zili.models.decoder import Decoder
+
+RUN_FILE = "run.json"
+SUMS_FILE = "SHA256SUMS"
+FORMAT = 1
+_STEP_FOLDER = re.compile(r"step-(\d{8})")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What `run.json` holds: where the run stands and what it is."""
+
+    step: int
+    """Optimizer steps done."""
+    samples: int
+    """Global count of samples consumed: the whole data position."""
+    config: dict[str, Any]
+    data_fingerprint: str
+    operations: dict[str, str] = field(default_factory=dict)
+    """Version of each operation by name; a resumed run keeps them, so that its numbers stay the same bits."""
+    versions: dict[str, str] = field(default_factory=dict)
+    format: int = FORMAT
+
+
+def save(
+    folder: Path,
+    state: RunState,
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    rng: dict[str, Tensor],
+    *,
+    keep: int,
+) -> Path:
+    """Write `folder/step-XXXXXXXX`, then drop all but the newest `keep`. Returns its path.
+
+    Raises:
+        CheckpointError: the disk refused; nothing half-written is left.
+    """
+    target = folder / f"step-{state.step:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=folder))
+    try:
+        tensors = {**_model_tensors(model), **_optimizer_tensors(model, optimizers)}
+        tensors.update({f"rng.{name}": value for name, value in rng.items()})
+        writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
+        dcp.save(tensors, storage_writer=writer, no_dist=True)
+        (aside / RUN_FILE).write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
+        _write_sums(aside)
+        if target.exists():  # left by a run that was resumed from an older checkpoint
+            shutil.rmtree(target)
+        aside.rename(target)
+        _sync(folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write the checkpoint {target}: {error}; free some space or choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders in `folder`, oldest first."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(entry for entry in found if _STEP_FOLDER.fullmatch(entry.name))
+
+
+def newest_sound(folder: Path, report: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose hashes hold; each damaged one is named through `report` and passed over.
+
+    Raises:
+        CheckpointError: there are checkpoints and none of them is sound.
+    """
+    checkpoints = list_checkpoints(folder)
+    for path in reversed(checkpoints):
+        try:
+            verify(path)
+        except CheckpointError as error:
+            report(f"passing over a damaged checkpoint: {error}")
+        else:
+            return path
+    if checkpoints:
+        raise CheckpointError(
+            f"all {len(checkpoints)} checkpoints in {folder} are damaged; start the run in a new folder"
+        )
+    return None
+
+
+def verify(path: Path) -> None:
+    """Hash every file again.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or changed; the message names it.
+    """
+    try:
+        lines = (path / SUMS_FILE).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path / SUMS_FILE} cannot be read: {error}") from error
+    for line in lines:
+        expected, _, name = line.partition("  ")
+        try:
+            found = _sha256(path / name)
+        except OSError as error:
+            raise CheckpointError(f"{path / name} cannot be read: {error}") from error
+        if found != expected:
+            raise CheckpointError(f"{path / name} is damaged: sha256 {found[:12]}..., expected {expected[:12]}...")
+
+
+def read_state(path: Path) -> RunState:
+    """`run.json` of one checkpoint.
+
+    Raises:
+        CheckpointError: missing, broken, or of a format this version does not know.
+    """
+    try:
+        raw = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
+        if raw.get("format") != FORMAT:
+            raise CheckpointError(f"{path} has format {raw.get('format')!r}; this version reads {FORMAT}")
+        return RunState(**raw)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path / RUN_FILE} cannot be read: {error}") from error
+
+
+def restore(path: Path, model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
+    """Fill weights and optimizer state in place; returns the generator states by name.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model or optimizer.
+    """
+    metadata = _metadata(path)
+    tensors = _model_tensors(model)
+    _check_same_keys(path, {key for key in metadata if key.startswith("model.")}, set(tensors))
+    states = _empty_optimizer_state(path, model, optimizers, metadata)
+    tensors.update({key: tensor for key, (_, _, tensor) in states.items()})
+    rng = {key: torch.empty(entry.size, dtype=torch.uint8) for key, entry in metadata.items() if key.startswith("rng.")}
+    _read(path, {**tensors, **rng}, metadata)
+    for key, (optimizer, parameter, tensor) in states.items():
+        name = key.rpartition(".")[2]
+        optimizer.state[parameter][name] = tensor.reshape(()) if name == "step" else tensor
+    return {key.removeprefix("rng."): value for key, value in rng.items()}
+
+
+def load_model(path: Path) -> Decoder:
+    """The decoder of a checkpoint, in eval mode on the CPU. `path`: a checkpoint, or a run folder holding some.
+
+    Raises:
+        CheckpointError: no sound checkpoint there.
+    """
+    found = find_checkpoint(path)
+    if found is None:
+        raise CheckpointError(f"{path} holds no checkpoint; give a run folder or a step-... folder")
+    config = ModelConfig.model_validate(read_state(found).config["model"])
+    with torch.device("meta"):
+        model = Decoder(config)
+    model.to_empty(device="cpu")
+    tensors, metadata = _model_tensors(model), _metadata(found)
+    _check_same_keys(found, {key for key in metadata if key.startswith("model.")}, set(tensors))
+    _read(found, tensors, metadata)
+    return model.eval()
+
+
+def find_checkpoint(path: Path) -> Path | None:
+    """`path` itself when it is a checkpoint, else the newest sound one below it."""
+    if (path / RUN_FILE).is_file():
+        verify(path)
+        return path
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    damaged: list[str] = []
+    found = newest_sound(folder, damaged.append)
+    for line in damaged:
+        print(line)
+    return found
+
+
+def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    # Parameters by identity: a tied head is the embedding, named once.
+    return {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def _optimizer_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
+    """Optimizer state by parameter name. Step counts become `[1]`: a safetensors slice needs a dimension."""
+    return {
+        f"optimizer.{name}.{key}": value.reshape(1) if value.ndim == 0 else value
+        for name, parameter, optimizer in _owners(model, optimizers)
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _empty_optimizer_state(
+    path: Path, model: nn.Module, optimizers: list[Optimizer], metadata: dict[str, Any]
+) -> dict[str, tuple[Optimizer, nn.Parameter, Tensor]]:
+    """Room for every `optimizer.*` tensor of the checkpoint, shaped and placed like the parameter it belongs to."""
+    owners = {name: (optimizer, parameter) for name, parameter, optimizer in _owners(model, optimizers)}
+    states = {}
+    for key, entry in metadata.items():
+        if not key.startswith("optimizer."):
+            continue
+        name, _, state_name = key.removeprefix("optimizer.").rpartition(".")
+        if name not in owners:
+            raise CheckpointError(f"{path} holds optimizer state of {name}, which this run does not train")
+        optimizer, parameter = owners[name]
+        whole = entry.size == parameter.shape and state_name != "step"
+        room = torch.empty_like(parameter) if whole else torch.empty(entry.size)
+        states[key] = (optimizer, parameter, room.detach())
+    _check_state_kinds(path, states, optimizers)
+    return states
+
+
+def _check_state_kinds(path: Path, states: dict[str, Any], optimizers: list[Optimizer]) -> None:
+    """Refuse Muon's state for AdamW and the reverse: momentum under another name would be silently lost."""
+    wanted = {type(optimizer).__name__: optimizer for optimizer in optimizers}
+    for key, (optimizer, _, _) in states.items():
+        muon_state = key.endswith(".momentum_buffer")
+        if muon_state != (type(optimizer).__name__ == "Muon"):
+            raise CheckpointError(
+                f"{path} was saved with another optimizer ({key}) than this run's {' + '.join(wanted)}; "
+                "resume with the same optimizer.name or start in a new folder"
+            )
+
+
+def _owners(model: nn.Module, optimizers: list[Optimizer]) -> Iterator[tuple[str, nn.Parameter, Optimizer]]:
+    owner = {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in owner:
+            yield name, parameter, owner[id(parameter)]
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    try:
+        return HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _read(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    for key, tensor in tensors.items():
+        if metadata[key].size != tensor.shape:
+            raise CheckpointError(
+                f"{path}: {key} has shape {list(metadata[key].size)}, this model expects {list(tensor.shape)}"
+            )
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+
+
+def _check_same_keys(path: Path, found: set[str], wanted: set[str]) -> None:
+    missing, extra = sorted(wanted - found), sorted(found - wanted)
+    if missing or extra:
+        parts = [
+            f"{len(names)} {what} (first: {names[0]})"
+            for what, names in (("missing", missing), ("unexpected", extra))
+            if names
+        ]
+        raise CheckpointError(f"{path} is of another model: {', '.join(parts)} tensors")
+
+
+def _write_sums(folder: Path) -> None:
+    names = sorted(entry.name for entry in folder.iterdir())
+    sums = "".join(f"{_sha256(folder / name)}  {name}\n" for name in names)
+    (folder / SUMS_FILE).write_text(sums, encoding="utf-8")
+    for name in [*names, SUMS_FILE, "."]:
+        _sync(folder / name)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

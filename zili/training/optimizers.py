@@ -1,0 +1,67 @@
+"""Optimizers: AdamW, or Muon on the matrices inside the blocks with AdamW on the rest."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
+
+from zili.config.run import OptimizerConfig
+
+BASE_RATE = "base_lr"
+"""Key in each parameter group that keeps its peak rate; `lr` is that times the schedule's share."""
+
+
+def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer]:
+    """One AdamW over everything, or a Muon and an AdamW that share the parameters out.
+
+    Muon takes the two-dimensional weights of the blocks; embeddings, head, norms and biases stay with AdamW, as
+    in Jordan's description (2024, "Muon: an optimizer for hidden layers"). Its update is scaled to AdamW's size
+    (`match_rms_adamw`, Liu et al. 2025, "Muon is scalable", eq. 4) so that both share learning rate and decay.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    hidden = [p for name, p in named if p.ndim == 2 and name.startswith("layers.")]
+    optimizers: list[Optimizer] = []
+    if config.name == "muon":
+        optimizers.append(
+            Muon(
+                hidden,
+                lr=config.learning_rate,
+                weight_decay=config.weight_decay,
+                momentum=config.momentum,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+        taken = {id(p) for p in hidden}
+        named = [(name, p) for name, p in named if id(p) not in taken]
+    optimizers.append(_adamw([p for _, p in named], config))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group[BASE_RATE] = group["lr"]
+    return optimizers
+
+
+def set_learning_rate(optimizers: list[Optimizer], share: float) -> None:
+    """Set every group's rate to `share` of its peak."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group[BASE_RATE] * share
+
+
+def _adamw(parameters: list[nn.Parameter], config: OptimizerConfig) -> AdamW:
+    matrices = [p for p in parameters if p.ndim >= 2]
+    vectors = [p for p in parameters if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+        fused=_fused_everywhere(parameters),
+    )
+
+
+def _fused_everywhere(parameters: list[nn.Parameter]) -> bool:
+    # The list that torch itself keeps of devices with a fused kernel; a device without one takes the foreach loop.
+    supported = torch.utils._foreach_utils._get_fused_kernels_supported_devices()
+    return all(p.device.type in supported and p.is_floating_point() for p in parameters)

@@ -1,0 +1,125 @@
+"""From a validated recipe to a run that can start: everything left to "auto" is chosen here, with its reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from zili import chips
+from zili.chips.device import Device
+from zili.chips.host_memory import available_bytes
+from zili.config import Choice, RunConfig
+from zili.config.run import ChipConfig, Precision
+from zili.errors import ChipError, ConfigError
+from zili.models.arithmetic import training_state_bytes
+
+_GIB = 2**30
+_ON_WISH = '; fp32 is the reference all chips are compared with, set chip.precision = "bf16" to use them'
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A configuration with nothing left to choose, the device it runs on, and the reason of each choice."""
+
+    config: RunConfig
+    device: Device
+    choices: tuple[Choice, ...]
+
+
+def set_up(config: RunConfig, *, kept_operations: dict[str, str] | None = None) -> Setup:
+    """Activate the chip and resolve the configuration on it. Imports torch, after the environment is set.
+
+    Args:
+        kept_operations: versions of operations that a run to be resumed was using; they are taken again.
+    Raises:
+        ChipError: the chip is not here or lacks what the recipe asks for.
+        ConfigError: the run cannot fit into memory.
+    """
+    selection = chips.choose(config.chip.name)
+    activation = chips.activate(selection.backend)
+
+    import torch
+
+    from zili import ops
+
+    device = Device(activation)
+    if config.chip.threads:
+        torch.set_num_threads(config.chip.threads)
+    choices = [Choice("chip.name", device.backend.name, selection.reason)]
+    choices += [Choice(f"environment.{setting.name}", setting.value, setting.reason) for setting in activation.applied]
+    precision, why_precision = _precision(config.chip, device)
+    compiled, why_compiled = _compile(config.chip, device)
+    micro, why_micro = _micro_batch(config, device)
+    choices += [
+        Choice("chip.precision", precision, why_precision),
+        Choice("chip.compile", str(compiled).lower(), why_compiled),
+        Choice("training.micro_batch", str(micro), why_micro),
+    ]
+    asked = {**(kept_operations or {}), **config.chip.operations}
+    choices += [
+        Choice(f"chip.operations.{name}", version, reason)
+        for name, version, reason in ops.choose(device.type, precision, asked)
+    ]
+    chip = config.chip.model_copy(update={"name": device.backend.name, "precision": precision, "compile": compiled})
+    training = config.training.model_copy(update={"micro_batch": micro})
+    return Setup(config.model_copy(update={"chip": chip, "training": training}), device, tuple(choices))
+
+
+def _precision(chip: ChipConfig, device: Device) -> tuple[Precision, str]:
+    bf16 = device.capability("bf16")
+    if chip.precision == "auto":
+        # The CPU is where losses are compared: there bf16 is a wish, elsewhere it is what the chip is for.
+        wanted = bf16.value and device.type != "cpu"
+        return ("bf16" if wanted else "fp32"), f"{bf16.reason}{'' if wanted or not bf16.value else _ON_WISH}"
+    if chip.precision == "bf16" and not bf16.value and device.type != "cpu":
+        raise ChipError(f'{device.name()} has no bf16 ({bf16.reason}); set chip.precision = "fp32"')
+    return chip.precision, "asked for"
+
+
+def _compile(chip: ChipConfig, device: Device) -> tuple[bool, str]:
+    if chip.compile != "auto":
+        return chip.compile, "asked for"
+    can = device.capability("compile")
+    return can.value, can.reason if can.value else f"{can.reason}; blocks run eagerly"
+
+
+def _micro_batch(config: RunConfig, device: Device) -> tuple[int, str]:
+    """The largest divisor of the global batch that fits, or a refusal when not even one sample does."""
+    state = training_state_bytes(config.model, optimizer=config.optimizer.name).total
+    sample = activation_bytes(config)
+    room = _free_bytes(device)
+    asked = config.training.micro_batch
+    smallest = 1 if asked == "auto" else asked
+    if room is not None and state + smallest * sample > room:
+        raise ConfigError(
+            f"this run needs about {(state + smallest * sample) / _GIB:.1f} GiB ({state / _GIB:.1f} for weights, "
+            f"gradients and optimizer, {smallest * sample / _GIB:.1f} for {smallest} samples of "
+            f"{config.training.sequence_length} tokens) and {device.name()} has {room / _GIB:.1f} GiB free; "
+            'take a smaller model, a shorter sequence, a smaller micro_batch or training.recompute = "full"'
+        )
+    if asked != "auto":
+        return asked, "asked for"
+    batch = config.training.global_batch
+    fitting = batch if room is None else min(batch, int((room - state) // sample))
+    micro = max(size for size in range(1, fitting + 1) if batch % size == 0)
+    free = "unknown free memory" if room is None else f"{room / _GIB:.1f} GiB free"
+    return micro, f"about {(state + micro * sample) / _GIB:.1f} GiB of {free}"
+
+
+def _free_bytes(device: Device) -> int | None:
+    memory = device.memory()
+    return available_bytes() if memory is None else memory["free"]
+
+
+def activation_bytes(config: RunConfig) -> int:
+    """Estimate of what one sample keeps for the backward pass, bytes.
+
+    Per token and block, in fp32: the inputs of both norms and their outputs (4 D), query, key, value and the
+    attention's output ((2 H + 2 K) d), gate, up and their product (3 F). With recomputation one D, plus one whole
+    block at a time. Logits are made in chunks (`ops.linear_cross_entropy`), so the vocabulary does not appear.
+    """
+    model, tokens = config.model, config.training.sequence_length
+    heads = (2 * model.heads + 2 * model.kv_heads) * model.head_dim
+    block = 4 * model.hidden_size + heads + 3 * model.ffn_hidden_size
+    if config.training.recompute == "full":
+        return 4 * tokens * (model.layers * model.hidden_size + block)
+    return 4 * tokens * model.layers * block
