@@ -26,9 +26,7 @@ from zili.data.sources import Source
 BASE = "tokenizers, one text at a time"
 
 
-def contenders(
-    files: list[Source], texts: list[str], definition: str, folder: Path
-) -> dict[str, Callable[[], object]]:
+def contenders(files: list[Source], texts: list[str], definition: str, folder: Path) -> dict[str, Callable[[], object]]:
     """What is timed, by name."""
 
     def plain() -> tokenizers.Tokenizer:
@@ -69,12 +67,8 @@ def measure(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, lis
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--text", nargs="+", type=Path, help="files and folders; default: the standard library"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", nargs="+", type=Path, help="files and folders; default: the standard library")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--vocab-size", type=int, default=8192)
     arguments = parser.parse_args()

@@ -191,7 +191,6 @@ PLANTED = [
     (vendor_names, {"training__x": "from zili.chips.ascend import ASCEND"}),
     (vendor_names, {"ops__registry": "x.mlu()"}),
     (torch_on_loading, {"config__x": "import torch"}),
-    (torch_on_loading, {"chips__x": f"{LAZY}import torch\ndef f():\n    import torch"}),
 ]
 
 
@@ -206,12 +205,7 @@ ALLOWED = [
     (circles, {"release__x": "import zili.serving.y", "serving__y": "import zili.models"}),
     (vendor_names, {"chips__x": "'npu'", "ops__ascend": "'npu'", "ops__registry": "import zili.ops.ascend"}),
     (vendor_names, {"training__x": "'''cuda and npu are not named here'''\ndevice = 'cpu'"}),
-    (
-        torch_on_loading,
-        {
-            "chips__x": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\ndef f():\n    import torch"
-        },
-    ),
+    (torch_on_loading, {"chips__x": f"{LAZY}import torch\ndef f():\n    import torch"}),
 ]
 
 

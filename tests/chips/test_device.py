@@ -1,4 +1,7 @@
 import dataclasses
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -78,3 +81,58 @@ def test_the_model_at_hand_changes_what_the_backend_says(chip):
     assert not chip.capability("bf16").value
     assert not chip.capability("inf_nan").value
     assert chip.capability("fused_adamw") == find_backend("ascend").capability("fused_adamw")
+
+
+# torch can register a device without kernels from Python: enough for everything here that is not arithmetic.
+PLUGIN = """
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+_setup_privateuseone_for_python_backend("{device}")
+"""
+
+RECORD = """
+from zili.chips import Backend
+BACKEND = Backend(name="acme", device_type="xyz", collectives="xccl", plugin="torch_acme")
+"""
+
+OPEN = """
+from zili.chips import Device, activate, choose, find_backend
+from zili.errors import ChipError
+
+opened = activate(choose("{name}").backend)
+assert str(opened.device) == "{device}:0", opened.device
+assert "{plugin}" in opened.versions
+device = Device(opened)
+device.seed(1)
+assert device.set_rng_state(device.rng_state())
+assert device.memory() is None, "a plugin without an allocator"
+try:
+    activate(find_backend("{other}"))
+except ChipError as error:
+    assert "torch is bound to {device} here; a process holds one accelerator" in str(error), error
+else:
+    raise AssertionError("two accelerators in one process")
+activate(find_backend("cpu"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "plugin", "other"),
+    [
+        ("ascend", "npu", "torch_npu", "cambricon"),
+        ("cambricon", "mlu", "torch_mlu", "ascend"),
+        ("acme", "xyz", "torch_acme", "cambricon"),
+    ],
+)
+def test_a_registered_device_opens_by_its_record_alone(install, name, device, plugin, other):
+    site = install(plugin, PLUGIN.format(device=device), version=torch.__version__.split("+")[0])
+    if name == "acme":
+        install("acme", RECORD, entry_points="[zili.backends]\nacme = acme:BACKEND\n")
+    code = OPEN.format(name=name, device=device, plugin=plugin, other=other)
+    finished = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr

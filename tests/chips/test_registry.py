@@ -41,7 +41,7 @@ def test_the_four_backends(name, device, collectives, plugin):
 
 
 def test_an_unknown_backend_names_the_nearest():
-    with pytest.raises(ChipError, match="'ascent'.*did you mean ascend"):
+    with pytest.raises(ChipError, match=r"'ascent'.*did you mean ascend"):
         find_backend("ascent")
     with pytest.raises(ChipError, match=r"known: .*cambricon.*cpu"):
         find_backend("tpu9000")
@@ -95,7 +95,7 @@ def test_a_package_adds_a_backend(install):
 )
 def test_a_package_that_claims_a_taken_name_is_refused(install, name, device, holder):
     install("acme", ACME.format(name=name, device=device), entry_points=entry("acme", "acme:RECORD"))
-    with pytest.raises(ChipError, match=f"package acme is refused: {holder} .*uninstall or rename"):
+    with pytest.raises(ChipError, match=rf"package acme is refused: {holder} .*uninstall or rename"):
         find_backend(name)
     assert len(registry().backends) == len(NAMES)
 
@@ -105,7 +105,7 @@ def test_two_packages_that_claim_one_device_type(install):
     install("bolt", ACME.format(name="bolt", device="xyz"), entry_points=entry("bolt", "bolt:RECORD"))
     first, second = sorted(("acme", "bolt"), key=lambda name: name in registry().refused)
     assert find_backend(first).device_type == "xyz"
-    with pytest.raises(ChipError, match=f"{first} .xyz. has 'xyz' already"):
+    with pytest.raises(ChipError, match=rf"{first} .xyz. has 'xyz' already"):
         find_backend(second)
 
 

@@ -40,9 +40,7 @@ def test_json_lines(tmp_path: Path, suffix: str) -> None:
     assert documents[-1].source == f"a{suffix}:6"
 
 
-@pytest.mark.parametrize(
-    "kind", [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())]
-)
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())])
 def test_parquet(tmp_path: Path, kind: pa.DataType) -> None:
     path = tmp_path / "a.parquet"
     texts = [*TEXTS, *map(str, range(600))]
@@ -65,9 +63,7 @@ def parquet_bytes(table: pa.Table) -> bytes:
     return buffer.getvalue()
 
 
-BROKEN_UTF8_COLUMN = pa.StringArray.from_buffers(
-    2, pa.py_buffer(b"\0\0\0\0\2\0\0\0\4\0\0\0"), pa.py_buffer(b"okb\xff")
-)
+BROKEN_UTF8_COLUMN = pa.StringArray.from_buffers(2, pa.py_buffer(b"\0\0\0\0\2\0\0\0\4\0\0\0"), pa.py_buffer(b"okb\xff"))
 GOOD = lines(["good"])
 BAD = {
     "utf8.txt": (b"ab\ncd\xff", r"utf8\.txt: line 2, byte 5: broken UTF-8", 0),

@@ -57,14 +57,10 @@ def test_golden_index_bytes(kind: str, code: int) -> None:
 
 
 def test_token_type_follows_megatrons_rule() -> None:
-    assert [token_type(size).name for size in (8192, 65_499, 65_500, 131_072)] == ["uint16"] * 2 + [
-        "int32"
-    ] * 2
+    assert [token_type(size).name for size in (8192, 65_499, 65_500, 131_072)] == ["uint16"] * 2 + ["int32"] * 2
 
 
-def test_an_independent_reader_finds_the_texts(
-    tokenizer: Tokenizer, tmp_path: Path, make_texts: Callable
-) -> None:
+def test_an_independent_reader_finds_the_texts(tokenizer: Tokenizer, tmp_path: Path, make_texts: Callable) -> None:
     texts = make_texts(40, seed=2)
     report = build_store(documents(texts), tokenizer, tmp_path / "s")
     dtype, rows = read_as_megatron(tmp_path / "s")
@@ -192,9 +188,7 @@ def test_an_interrupted_build_leaves_nothing(tokenizer: Tokenizer, tmp_path: Pat
     assert listing() == []
 
 
-def test_an_interrupted_build_leaves_the_old_store(
-    built: Path, tokenizer: Tokenizer, listing: Callable
-) -> None:
+def test_an_interrupted_build_leaves_the_old_store(built: Path, tokenizer: Tokenizer, listing: Callable) -> None:
     with pytest.raises(KeyboardInterrupt):
         build_store(breaking_off(), tokenizer, built)
     assert listing() == ["s.bin", "s.idx", "s.json"]

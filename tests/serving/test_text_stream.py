@@ -30,8 +30,9 @@ def test_pieces_join_to_the_text_and_never_hold_half_a_character(tokenizer: Toke
 
 def test_text_comes_as_soon_as_it_is_whole(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("a🦉b").tolist()
-    assert len(ids) == 6  # four bytes of the owl
-    assert pieces_of(tokenizer, ids)[:6] == ["a", "", "", "", "🦉", "b"]
+    owl = len(ids) - 2
+    assert owl > 1  # several tokens, for four bytes
+    assert pieces_of(tokenizer, ids)[: len(ids)] == ["a", *[""] * (owl - 1), "🦉", "b"]
 
 
 @given(ids=st.lists(st.integers(0, 299), max_size=40))

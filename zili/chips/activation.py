@@ -66,7 +66,7 @@ def activate(backend: Backend, *, index: int = 0, deterministic: bool = False) -
     applied, kept = apply_environment(backend, deterministic)
     warnings = _late_warning(late, applied) if late else ()
     torch = _import_torch()
-    _import_plugin(backend)
+    _import_plugin(torch, backend)
     device, count = _open_device(torch, backend, index)
     return Activation(backend, device, count, applied, kept, _versions(backend, torch), warnings)
 
@@ -110,9 +110,13 @@ def _import_torch() -> Any:
         ) from error
 
 
-def _import_plugin(backend: Backend) -> None:
+def _import_plugin(torch: Any, backend: Backend) -> None:
     if backend.plugin is None:
         return
+    # All plugins share one place in torch, PrivateUse1; the second one would fail with a message about renaming.
+    taken = torch._C._get_privateuse1_backend_name()
+    if taken not in ("privateuseone", backend.device_type):
+        raise _occupied(backend, taken)
     try:
         importlib.import_module(backend.plugin)
     except Exception as error:  # a plugin without its driver raises ImportError, OSError or RuntimeError
@@ -129,10 +133,7 @@ def _open_device(torch: Any, backend: Backend, index: int) -> tuple[torch.device
         return torch.device("cpu"), 1
     holder = torch.accelerator.current_accelerator()
     if holder is not None and holder.type != backend.device_type:
-        raise ChipError(
-            f"chip {backend.name} asked for, but torch is bound to {holder.type} here; a process holds one "
-            f"accelerator: use an environment without the other plugin or build of torch"
-        )
+        raise _occupied(backend, holder.type)
     count = torch.accelerator.device_count() if holder is not None else 0
     if count == 0:
         found = presence(backend)
@@ -145,6 +146,13 @@ def _open_device(torch: Any, backend: Backend, index: int) -> tuple[torch.device
         )
     torch.accelerator.set_device_index(index)
     return torch.device(backend.device_type, index), count
+
+
+def _occupied(backend: Backend, holder: str) -> ChipError:
+    return ChipError(
+        f"chip {backend.name} asked for, but torch is bound to {holder} here; a process holds one "
+        f"accelerator: use an environment without the other plugin or build of torch"
+    )
 
 
 def _versions(backend: Backend, torch: Any) -> dict[str, str]:

@@ -52,7 +52,10 @@ class Device:
 
     def synchronize(self) -> None:
         """Wait until everything launched on the device is done."""
-        self._module.synchronize()
+        import torch
+
+        if self.type != _HOST:
+            torch.accelerator.synchronize(self.torch)
 
     def seed(self, seed: int) -> None:
         """Seed the host's and every device's default generator."""

@@ -81,9 +81,7 @@ def _show_here(console: Console) -> None:
             f"[bold]{escape(found.backend.name)}[/]" if found.here else escape(found.backend.name),
             found.backend.device_type,
             count,
-            _abilities(found.backend)
-            if found.here
-            else f"{escape(found.reason)}\n[dim]{escape(found.fix)}[/]",
+            _abilities(found.backend) if found.here else f"{escape(found.reason)}\n[dim]{escape(found.fix)}[/]",
         )
     console.print(table)
     for message in registry().refused.values():
@@ -97,9 +95,7 @@ def _abilities(backend: Backend) -> str:
 
 
 def _show_known(console: Console) -> None:
-    table = Table(
-        title="Known (dense peaks of the matrix units; bf16 where not marked)", title_justify="left"
-    )
+    table = Table(title="Known (dense peaks of the matrix units; bf16 where not marked)", title_justify="left")
     table.add_column("chip", no_wrap=True)
     table.add_column("backend")
     for heading in _COLUMNS.values():
@@ -110,9 +106,7 @@ def _show_known(console: Console) -> None:
             cells["bf16_tflops"] = "fp16 " + _short(chip.figure("fp16_tflops"))
         table.add_row(chip.name, chip.backend or "[dim]none[/]", *cells.values())
     console.print(table)
-    console.print(
-        "[dim]–[/]: not published.  Confidence: " + "; ".join(f"{k} {v}" for k, v in CONFIDENCE.items())
-    )
+    console.print("[dim]–[/]: not published.  Confidence: " + "; ".join(f"{k} {v}" for k, v in CONFIDENCE.items()))
     console.print("`zili chips NAME` shows all figures of one chip, or one backend, with sources.")
 
 
@@ -125,9 +119,7 @@ def _show_chip(console: Console, chip: Chip) -> None:
     table = Table("figure", "value", "confidence")
     for name, figure in chip.figures().items():
         value = f"[dim]{_ABSENT}[/]" if figure is None else f"{figure.value:g}"
-        table.add_row(
-            name, value, "" if figure is None else f"{figure.confidence}: {CONFIDENCE[figure.confidence]}"
-        )
+        table.add_row(name, value, "" if figure is None else f"{figure.confidence}: {CONFIDENCE[figure.confidence]}")
     console.print(table)
     for name, override in chip.capabilities.items():
         console.print(f"{name}: {_yes(override.value)}, {escape(override.reason)} ({override.evidence})")

@@ -68,8 +68,8 @@ def _table(path: Path, score: Score, references: list[Reference]) -> str:
     width = max(len(name) for name, _ in rows)
     return "\n".join(
         [
-            f"{score.documents:,} documents, {score.bytes:,} bytes, {score.tokens:,} tokens "
-            f"in {score.seconds:.1f} s; loss {score.loss_per_token:.4f} nats a token",
+            f"{score.documents:,} document{'s' * (score.documents != 1)}, {score.bytes:,} bytes, "
+            f"{score.tokens:,} tokens in {score.seconds:.1f} s; loss {score.loss_per_token:.4f} nats a token",
             f"{'bits per byte':>{width + 15}}",
             *(f"{name:<{width}}  {value:13.4f}" for name, value in rows),
         ]

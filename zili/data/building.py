@@ -42,7 +42,7 @@ class BuildReport:
 
     def __str__(self) -> str:
         return (
-            f"{self.documents:,} documents, {self.text_bytes / 1e6:.1f} MB of text, {self.tokens:,} tokens "
+            f"{self.documents:,} documents, {self.text_bytes / 1e6:.3g} MB of text, {self.tokens:,} tokens "
             f"({self.text_bytes / self.tokens:.2f} bytes each) in {self.seconds:.1f} s, "
             f"{self.mb_per_second:.1f} MB/s"
         )
@@ -122,9 +122,7 @@ class _Writer:
             raise DataError(f"{error.filename}: cannot be written ({error.strerror}).") from error
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._bin.close()
         for path in self._aside.values():
             path.unlink(missing_ok=True)

@@ -75,9 +75,7 @@ def read_index(path: Path) -> Index:
     with path.open("rb") as stream:
         magic, version, code, count, documents = _HEADER.unpack(stream.read(_HEADER.size))
     if magic != MAGIC or version != 1 or code not in _TYPES or _TYPES[code][-2] == "f":
-        raise DataError(
-            f"{path}: not a Megatron token index (magic {magic!r}, version {version}, type {code})."
-        )
+        raise DataError(f"{path}: not a Megatron token index (magic {magic!r}, version {version}, type {code}).")
     expected = _HEADER.size + 12 * count + 8 * documents
     if found != expected or not count:
         raise DataError(f"{path}: {count} documents take {expected} bytes, found {found}: cut off. {REBUILD}")

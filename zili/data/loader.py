@@ -88,15 +88,15 @@ class Loader:
 
     def epochs(self, steps: int) -> list[float]:
         """How often each source has been read after `steps` steps."""
-        weights = np.array([weight for _, weight in self.sources])
-        seen = weights / weights.sum() * steps * self.global_batch
-        return [float(count / line.count) for count, line in zip(seen, self._lines, strict=True)]
+        seen = [float(share) * steps * self.global_batch for share in self._mixture.shares]
+        return [count / line.count for count, line in zip(seen, self._lines, strict=True)]
 
     def fingerprint(self) -> str:
         """Identity of the sequence of samples: equal means that sample n is the same row. For checkpoints."""
         parts = {
             "scheme": _SCHEME,
-            "sources": [(store.identity(), weight) for store, weight in self.sources],
+            "sources": [store.identity() for store, _ in self.sources],
+            "shares": [str(share) for share in self._mixture.shares],
             "sequence_length": self.sequence_length,
             "seed": self.seed,
         }

@@ -37,12 +37,11 @@ class Mixture:
 
     def __init__(self, weights: Sequence[float], seed: int) -> None:
         total = sum(Fraction(weight) for weight in weights)
-        self._shares = [Fraction(weight) / total for weight in weights]
-        smallest = min(self._shares)
+        self.shares = [Fraction(weight) / total for weight in weights]
+        """The weights, exactly, of sum one."""
+        smallest = min(self.shares)
         if smallest < _SMALLEST_WEIGHT:
-            raise DataError(
-                f"mixture weight {float(smallest):.1e} of the whole; {_SMALLEST_WEIGHT} is the least."
-            )
+            raise DataError(f"mixture weight {float(smallest):.1e} of the whole; {_SMALLEST_WEIGHT} is the least.")
         # Largest remainders can shrink by one as the total grows; two expected samples a block keep each
         # source's count from ever falling between blocks.
         self.block = max(_SMALLEST_BLOCK, ceil(2 / smallest))
@@ -51,7 +50,7 @@ class Mixture:
 
     def counts(self, blocks: int) -> NDArray[np.int64]:
         """Samples of each source `[sources]` in the first `blocks` blocks."""
-        quotas = [share * blocks * self.block for share in self._shares]
+        quotas = [share * blocks * self.block for share in self.shares]
         counts = [int(quota) for quota in quotas]
         left = blocks * self.block - sum(counts)
         by_remainder = sorted(range(len(quotas)), key=lambda i: (counts[i] - quotas[i], i))

@@ -28,9 +28,7 @@ class Prefetcher:
     block) ends the thread. `waited` is the seconds the consumer stood still: near 0 when the data keeps up.
     """
 
-    def __init__(
-        self, loader: BatchSource, start: int = 0, rows: slice = slice(None), depth: int = 4
-    ) -> None:
+    def __init__(self, loader: BatchSource, start: int = 0, rows: slice = slice(None), depth: int = 4) -> None:
         self._loader = loader
         self._rows = rows
         self._ready: queue.Queue[tuple[int, Batch | BaseException]] = queue.Queue(maxsize=depth)

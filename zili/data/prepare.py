@@ -121,9 +121,7 @@ def prepare(
         sync_tree(aside)
         _swap(aside, folder)
     except OSError as error:
-        raise DataError(
-            f"{error.filename or aside}: {error.strerror}. Nothing was kept; run again."
-        ) from error
+        raise DataError(f"{error.filename or aside}: {error.strerror}. Nothing was kept; run again.") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return _open(folder, reused=False, lines=lines)
@@ -173,9 +171,7 @@ def _swap(aside: Path, folder: Path) -> None:
 class _Preparation:
     """The two readings of a text: one to learn what it is, one to encode it."""
 
-    def __init__(
-        self, paths: Sequence[Source], settings: Settings, engine: Engine, progress: Progress
-    ) -> None:
+    def __init__(self, paths: Sequence[Source], settings: Settings, engine: Engine, progress: Progress) -> None:
         self._paths = paths
         self._settings = settings
         self._engine: Engine = engine
@@ -230,9 +226,7 @@ class _Preparation:
         )
         if plan.piece is None:
             return documents
-        pieces = (
-            (piece, document.source) for document in documents for piece in cut(document.text, plan.piece)
-        )
+        pieces = ((piece, document.source) for document in documents for piece in cut(document.text, plan.piece))
         return (Document(piece, source) for piece, source in pieces if piece.strip())
 
     def _train_tokenizer(self, plan: _Plan, vocab_size: int) -> tuple[Tokenizer, str]:
@@ -245,7 +239,7 @@ class _Preparation:
         got = f"{tokenizer.vocab_size:,} tokens"
         if tokenizer.vocab_size < vocab_size:
             got += f" ({vocab_size:,} asked, the text has no more)"
-        return tokenizer, f"tokenizer: {got}, learned from {size / 1e6:.1f} MB in {seconds:.1f} s"
+        return tokenizer, f"tokenizer: {got}, learned from {size / 1e6:.3g} MB in {seconds:.1f} s"
 
     def _build(self, folder: Path, plan: _Plan, tokenizer: Tokenizer) -> tuple[BuildReport, BuildReport]:
         split, total, text = plan.split, plan.census.text_bytes, folder / "held_out.jsonl"
@@ -287,7 +281,7 @@ def _divert(documents: Iterator[Document], split: Split, stream: TextIO) -> Iter
 def _describe(plan: _Plan) -> list[str]:
     census = plan.census
     lines = [
-        f"text: {census.documents:,} documents, {census.text_bytes / 1e6:.1f} MB "
+        f"text: {census.documents:,} documents, {census.text_bytes / 1e6:.3g} MB "
         f"in {len(census.files):,} files; left out: {census.left_out}"
     ]
     if plan.piece is not None:

@@ -49,9 +49,7 @@ class Manifest:
             fields["sources"] = tuple(FileRecord(**record) for record in fields["sources"])
             manifest = cls(**fields)
         except FileNotFoundError as error:
-            raise DataError(
-                f"{path}: no such manifest: the store is absent or half-built. {REBUILD}"
-            ) from error
+            raise DataError(f"{path}: no such manifest: the store is absent or half-built. {REBUILD}") from error
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise DataError(f"{path}: not a manifest this version reads ({error}). {REBUILD}") from error
         if manifest.format != FORMAT:
@@ -91,9 +89,7 @@ class TokenStore:
         index = read_index(files[".idx"])
         found, expected = files[".bin"].stat().st_size, index.tokens * index.dtype.itemsize
         if found != expected:
-            raise DataError(
-                f"{files['.bin']}: {index.tokens} tokens take {expected} bytes, found {found}. {REBUILD}"
-            )
+            raise DataError(f"{files['.bin']}: {index.tokens} tokens take {expected} bytes, found {found}. {REBUILD}")
         if (len(index.lengths), index.tokens) != (manifest.documents, manifest.tokens):
             raise DataError(
                 f"{files['.json']}: speaks of {manifest.documents} documents and {manifest.tokens} tokens, "

@@ -39,9 +39,7 @@ class Tokenizer:
     here gives every text back exactly; one read from elsewhere may normalise.
     """
 
-    def __init__(
-        self, definition: str, *, end_token: str | None = None, name: str = "tokenizer.json"
-    ) -> None:
+    def __init__(self, definition: str, *, end_token: str | None = None, name: str = "tokenizer.json") -> None:
         try:
             self._inner = tokenizers.Tokenizer.from_str(definition)
         except Exception as error:  # tokenizers raises bare Exception
@@ -66,9 +64,7 @@ class Tokenizer:
         """
         least = 256 + len(SPECIAL_TOKENS)
         if vocab_size < least:
-            raise DataError(
-                f"vocabulary of {vocab_size}: {least} is the least (256 bytes, 7 special tokens)."
-            )
+            raise DataError(f"vocabulary of {vocab_size}: {least} is the least (256 bytes, 7 special tokens).")
         inner = tokenizers.Tokenizer(models.BPE())
         split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
         as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
@@ -143,9 +139,7 @@ class Tokenizer:
         try:
             encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
         except (UnicodeEncodeError, TypeError) as error:
-            raise DataError(
-                f"text with a lone surrogate, or no text at all, cannot be encoded ({error})."
-            ) from error
+            raise DataError(f"text with a lone surrogate, or no text at all, cannot be encoded ({error}).") from error
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:

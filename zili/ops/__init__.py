@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from zili.ops.reference import IGNORE_INDEX
-from zili.ops.registry import active, choose, chosen
+from zili.ops.registry import active, choose, chosen, runs_on
 
 __all__ = [
     "IGNORE_INDEX",
@@ -19,6 +19,7 @@ __all__ = [
     "linear_cross_entropy",
     "rms_norm",
     "rotate",
+    "runs_on",
     "swiglu",
 ]
 

@@ -105,6 +105,14 @@ def choose(device_type: str, precision: str, asked: Mapping[str, str]) -> list[t
     return choices
 
 
+def runs_on(operation: str, name: str, device_type: str, precision: str) -> bool:
+    """Whether `operation` has a version of that name other than the reference, and it runs there."""
+    return any(
+        version.operation == operation and version.name == name and version.fits(device_type, precision)
+        for version in VERSIONS
+    )
+
+
 Selected = tuple[str, Callable[..., Tensor], str]
 
 

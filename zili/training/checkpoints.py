@@ -16,7 +16,9 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,7 +77,8 @@ def save(
         tensors = {**_model_tensors(model), **_optimizer_tensors(model, optimizers)}
         tensors.update({f"rng.{name}": value for name, value in rng.items()})
         writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
-        dcp.save(tensors, storage_writer=writer, no_dist=True)
+        with _one_process():
+            dcp.save(tensors, storage_writer=writer, no_dist=True)
         (aside / RUN_FILE).write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
         _write_sums(aside)
         if target.exists():  # left by a run that was resumed from an older checkpoint
@@ -206,6 +209,24 @@ def find_checkpoint(path: Path) -> Path | None:
     return found
 
 
+def kept_operations(folder: Path) -> dict[str, str]:
+    """Versions of operations the newest readable checkpoint in `folder` was made with; empty where there is none."""
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            return read_state(path).operations
+        except CheckpointError:
+            continue  # `newest_sound` names the damage when the run resumes
+    return {}
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """Without torch's warning that there is one process: that is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
     # Parameters by identity: a tied head is the embedding, named once.
     return {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
@@ -273,7 +294,8 @@ def _read(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> N
             raise CheckpointError(
                 f"{path}: {key} has shape {list(metadata[key].size)}, this model expects {list(tensor.shape)}"
             )
-    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+    with _one_process():
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
 
 
 def _check_same_keys(path: Path, found: set[str], wanted: set[str]) -> None:

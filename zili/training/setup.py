@@ -25,11 +25,11 @@ class Setup:
     choices: tuple[Choice, ...]
 
 
-def set_up(config: RunConfig, *, kept_operations: dict[str, str] | None = None) -> Setup:
+def set_up(config: RunConfig) -> Setup:
     """Activate the chip and resolve the configuration on it. Imports torch, after the environment is set.
 
-    Args:
-        kept_operations: versions of operations that a run to be resumed was using; they are taken again.
+    A run that has checkpoints keeps the versions of operations it was using, so that its numbers stay the same bits.
+
     Raises:
         ChipError: the chip is not here or lacks what the recipe asks for.
         ConfigError: the run cannot fit into memory.
@@ -54,7 +54,8 @@ def set_up(config: RunConfig, *, kept_operations: dict[str, str] | None = None) 
         Choice("chip.compile", str(compiled).lower(), why_compiled),
         Choice("training.micro_batch", str(micro), why_micro),
     ]
-    asked = {**(kept_operations or {}), **config.chip.operations}
+    kept = _kept_operations(config, device.type, precision)
+    asked = {**kept, **config.chip.operations}
     choices += [
         Choice(f"chip.operations.{name}", version, reason)
         for name, version, reason in ops.choose(device.type, precision, asked)
@@ -62,6 +63,15 @@ def set_up(config: RunConfig, *, kept_operations: dict[str, str] | None = None) 
     chip = config.chip.model_copy(update={"name": device.backend.name, "precision": precision, "compile": compiled})
     training = config.training.model_copy(update={"micro_batch": micro})
     return Setup(config.model_copy(update={"chip": chip, "training": training}), device, tuple(choices))
+
+
+def _kept_operations(config: RunConfig, device_type: str, precision: Precision) -> dict[str, str]:
+    """What the run's newest checkpoint was made with, as far as it runs on this device and in this precision too."""
+    from zili import ops
+    from zili.training.checkpoints import kept_operations
+
+    kept = kept_operations(config.folder / "checkpoints")
+    return {name: version for name, version in kept.items() if ops.runs_on(name, version, device_type, precision)}
 
 
 def _precision(chip: ChipConfig, device: Device) -> tuple[Precision, str]:

@@ -65,6 +65,14 @@ class Trainer:
     def done(self) -> bool:
         return self.step >= self.config.training.steps
 
+    @staticmethod
+    def uncompiled() -> Any:
+        """Context in which the model's blocks run eagerly, for batches of other shapes than training's.
+
+        A compiled block would be compiled again for each shape, which takes longer than it saves.
+        """
+        return torch.compiler.set_stance("force_eager")
+
     def note(self, text: str) -> None:
         """Tell the user one line, through whatever shows and records the run."""
         for callback in self.callbacks:
@@ -132,7 +140,19 @@ class Trainer:
 
     def _one_step(self, batches: Prefetcher) -> None:
         started, waited = time.perf_counter(), batches.waited
+        share = learning_rate_share(self.step, self.config.training.steps, self.config.schedule)
         _, batch = next(batches)
+        loss, norm = self.train_step(batch)
+        if self.step % self.config.logging.every == 0 or self.done:
+            record = self._record(loss, norm, share, started, batches.waited - waited)
+            self._refuse_non_finite(record)
+            for callback in self.callbacks:
+                callback.on_step(self, record)
+        for callback in self.callbacks:
+            callback.after_step(self)
+
+    def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """One optimizer step on one global batch; returns mean loss and gradient norm before clipping, 0-d."""
         share = learning_rate_share(self.step, self.config.training.steps, self.config.schedule)
         set_learning_rate(self.optimizers, share)
         loss = self._accumulate(batch)
@@ -141,13 +161,7 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad()
         self.step += 1
-        if self.step % self.config.logging.every == 0 or self.done:
-            record = self._record(loss, norm, share, started, batches.waited - waited)
-            self._refuse_non_finite(record)
-            for callback in self.callbacks:
-                callback.on_step(self, record)
-        for callback in self.callbacks:
-            callback.after_step(self)
+        return loss, norm
 
     def _accumulate(self, batch: Batch) -> Tensor:
         """Backward over the whole batch in micro-batches; returns the mean loss, a 0-d fp32 tensor."""

@@ -48,6 +48,10 @@ class MetricsLog(Callback):
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
         self.write("train", **asdict(record))
 
+    def on_evaluation(self, step: int, values: dict[str, float]) -> None:
+        """Record one evaluation; what makes them lives on a higher floor."""
+        self.write("eval", step=step, **values)
+
     def on_note(self, text: str) -> None:
         self.write("note", text=text)
 
@@ -87,6 +91,7 @@ class TensorBoardLog(Callback):
                 self._writer.add_scalar(f"train/{name}", value, record.step)
 
     def on_evaluation(self, step: int, values: dict[str, float]) -> None:
+        """Record one evaluation."""
         for name, value in values.items():
             self._writer.add_scalar(f"eval/{name}", value, step)
 

@@ -56,6 +56,7 @@ class ProgressDisplay(Callback):
             self.console.print(f"step {record.step}/{steps}  {figures}", highlight=False)
 
     def on_evaluation(self, step: int, values: dict[str, float]) -> None:
+        """Show the newest held-out figure from now on."""
         self._evaluated = f"  {values['bits_per_byte']:.3f} bits/byte"
 
     def on_note(self, text: str) -> None:

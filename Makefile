@@ -1,0 +1,46 @@
+# Two commands are enough on a fresh machine: `make quickstart` and `make test`.
+VENV ?= .venv
+PYTHON ?= python3
+RUN := $(VENV)/bin/python -m
+
+.PHONY: quickstart test test-all lint format docs clean
+
+quickstart: $(VENV)/.installed
+	$(VENV)/bin/zili quickstart
+
+test: $(VENV)/.tests-installed
+	$(RUN) ruff check .
+	$(RUN) mypy
+	$(RUN) pytest -m "not slow"
+
+test-all: $(VENV)/.tests-installed
+	$(RUN) ruff check .
+	$(RUN) mypy
+	$(RUN) pytest
+
+lint: $(VENV)/.tests-installed
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+
+format: $(VENV)/.tests-installed
+	$(RUN) ruff check --fix .
+	$(RUN) ruff format .
+
+docs: $(VENV)/.installed  # the generated pages
+	$(VENV)/bin/zili config reference > docs/configuration.md
+
+# torch is pinned and installed first: a range would bring the newest build, with several GB of GPU libraries.
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "zili needs Python 3.11 or newer; set PYTHON=..." >&2; exit 1; }
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(RUN) pip install --quiet torch==2.13.0
+	$(RUN) pip install --quiet --editable '.[fast]'
+	touch $@
+
+$(VENV)/.tests-installed: $(VENV)/.installed
+	$(RUN) pip install --quiet --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,41 @@
+"""The command table, and how errors reach the user."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from zili.cli import chat, chips, config, eval, import_export, quickstart, report, sample, train
+from zili.errors import ZiliError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train, check, release and serve TeleChat-class language models on whatever chips you can get.",
+    epilog="Exit codes: 0 done, 1 a defect of ours, 2 wrong usage, 3 configuration, 4 data, 5 checkpoint, 6 chip, "
+    "7 layout, 130 interrupted (a checkpoint is written).",
+)
+app.command()(quickstart.quickstart)
+app.command()(train.train)
+app.command(name="eval")(eval.eval_)
+app.command()(sample.sample)
+app.command()(chat.chat)
+app.command()(report.report)
+app.command(name="import")(import_export.import_)
+app.command()(import_export.export)
+app.command()(chips.chips)
+app.add_typer(config.app, name="config")
+
+
+def main() -> None:
+    """Run the command line; an error the user can cure is one message on standard error and its exit code."""
+    try:
+        app()
+    except ZiliError as error:
+        print(f"zili: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("zili: interrupted", file=sys.stderr)
+        sys.exit(train.INTERRUPTED)

@@ -1,0 +1,125 @@
+"""From a recipe to a running trainer: what `zili train` and `zili quickstart` share."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from zili.config import Choice, RunConfig, dump_recipe
+from zili.errors import ConfigError
+
+if TYPE_CHECKING:
+    from zili.data.loader import Loader
+    from zili.data.tokenizer import Tokenizer
+    from zili.training.setup import Setup
+    from zili.training.trainer import Trainer
+
+RECIPE_FILE = "recipe.toml"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A run ready to start."""
+
+    recipe: RunConfig
+    """As written; `setup.config` is the same with every automatic choice made."""
+    setup: Setup
+    tokenizer: Tokenizer
+    loader: Loader
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        return self.setup.choices
+
+
+def prepare_launch(recipe: RunConfig) -> Launch:
+    """Activate the chip, make the automatic choices, open tokenizer and stores, check that they fit one another.
+
+    Raises:
+        ZiliError: whatever makes the run impossible, before anything is written.
+    """
+    from zili.training.setup import set_up
+
+    setup = set_up(recipe)
+
+    from zili.data.loader import Loader
+    from zili.data.store import TokenStore
+    from zili.data.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_folder(recipe.data.tokenizer)
+    if tokenizer.vocab_size > recipe.model.vocab_size:
+        raise ConfigError(
+            f"{recipe.data.tokenizer} has {tokenizer.vocab_size} tokens, model.vocab_size is "
+            f"{recipe.model.vocab_size}; raise it to at least as many"
+        )
+    stores = [(TokenStore.open(source.store), source.weight) for source in recipe.data.sources]
+    for store, _ in stores:
+        store.check_tokenizer(tokenizer)
+    loader = Loader(
+        stores,
+        sequence_length=recipe.training.sequence_length,
+        global_batch=recipe.training.global_batch,
+        seed=recipe.seed,
+    )
+    return Launch(recipe, setup, tokenizer, loader)
+
+
+def run(launch: Launch, console: Console) -> Trainer:
+    """Train to the end, or until interrupted, going on from the newest checkpoint; returns the trainer."""
+    from zili.data.store import TokenStore
+    from zili.evaluation.during_training import EvaluationSink, HeldOutEvaluation
+    from zili.training.callbacks import Callback, MetricsLog, ProgressDisplay, TensorBoardLog
+    from zili.training.trainer import Trainer
+
+    config = launch.setup.config
+    progress, metrics = ProgressDisplay(console), MetricsLog(config.folder)
+    callbacks: list[Callback] = [metrics, progress]
+    sinks: list[EvaluationSink] = [metrics, progress]
+    if config.logging.tensorboard:
+        board = TensorBoardLog(config.folder)
+        callbacks.append(board)
+        sinks.append(board)
+    if config.data.held_out is not None:
+        store = TokenStore.open(config.data.held_out)
+        store.check_tokenizer(launch.tokenizer)
+        callbacks.insert(0, HeldOutEvaluation(store, launch.tokenizer, sinks))
+    trainer = Trainer(config, launch.loader, launch.setup.device, callbacks)
+    trainer.resume()
+    _leave_a_whole_run_folder(launch)
+    try:
+        trainer.fit()
+    finally:
+        progress.close()
+    return trainer
+
+
+def print_choices(choices: tuple[Choice, ...], console: Console) -> None:
+    """Every automatic choice with its reason."""
+    for choice in choices:
+        console.print(f"  {choice}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _leave_a_whole_run_folder(launch: Launch) -> None:
+    """Put recipe and tokenizer beside the checkpoints, so that the folder can be used, or moved, by itself."""
+    folder, source = launch.recipe.folder, launch.recipe.data.tokenizer
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / RECIPE_FILE, dump_recipe(launch.recipe))
+    target = folder / "tokenizer"
+    if source.resolve() != target.resolve():
+        aside = folder / ".tokenizer.partial"
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.copytree(source, aside)
+        shutil.rmtree(target, ignore_errors=True)
+        aside.rename(target)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file so that a reader finds the old or the new one, never half of it."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)

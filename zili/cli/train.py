@@ -1,0 +1,38 @@
+"""`zili train`: run a recipe, or go on with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from zili.config import load_recipe
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it (128 + SIGINT)."""
+
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="table.key=value, over the recipe; may be given often.")
+]
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="TOML recipe; a run folder keeps its own as recipe.toml.")],
+    overrides: Overrides = None,
+) -> None:
+    """Train a recipe to its last step, from the newest checkpoint of its run folder if there is one."""
+    from zili.cli.launch import prepare_launch, print_choices, run
+
+    console = Console()
+    launch = prepare_launch(load_recipe(recipe, overrides or []))
+    print_choices(launch.choices, console)
+    trainer = run(launch, console)
+    folder = launch.recipe.folder
+    if trainer.interrupted:
+        console.print(f"Stopped at step {trainer.step}; the checkpoint is written. Go on with:", highlight=False)
+        console.print(f"  zili train {folder}/recipe.toml", highlight=False)
+        raise typer.Exit(INTERRUPTED)
+    console.print(f"Done: {trainer.step} steps, {trainer.tokens:,} tokens, in {folder}. Next:", highlight=False)
+    console.print(f"  zili sample {folder}\n  zili report {folder}", highlight=False)
