@@ -239,3 +239,12 @@ def test_smoothing_keeps_a_line_straight_until_its_end() -> None:
     out = smoothed(points, 8)
     assert [y for _, y in out[:46]] == pytest.approx([y for _, y in points[:46]])
     assert math.isnan(smoothed([(0.0, 1.0), (1.0, math.nan), (2.0, 3.0)], 2)[1][1])
+
+
+def test_evaluations_on_more_text_are_a_line_of_their_own(run_folder: Path) -> None:
+    last = {"kind": "eval", "step": 400, "bits_per_byte": 1.2, "loss": 2.2, "documents": 300, "bytes": 2_000_000}
+    with (run_folder / "metrics.jsonl").open("a") as metrics:
+        metrics.write(json.dumps(last) + "\n")
+    text = page_of(run_folder).text
+    assert "model, 600\u202fkB" in text and "model, 2\u202fMB" in text and "On 300 documents (2\u202fMB)" in text
+    assert "1.200" in text

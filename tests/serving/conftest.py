@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 
 from zili.config.model import ModelConfig
 from zili.data.tokenizer import Tokenizer
@@ -34,3 +37,12 @@ def shape() -> ModelConfig:
 @pytest.fixture(scope="session")
 def model(shape: ModelConfig) -> Decoder:
     return Decoder(shape).eval()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny products gain nothing from threads, and on a busy machine lose a hundredfold waiting for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -19,7 +19,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Line:
-    """A curve. `kind` is its look: "raw" (faint), "main", "evaluated" (dots joined by a line)."""
+    """A curve. `kind` is its look: "raw" (faint), "main", "evaluated" and "again" (dots joined by a line)."""
 
     name: str
     points: Sequence[Point]
@@ -45,6 +45,8 @@ class Chart:
     logarithmic: bool = False
     from_zero: bool = False
     ceiling: float | None = None
+    last_step: float | None = None
+    """Where the axis ends if the points end earlier, so that the charts of a run stand under one another."""
     wide: bool = False
     identity: str = field(default="chart")
 
@@ -69,7 +71,7 @@ def drawn(chart: Chart) -> str:
     lines = [(line, points) for line, points in lines if any(map(_finite, points))]
     if not lines:
         return ""
-    x = _x_scale([p for _, points in lines for p in points])
+    x = _x_scale([p for _, points in lines for p in points], chart.last_step)
     y = _y_scale(chart, [p for _, points in lines for p in points if _finite(p)])
     ticks = (log_ticks if y.logarithmic else linear_ticks)(y.low, y.high)
     return f"""<figure class="chart{" wide" if chart.wide else ""}">
@@ -129,11 +131,11 @@ def _kept(line: Line, chart: Chart) -> list[Point]:
     return thinned(points)
 
 
-def _x_scale(points: Sequence[Point]) -> Scale:
-    last = max(x for x, _ in points)
+def _x_scale(points: Sequence[Point], last_step: float | None) -> Scale:
+    last = max(last_step or 0, *(x for x, _ in points))
     first = min(x for x, _ in points)
     # A run's steps start near 0; a lone step gets room around it.
-    low = 0.0 if first <= last / 4 else first
+    low = 0.0 if first <= last / 2 or last_step else first
     return Scale(low, last) if last > low else Scale(low - 1, last + 1)
 
 
@@ -174,7 +176,7 @@ def _curve(line: Line, points: Sequence[Point], x: Scale, y: Scale) -> str:
         elif stretches[-1]:
             stretches.append([])
     stroke = "".join("M" + "L".join(s) for s in stretches if len(s) > 1)
-    dotted = line.kind == "evaluated"
+    dotted = line.kind in ("evaluated", "again")
     dots = "".join(f"M{place}h0" for s in stretches for place in s if dotted or len(s) == 1)
     paths = f'<path class="line {line.kind}" d="{stroke}"/>' if stroke else ""
     # A stroke of no length with round ends is a dot that stays round however the picture is stretched.

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from html import escape
 from statistics import median
 
 from zili.evaluation.charts import Chart, Level, Line, Point, drawn, rising_ceiling, smoothed
-from zili.evaluation.figures import compact
+from zili.evaluation.figures import byte_size, compact
 from zili.evaluation.run_record import Record, RunRecord, number
 
 
 def charts(run: RunRecord) -> str:
     """The section of charts; "" when nothing was recorded."""
-    made = [drawn(c) for c in (_loss(run), _bits(run), _learning_rate(run), _gradient(run), _speed(run))]
-    made = [figure for figure in made if figure]
+    planned = (_loss(run), _bits(run), _learning_rate(run), _gradient(run), _speed(run))
+    last = run.last_step if run.last_step > 1 else None
+    made = [figure for chart in planned if (figure := drawn(replace(chart, last_step=last)))]
     if not made:
         return ""
     return (
@@ -50,9 +52,7 @@ def _loss(run: RunRecord) -> Chart:
     lines = [Line("each step", raw, "raw")]
     if len(raw) >= 8:
         lines.append(Line(f"mean of {window} records", smoothed(raw, window), "main"))
-    evaluated = series(run.evals, "loss")
-    if evaluated:
-        lines.append(Line("held-out text", evaluated, "evaluated"))
+    lines += _evaluated(run, "loss", "held-out text")
     ceiling = rising_ceiling(raw)
     above = max((y for _, y in raw if math.isfinite(y)), default=0.0)
     caption = "Cross entropy in nats a token; lower is better."
@@ -62,9 +62,23 @@ def _loss(run: RunRecord) -> Chart:
 
 
 def _bits(run: RunRecord) -> Chart:
-    caption = "On held-out text, next to what compressors need for it; lower is better."
-    lines = [Line("model", series(run.evals, "bits_per_byte"), "evaluated")]
-    return Chart("Bits per byte", caption, lines, compressor_levels(run), identity="bits")
+    levels = compressor_levels(run)
+    beside = ", next to what compressors need for it" if levels else ""
+    lines = _evaluated(run, "bits_per_byte", "model")
+    caption = f"On held-out text{beside}; lower is better."
+    return Chart("Bits per byte", caption, lines, levels, identity="bits")
+
+
+def _evaluated(run: RunRecord, key: str, name: str) -> list[Line]:
+    """A line for each amount of text scored: figures on different text are not one curve."""
+    sizes = list(dict.fromkeys(number(r, "bytes") for r in run.evals))
+    lines: list[Line] = []
+    for size in sizes:
+        points = series([r for r in run.evals if number(r, "bytes") == size], key)
+        label = f"{name}, {byte_size(size)}" if len(sizes) > 1 and size else name
+        if points:
+            lines.append(Line(label, points, "again" if lines else "evaluated"))
+    return lines
 
 
 def _learning_rate(run: RunRecord) -> Chart:

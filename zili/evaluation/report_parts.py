@@ -46,7 +46,7 @@ def _facts(run: RunRecord) -> list[str]:
     size = number(section(run.summary, "model"), "parameters") or number(start, "parameters")
     tokens = number(run.train[-1], "tokens") if run.train else None
     machine = section(run.summary, "machine")
-    place = machine.get("name") or machine.get("chip") or machine.get("processor")
+    place = machine.get("name") or start.get("device")
     began = _moment(run.starts[0].get("time")) if run.starts else None
     seconds = wall_seconds(run)
     found = [
@@ -176,7 +176,7 @@ def evaluations(run: RunRecord) -> str:
     if not rows:
         return ""
     return (
-        f'<details class="fold"><summary>All {len(rows)} evaluations as a table</summary>'
+        f'<details class="fold"><summary>Evaluations as a table ({len(rows)})</summary>'
         f"{_table(['Step', *_EVALUATED], rows)}</details>"
     )
 

@@ -24,6 +24,7 @@ class RunRecord:
     train: list[Record] = field(default_factory=list)
     """By step; of steps repeated after a resume the last record."""
     evals: list[Record] = field(default_factory=list)
+    """By step, then by the size of the text scored: a last evaluation may take more of it."""
     samples: list[Record] = field(default_factory=list)
     summary: Record = field(default_factory=dict)
     recipe: str = ""
@@ -76,14 +77,14 @@ def read_run(folder: Path) -> RunRecord:
     run.summary = _summary(folder / "summary.json", run.notes)
     if recipe.is_file():
         run.recipe = recipe.read_text(encoding="utf-8", errors="replace")
-        run.planned_steps = _planned_steps(run.recipe)
+    run.planned_steps = _planned_steps(run)
     _note_state(run)
     return run
 
 
 def _take_metrics(run: RunRecord, path: Path) -> None:
     train: dict[float, Record] = {}
-    evals: dict[float, Record] = {}
+    evals: dict[tuple[float, float], Record] = {}
     if not path.is_file():
         run.notes.append("There is no metrics.jsonl: the run stopped before its first step.")
         return
@@ -96,9 +97,9 @@ def _take_metrics(run: RunRecord, path: Path) -> None:
         elif kind == "train" and step is not None:
             train[step] = record
         elif kind == "eval" and step is not None:
-            evals[step] = record
+            evals[step, number(record, "bytes") or 0] = record
     run.train = [train[step] for step in sorted(train)]
-    run.evals = [evals[step] for step in sorted(evals)]
+    run.evals = [evals[place] for place in sorted(evals)]
 
 
 def _lines(path: Path, notes: list[str]) -> Iterator[Record]:
@@ -133,13 +134,14 @@ def _summary(path: Path, notes: list[str]) -> Record:
     return found
 
 
-def _planned_steps(recipe: str) -> int | None:
-    """training.steps of a recipe, which may be damaged: hence not `zili.config.load_recipe`."""
+def _planned_steps(run: RunRecord) -> int | None:
+    """As the last start recorded it, or the recipe, which may be damaged: hence not `zili.config.load_recipe`."""
+    told = number(run.starts[-1], "steps") if run.starts else None
     try:
-        tables = tomllib.loads(recipe)
+        written = number(section(tomllib.loads(run.recipe), "training"), "steps")
     except tomllib.TOMLDecodeError:
-        return None
-    steps = number(section(tables, "training"), "steps")
+        written = None
+    steps = written if told is None else told
     return None if steps is None else int(steps)
 
 
