@@ -1,6 +1,5 @@
 """The loader against a slow and obvious second one that shares only `permutation` and `Mixture` with it."""
 
-import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from zili.data import Document, Tokenizer, TokenStore, build_store
-from zili.data.loader import IGNORE_INDEX, Batch, Loader
+from zili.data.loader import Batch, Loader
 from zili.data.order import DOCUMENTS, WINDOWS, Mixture, permutation
 from zili.errors import DataError
 
@@ -34,9 +33,9 @@ def slow_row(stores: list[TokenStore], weights: list[float], sample: int) -> tup
     start = int(permutation(count, SEED, WINDOWS, source, epoch)[number]) * S
     window = line[start : start + S + 1]
     inputs = [token for token, _ in window[:-1]]
-    labels = [b[0] if a[1] == b[1] else IGNORE_INDEX for a, b in itertools.pairwise(window)]
-    order = list(dict.fromkeys(document for _, document in window))
-    return inputs, labels, [order.index(document) for _, document in window[:-1]]
+    labels = [token for token, _ in window[1:]]
+    order = list(dict.fromkeys(document for _, document in window[1:]))
+    return inputs, labels, [order.index(document) for _, document in window[1:]]
 
 
 @pytest.mark.parametrize("step", [0, 1, 37, 400])
@@ -56,13 +55,12 @@ def test_shapes_and_types(loader: Loader) -> None:
     assert (batch.document_ids[:, 0] == 0).all()
 
 
-def test_labels_stop_at_end_tokens(loader: Loader, tokenizer: Tokenizer) -> None:
+def test_an_end_token_opens_the_next_document_and_every_token_is_a_target(loader: Loader, tokenizer: Tokenizer) -> None:
     for step in range(30):
         batch = loader.batch(step)
-        ended = batch.input_ids == tokenizer.end_id
-        assert torch.equal(batch.labels == IGNORE_INDEX, ended)
-        inside = ~ended[:, :-1]
-        assert torch.equal(batch.labels[:, :-1][inside], batch.input_ids[:, 1:][inside])
+        assert torch.equal(batch.labels[:, :-1], batch.input_ids[:, 1:])
+        opens = batch.document_ids[:, 1:] != batch.document_ids[:, :-1]
+        assert torch.equal(opens, batch.input_ids[:, 1:] == tokenizer.end_id)
 
 
 def equal(a: Batch, b: Batch) -> bool:
@@ -126,7 +124,6 @@ def test_rows_longer_than_any_document(stores: list[TokenStore]) -> None:
     loader = Loader([(store, 1.0)], sequence_length=store.manifest.tokens - 1, global_batch=1, seed=0)
     batch = loader.batch(5)
     assert batch.document_ids.max() == len(store) - 1
-    assert (batch.labels == IGNORE_INDEX).sum() == len(store) - 1
     with pytest.raises(DataError, match=rf"fill no row of {store.manifest.tokens} \+ 1.*shorter sequence"):
         Loader([(store, 1.0)], sequence_length=store.manifest.tokens, global_batch=1, seed=0)
 

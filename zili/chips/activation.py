@@ -49,6 +49,8 @@ class Activation:
     """Set by us."""
     kept: tuple[Setting, ...]
     """The user's own values, left as they were."""
+    process: str | None
+    """What `Backend.process_setup` did."""
     versions: Mapping[str, str]
     warnings: tuple[str, ...]
 
@@ -68,7 +70,8 @@ def activate(backend: Backend, *, index: int = 0, deterministic: bool = False) -
     torch = _import_torch()
     _import_plugin(torch, backend)
     device, count = _open_device(torch, backend, index)
-    return Activation(backend, device, count, applied, kept, _versions(backend, torch), warnings)
+    process = backend.process_setup() if backend.process_setup else None
+    return Activation(backend, device, count, applied, kept, process, _versions(backend, torch), warnings)
 
 
 def apply_environment(backend: Backend, deterministic: bool = False) -> tuple[tuple[Setting, ...], tuple[Setting, ...]]:

@@ -81,6 +81,8 @@ class Backend:
     visible_devices: str | None = None
     """Variable that limits the devices a process sees; the launcher sets it."""
     environment: tuple[Variable, ...] = ()
+    process_setup: Callable[[], str | None] | None = None
+    """Run once at activation, for what no variable can set in a process already running; a line says what it did."""
     capabilities: Mapping[str, Capability | Callable[[], Capability]] = field(default_factory=dict)
     """By name; a function where the machine has to be looked at, called when asked for."""
     notes: tuple[str, ...] = ()

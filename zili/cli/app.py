@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from zili.cli import chat, chips, config, eval, import_export, quickstart, report, sample, train
 from zili.errors import ZiliError
 
+
+class _Commands(TyperGroup):
+    """The commands; typer would end an interrupted one without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print("zili: interrupted; run the same command again to go on", file=sys.stderr)
+            raise typer.Exit(train.INTERRUPTED) from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -36,6 +51,3 @@ def main() -> None:
     except ZiliError as error:
         print(f"zili: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("zili: interrupted", file=sys.stderr)
-        sys.exit(train.INTERRUPTED)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from zili.config import Choice, RunConfig, dump_recipe
+from zili.durable import write_whole
 from zili.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -116,10 +115,3 @@ def _leave_a_whole_run_folder(launch: Launch) -> None:
         shutil.copytree(source, aside)
         shutil.rmtree(target, ignore_errors=True)
         aside.rename(target)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that a reader finds the old or the new one, never half of it."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)

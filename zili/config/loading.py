@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,6 +15,9 @@ from pydantic import BaseModel, ValidationError
 from zili.config.presets import load_preset
 from zili.config.run import RunConfig
 from zili.errors import ConfigError
+
+_BRANCH = re.compile(r"bool|constrained-int|literal\[.*\]")
+"""What pydantic adds to the place of an error for each branch of a union; no key is called so."""
 
 
 def load_recipe(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -53,8 +57,9 @@ def _with_preset(model: Any, origin: str) -> Any:
     if not isinstance(model["preset"], str):
         raise ConfigError(f"{origin}: model.preset must be a name in quotes, not {model['preset']!r}")
     preset = load_preset(model["preset"])
-    rotary = {**preset.get("rotary", {}), **own.pop("rotary", {})}
-    return {**preset, **own, **({"rotary": rotary} if rotary else {})}
+    if isinstance(own.get("rotary", {}), dict):
+        own["rotary"] = {**preset.get("rotary", {}), **own.get("rotary", {})}
+    return {**preset, **own}
 
 
 def _with_overrides(table: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -76,9 +81,10 @@ def _with_overrides(table: Mapping[str, Any], overrides: Iterable[str]) -> dict[
 
 def _parsed(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        table = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
+    return table["value"] if len(table) == 1 else text  # a line end may begin other keys
 
 
 def _copied(value: Any) -> Any:
@@ -91,7 +97,7 @@ def _explain(error: ValidationError, origin: str) -> str:
 
 
 def _explain_one(item: Any) -> str:
-    where = ".".join(str(part) for part in item["loc"])
+    where = ".".join(str(part) for part in item["loc"] if not _BRANCH.fullmatch(str(part)))
     if item["type"] == "extra_forbidden":
         return f"unknown key {where}{_nearest(item['loc'])}"
     if item["type"] == "missing":
@@ -103,15 +109,14 @@ def _explain_one(item: Any) -> str:
 
 
 def _nearest(location: tuple[Any, ...]) -> str:
-    """What the user may have meant: the nearest key of the same table, or the same key of another table."""
+    """What the user may have meant: the same key of another table, the nearest of this table, the nearest of all."""
     known = _fields_at(RunConfig, location[:-1])
-    wanted = str(location[-1])
-    elsewhere = [name for name in RunConfig.model_fields if wanted in _fields_at(RunConfig, (name,))]
-    if elsewhere:
-        return f"; did you mean {elsewhere[0]}.{wanted}?"
-    close = difflib.get_close_matches(wanted, known, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean {'.'.join([*map(str, location[:-1]), close[0]])}?"
+    wanted, here = str(location[-1]), ".".join(map(str, location[:-1]))
+    elsewhere = {key: name for name in RunConfig.model_fields for key in _fields_at(RunConfig, (name,))}
+    for table_of in ({wanted: elsewhere.get(wanted)}, dict.fromkeys(known, here), elsewhere):
+        close = difflib.get_close_matches(wanted, [key for key, table in table_of.items() if table is not None], n=1)
+        if close:
+            return f"; did you mean {f'{table_of[close[0]]}.{close[0]}'.lstrip('.')}?"
     return f"; known keys here: {', '.join(sorted(known))}" if known else ""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -11,6 +11,7 @@ from zili.config.model import ModelConfig
 from zili.config.section import Section
 
 Precision = Literal["fp32", "bf16"]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class ChipConfig(Section):
@@ -56,7 +57,7 @@ class OptimizerConfig(Section):
     """muon: torch's Muon on the matrices inside the blocks, AdamW on embeddings, head, norms and biases."""
     learning_rate: PositiveFloat = 3e-4
     """Peak learning rate. Muon's update is scaled to AdamW's size, so one number serves both."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled; on matrices only, never on norms and biases."""
@@ -97,7 +98,7 @@ class CheckpointConfig(Section):
 
     every: NonNegativeInt = 200
     """Steps between checkpoints; 0 saves only at the end and when interrupted."""
-    keep: PositiveInt = 2
+    keep: int = Field(2, ge=2)
     """Newest checkpoints kept. At least two, so that a damaged one has one before it."""
 
 

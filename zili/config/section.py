@@ -9,4 +9,6 @@ class Section(BaseModel):
     The docstring under a field is its documentation: `docs/configuration.md` is generated from it.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )

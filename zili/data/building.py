@@ -13,13 +13,13 @@ from types import TracebackType
 import numpy as np
 
 import zili
-from zili.data.durable import sync
 from zili.data.encoding import Encoded, Encoder, Engine, audit, choose_encoder
 from zili.data.indexed import LONGEST, token_type, write_index
 from zili.data.reading import Document
 from zili.data.sources import Census, measure
 from zili.data.store import Manifest, store_files
 from zili.data.tokenizer import Tokenizer
+from zili.durable import sync
 from zili.errors import DataError
 
 _BATCH_BYTES = 8 << 20  # of text encoded at once: enough to keep all cores busy, little to hold

@@ -18,8 +18,7 @@ from zili.data.order import DOCUMENTS, WINDOWS, Mixture, permutation
 from zili.data.store import TokenStore
 from zili.errors import DataError
 
-IGNORE_INDEX = -100  # torch's cross entropy default, and `zili.ops`' (this room may not look there)
-_SCHEME = 1  # raise when the same arguments come to mean other batches
+_SCHEME = 2  # raise when the same arguments come to mean other batches
 
 Rows = tuple[NDArray[np.int64], NDArray[np.int32]]
 """Tokens `[B, S+1]` and the document of each within its row `[B, S+1]`."""
@@ -31,9 +30,14 @@ class Batch(NamedTuple):
     input_ids: Tensor
     """`[B, S]` int64."""
     labels: Tensor
-    """`[B, S]` int64: the next token, or `IGNORE_INDEX` where that is the first token of another document."""
+    """`[B, S]` int64: the token after each input; every one is a target."""
     document_ids: Tensor
-    """`[B, S]` int32, from 0 in each row: attention and positions stop where it changes."""
+    """`[B, S]` int32, from 0 in each row: the document of each label. Attention stops where it changes.
+
+    An end token, as input, so belongs to the document after it: it sees nothing of its own, and from it alone the
+    next one's first token is predicted. It is how a model is told that a document begins (`zili.evaluation`,
+    `zili sample`).
+    """
 
 
 class Loader:
@@ -104,9 +108,9 @@ class Loader:
 
 
 def _pack(tokens: NDArray[np.int64], documents: NDArray[np.int32]) -> Batch:
-    labels = np.where(documents[:, 1:] == documents[:, :-1], tokens[:, 1:], IGNORE_INDEX)
-    inputs = np.ascontiguousarray(tokens[:, :-1]), labels, np.ascontiguousarray(documents[:, :-1])
-    return Batch(*map(torch.from_numpy, inputs))
+    targets = documents[:, 1:] - documents[:, 1:2]
+    parts = (tokens[:, :-1], tokens[:, 1:], targets)
+    return Batch(*(torch.from_numpy(np.ascontiguousarray(part)) for part in parts))
 
 
 @dataclass(frozen=True, slots=True)

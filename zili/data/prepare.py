@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TextIO
 
 from zili.data.building import BuildReport, build_store
-from zili.data.durable import sync, sync_tree
 from zili.data.encoding import Engine
 from zili.data.reading import Document, OnError, read_documents
 from zili.data.sources import Census, Source, fingerprint, standard_library_files
 from zili.data.split import Split, content_key, cut
 from zili.data.store import TokenStore
 from zili.data.tokenizer import Tokenizer
+from zili.durable import sync, sync_tree
 from zili.errors import DataError
 
 _MARK = "prepared.json"  # written last: a folder without it is not whole

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 import re
 import shlex
 from datetime import datetime
@@ -19,6 +18,7 @@ from string import Template
 from typing import NamedTuple
 
 import zili
+from zili.durable import write_whole
 from zili.evaluation.report_curves import charts
 from zili.evaluation.report_parts import (
     choices,
@@ -51,10 +51,8 @@ def write_report(run_folder: Path | str) -> Path:
     """
     folder = Path(run_folder)
     page = render(read_run(folder))
-    target, aside = folder / "report.html", folder / f".report.html.{os.getpid()}"
-    aside.write_text(page, encoding="utf-8")
-    aside.replace(target)
-    return target
+    write_whole(folder / "report.html", page)
+    return folder / "report.html"
 
 
 def render(run: RunRecord) -> str:

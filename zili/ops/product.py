@@ -55,7 +55,7 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
 def _linear_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and weight. One operation, so that a compiled block keeps both products opaque and in order."""
     grad, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-    return onednn(grad, weight.t()).view(x.shape), weight_gradient(grad, rows, onednn)
+    return onednn(grad, weight.t()).view(x.shape), weight_gradient(grad, rows, onednn).contiguous()
 
 
 @_linear_backward.register_fake
@@ -64,13 +64,13 @@ def _(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def weight_gradient(grad: Tensor, x: Tensor, product: Product) -> Tensor:
-    """`grad [N, O]^T @ x [N, I]` -> `[O, I]`, contiguous.
+    """`grad [N, O]^T @ x [N, I]` -> `[O, I]`, of any strides.
 
     oneDNN repacks its second operand when it is transposed, so the smaller of the two goes there.
     """
     if grad.shape[1] <= x.shape[1]:
         return product(grad.t(), x.t())
-    return product(x.t(), grad.t()).t().contiguous()
+    return product(x.t(), grad.t()).t()
 
 
 def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

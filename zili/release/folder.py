@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from zili.durable import sync, sync_tree
 from zili.errors import CheckpointError
 
 _COMPANIONS = (
@@ -41,21 +42,12 @@ def whole_folder(target: Path) -> Iterator[Path]:
     aside.mkdir(parents=True)
     try:
         yield aside
-        for file in (*aside.iterdir(), aside):
-            _sync(file)
+        sync_tree(aside)
         aside.replace(target)
-        _sync(target.parent)
+        sync(target.parent)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,10 +27,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.optim import Optimizer
 
 from zili.config import ModelConfig
+from zili.durable import sync
 from zili.errors import CheckpointError
 from zili.models.decoder import Decoder
 
@@ -65,13 +66,14 @@ def save(
     *,
     keep: int,
 ) -> Path:
-    """Write `folder/step-XXXXXXXX`, then drop all but the newest `keep`. Returns its path.
+    """Write `folder/step-XXXXXXXX`, then drop all but it and the newest before it, `keep` in all. Returns its path.
 
     Raises:
         CheckpointError: the disk refused; nothing half-written is left.
     """
     target = folder / f"step-{state.step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
+    _sweep(folder)
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=folder))
     try:
         tensors = {**_model_tensors(model), **_optimizer_tensors(model, optimizers)}
@@ -82,18 +84,40 @@ def save(
         (aside / RUN_FILE).write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
         _write_sums(aside)
         if target.exists():  # left by a run that was resumed from an older checkpoint
-            shutil.rmtree(target)
+            _drop(target)
         aside.rename(target)
-        _sync(folder)
-    except OSError as error:
+        sync(folder)
+    except (OSError, SafetensorError, CheckpointException) as error:
         raise CheckpointError(
-            f"cannot write the checkpoint {target}: {error}; free some space or choose another folder"
+            f"cannot write the checkpoint {target}: {_cause(error)}; free some space or choose another folder"
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    # Later ones are damaged: the run passed over them. They do not count, or they would push out the sound.
+    sound = [path for path in list_checkpoints(folder) if path.name <= target.name]
+    for old in sound[:-keep]:
+        _drop(old)
     return target
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a process left that was killed while it wrote or dropped a checkpoint."""
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _drop(path: Path) -> None:
+    """Remove a checkpoint so that it is never seen half there."""
+    aside = path.with_name(f".{path.name}-dropped")
+    path.rename(aside)
+    shutil.rmtree(aside)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong inside torch.distributed.checkpoint, which wraps it with a traceback a rank."""
+    if isinstance(error, CheckpointException):
+        return next((cause for cause, _ in error.failures.values()), error)
+    return error
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -133,8 +157,11 @@ def verify(path: Path) -> None:
         lines = (path / SUMS_FILE).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path / SUMS_FILE} cannot be read: {error}") from error
-    for line in lines:
-        expected, _, name = line.partition("  ")
+    sums = {name: expected for expected, _, name in (line.partition("  ") for line in lines)}
+    unlisted = sorted({RUN_FILE, *(entry.name for entry in path.iterdir())} - {*sums, SUMS_FILE})
+    if unlisted:
+        raise CheckpointError(f"{path / SUMS_FILE} is cut short or older than the rest: it lacks {unlisted[0]}")
+    for name, expected in sums.items():
         try:
             found = _sha256(path / name)
         except OSError as error:
@@ -205,18 +232,18 @@ def find_checkpoint(path: Path) -> Path | None:
     damaged: list[str] = []
     found = newest_sound(folder, damaged.append)
     for line in damaged:
-        print(line)
+        print(line, file=sys.stderr)
     return found
 
 
-def kept_operations(folder: Path) -> dict[str, str]:
-    """Versions of operations the newest readable checkpoint in `folder` was made with; empty where there is none."""
+def newest_state(folder: Path) -> RunState | None:
+    """What the newest checkpoint in `folder` that can be read says of itself; its hashes are not checked."""
     for path in reversed(list_checkpoints(folder)):
         try:
-            return read_state(path).operations
+            return read_state(path)
         except CheckpointError:
             continue  # `newest_sound` names the damage when the run resumes
-    return {}
+    return None
 
 
 @contextmanager
@@ -256,7 +283,9 @@ def _empty_optimizer_state(
             raise CheckpointError(f"{path} holds optimizer state of {name}, which this run does not train")
         optimizer, parameter = owners[name]
         whole = entry.size == parameter.shape and state_name != "step"
-        room = torch.empty_like(parameter) if whole else torch.empty(entry.size)
+        # A fused optimizer counts its steps on the device, the others on the host.
+        device = parameter.device if optimizer.defaults.get("fused") else None
+        room = torch.empty_like(parameter) if whole else torch.empty(entry.size, device=device)
         states[key] = (optimizer, parameter, room.detach())
     _check_state_kinds(path, states, optimizers)
     return states
@@ -314,17 +343,9 @@ def _write_sums(folder: Path) -> None:
     sums = "".join(f"{_sha256(folder / name)}  {name}\n" for name in names)
     (folder / SUMS_FILE).write_text(sums, encoding="utf-8")
     for name in [*names, SUMS_FILE, "."]:
-        _sync(folder / name)
+        sync(folder / name)
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from zili import chips
 from zili.chips.device import Device
@@ -12,8 +13,12 @@ from zili.config.run import ChipConfig, Precision
 from zili.errors import ChipError, ConfigError
 from zili.models.arithmetic import training_state_bytes
 
+if TYPE_CHECKING:
+    from zili.training.checkpoints import RunState
+
 _GIB = 2**30
 _ON_WISH = '; fp32 is the reference all chips are compared with, set chip.precision = "bf16" to use them'
+_KEPT = "as in the run's checkpoint, so that its numbers stay the same bits"
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,8 @@ class Setup:
 def set_up(config: RunConfig) -> Setup:
     """Activate the chip and resolve the configuration on it. Imports torch, after the environment is set.
 
-    A run that has checkpoints keeps the versions of operations it was using, so that its numbers stay the same bits.
+    A run that has checkpoints keeps the versions of operations and the micro-batch it was using, so that its numbers
+    stay the same bits.
 
     Raises:
         ChipError: the chip is not here or lacks what the recipe asks for.
@@ -48,30 +54,45 @@ def set_up(config: RunConfig) -> Setup:
     choices += [Choice(f"environment.{setting.name}", setting.value, setting.reason) for setting in activation.applied]
     precision, why_precision = _precision(config.chip, device)
     compiled, why_compiled = _compile(config.chip, device)
-    micro, why_micro = _micro_batch(config, device)
+    previous = _previous(config, device, precision)
+    micro, why_micro = _micro_batch(config, device, previous)
+    if activation.process:
+        choices.append(Choice("environment.malloc", "kept", activation.process))
     choices += [
         Choice("chip.precision", precision, why_precision),
         Choice("chip.compile", str(compiled).lower(), why_compiled),
         Choice("training.micro_batch", str(micro), why_micro),
     ]
-    kept = _kept_operations(config, device.type, precision)
-    asked = {**kept, **config.chip.operations}
+    own, kept = config.chip.operations, _kept_operations(previous, device.type, precision)
     choices += [
-        Choice(f"chip.operations.{name}", version, reason)
-        for name, version, reason in ops.choose(device.type, precision, asked)
+        Choice(f"chip.operations.{name}", version, _KEPT if name in kept.keys() - own else why)
+        for name, version, why in ops.choose(device.type, precision, {**kept, **own})
     ]
     chip = config.chip.model_copy(update={"name": device.backend.name, "precision": precision, "compile": compiled})
     training = config.training.model_copy(update={"micro_batch": micro})
     return Setup(config.model_copy(update={"chip": chip, "training": training}), device, tuple(choices))
 
 
-def _kept_operations(config: RunConfig, device_type: str, precision: Precision) -> dict[str, str]:
-    """What the run's newest checkpoint was made with, as far as it runs on this device and in this precision too."""
-    from zili import ops
-    from zili.training.checkpoints import kept_operations
+def _previous(config: RunConfig, device: Device, precision: Precision) -> RunState | None:
+    """The run's newest checkpoint, where it was made on this kind of device and in this precision."""
+    from zili.training.checkpoints import newest_state
 
-    kept = kept_operations(config.folder / "checkpoints")
-    return {name: version for name, version in kept.items() if ops.runs_on(name, version, device_type, precision)}
+    state = newest_state(config.folder / "checkpoints")
+    chip = state.config.get("chip", {}) if state else {}
+    return state if (chip.get("name"), chip.get("precision")) == (device.backend.name, precision) else None
+
+
+def _kept_operations(previous: RunState | None, device_type: str, precision: Precision) -> dict[str, str]:
+    """The versions `previous` was made with, as far as this version of Zili has them to choose among."""
+    from zili import ops
+    from zili.ops.registry import REFERENCE, VERSIONS
+
+    several = {version.operation for version in VERSIONS}
+    return {
+        name: version
+        for name, version in (previous.operations if previous else {}).items()
+        if name in several and (version == REFERENCE or ops.runs_on(name, version, device_type, precision))
+    }
 
 
 def _precision(chip: ChipConfig, device: Device) -> tuple[Precision, str]:
@@ -92,8 +113,8 @@ def _compile(chip: ChipConfig, device: Device) -> tuple[bool, str]:
     return can.value, can.reason if can.value else f"{can.reason}; blocks run eagerly"
 
 
-def _micro_batch(config: RunConfig, device: Device) -> tuple[int, str]:
-    """The largest divisor of the global batch that fits, or a refusal when not even one sample does."""
+def _micro_batch(config: RunConfig, device: Device, previous: RunState | None) -> tuple[int, str]:
+    """The run's own or the largest divisor of the global batch that fits; refuses when not even one sample does."""
     state = training_state_bytes(config.model, optimizer=config.optimizer.name).total
     sample = activation_bytes(config)
     room = _free_bytes(device)
@@ -110,6 +131,9 @@ def _micro_batch(config: RunConfig, device: Device) -> tuple[int, str]:
         return asked, "asked for"
     batch = config.training.global_batch
     fitting = batch if room is None else min(batch, int((room - state) // sample))
+    kept = previous.config["training"]["micro_batch"] if previous else None
+    if kept is not None and kept <= fitting and batch % kept == 0:
+        return kept, _KEPT
     micro = max(size for size in range(1, fitting + 1) if batch % size == 0)
     free = "unknown free memory" if room is None else f"{room / _GIB:.1f} GiB free"
     return micro, f"about {(state + micro * sample) / _GIB:.1f} GiB of {free}"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from zili.training.schedules import learning_rate_share
 from zili.training.throughput import matmul_peak
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DATA_ORDER = ("seed", "training.global_batch", "training.sequence_length", "data.sources")
 
 
 class Trainer:
@@ -50,6 +52,9 @@ class Trainer:
         assert config.chip.precision != "auto", "the configuration is resolved"
         self._dtype = DTYPES[config.chip.precision]
         self.matmul_peak = matmul_peak(device, self._dtype)
+        self._saved_at: int | None = None
+        self._last: tuple[Tensor, Tensor] | None = None
+        device.seed(config.seed)  # dropout's; after the measurement, which draws numbers too
         self._flops_per_token = training_flops_per_token(config.model, config.training.sequence_length)
 
     @property
@@ -90,13 +95,20 @@ class Trainer:
         state = checkpoints.read_state(found)
         self._check_belongs(found, state)
         rng = checkpoints.restore(found, self.model, self.optimizers)
-        self.device.set_rng_state(rng)
-        self.step = state.step
+        if not self.device.set_rng_state(rng):
+            self.note(f"{found} was written on another kind of device: dropout draws other numbers from here on")
+        self.step = self._saved_at = state.step
         self.note(f"resumed from {found} at step {state.step}")
         return True
 
     def save(self) -> Path:
-        """Write a checkpoint of the present step."""
+        """Write a checkpoint of the present step.
+
+        Raises:
+            ZiliError: the last step left weights that are no longer finite numbers.
+        """
+        if self._last is not None:
+            self._refuse_non_finite(*self._last)
         state = checkpoints.RunState(
             step=self.step,
             samples=self.step * self.config.training.global_batch,
@@ -113,6 +125,7 @@ class Trainer:
             self.device.rng_state(),
             keep=self.config.checkpoint.keep,
         )
+        self._saved_at = self.step
         for callback in self.callbacks:
             callback.on_checkpoint(self)
         return path
@@ -133,7 +146,7 @@ class Trainer:
                 if self.config.checkpoint.every and self.step % self.config.checkpoint.every == 0:
                     self.save()
             self.interrupted = interruption.requested and not self.done
-        if self._unsaved():
+        if self._saved_at != self.step:
             self.save()
         for callback in self.callbacks:
             callback.on_end(self)
@@ -145,7 +158,7 @@ class Trainer:
         loss, norm = self.train_step(batch)
         if self.step % self.config.logging.every == 0 or self.done:
             record = self._record(loss, norm, share, started, batches.waited - waited)
-            self._refuse_non_finite(record)
+            self._refuse_non_finite(loss, norm)
             for callback in self.callbacks:
                 callback.on_step(self, record)
         for callback in self.callbacks:
@@ -161,6 +174,7 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad()
         self.step += 1
+        self._last = loss, norm
         return loss, norm
 
     def _accumulate(self, batch: Batch) -> Tensor:
@@ -202,35 +216,39 @@ class Trainer:
             matmul_share=tokens * self._flops_per_token / seconds / self.matmul_peak,
         )
 
-    def _refuse_non_finite(self, record: StepRecord) -> None:
-        if math.isfinite(record.loss) and math.isfinite(record.gradient_norm):
+    def _refuse_non_finite(self, loss: Tensor, norm: Tensor) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
             return
         kept = checkpoints.list_checkpoints(self.checkpoint_folder)
         way_out = f"the newest checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
         raise ZiliError(
-            f"step {record.step}: loss {record.loss}, gradient norm {record.gradient_norm}; {way_out}. "
+            f"step {self.step}: loss {float(loss)}, gradient norm {float(norm)}; {way_out}. "
             "Lower optimizer.learning_rate, or lengthen schedule.warmup_steps"
         )
 
-    def _unsaved(self) -> bool:
-        newest = checkpoints.list_checkpoints(self.checkpoint_folder)[-1:]
-        return not newest or checkpoints.read_state(newest[0]).step != self.step
-
     def _check_belongs(self, path: Path, state: checkpoints.RunState) -> None:
         """Refuse to go on with another model or another order of data than the checkpoint's."""
-        saved, own = state.config["model"], self.config.model.model_dump(mode="json")
-        different = [key for key in own if saved.get(key) != own[key]]
-        if different:
-            pairs = ", ".join(f"{key} {saved.get(key)} there, {own[key]} here" for key in different)
-            raise CheckpointError(
-                f"{path} is of another shape: model.{pairs}; match it, or give the run another folder"
-            )
+        there, here = state.config, self.config.model_dump(mode="json")
+        shape = _differences(there, here, [f"model.{key}" for key in here["model"]])
+        if shape:
+            raise CheckpointError(f"{path} is of another shape: {shape}; match it, or give the run another folder")
         same_data = state.data_fingerprint == self.loader.fingerprint()
-        if not same_data or state.config["training"]["global_batch"] != self.config.training.global_batch:
+        if not same_data or there["training"]["global_batch"] != here["training"]["global_batch"]:
+            order = _differences(there, here, _DATA_ORDER) or "the token stores hold other tokens"
             raise CheckpointError(
-                f"{path} was trained on other data, or on the same in another order (stores, weights, seed, "
-                "data and batch settings count); restore them, or give the run another folder"
+                f"{path} was trained on other data, or on the same in another order: {order}; "
+                "restore it, or give the run another folder"
             )
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any], keys: Iterable[str]) -> str:
+    """`seed 0 there, 1 here, ...` of the dotted keys in which two configurations differ."""
+    pairs = [(key, _at(there, key), _at(here, key)) for key in keys]
+    return ", ".join(f"{key} {old} there, {new} here" for key, old, new in pairs if old != new)
+
+
+def _at(config: dict[str, Any], key: str) -> Any:
+    return reduce(lambda table, part: table.get(part, {}), key.split("."), config)
 
 
 def _build_model(config: RunConfig, device: Device) -> Decoder:

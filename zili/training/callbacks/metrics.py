@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from zili.models.arithmetic import count_parameters
 from zili.training.callbacks.base import Callback, StepRecord
@@ -30,8 +31,9 @@ class MetricsLog(Callback):
     def write(self, kind: str, **values: Any) -> None:
         """Append one record; the line reaches the operating system before this returns."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, "time": time.time(), **values}) + "\n")
+        line = json.dumps({"kind": kind, "time": time.time(), **values}) + "\n"
+        with self.path.open("a+b") as file:
+            file.write((b"\n" if _ends_cut(file) else b"") + line.encode())
 
     def on_start(self, trainer: Trainer) -> None:
         self._drop_after(trainer.step)
@@ -66,6 +68,14 @@ class MetricsLog(Callback):
             aside.replace(self.path)
 
 
+def _ends_cut(file: BinaryIO) -> bool:
+    """Whether the last line was cut short when the machine went down: the next must not be lost with it."""
+    if file.seek(0, os.SEEK_END) == 0:
+        return False
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) != b"\n"
+
+
 def _is_upto(line: str, step: int) -> bool:
     try:
         return json.loads(line).get("step", 0) <= step
@@ -94,6 +104,9 @@ class TensorBoardLog(Callback):
         """Record one evaluation."""
         for name, value in values.items():
             self._writer.add_scalar(f"eval/{name}", value, step)
+
+    def on_checkpoint(self, trainer: Trainer) -> None:
+        self._writer.flush()  # a run that is killed goes on from here and would not write these again
 
     def on_end(self, trainer: Trainer) -> None:
         self._writer.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -25,6 +26,7 @@ class ProgressDisplay(Callback):
         self.console = console or Console()
         self._progress: Progress | None = None
         self._evaluated = ""
+        self._next_line = 0
 
     def on_start(self, trainer: Trainer) -> None:
         if not self.console.is_terminal:
@@ -52,7 +54,8 @@ class ProgressDisplay(Callback):
             self._progress.update(self._task, completed=record.step, figures=figures)
             return
         steps = trainer.config.training.steps
-        if record.step % max(1, steps // _PLAIN_LINES) == 0 or record.step == steps:
+        if record.step >= self._next_line or record.step == steps:
+            self._next_line = record.step + math.ceil(steps / _PLAIN_LINES)
             self.console.print(f"step {record.step}/{steps}  {figures}", highlight=False)
 
     def on_evaluation(self, step: int, values: dict[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""Making what was written survive a power cut, before it is given its name."""
+"""Files and folders that appear whole or not at all, and survive a power cut once they have their name."""
 
 from __future__ import annotations
 
@@ -19,3 +19,11 @@ def sync_tree(folder: Path) -> None:
     """Force everything in and below `folder` to the disk."""
     for path in (*folder.rglob("*"), folder):
         sync(path)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small UTF-8 file so that a reader finds the old one or the new one, never half of it."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text, encoding="utf-8")
+    sync(aside)
+    aside.replace(path)

@@ -1,0 +1,59 @@
+"""A tiny text, tokenizer, model shape and recipe that training's and the command line's tests share."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zili.config import RunConfig, build_config
+from zili.data import Document, Tokenizer, build_store
+
+TEXT = r"self reliance 自立 kemandirian trains def return lambda class 中国 naïve 3.14 it's , . ( )"
+WORDS = [*TEXT.split(), "\n"]
+Recipe = Callable[..., RunConfig]
+
+
+def made_up_texts(count: int, seed: int) -> list[str]:
+    """`count` texts of 5 to 60 words."""
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(5, 60))) for _ in range(count)]
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `tokenizer/` (300 tokens) and the stores `train`, `other` and `held_out`."""
+    folder = tmp_path_factory.mktemp("tiny-data")
+    tokenizer = Tokenizer.train(made_up_texts(100, seed=0), vocab_size=300)
+    tokenizer.save(folder / "tokenizer")
+    for seed, (name, count) in enumerate({"train": 150, "other": 150, "held_out": 6}.items()):
+        documents = [Document(text, f"{name}:{i}") for i, text in enumerate(made_up_texts(count, seed))]
+        build_store(documents, tokenizer, folder / name, engine="tokenizers")
+    return folder
+
+
+@pytest.fixture
+def recipe(tiny_data: Path, tmp_path: Path) -> Recipe:
+    """`recipe("training.steps=3", ...)`: a tiny run into `tmp_path / "run"`, resolved but for the overrides."""
+    table: dict[str, Any] = {
+        "folder": str(tmp_path / "run"),
+        "model": {
+            "vocab_size": 304,
+            "hidden_size": 32,
+            "layers": 2,
+            "heads": 2,
+            "kv_heads": 1,
+            "head_dim": 16,
+            "ffn_hidden_size": 48,
+            "max_length": 64,
+        },
+        "data": {"sources": [{"store": str(tiny_data / "train")}], "tokenizer": str(tiny_data / "tokenizer")},
+        "training": {"steps": 6, "sequence_length": 32, "global_batch": 4, "micro_batch": 2},
+        "optimizer": {"learning_rate": 3e-3},
+        "chip": {"name": "cpu", "precision": "fp32", "compile": False},
+        "checkpoint": {"every": 2},
+    }
+    return lambda *overrides: build_config(table, overrides, origin="a test")

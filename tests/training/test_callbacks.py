@@ -1,0 +1,168 @@
+"""The run's record, TensorBoard's and the progress display."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_run import PEAK, At, Recipe, Recorder, die_after_step, interrupt, run_apart, train
+
+from zili.models.arithmetic import parameter_shapes
+from zili.training.callbacks import MetricsLog, ProgressDisplay, StepRecord, TensorBoardLog
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """The record, every line of it valid JSON by the standard (no NaN)."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    assert text.endswith("\n")
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def test_the_record_holds_every_step_as_it_was(recipe: Recipe) -> None:
+    recorder, config = Recorder(), recipe()
+    train(config, MetricsLog(config.folder), recorder)
+    first, *rest = lines(config.folder)
+    parameters = sum(
+        rows * (columns[0] if columns else 1) for rows, *columns in parameter_shapes(config.model).values()
+    )
+    assert first["kind"] == "start" and first["step"] == 0 and first["steps"] == 6
+    assert (first["parameters"], first["matmul_peak"]) == (parameters, PEAK)
+    assert [{k: v for k, v in line.items() if k not in ("kind", "time")} for line in rest] == [
+        asdict(record) for record in recorder.records
+    ]
+    times = [line["time"] for line in (first, *rest)]
+    assert times == sorted(times)
+
+
+def test_after_a_kill_the_steps_that_happen_again_are_recorded_once(recipe: Recipe) -> None:
+    config = recipe("checkpoint.every=2", "training.steps=8")
+    whole = recipe("training.steps=8", f"folder={recipe().folder}-whole")
+    for each in (config, whole):
+        train(each, MetricsLog(each.folder), *([At(5, interrupt)] if each is config else []))
+    # Steps 6 and 7 were recorded, then the machine went down; the newest checkpoint is of step 5.
+    log = MetricsLog(config.folder)
+    for step in (6, 7):
+        log.write("train", step=step, loss=99.0)
+    log.write("eval", step=6, bits_per_byte=99.0)
+    log.write("note", text="a note has no step, so it stays")
+    with log.path.open("a") as file:
+        file.write('{"kind": "train", "st')
+    train(config, MetricsLog(config.folder))
+    found = lines(config.folder)
+    assert [line["step"] for line in found if line["kind"] == "train"] == list(range(1, 9))
+    expected = [line["loss"] for line in lines(whole.folder) if line["kind"] == "train"]
+    assert [line["loss"] for line in found if line["kind"] == "train"] == expected
+    assert not any(line["kind"] == "eval" for line in found)
+    assert [line["step"] for line in found if line["kind"] == "start"] == [0, 5]
+    notes = [line["text"] for line in found if line["kind"] == "note"]
+    assert notes[0].startswith("a note") and "resumed from" in notes[1], "the cut line takes no other with it"
+
+
+def test_notes_in_any_script_survive(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "new" / "folder")
+    log.on_note("自立 \u2028 line separators too")
+    assert [line["text"] for line in lines(tmp_path / "new" / "folder")] == ["自立 \u2028 line separators too"]
+
+
+def board(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Every scalar of the event files, as TensorBoard itself reads them."""
+    accumulator = EventAccumulator(str(folder / "tensorboard"))
+    accumulator.Reload()
+    found = defaultdict(list)
+    for tag in accumulator.Tags()["scalars"]:
+        found[tag] = [(event.step, event.value) for event in accumulator.Scalars(tag)]
+    return found
+
+
+def test_tensorboard_shows_the_recorded_figures(recipe: Recipe) -> None:
+    recorder, log = Recorder(), TensorBoardLog(recipe().folder)
+    train(recipe(), recorder, log, At(4, lambda: log.on_evaluation(4, {"bits_per_byte": 1.5})))
+    found = board(recipe().folder)
+    assert found["eval/bits_per_byte"] == [(4, 1.5)]
+    for name in asdict(recorder.records[0]).keys() - {"step"}:
+        expected = [(record.step, getattr(record, name)) for record in recorder.records]
+        assert [step for step, _ in found[f"train/{name}"]] == [step for step, _ in expected]
+        assert [v for _, v in found[f"train/{name}"]] == pytest.approx([v for _, v in expected], rel=1e-6), name
+
+
+class RunWithBoard:
+    """Picklable: a run that logs to TensorBoard and is killed."""
+
+    def __call__(self, config: Any, step: int) -> None:
+        from tiny_run import die
+
+        train(config, TensorBoardLog(config.folder), At(step, die))
+
+
+def test_tensorboard_has_no_gap_and_nothing_twice_after_a_kill(recipe: Recipe) -> None:
+    config = recipe("training.steps=8", "checkpoint.every=3")
+    assert run_apart(RunWithBoard(), config, 5) == -9
+    train(config, TensorBoardLog(config.folder))
+    assert [step for step, _ in board(config.folder)["train/loss"]] == list(range(1, 9))
+
+
+class Steps:
+    """What the display asks of a trainer."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.step = 0
+
+
+def shown(recipe: Recipe, steps: int, every: int = 1) -> list[str]:
+    """What a run of `steps` steps prints where there is no terminal."""
+    output = io.StringIO()
+    display = ProgressDisplay(Console(file=output, width=200))
+    trainer: Any = Steps(recipe(f"training.steps={steps}"))
+    display.on_start(trainer)
+    for step in range(1, steps + 1):
+        if step % every == 0 or step == steps:
+            display.on_step(trainer, StepRecord(step, step * 100, 2.5, 1e-3, 1.0, 0.1, 0.0, 12_345.6, 0.789))
+    display.on_end(trainer)
+    return output.getvalue().splitlines()
+
+
+@pytest.mark.parametrize(("steps", "every"), [(20, 1), (39, 1), (100, 1), (1000, 7), (1000, 30), (12_345, 10)])
+def test_without_a_terminal_about_twenty_lines_tell_the_run(recipe: Recipe, steps: int, every: int) -> None:
+    found = shown(recipe, steps, every)
+    assert 14 <= len(found) <= 22
+    assert found[-1].startswith(f"step {steps}/{steps}")
+
+
+def test_a_line_holds_the_figures(recipe: Recipe) -> None:
+    assert shown(recipe, 1) == ["step 1/1  loss 2.500  12,346 tokens/s  79% of matmul peak"]
+
+
+def test_the_newest_evaluation_is_shown_from_then_on(recipe: Recipe) -> None:
+    output = io.StringIO()
+    display = ProgressDisplay(Console(file=output, width=200))
+    display.on_evaluation(3, {"bits_per_byte": 2.3456})
+    display.on_step(Steps(recipe("training.steps=4")), StepRecord(4, 1, 2.5, 0, 0, 1, 0, 1, 0))  # type: ignore[arg-type]
+    assert "2.346 bits/byte" in output.getvalue()
+
+
+def test_the_terminal_is_left_as_it_was_when_the_run_fails(recipe: Recipe) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    display = ProgressDisplay(console)
+    display.on_start(Steps(recipe()))  # type: ignore[arg-type]
+    assert "\x1b[?25l" in console.file.getvalue(), "the cursor is hidden while the bar moves"  # type: ignore[attr-defined]
+    display.close()
+    display.close()
+    assert console.file.getvalue().rstrip().endswith("\x1b[?25h")  # type: ignore[attr-defined]
+
+
+def test_die_after_step_kills(recipe: Recipe) -> None:
+    """The other tests lean on it."""
+    assert run_apart(die_after_step, recipe(), 1) == -9
+    assert not (recipe().folder / "checkpoints").exists()

@@ -1,0 +1,249 @@
+"""What a checkpoint holds, how damage shows, and what is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import At, Recipe, Recorder, final_tensors, hidden, interrupt, open_trainer, train
+
+from zili.config import RunConfig
+from zili.errors import CheckpointError
+from zili.training import checkpoints
+from zili.training.trainer import Trainer
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in checkpoints.list_checkpoints(folder)]
+
+
+@pytest.fixture
+def trained(recipe: Recipe) -> Trainer:
+    """A finished run of 6 steps with checkpoints of the steps 4 and 6."""
+    return train(recipe())
+
+
+def newest(config: RunConfig) -> Path:
+    return checkpoints.list_checkpoints(config.folder / "checkpoints")[-1]
+
+
+def test_only_the_newest_are_kept(recipe: Recipe) -> None:
+    trainer = train(recipe("checkpoint.every=1", "checkpoint.keep=3"))
+    assert names(trainer.checkpoint_folder) == ["step-00000004", "step-00000005", "step-00000006"]
+    assert hidden(trainer.checkpoint_folder) == []
+
+
+def test_without_regular_checkpoints_one_is_written_at_the_end(recipe: Recipe) -> None:
+    assert names(train(recipe("checkpoint.every=0")).checkpoint_folder) == ["step-00000006"]
+
+
+def test_sha256sum_agrees(trained: Trainer) -> None:
+    for path in checkpoints.list_checkpoints(trained.checkpoint_folder):
+        subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=path, check=True, capture_output=True)
+        listed = {line.split("  ")[1] for line in (path / "SHA256SUMS").read_text().splitlines()}
+        assert listed == {entry.name for entry in path.iterdir()} - {"SHA256SUMS"}
+
+
+def test_nothing_in_a_checkpoint_is_pickled(trained: Trainer) -> None:
+    files = [path for path in newest(trained.config).iterdir() if path.name not in ("run.json", "SHA256SUMS")]
+    assert files and all(path.suffix == ".safetensors" for path in files)
+    for path in files:
+        raw = path.read_bytes()
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])  # the format's own definition
+        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        assert {entry["dtype"] for entry in tensors.values()} <= {"F32", "U8"}
+        assert len(raw) == 8 + int.from_bytes(raw[:8], "little") + max(e["data_offsets"][1] for e in tensors.values())
+
+
+def test_run_json_says_where_the_run_stands(trained: Trainer) -> None:
+    states = [
+        json.loads((path / "run.json").read_text()) for path in checkpoints.list_checkpoints(trained.checkpoint_folder)
+    ]
+    assert [(state["step"], state["samples"]) for state in states] == [(4, 16), (6, 24)]
+    assert states[1]["data_fingerprint"] == trained.loader.fingerprint()
+    assert RunConfig.model_validate(states[1]["config"]) == trained.config
+    assert states[1]["versions"]["torch"] == torch.__version__
+    assert states[1]["operations"].keys() >= {"linear", "attention"}
+
+
+def test_load_model_gives_the_trainers_weights_in_eval_mode(trained: Trainer) -> None:
+    for place in (trained.config.folder, trained.checkpoint_folder, newest(trained.config)):
+        model = checkpoints.load_model(place)
+        assert not model.training
+        for (name, mine), (other, theirs) in zip(
+            model.named_parameters(), trained.model.named_parameters(), strict=True
+        ):
+            assert name == other and torch.equal(mine, theirs)
+
+
+def test_a_tied_head_is_saved_once_and_loaded_tied(recipe: Recipe) -> None:
+    trainer = train(recipe("model.tied_embeddings=true"))
+    assert not any("head" in name for name in final_tensors(trainer.config))
+    assert checkpoints.load_model(trainer.config.folder).head is None
+
+
+def flip_a_byte(path: Path) -> None:
+    file = next(path.glob("*.safetensors"))
+    raw = bytearray(file.read_bytes())
+    raw[-5] ^= 1
+    file.write_bytes(raw)
+
+
+def truncate(path: Path) -> None:
+    file = next(path.glob("*.safetensors"))
+    os.truncate(file, file.stat().st_size - 7)
+
+
+def cut_the_sums(path: Path) -> None:
+    os.truncate(path / "SHA256SUMS", 0)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a flipped byte": (flip_a_byte, ".safetensors"),
+    "a truncated shard": (truncate, ".safetensors"),
+    "no shard": (lambda path: next(path.glob("*.safetensors")).unlink(), ".safetensors"),
+    "no run.json": (lambda path: (path / "run.json").unlink(), "run.json"),
+    "another run.json": (lambda path: (path / "run.json").write_text("{}"), "run.json"),
+    "no sums": (lambda path: (path / "SHA256SUMS").unlink(), "SHA256SUMS"),
+    "empty sums": (cut_the_sums, "SHA256SUMS"),
+    "an empty folder": (lambda path: [file.unlink() for file in path.iterdir()] and None, "SHA256SUMS"),  # type: ignore[func-returns-value]
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(
+    trained: Trainer, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inflict, file = DAMAGE[damage]
+    path = newest(trained.config)
+    inflict(path)
+    recorder = Recorder()
+    again = open_trainer(trained.config, [recorder])
+    assert again.resume() and again.step == 4
+    assert str(path) in recorder.notes[0] and file in recorder.notes[0] and "damaged" in recorder.notes[0]
+    assert "step-00000004" in recorder.notes[1]
+    checkpoints.load_model(trained.config.folder)
+    said = capsys.readouterr()
+    assert str(path) in said.err and said.out == "", "standard output is for the answer"
+
+
+def test_with_all_checkpoints_damaged_the_run_stops(trained: Trainer) -> None:
+    for path in checkpoints.list_checkpoints(trained.checkpoint_folder):
+        flip_a_byte(path)
+    with pytest.raises(CheckpointError, match=r"all 2 checkpoints in .* are damaged.*new folder") as caught:
+        open_trainer(trained.config).resume()
+    assert str(trained.checkpoint_folder) in str(caught.value)
+
+
+def test_damaged_checkpoints_never_push_out_sound_ones(recipe: Recipe) -> None:
+    train(recipe("checkpoint.every=3", "checkpoint.keep=3", "training.steps=9"))
+    for path in checkpoints.list_checkpoints(recipe().folder / "checkpoints")[1:]:
+        flip_a_byte(path)
+    # Interrupted before it reaches the damaged ones: 3 and 4 are sound, 6 and 9 are not.
+    stopped = train(recipe("checkpoint.every=0", "training.steps=9"), At(4, interrupt))
+    assert stopped.interrupted and stopped.step == 4
+    again = open_trainer(recipe("training.steps=9"))
+    assert again.resume() and again.step == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["model.layers=3"], ["another shape", "model.layers 2 there, 3 here"]),
+        (
+            ["model.ffn_hidden_size=64", "model.head_dim=8"],
+            ["model.ffn_hidden_size 48 there, 64 here", "model.head_dim"],
+        ),
+        (["model.rotary.base=5e5"], ["model.rotary"]),
+        (["optimizer.name=muon"], ["another optimizer", "Muon"]),
+        (["seed=1"], ["seed 0 there, 1 here"]),
+        (["training.global_batch=8"], ["training.global_batch 4 there, 8 here"]),
+        (["training.sequence_length=16"], ["training.sequence_length 32 there, 16 here"]),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_by_the_difference(
+    trained: Trainer, recipe: Recipe, overrides: list[str], parts: list[str]
+) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        open_trainer(recipe(*overrides)).resume()
+    assert all(part in str(caught.value) for part in ["step-00000006", *parts]), caught.value
+    assert caught.value.exit_code == 5
+
+
+def test_a_muon_run_is_not_taken_for_an_adamw_one(recipe: Recipe) -> None:
+    train(recipe("optimizer.name=muon"))
+    with pytest.raises(CheckpointError, match=r"another optimizer.*AdamW"):
+        open_trainer(recipe()).resume()
+
+
+def test_other_data_are_refused_and_the_same_data_elsewhere_are_not(
+    trained: Trainer, recipe: Recipe, tiny_data: Path, tmp_path: Path
+) -> None:
+    other = f'data.sources=[{{store="{tiny_data / "other"}"}}]'
+    with pytest.raises(CheckpointError, match=r"other data.*data\.sources.*train.*other"):
+        open_trainer(recipe(other)).resume()
+    moved = tmp_path / "moved"
+    shutil.copytree(tiny_data, moved)
+    assert open_trainer(recipe(f'data.sources=[{{store="{moved / "train"}"}}]')).resume()
+
+
+def test_a_format_of_the_future_is_refused(trained: Trainer) -> None:
+    path = newest(trained.config)
+    state = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps({**state, "format": 99}))
+    with pytest.raises(CheckpointError, match="format 99; this version reads 1"):
+        checkpoints.read_state(path)
+
+
+def save_again(trainer: Trainer, step: int) -> Path:
+    state = dataclasses.replace(checkpoints.read_state(newest(trainer.config)), step=step)
+    return checkpoints.save(
+        trainer.checkpoint_folder, state, trainer.model, trainer.optimizers, trainer.device.rng_state(), keep=2
+    )
+
+
+def test_a_disk_that_refuses_leaves_the_old_checkpoints_and_nothing_else(trained: Trainer) -> None:
+    before = names(trained.checkpoint_folder)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # a shard takes more
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot write .*step-00000008.*free some space") as caught:
+            save_again(trained, 8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "Traceback" not in str(caught.value)
+    assert names(trained.checkpoint_folder) == before and hidden(trained.checkpoint_folder) == []
+
+
+@pytest.mark.parametrize("function", ["fsync", "rename"])
+def test_a_failure_at_the_end_of_writing_shows_no_half_checkpoint(
+    trained: Trainer, function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = names(trained.checkpoint_folder)
+
+    def refuse(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(*((os, "fsync") if function == "fsync" else (Path, "rename")), refuse)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        save_again(trained, 8)
+    assert names(trained.checkpoint_folder) == before and hidden(trained.checkpoint_folder) == []
+
+
+def test_a_checkpoint_from_another_kind_of_device_says_what_differs(recipe: Recipe) -> None:
+    trainer = open_trainer(recipe())
+    trainer.train_step(trainer.loader.batch(0))
+    state = trainer.device.rng_state()
+    trainer.device.rng_state = lambda: {**state, "elsewhere": torch.zeros(16, dtype=torch.uint8)}  # type: ignore[method-assign]
+    trainer.save()
+    recorder = Recorder()
+    assert open_trainer(recipe(), [recorder]).resume()
+    assert any("another kind of device" in note and "dropout" in note for note in recorder.notes)

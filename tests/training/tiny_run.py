@@ -1,0 +1,138 @@
+"""Tiny runs of the real trainer, also in processes that are killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from unittest import mock
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from zili import chips
+from zili.chips.device import Device
+from zili.config import RunConfig
+from zili.data.loader import Loader
+from zili.data.store import TokenStore
+from zili.training import checkpoints
+from zili.training.callbacks import Callback, StepRecord
+from zili.training.trainer import Trainer
+
+PEAK = 1e11
+Recipe = Callable[..., RunConfig]
+"""The fixture `recipe`: overrides to a configuration."""
+
+
+class Recorder(Callback):
+    """Keeps what a run reports."""
+
+    def __init__(self) -> None:
+        self.records: list[StepRecord] = []
+        self.notes: list[str] = []
+
+    @property
+    def losses(self) -> list[float]:
+        return [record.loss for record in self.records]
+
+    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        self.records.append(record)
+
+    def on_note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+class At(Callback):
+    """Does something after one step."""
+
+    def __init__(self, step: int, action: Callable[[], object]) -> None:
+        self.step = step
+        self.action = action
+
+    def after_step(self, trainer: Trainer) -> None:
+        if trainer.step == self.step:
+            self.action()
+
+
+def interrupt(number: int = signal.SIGINT) -> None:
+    """Ctrl-C, as the terminal sends it."""
+    os.kill(os.getpid(), number)
+
+
+def open_trainer(config: RunConfig, callbacks: Sequence[Callback] = ()) -> Trainer:
+    """A trainer of `config` on the CPU, without the time that measuring the matmul peak takes."""
+    stores = [(TokenStore.open(source.store), source.weight) for source in config.data.sources]
+    training = config.training
+    loader = Loader(
+        stores, sequence_length=training.sequence_length, global_batch=training.global_batch, seed=config.seed
+    )
+    device = Device(chips.activate(chips.find_backend("cpu")))
+    with mock.patch("zili.training.trainer.matmul_peak", return_value=PEAK):
+        return Trainer(config, loader, device, callbacks)
+
+
+def train(config: RunConfig, *callbacks: Callback) -> Trainer:
+    """Run `config` to its end, from its newest checkpoint."""
+    trainer = open_trainer(config, callbacks)
+    trainer.resume()
+    trainer.fit()
+    return trainer
+
+
+def final_tensors(config: RunConfig) -> dict[str, Tensor]:
+    """Everything in the newest checkpoint: weights, optimizer state, generator states."""
+    newest = checkpoints.list_checkpoints(config.folder / "checkpoints")[-1]
+    return {name: tensor for file in newest.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    """Equal names, dtypes and bytes."""
+    assert one.keys() == other.keys()
+    different = [
+        name for name in one if not torch.equal(one[name], other[name]) or one[name].dtype != other[name].dtype
+    ]
+    assert different == []
+
+
+# What follows runs in a process of its own, forked from one that has imported torch but not used it.
+
+
+def die() -> None:
+    """As the kernel ends a process that has no memory left."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_after_step(config: RunConfig, step: int) -> None:
+    """Train, and be killed after `step`, before a checkpoint of it is written."""
+    train(config, At(step, die))
+
+
+def die_while_saving(config: RunConfig, step: int, function: str) -> None:
+    """Train, and be killed where the checkpoint of `step` calls `function` of `zili.training.checkpoints`."""
+    patches = mock.patch.object(checkpoints, function, side_effect=lambda *_: die())
+    train(config, At(step, patches.start))
+
+
+def start(target: Callable[..., object], *arguments: object) -> BaseProcess:
+    """Run `target` in a process of its own."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tiny_run"])
+    process = context.Process(target=target, args=arguments)
+    process.start()
+    return process
+
+
+def run_apart(target: Callable[..., object], *arguments: object) -> int | None:
+    """Run `target` in a process of its own to its end; returns its exit code, negative for a signal."""
+    process = start(target, *arguments)
+    process.join(60)
+    return process.exitcode
+
+
+def hidden(folder: Path) -> list[str]:
+    """Names in `folder` that begin with a dot."""
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
