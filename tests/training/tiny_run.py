@@ -120,7 +120,7 @@ def die_while_saving(config: RunConfig, step: int, function: str) -> None:
 def start(target: Callable[..., object], *arguments: object) -> BaseProcess:
     """Run `target` in a process of its own."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tiny_run"])
+    context.set_forkserver_preload(["zili.training.trainer", "torch.utils.tensorboard"])
     process = context.Process(target=target, args=arguments)
     process.start()
     return process

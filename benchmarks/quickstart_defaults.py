@@ -1,0 +1,94 @@
+"""Held-out bits per byte after equal training time: how the defaults of `zili quickstart` were chosen.
+
+    zili quickstart --minutes 1            # once: leaves the text and its tokenizer in runs/quickstart/data
+    python benchmarks/quickstart_defaults.py --seconds 190 256x4-512x8:muon:3e-3 256x4-512x8:adamw:3e-3
+
+A candidate is HIDDENxLAYERS-SEQUENCExBATCH:OPTIMIZER:PEAK_RATE. Each is timed over a few steps, trained from scratch
+for as many steps as fit into the seconds given, and scored on the same held-out documents. Equal time is counted in
+steps at the rate timed first, so that a disturbance later on costs no candidate its steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from zili.cli.launch import prepare_launch
+from zili.config import RunConfig, build_config
+
+FORM = re.compile(r"(\d+)x(\d+)-(\d+)x(\d+):(adamw|muon):([\d.e-]+)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("candidates", nargs="+", metavar="256x4-512x8:muon:3e-3")
+    parser.add_argument("--seconds", type=float, default=190.0)
+    parser.add_argument("--data", type=Path, default=Path("runs/quickstart/data"))
+    arguments = parser.parse_args()
+    print("| model, sequence x batch | optimizer, peak rate | parameters | steps | tokens | bits per byte |")
+    print("| --- | --- | --- | --- | --- | --- |", flush=True)
+    for candidate in arguments.candidates:
+        print(_row(candidate, arguments.data, arguments.seconds), flush=True)
+
+
+def _recipe(candidate: str, data: Path, steps: int) -> RunConfig:
+    found = FORM.fullmatch(candidate)
+    if not found:
+        raise SystemExit(f"{candidate!r} is not of the form 256x4-512x8:muon:3e-3")
+    hidden, layers, length, batch = map(int, found.groups()[:4])
+    table: dict[str, Any] = tomllib.loads((resources.files("zili.config") / "quickstart.toml").read_text())
+    heads = hidden // table["model"]["head_dim"]
+    table["model"] |= {
+        "hidden_size": hidden,
+        "layers": layers,
+        "heads": heads,
+        "kv_heads": 2 if heads % 2 == 0 else 1,
+        "ffn_hidden_size": 3 * hidden,
+    }
+    table["training"] |= {"steps": steps, "sequence_length": length, "global_batch": batch}
+    table["optimizer"] |= {"name": found[5], "learning_rate": float(found[6])}
+    table["data"] = {
+        "sources": [{"store": str(data / "train")}],
+        "tokenizer": str(data / "tokenizer"),
+        "held_out": str(data / "held_out"),
+    }
+    return build_config(table, origin=candidate)
+
+
+def _row(candidate: str, data: Path, seconds: float) -> str:
+    launch = prepare_launch(_recipe(candidate, data, 1000))  # activates the CPU before torch is imported
+
+    from zili.data.store import TokenStore
+    from zili.evaluation.bits_per_byte import score_token_ids, stored_documents
+    from zili.models.arithmetic import count_parameters
+    from zili.training.pacing import seconds_per_step
+    from zili.training.trainer import Trainer
+
+    step_seconds = seconds_per_step(launch.setup.config, launch.loader, launch.setup.device)
+    steps = int(seconds / step_seconds)
+    launch = prepare_launch(_recipe(candidate, data, steps))
+    trainer = Trainer(launch.setup.config, launch.loader, launch.setup.device)
+    trainer.model.train()
+    for step in range(steps):
+        trainer.train_step(launch.loader.batch(step))
+    with trainer.uncompiled():
+        score = score_token_ids(
+            trainer.model,
+            stored_documents(TokenStore.open(data / "held_out"), launch.tokenizer),
+            start_token=launch.tokenizer.end_id,
+            sequence_length=launch.recipe.training.sequence_length,
+            batch_size=16,
+        )
+    shape, optimizer, rate = candidate.split(":")
+    size = count_parameters(launch.recipe.model).total / 1e6
+    return (
+        f"| {shape} | {optimizer}, {rate} | {size:.1f} M | {steps} | {trainer.tokens:,} | {score.bits_per_byte:.3f} |"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""What is left to "auto": each choice has its reason, and what cannot run is refused before it costs anything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import Recipe, train
+
+from zili import ops
+from zili.config import Choice
+from zili.errors import ChipError, ConfigError
+from zili.training import setup
+from zili.training.setup import Setup, activation_bytes, set_up
+
+PLAIN = ("chip.operations.linear=reference", "chip.operations.attention=reference")
+"""Timing the versions takes a while, so most tests name them."""
+GIB = 2**30
+
+
+@pytest.fixture
+def room(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`room(bytes)`: the machine has so much free memory."""
+    return lambda size: monkeypatch.setattr(setup, "available_bytes", lambda: size)
+
+
+def chosen(result: Setup, name: str) -> Choice:
+    return next(choice for choice in result.choices if choice.name == name)
+
+
+def test_every_automatic_choice_has_a_value_and_a_reason(recipe: Recipe) -> None:
+    autos = ("chip.name=auto", "chip.precision=auto", "chip.compile=auto", "training.micro_batch=auto")
+    result = set_up(recipe(*autos))
+    names = {choice.name for choice in result.choices}
+    assert names >= {"chip.name", "chip.precision", "chip.compile", "training.micro_batch"}
+    assert names >= {f"chip.operations.{name}" for name in ("linear", "attention", "linear_cross_entropy")}
+    assert all(choice.value and len(choice.reason) > 5 for choice in result.choices)
+    assert '"auto"' not in result.config.model_dump_json()
+    for choice in result.choices:
+        if choice.name in ("chip.name", "chip.precision", "training.micro_batch"):
+            table, key = choice.name.split(".")
+            assert str(getattr(getattr(result.config, table), key)) == choice.value
+
+
+def test_what_is_asked_for_is_taken_and_said_to_be(recipe: Recipe) -> None:
+    result = set_up(recipe(*PLAIN))
+    for name in ("chip.precision", "chip.compile", "training.micro_batch", "chip.operations.linear"):
+        assert chosen(result, name).reason == "asked for"
+
+
+@pytest.mark.parametrize("asked", ["auto", "4"])
+def test_a_run_that_asks_for_more_than_memory_is_refused_with_numbers_before_it_allocates(
+    recipe: Recipe, room: Any, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    room(3 * GIB)
+    monkeypatch.setattr(ops, "choose", lambda *_: pytest.fail("came further than it should"))
+    # 4 layers of 12 * 4096^2 weights and 2 * 32000 * 4096 around them; 16 bytes each: about 16 GiB.
+    shape = ("hidden_size=4096", "layers=4", "heads=32", "kv_heads=32", "head_dim=128", "ffn_hidden_size=10923")
+    sizes = [f"model.{size}" for size in (*shape, "vocab_size=32000")]
+    with pytest.raises(ConfigError, match=r"about 15\.\d GiB \(15\.\d for weights.* has 3\.0 GiB free") as caught:
+        set_up(recipe(*sizes, f"training.micro_batch={asked}"))
+    assert 'training.recompute = "full"' in str(caught.value)
+
+
+def test_the_micro_batch_is_the_largest_divisor_that_fits(recipe: Recipe, room: Any) -> None:
+    auto = recipe("training.global_batch=12", "training.micro_batch=auto", *PLAIN)
+    state = setup.training_state_bytes(auto.model, optimizer="adamw").total
+    for samples, expected in ((1, 1), (2, 2), (3, 3), (5, 4), (11, 6), (12, 12), (500, 12)):
+        room(state + samples * activation_bytes(auto))
+        result = set_up(auto)
+        assert result.config.training.micro_batch == expected
+        assert "GiB" in chosen(result, "training.micro_batch").reason
+    room(state + activation_bytes(auto) - 1)
+    with pytest.raises(ConfigError, match="smaller micro_batch"):
+        set_up(auto)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_the_estimate_of_activations_covers_what_is_kept_for_the_backward_pass(recipe: Recipe, recompute: str) -> None:
+    size = ("model.hidden_size=128", "model.ffn_hidden_size=384", "model.layers=8", "model.head_dim=64")
+    config = recipe(*size, f"training.recompute={recompute}", "training.sequence_length=64")
+    from zili.models.decoder import Decoder
+
+    model = Decoder(config.model).train()
+    model.recompute = config.training.recompute
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.zeros(1, 64, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        hidden = model.hidden_states(ids)
+    assert hidden.requires_grad
+    # Attention probabilities of the plain version and small tables come on top; the order must be right.
+    assert 0.3 * activation_bytes(config) < sum(kept.values()) < 1.5 * activation_bytes(config)
+
+
+def test_an_unknown_chip_is_refused_with_the_nearest(recipe: Recipe) -> None:
+    with pytest.raises(ChipError, match="no backend is named 'asend'; did you mean ascend"):
+        set_up(recipe("chip.name=asend"))
+
+
+@pytest.mark.parametrize("without", ["no PATH", "CXX points nowhere"])
+def test_without_a_compiler_blocks_run_eagerly_and_a_line_says_so(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, without: str
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    if without == "no PATH":
+        monkeypatch.setenv("PATH", "")
+    else:
+        monkeypatch.setenv("CXX", "/nowhere/g++")
+    result = set_up(recipe("chip.compile=auto", *PLAIN))
+    assert result.config.chip.compile is False
+    line = str(chosen(result, "chip.compile"))
+    assert line.startswith("chip.compile = false: no C++ compiler") and line.endswith("blocks run eagerly")
+
+
+def test_bf16_on_the_cpu_runs_when_asked_for(recipe: Recipe) -> None:
+    assert set_up(recipe("chip.precision=bf16")).config.chip.precision == "bf16"
+
+
+def test_a_resumed_run_keeps_its_operations_and_its_micro_batch(recipe: Recipe, room: Any) -> None:
+    first = {"linear": "reference", "attention": "blocked", "linear_cross_entropy": "reference"}
+    ops.choose("cpu", "fp32", first)
+    train(recipe("training.micro_batch=1"))
+    room(64 * GIB)
+    result = set_up(recipe("training.micro_batch=auto"))
+    assert {name: ops.chosen()[name] for name in first} == first
+    for name in ("training.micro_batch", *(f"chip.operations.{name}" for name in first)):
+        assert "checkpoint" in chosen(result, name).reason
+    assert result.config.training.micro_batch == 1
+    assert {choice.name for choice in result.choices if "operations" in choice.name} == {
+        f"chip.operations.{name}" for name in first
+    }, "an operation without another version is no choice"
+
+
+def test_the_recipe_has_the_last_word_over_the_checkpoint(recipe: Recipe) -> None:
+    ops.choose("cpu", "fp32", {"attention": "blocked", "linear": "reference"})
+    train(recipe())
+    result = set_up(recipe(*PLAIN))
+    assert chosen(result, "chip.operations.attention")[1:] == ("reference", "asked for")
+
+
+def test_a_run_that_moves_to_another_precision_chooses_anew(recipe: Recipe) -> None:
+    ops.choose("cpu", "fp32", dict.fromkeys(ops.chosen(), "reference"))
+    train(recipe())
+    result = set_up(recipe("chip.precision=bf16"))
+    assert chosen(result, "chip.operations.linear_cross_entropy").value == "chunked"
