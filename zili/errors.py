@@ -35,6 +35,12 @@ class ChipError(ZiliError):
     exit_code = 6
 
 
+class TrainingError(ZiliError):
+    """A run that can no longer learn: its loss or gradient is not a finite number."""
+
+    exit_code = 8
+
+
 class LayoutError(ZiliError):
     """A parallel layout that does not divide the model, the batch or the world."""
 

@@ -30,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train, check, release and serve TeleChat-class language models on whatever chips you can get.",
     epilog="Exit codes: 0 done, 1 a defect of ours, 2 wrong usage, 3 configuration, 4 data, 5 checkpoint, 6 chip, "
-    "7 layout, 130 interrupted (a checkpoint is written).",
+    "7 layout, 8 training diverged, 130 interrupted (a run that had begun wrote a checkpoint).",
 )
 app.command()(quickstart.quickstart)
 app.command()(train.train)

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from zili.cli.train import Overrides
+from zili.cli.options import Overrides
 from zili.config import ModelConfig, dump_recipe, load_preset, load_recipe, preset_names
 from zili.config.reference import reference
 
@@ -32,10 +32,10 @@ def presets() -> None:
     """List the model presets with their parameter counts."""
     from zili.models.arithmetic import count_parameters
 
-    table = Table("preset", "layers", "hidden", "heads / kv", "FFN", "vocabulary", "parameters", box=None)
+    table = Table("preset", "layers", "hidden", "heads/kv", "FFN", "vocabulary", "parameters", box=None, padding=(0, 1))
     for name in preset_names():
         model = ModelConfig.model_validate(load_preset(name))
-        heads = f"{model.heads} / {model.kv_heads}"
+        heads = f"{model.heads}/{model.kv_heads}"
         sizes = (model.layers, model.hidden_size, heads, model.ffn_hidden_size, model.vocab_size)
         table.add_row(name, *map(str, sizes), f"{count_parameters(model).total:,}")
     Console().print(table, highlight=False)

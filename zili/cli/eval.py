@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from zili.cli.options import OnError, OnErrorOption, TextField
+
 if TYPE_CHECKING:
     from zili.evaluation.bits_per_byte import Score
     from zili.evaluation.compressors import Reference
@@ -17,8 +19,8 @@ def eval_(
     path: Annotated[Path, typer.Argument(help="Run, checkpoint or model folder.", metavar="PATH")],
     *,
     text: Annotated[list[Path], typer.Option(help="File or folder of text; may be repeated.")],
-    text_field: Annotated[str, typer.Option(help="Field of JSON lines and parquet that holds the text.")] = "text",
-    on_error: Annotated[str, typer.Option(help="For unreadable input: raise or skip.")] = "raise",
+    text_field: TextField = "text",
+    on_error: OnErrorOption = OnError.RAISE,
     sequence_length: Annotated[
         int | None, typer.Option(help="Tokens in a window; the training length if not given.", min=2)
     ] = None,
@@ -34,14 +36,11 @@ def eval_(
     from rich.console import Console
 
     from zili.data.reading import read_documents
-    from zili.errors import ConfigError
     from zili.evaluation.bits_per_byte import bits_per_byte, limit_bytes
     from zili.evaluation.compressors import reference_compressors
     from zili.serving.model_folder import open_folder
 
-    if on_error not in ("raise", "skip"):
-        raise ConfigError(f"--on-error {on_error!r} is neither raise nor skip")
-    documents = read_documents(text, text_field=text_field, on_error=on_error)  # type: ignore[arg-type]
+    documents = read_documents(text, text_field=text_field, on_error=on_error.value)
     # Held in memory, because xz and zstd are given all of it at once anyway.
     texts = list(limit_bytes((document.text for document in documents), max_bytes))
     opened = open_folder(path, device=device)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from zili.cli.options import program
 from zili.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,7 +32,10 @@ def import_(
     model = import_model(source, to, dtype=_dtype(dtype), max_shard_bytes=int(shard_gb * 1e9))
     layout = model.origin.layout if model.origin else "zili"
     typer.echo(f"{source} is in the {layout} layout, {count_parameters(model.config).total:,} parameters")
-    typer.echo(f"Wrote {to}. Next: zili chat {to}")
+    if (to / "tokenizer.json").is_file():
+        typer.echo(f"Wrote {to}. Next: {program()} chat {to}")
+    else:
+        typer.echo(f"Wrote {to}. It has no tokenizer.json, so it can be loaded (zili.load) but not talked to yet.")
 
 
 def export(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from zili.cli.options import program
 from zili.config import Choice, RunConfig, dump_recipe
 from zili.durable import write_whole
 from zili.errors import ConfigError
@@ -34,6 +36,13 @@ class Launch:
     @property
     def choices(self) -> tuple[Choice, ...]:
         return self.setup.choices
+
+    def with_recipe(self, recipe: RunConfig) -> Launch:
+        """The same launch for a recipe that differs in length only: the choices made stand."""
+        resolved, micro_batch = self.setup.config, self.setup.config.training.micro_batch
+        training = recipe.training.model_copy(update={"micro_batch": micro_batch})
+        config = recipe.model_copy(update={"chip": resolved.chip, "training": training})
+        return replace(self, recipe=recipe, setup=replace(self.setup, config=config))
 
 
 def prepare_launch(recipe: RunConfig) -> Launch:
@@ -97,6 +106,15 @@ def run(launch: Launch, console: Console) -> Trainer:
     return trainer
 
 
+def print_next(folder: Path, console: Console) -> None:
+    """The commands one can go on with, as this shell takes them."""
+    from zili.evaluation.report import next_commands
+
+    for command in next_commands(folder):
+        line = command.line.replace("zili", program(), 1)
+        console.print(f"  {line:<46} # {command.purpose}", highlight=False, markup=False, soft_wrap=True)
+
+
 def print_choices(choices: tuple[Choice, ...], console: Console) -> None:
     """Every automatic choice with its reason."""
     for choice in choices:
@@ -104,7 +122,8 @@ def print_choices(choices: tuple[Choice, ...], console: Console) -> None:
 
 
 def _leave_a_whole_run_folder(launch: Launch) -> None:
-    """Put recipe and tokenizer beside the checkpoints, so that the folder can be used, or moved, by itself."""
+    """Put recipe and tokenizer beside the checkpoints: sampling, chat and export need nothing else. Training on does:
+    the recipe names its stores, and its folder, relative to where it was started."""
     folder, source = launch.recipe.folder, launch.recipe.data.tokenizer
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / RECIPE_FILE, dump_recipe(launch.recipe))

@@ -6,56 +6,45 @@ import shlex
 import shutil
 import time
 import tomllib
-from enum import StrEnum
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from zili import chips
-from zili.cli.launch import RECIPE_FILE, Launch, prepare_launch, print_choices, run
-from zili.cli.train import INTERRUPTED, Overrides
+from zili.cli.launch import RECIPE_FILE, Launch, prepare_launch, print_choices, print_next, run
+from zili.cli.options import OnError, OnErrorOption, Overrides, TextField, program
+from zili.cli.train import INTERRUPTED
 from zili.config import Choice, RunConfig, build_config, load_recipe
-
-if TYPE_CHECKING:
-    pass
 
 _SECONDS_AFTER_TRAINING = 15
 """Kept for compressors, samples and the report."""
-_EVALUATIONS = 4
+_EVALUATIONS = 3
 """Times the held-out text is scored, the last at the end."""
 _DATA = "data"
 _ANY_STEPS = 1000
 """Until the steps that fit are known."""
 
 
-class OnError(StrEnum):
-    """`--on-error`, as `read_documents` takes it."""
-
-    RAISE = "raise"
-    SKIP = "skip"
-
-
 def quickstart(
+    more: Annotated[list[Path] | None, typer.Argument(help="Further text.", metavar="[PATH]...")] = None,
+    *,
     text: Annotated[
         list[Path] | None,
         typer.Option(help="Files or folders to learn from; the running Python's standard library if not given."),
     ] = None,
     folder: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/quickstart"),
     minutes: Annotated[float, typer.Option(help="Time for everything, from text to report.", min=0.5)] = 5.0,
-    text_field: Annotated[
-        str, typer.Option(help="Field or column that holds the text, in JSON lines and Parquet.")
-    ] = "text",
-    on_error: Annotated[
-        OnError, typer.Option(help="What to do with text that cannot be read; skipped text is counted.")
-    ] = OnError.RAISE,
+    text_field: TextField = "text",
+    on_error: OnErrorOption = OnError.RAISE,
     restart: Annotated[bool, typer.Option("--restart", help="Drop an earlier run in the folder.")] = False,
     overrides: Overrides = None,
 ) -> None:
     """Train, evaluate and sample a small TeleChat2-shaped model, in minutes, on this machine."""
+    text = [*(text or []), *(more or [])]
     console, started = Console(), time.perf_counter()
     _refuse_early(folder, restart, overrides or [])
     if restart:
@@ -72,10 +61,10 @@ def quickstart(
     _conclude(launch, (*launch.choices, *pace), time.perf_counter() - started, console)
 
 
-def _command(text: list[Path] | None, folder: Path, text_field: str, on_error: OnError) -> str:
+def _command(text: list[Path], folder: Path, text_field: str, on_error: OnError) -> str:
     """The command line that goes on; overrides are in the run's recipe already."""
-    words = ["zili", "quickstart"]
-    for path in text or []:
+    words = [*program().split(), "quickstart"]
+    for path in text:
         words += ["--text", str(path)]
     if folder != Path("runs/quickstart"):
         words += ["--folder", str(folder)]
@@ -104,7 +93,7 @@ def _drop(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _prepare(text: list[Path] | None, folder: Path, text_field: str, on_error: OnError, console: Console) -> None:
+def _prepare(text: list[Path], folder: Path, text_field: str, on_error: OnError, console: Console) -> None:
     from zili.data.prepare import prepare
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]}"), TimeElapsedColumn())
@@ -115,7 +104,15 @@ def _prepare(text: list[Path] | None, folder: Path, text_field: str, on_error: O
             names = {"read": "reading text", "tokenizer": "training the tokenizer", "encode": "encoding"}
             progress.update(task, description=names[stage], completed=done, total=total, done=f"{done / 1e6:.1f} MB")
 
-        prepared = prepare(text or None, folder / _DATA, text_field=text_field, on_error=on_error.value, progress=show)
+        prepared = prepare(
+            text or None,
+            folder / _DATA,
+            text_field=text_field,
+            on_error=on_error.value,
+            # A run that has begun goes on with its own text or not at all.
+            rebuild=not (folder / "checkpoints").exists(),
+            progress=show,
+        )
     for line in prepared.lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
@@ -124,17 +121,16 @@ def _launch(folder: Path, overrides: list[str], deadline: float, console: Consol
     """The run begun earlier in this folder, or a new one of as many steps as fit before the deadline."""
     if (folder / RECIPE_FILE).exists():
         return prepare_launch(load_recipe(folder / RECIPE_FILE, overrides)), ()
-    recipe = _new_recipe(folder, _ANY_STEPS, overrides)
-    launch = prepare_launch(recipe)
+    launch = prepare_launch(_new_recipe(folder, _ANY_STEPS, overrides))
     if any(override.split("=")[0].strip() == "training.steps" for override in overrides):
         return launch, ()
     with console.status("compiling and timing a few steps"):
         from zili.training.pacing import seconds_per_step
 
         seconds = seconds_per_step(launch.setup.config, launch.loader, launch.setup.device)
-    steps = _steps_that_fit(recipe, seconds, deadline - time.perf_counter())
+    steps = _steps_that_fit(launch.recipe, seconds, deadline - time.perf_counter())
     choice = Choice("training.steps", str(steps), f"what fits at {seconds:.2f} s a step (--minutes)")
-    return prepare_launch(_new_recipe(folder, steps, overrides)), (choice,)
+    return launch.with_recipe(_new_recipe(folder, steps, overrides)), (choice,)
 
 
 def _new_recipe(folder: Path, steps: int, overrides: list[str]) -> RunConfig:
@@ -153,7 +149,7 @@ def _new_recipe(folder: Path, steps: int, overrides: list[str]) -> RunConfig:
 
 def _steps_that_fit(recipe: RunConfig, seconds: float, left: float) -> int:
     """Steps in the seconds left, the evaluations paid for: a forward pass, run eagerly, is about half a step."""
-    evaluated_tokens = recipe.evaluation.max_bytes / 3  # at about three bytes a token
+    evaluated_tokens = 2 * recipe.evaluation.max_bytes / 3  # about three bytes a token; windows overlap by half
     step_tokens = recipe.training.global_batch * recipe.training.sequence_length
     evaluations = _EVALUATIONS * seconds * evaluated_tokens / step_tokens / 2
     return max(1, 2 * recipe.schedule.warmup_steps, int((left - evaluations) * 0.95 / seconds))
@@ -162,7 +158,6 @@ def _steps_that_fit(recipe: RunConfig, seconds: float, left: float) -> int:
 def _conclude(launch: Launch, choices: tuple[Choice, ...], seconds: float, console: Console) -> None:
     """Compare, sample, report, and say what comes next."""
     from zili.evaluation.conclusion import conclude
-    from zili.evaluation.report import next_commands
 
     with console.status("comparing with compressors, drawing samples"):
         end = conclude(launch.recipe, launch.tokenizer, launch.setup.device, choices, seconds)
@@ -174,8 +169,7 @@ def _conclude(launch: Launch, choices: tuple[Choice, ...], seconds: float, conso
         console.rule(f"sample {number}: the prompt in bold, then the model", align="left")
         console.print(f"[bold]{_plain(sample.prompt)}[/bold]{_plain(sample.text)}", highlight=False)
     console.print(f"\nreport: {end.report}\n\nnext:", highlight=False)
-    for command in next_commands(launch.recipe.folder):
-        console.print(f"  {command.line:<46} # {command.purpose}", highlight=False, markup=False, soft_wrap=True)
+    print_next(launch.recipe.folder, console)
 
 
 def _plain(text: str) -> str:

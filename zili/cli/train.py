@@ -8,14 +8,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from zili.cli.options import Overrides, program
 from zili.config import load_recipe
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it (128 + SIGINT)."""
-
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="table.key=value, over the recipe; may be given often.")
-]
 
 
 def train(
@@ -23,7 +20,7 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Train a recipe to its last step, from the newest checkpoint of its run folder if there is one."""
-    from zili.cli.launch import prepare_launch, print_choices, run
+    from zili.cli.launch import prepare_launch, print_choices, print_next, run
 
     console = Console()
     launch = prepare_launch(load_recipe(recipe, overrides or []))
@@ -32,7 +29,7 @@ def train(
     folder = launch.recipe.folder
     if trainer.interrupted:
         console.print(f"Stopped at step {trainer.step}; the checkpoint is written. Go on with:", highlight=False)
-        console.print(f"  zili train {folder}/recipe.toml", highlight=False)
+        console.print(f"  {program()} train {folder}/recipe.toml", highlight=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED)
     console.print(f"Done: {trainer.step} steps, {trainer.tokens:,} tokens, in {folder}. Next:", highlight=False)
-    console.print(f"  zili sample {folder}\n  zili report {folder}", highlight=False)
+    print_next(folder, console)

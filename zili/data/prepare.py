@@ -83,6 +83,7 @@ def prepare(
     text_field: str = "text",
     on_error: OnError = "raise",
     engine: Engine = "auto",
+    rebuild: bool = True,
     progress: Progress | None = None,
 ) -> Prepared:
     """Read text, hold documents out, train a tokenizer on the rest, encode both sides into `folder`.
@@ -99,6 +100,7 @@ def prepare(
         tokenizer_bytes: text the tokenizer learns from, spread over all training documents.
         text_field, on_error: see `read_documents`.
         engine: see `choose_encoder`.
+        rebuild: False refuses to replace a folder made of other text or with other settings.
     Raises:
         DataError: text that cannot be read, too little of it, or a `folder` that holds something else.
     """
@@ -111,6 +113,11 @@ def prepare(
     if why is None:
         return _open(folder, reused=True, lines=[f"data: {folder} holds this text already; reused"])
 
+    if not rebuild and folder.exists():
+        raise DataError(
+            f"{why.removeprefix('data: ')}, but a run has learned from what is there. Give the same text and settings "
+            "to go on with it, another folder for another run, or --restart to drop it."
+        )
     job = _Preparation(paths, settings, engine, progress or (lambda stage, done, total: None))
     aside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)  # of a preparation that was killed

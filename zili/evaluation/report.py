@@ -88,9 +88,17 @@ def next_commands(run_folder: Path) -> list[Command]:
         Command(f"zili sample {run} --prompt '...'", "continue a text of yours"),
         Command(f"zili chat {run}", "write with it in the terminal"),
         Command(f"zili eval {run} --text PATH", "bits per byte on other text"),
-        Command(f"zili train {_as_typed(run_folder / 'recipe.toml')}", "train on, from the last checkpoint"),
+        Command(f"zili train {_as_typed(run_folder / 'recipe.toml')}{_more_steps(run_folder)}", "train on"),
         Command(f"zili report {run}", "write this page again"),
     ]
+
+
+def _more_steps(run_folder: Path) -> str:
+    """The override that gives a finished run as many steps again; a run that is not finished needs none."""
+    run = read_run(run_folder)
+    if not run.planned_steps or run.last_step < run.planned_steps:
+        return ""
+    return f" --set training.steps={2 * run.planned_steps}"
 
 
 def _as_typed(path: Path) -> str:

@@ -69,13 +69,9 @@ class KeyValueCache:
         """
         start, end = self.length, self.length + input_ids.shape[1]
         if end > self.max_length:
-            raise ValueError(
-                f"the cache has room for {self.max_length} tokens, {end} are needed; make a longer one"
-            )
+            raise ValueError(f"the cache has room for {self.max_length} tokens, {end} are needed; make a longer one")
         if input_ids.shape[0] != self.input_ids.shape[0]:
-            raise ValueError(
-                f"the cache has {self.input_ids.shape[0]} rows, input_ids has {input_ids.shape[0]}"
-            )
+            raise ValueError(f"the cache has {self.input_ids.shape[0]} rows, input_ids has {input_ids.shape[0]}")
         self.input_ids[:, start:end] = input_ids
         self.length = end
         now = scaling(self.config.rotary, self.config.head_dim, end)

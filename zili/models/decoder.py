@@ -61,9 +61,7 @@ class Decoder(nn.Module):
         self.embedding = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = (
-            None if config.tied_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
-        )
+        self.head = None if config.tied_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
         if not self.embedding.weight.is_meta:
             self.init_weights(0)
 
@@ -145,6 +143,4 @@ class Decoder(nn.Module):
         """An empty cache; dtype and device default to the weights', `exact` is `KeyValueCache`'s."""
         weight = self.embedding.weight
         place = weight.device if device is None else torch.device(device)
-        return KeyValueCache(
-            self.config, batch, max_length, dtype=dtype or weight.dtype, device=place, exact=exact
-        )
+        return KeyValueCache(self.config, batch, max_length, dtype=dtype or weight.dtype, device=place, exact=exact)

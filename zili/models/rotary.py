@@ -93,9 +93,7 @@ def _yarn(plain: Tensor, rotary: RotaryConfig, head_dim: int, base: float) -> Te
     return interpolated * plain / rotary.factor + (1 - interpolated) * plain
 
 
-def rotary_tables(
-    rotary: RotaryConfig, head_dim: int, positions: Tensor, length: int
-) -> tuple[Tensor, Tensor]:
+def rotary_tables(rotary: RotaryConfig, head_dim: int, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """cos and sin for `positions [S]` of a sequence of `length` tokens: two `[S, d]` fp32 tables.
 
     Computed once a forward pass and shared by the layers. telechat_ntk's are rounded to fp16, the magnitude

@@ -18,10 +18,6 @@ _CHUNK_ELEMENTS = 4 * 1024 * 1024
 """Logits at a time: 16 MB of fp32, which stays in a CPU's last-level cache and in its allocator's reach."""
 
 
-def _rows_at_a_time(vocabulary: int) -> int:
-    return max(64, _CHUNK_ELEMENTS // vocabulary)
-
-
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -32,7 +28,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_gradient else None
         grad_weight: Tensor | None = None
-        size = rows_at_a_time(weight.shape[0])
+        size = _rows_at_a_time(weight.shape[0])
         for start in range(0, len(hidden), size):
             rows = hidden[start : start + size]
             loss, scores = _one_chunk(rows, matrix, labels[start : start + size], multiplier, product)
@@ -52,7 +48,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden * grad, grad_weight * grad, None, None, None
 
 
-def rows_at_a_time(vocabulary: int) -> int:
+def _rows_at_a_time(vocabulary: int) -> int:
     """Rows of a chunk for this many logits a row."""
     return max(64, _CHUNK_ELEMENTS // vocabulary)
 

@@ -122,14 +122,10 @@ class Llama(Layout):
         for i in range(config.layers):
             theirs, ours = f"{prefix}layers.{i}", f"layers.{i}"
             rules.append(same(f"{theirs}.input_layernorm.weight", f"{ours}.attention_norm.weight"))
-            rules.append(
-                same(f"{theirs}.post_attention_layernorm.weight", f"{ours}.feed_forward_norm.weight")
-            )
+            rules.append(same(f"{theirs}.post_attention_layernorm.weight", f"{ours}.feed_forward_norm.weight"))
             for published, parameter in _PARTS.items():
                 kinds = ("weight", "bias") if biased[parameter.split(".")[0]] else ("weight",)
-                rules += [
-                    same(f"{theirs}.{published}.{kind}", f"{ours}.{parameter}.{kind}") for kind in kinds
-                ]
+                rules += [same(f"{theirs}.{published}.{kind}", f"{ours}.{parameter}.{kind}") for kind in kinds]
         return [*rules, same(f"{prefix}norm.weight", "norm.weight")]
 
 

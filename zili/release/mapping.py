@@ -83,10 +83,7 @@ class PublishedTensors(Tensors):
 
     def describe(self) -> dict[str, Tensor]:
         parameters = self._parameters.describe()
-        return {
-            name: rule.merge(*(parameters[part] for part in rule.parameters))
-            for name, rule in self._rules.items()
-        }
+        return {name: rule.merge(*(parameters[part] for part in rule.parameters)) for name, rule in self._rules.items()}
 
     def read(self, name: str) -> Tensor:
         rule = self._rules[name]
@@ -109,13 +106,9 @@ def check_tensors(found: dict[str, Tensor], expected: dict[str, tuple[int, ...]]
                 f"{_first(names)}; the weights belong to another configuration or are incomplete"
             )
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-    wrong = [
-        f"{name} is {shapes[name]}, not {shape}" for name, shape in expected.items() if shapes[name] != shape
-    ]
+    wrong = [f"{name} is {shapes[name]}, not {shape}" for name, shape in expected.items() if shapes[name] != shape]
     if wrong:
-        raise CheckpointError(
-            f"{where}: {len(wrong)} tensors of another shape than its configuration: {_first(wrong)}"
-        )
+        raise CheckpointError(f"{where}: {len(wrong)} tensors of another shape than its configuration: {_first(wrong)}")
 
 
 def _first(names: Iterable[str], count: int = 4) -> str:

@@ -81,9 +81,7 @@ def read_native(folder: Path) -> tuple[ModelConfig, Origin | None, Tensors]:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name} is missing; import the model again")
         if _sha256(folder / name) != expected:
-            raise CheckpointError(
-                f"{folder / name} is not the file that was written (sha256); import the model again"
-            )
+            raise CheckpointError(f"{folder / name} is not the file that was written (sha256); import the model again")
     tensors = open_tensors(folder)
     check_tensors(tensors.describe(), parameter_shapes(config), folder)
     return config, origin, tensors

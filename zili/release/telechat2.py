@@ -104,9 +104,7 @@ class TeleChat2(Layout):
         rules = [same(f"{prefix}word_embeddings.weight", "embedding.weight")]
         for i in range(config.layers):
             theirs, ours = f"{prefix}h.{i}", f"layers.{i}"
-            rules += [
-                same(f"{theirs}.{published}", f"{ours}.{parameter}") for published, parameter in _SAME.items()
-            ]
+            rules += [same(f"{theirs}.{published}", f"{ours}.{parameter}") for published, parameter in _SAME.items()]
             key, value = f"{ours}.attention.key.weight", f"{ours}.attention.value.weight"
             published = f"{theirs}.self_attention.key_value.weight"
             rules.append(interleaved_by_head(published, key, value, config.head_dim))

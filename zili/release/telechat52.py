@@ -99,13 +99,9 @@ class TeleChat52(Layout):
             rules += [
                 same(f"{theirs}.ln_1.weight", f"{ours}.attention_norm.weight"),
                 transposed_columns(f"{theirs}.attn.c_attn.weight", attention, (query, kv, kv)),
-                transposed_columns(
-                    f"{theirs}.attn.c_proj.weight", (f"{ours}.attention.output.weight",), (hidden,)
-                ),
+                transposed_columns(f"{theirs}.attn.c_proj.weight", (f"{ours}.attention.output.weight",), (hidden,)),
                 same(f"{theirs}.ln_2.weight", f"{ours}.feed_forward_norm.weight"),
                 transposed_columns(f"{theirs}.mlp.c_fc.weight", gate_up, (ffn, ffn)),
-                transposed_columns(
-                    f"{theirs}.mlp.c_proj.weight", (f"{ours}.feed_forward.down.weight",), (hidden,)
-                ),
+                transposed_columns(f"{theirs}.mlp.c_proj.weight", (f"{ours}.feed_forward.down.weight",), (hidden,)),
             ]
         return [*rules, same(f"{prefix}ln_f.weight", "norm.weight")]

@@ -72,9 +72,7 @@ class _Shards(Tensors):
         self._folder = folder
         for file in files:
             if not (folder / file).is_file():
-                raise CheckpointError(
-                    f"{folder / file} is missing, one of {len(files)} shards; fetch it and try again"
-                )
+                raise CheckpointError(f"{folder / file} is missing, one of {len(files)} shards; fetch it and try again")
         self._described = {file: self._describe_file(folder / file) for file in files}
         self._home = index or {name: file for file, names in self._described.items() for name in names}
         for name, file in self._home.items():
@@ -159,9 +157,7 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
     detail = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return CheckpointError(
-        f"{path} ({path.stat().st_size} bytes) is damaged or cut short: {detail}; fetch it again"
-    )
+    return CheckpointError(f"{path} ({path.stat().st_size} bytes) is damaged or cut short: {detail}; fetch it again")
 
 
 def open_tensors(folder: Path) -> Tensors:

@@ -43,9 +43,7 @@ class OpenModel:
     """Folder of the tokenizer and its like."""
 
 
-def load(
-    path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-) -> Decoder:
+def load(path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Decoder:
     """The decoder in a Hugging Face folder, a Zili model folder, or a Zili checkpoint or run; in eval mode.
 
     Weights are read one at a time and converted to `dtype` whatever they are stored in.
@@ -79,6 +77,8 @@ def import_model(
         CheckpointError: as `load`, or `target` exists. Nothing half-written is left.
     """
     source, target = Path(source), Path(target)
+    if not source.is_dir():
+        raise CheckpointError(f"{source} does not exist; give a Hugging Face model folder")
     if not _is_published(source):
         raise CheckpointError(f"{source} is not a Hugging Face model folder: it has no config.json")
     model = open_published(source)
@@ -130,7 +130,7 @@ def open_model(folder: Path) -> OpenModel:
     if _is_published(folder):
         return open_published(folder)
     decoder = _restore(folder)
-    around = [place for place in (folder, *folder.resolve().parents[:2]) if (place / MODEL_FILE).is_file()]
+    around = [place for place in _run_places(folder) if (place / MODEL_FILE).is_file()]
     origin = read_model_file(around[0])[1] if around else None
     return OpenModel(decoder.config, HeldTensors(decoder.state_dict()), origin, _tokenizer_folder(folder))
 
@@ -166,9 +166,7 @@ def _choose_layout(name: str, model: OpenModel) -> Layout:
             raise ConfigError(f"there is no layout {name!r}; choose auto, {', '.join(by_name)}")
         losses = by_name[name].losses(model.config)
         if losses:
-            raise CheckpointError(
-                f"the {name} layout cannot hold this model: {'; '.join(losses)}; try --as auto"
-            )
+            raise CheckpointError(f"the {name} layout cannot hold this model: {'; '.join(losses)}; try --as auto")
         return by_name[name]
     first = by_name[model.origin.layout] if model.origin else LAYOUTS[0]
     for layout in (first, *LAYOUTS):
@@ -203,6 +201,14 @@ def _restore(folder: Path) -> Decoder:
     return load_model(folder)
 
 
+def _run_places(folder: Path) -> list[Path]:
+    """A run folder, or for one of its checkpoints (`RUN/checkpoints/step-...`) the folders above it too."""
+    whole = folder.resolve()
+    inside = whole.parent.name == "checkpoints"
+    return [whole, whole.parent.parent] if inside else [whole]
+
+
 def _tokenizer_folder(folder: Path) -> Path:
-    places = (folder, *folder.resolve().parents[:2])
-    return next((place for place in places if any(place.glob("tokenizer*"))), folder)
+    """Where the tokenizer's files are: a run keeps them in a folder of their own."""
+    places = [place / inner for place in _run_places(folder) for inner in ("tokenizer", ".")]
+    return next((place for place in places if (place / "tokenizer.json").is_file()), folder)

@@ -12,12 +12,16 @@ if TYPE_CHECKING:
 
 
 def open_device(name: str = "auto") -> torch.device:
-    """Choose and activate a chip; on any but the CPU a line on standard error says which, and why.
+    """Choose and activate a chip, and the operations on it; on any but the CPU a line on standard error says which.
 
     Raises: ChipError when it is unknown or not here.
     """
     chosen = chips.choose(name)
     activation = chips.activate(chosen.backend)
+
+    from zili import ops
+
+    ops.choose(activation.device.type, "fp32", {})
     if activation.device.type != "cpu":
         print(f"running on {chosen.backend.name}: {chosen.reason}", file=sys.stderr)
     return activation.device

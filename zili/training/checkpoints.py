@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,8 +74,9 @@ def save(
     target = folder / f"step-{state.step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     _sweep(folder)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=folder))
+    aside = folder / f".{target.name}-{os.getpid()}"
     try:
+        aside.mkdir()
         tensors = {**_model_tensors(model), **_optimizer_tensors(model, optimizers)}
         tensors.update({f"rng.{name}": value for name, value in rng.items()})
         writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)

@@ -51,13 +51,11 @@ def set_up(config: RunConfig) -> Setup:
     if config.chip.threads:
         torch.set_num_threads(config.chip.threads)
     choices = [Choice("chip.name", device.backend.name, selection.reason)]
-    choices += [Choice(f"environment.{setting.name}", setting.value, setting.reason) for setting in activation.applied]
+    choices += _environment(activation)
     precision, why_precision = _precision(config.chip, device)
     compiled, why_compiled = _compile(config.chip, device)
     previous = _previous(config, device, precision)
     micro, why_micro = _micro_batch(config, device, previous)
-    if activation.process:
-        choices.append(Choice("environment.malloc", "kept", activation.process))
     choices += [
         Choice("chip.precision", precision, why_precision),
         Choice("chip.compile", str(compiled).lower(), why_compiled),
@@ -71,6 +69,16 @@ def set_up(config: RunConfig) -> Setup:
     chip = config.chip.model_copy(update={"name": device.backend.name, "precision": precision, "compile": compiled})
     training = config.training.model_copy(update={"micro_batch": micro})
     return Setup(config.model_copy(update={"chip": chip, "training": training}), device, tuple(choices))
+
+
+def _environment(activation: chips.Activation) -> list[Choice]:
+    """What was set for the vendor's software, what the user had set already, and what came too late."""
+    choices = [Choice(f"environment.{setting.name}", setting.value, setting.reason) for setting in activation.applied]
+    choices += [Choice(f"environment.{setting.name}", setting.value, "your own value") for setting in activation.kept]
+    choices += [Choice("environment", "late", warning) for warning in activation.warnings]
+    if activation.process:
+        choices.append(Choice("environment.malloc", "keeps freed blocks", activation.process))
+    return choices
 
 
 def _previous(config: RunConfig, device: Device, precision: Precision) -> RunState | None:

@@ -20,7 +20,7 @@ from zili.config import RunConfig
 from zili.config.run import Precision
 from zili.data.loader import Batch, Loader
 from zili.data.prefetch import Prefetcher
-from zili.errors import CheckpointError, ZiliError
+from zili.errors import CheckpointError, TrainingError
 from zili.models.arithmetic import training_flops_per_token
 from zili.models.decoder import Decoder
 from zili.training import checkpoints
@@ -134,7 +134,7 @@ class Trainer:
         """Train to `training.steps`, or until interrupted; a checkpoint is written either way.
 
         Raises:
-            ZiliError: the loss or the gradient is no longer a finite number.
+            TrainingError: the loss or the gradient is no longer a finite number.
         """
         self.model.train()
         for callback in self.callbacks:
@@ -221,7 +221,7 @@ class Trainer:
             return
         kept = checkpoints.list_checkpoints(self.checkpoint_folder)
         way_out = f"the newest checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
-        raise ZiliError(
+        raise TrainingError(
             f"step {self.step}: loss {float(loss)}, gradient norm {float(norm)}; {way_out}. "
             "Lower optimizer.learning_rate, or lengthen schedule.warmup_steps"
         )

@@ -61,9 +61,11 @@ class ProgressDisplay(Callback):
     def on_evaluation(self, step: int, values: dict[str, float]) -> None:
         """Show the newest held-out figure from now on."""
         self._evaluated = f"  {values['bits_per_byte']:.3f} bits/byte"
+        if self._progress is None:
+            self.console.print(f"step {step}  held-out text: {values['bits_per_byte']:.4f} bits/byte", highlight=False)
 
     def on_note(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def on_end(self, trainer: Trainer) -> None:
         self.close()
