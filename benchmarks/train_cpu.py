@@ -22,10 +22,19 @@ from zili import chips
 from zili.chips.device import Device
 from zili.config import ModelConfig
 
-SHAPES = {
-    "W1": (dict(hidden_size=384, layers=8, heads=6, kv_heads=2, ffn_hidden_size=1024, vocab_size=16384), 512, 8),
-    "W2": (dict(hidden_size=768, layers=12, heads=12, kv_heads=4, ffn_hidden_size=2048, vocab_size=32768), 1024, 2),
+SHAPES: dict[str, tuple[dict[str, int], int, int]] = {
+    "W1": (
+        {"hidden_size": 384, "layers": 8, "heads": 6, "kv_heads": 2, "ffn_hidden_size": 1024, "vocab_size": 16384},
+        512,
+        8,
+    ),
+    "W2": (
+        {"hidden_size": 768, "layers": 12, "heads": 12, "kv_heads": 4, "ffn_hidden_size": 2048, "vocab_size": 32768},
+        1024,
+        2,
+    ),
 }
+"""Model, sequence length, sequences a step."""
 EQUAL_STEPS = 20
 LEARNING_RATE = 3e-4
 
@@ -168,9 +177,10 @@ def _llama_names(config: ModelConfig) -> dict:
 
     renamed = {}
     for name, tensor in Decoder(config).state_dict().items():
+        llama = "model.norm.weight" if name == "norm.weight" else name
         for ours, theirs in LLAMA_NAMES.items():
-            name = name.replace(ours, theirs)
-        renamed["model.norm.weight" if name == "norm.weight" else name] = tensor.clone()
+            llama = llama.replace(ours, theirs)
+        renamed[llama] = tensor.clone()
     return renamed
 
 
@@ -204,7 +214,8 @@ def _race(steps: dict[str, Step], rounds: int, flops: float, tokens: int) -> Non
         of_plain, of_best = (median(column) for column in zip(*shares[name], strict=True))
         print(
             f"  {name:<13} {median(rates):7.0f} tokens/s ({rates[0]:.0f} to {rates[-1]:.0f})  "
-            f"{flops / median(taken) / 1e9:5.0f} GFLOP/s  {of_plain:4.0%} of torch.mm  {of_best:4.0%} of the fastest product"
+            f"{flops / median(taken) / 1e9:5.0f} GFLOP/s  {of_plain:4.0%} of torch.mm  "
+            f"{of_best:4.0%} of the fastest product"
         )
     ratios = sorted(b / a for a, b in zip(seconds["zili"], seconds["transformers"], strict=True))
     print(f"  zili over transformers, round by round: {median(ratios):.2f}x ({ratios[0]:.2f} to {ratios[-1]:.2f})")
