@@ -77,7 +77,7 @@ def test_a_signal_to_the_process_saves_and_the_same_command_goes_on(
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert err == "" and "Go on with:\n  zili train" in out
+    assert err == "" and "Go on with:\n" in out and "zili train" in out
     (saved,) = list_checkpoints(tmp_path / "run" / "checkpoints")
     step = int(saved.name.removeprefix("step-"))
     again = subprocess.run([*command, f"training.steps={step + 2}"], capture_output=True, text=True, check=False)

@@ -219,10 +219,12 @@ def test_a_run_that_stopped_before_its_first_step(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".report*"))
 
 
-def test_commands_are_as_one_would_type_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    lines = [line for line, _ in next_commands(Path("runs/my run"))]
-    assert "zili chat 'runs/my run'" in lines and "zili train 'runs/my run/recipe.toml'" in lines
+def test_commands_are_as_one_would_type_them(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run_folder.parent)
+    run_folder.rename("my run")
+    lines = [line for line, _ in next_commands(Path("my run"))]
+    assert "zili chat 'my run'" in lines
+    assert "zili train 'my run/recipe.toml' --set training.steps=800" in lines  # it had 400 and took them
 
 
 def test_thinning_keeps_spikes_and_gaps() -> None:

@@ -100,7 +100,8 @@ def prepare(
         tokenizer_bytes: text the tokenizer learns from, spread over all training documents.
         text_field, on_error: see `read_documents`.
         engine: see `choose_encoder`.
-        rebuild: False refuses to replace a folder made of other text or with other settings.
+        rebuild: False refuses to replace a folder made of other text or with other settings; a damaged one is
+            rebuilt all the same, to what it was.
     Raises:
         DataError: text that cannot be read, too little of it, or a `folder` that holds something else.
     """
@@ -113,10 +114,10 @@ def prepare(
     if why is None:
         return _open(folder, reused=True, lines=[f"data: {folder} holds this text already; reused"])
 
-    if not rebuild and folder.exists():
+    if not rebuild and (folder / _MARK).is_file() and (changed := _changed(folder, settings)):
         raise DataError(
-            f"{why.removeprefix('data: ')}, but a run has learned from what is there. Give the same text and settings "
-            "to go on with it, another folder for another run, or --restart to drop it."
+            f"{folder} holds other data ({', '.join(changed)} changed), and a run has learned from it. Give the same "
+            "text and settings to go on with that run, another folder for another run, or --restart to drop it."
         )
     job = _Preparation(paths, settings, engine, progress or (lambda stage, done, total: None))
     aside = folder.with_name(folder.name + ".partial")
@@ -142,8 +143,7 @@ def _stale(folder: Path, settings: Settings) -> str | None:
     if not mark.is_file():
         raise DataError(f"{folder}: exists and was not made by zili. Give another folder, or remove it.")
     try:
-        before = json.loads(mark.read_text(encoding="utf-8"))
-        changed = [name for name, value in asdict(settings).items() if before.get(name) != value]
+        changed = _changed(folder, settings)
         if not changed:
             _open(folder, reused=True, lines=[])
             return None
@@ -152,6 +152,12 @@ def _stale(folder: Path, settings: Settings) -> str | None:
     except DataError as error:
         return f"data: building {folder} again: {error}"
     return f"data: building {folder} again: changed since the last time: {', '.join(changed)}"
+
+
+def _changed(folder: Path, settings: Settings) -> list[str]:
+    """Names of the settings that differ from those in the folder's mark; ValueError where that is not JSON."""
+    before = json.loads((folder / _MARK).read_text(encoding="utf-8"))
+    return [name for name, value in asdict(settings).items() if before.get(name) != value]
 
 
 def _open(folder: Path, *, reused: bool, lines: list[str]) -> Prepared:
