@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import shutil
 import time
@@ -20,7 +21,7 @@ from zili.cli.options import OnError, OnErrorOption, Overrides, TextField, progr
 from zili.cli.train import INTERRUPTED
 from zili.config import Choice, RunConfig, build_config, load_recipe
 
-_SECONDS_AFTER_TRAINING = 15
+_SECONDS_AFTER_TRAINING = 20
 """Kept for compressors, samples and the report."""
 _EVALUATIONS = 3
 """Times the held-out text is scored, the last at the end."""
@@ -138,7 +139,7 @@ def _new_recipe(folder: Path, steps: int, overrides: list[str]) -> RunConfig:
     data = folder / _DATA
     table["folder"] = str(folder)
     table["training"]["steps"] = steps
-    table["evaluation"]["every"] = max(1, steps // _EVALUATIONS)
+    table["evaluation"]["every"] = math.ceil(steps / _EVALUATIONS)
     table["data"] = {
         "sources": [{"store": str(data / "train")}],
         "tokenizer": str(data / "tokenizer"),
