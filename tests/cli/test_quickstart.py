@@ -183,3 +183,11 @@ def test_a_damaged_token_store_is_built_again(zili, text: Path, run: Path) -> No
     (run / "data" / "train.bin").write_bytes(b"1234")
     outcome = zili("quickstart", "--text", text, "--folder", run)
     assert outcome.code == 0 and "again" in outcome.out and "train.bin" in outcome.out
+
+
+def test_a_damaged_token_store_that_no_run_has_read_is_built_again(zili, text: Path, run: Path) -> None:
+    refused = zili("quickstart", "--text", text, "--folder", run, *SMALL, "--set", "model.vocab_size=265")
+    assert refused.code == 3 and "model.vocab_size is 265" in refused.err
+    (run / "data" / "train.bin").write_bytes(b"1234")
+    outcome = zili("quickstart", "--text", text, "--folder", run, *SMALL)
+    assert outcome.code == 0 and "train.bin" in outcome.out and "again" in outcome.out

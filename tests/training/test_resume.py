@@ -118,6 +118,12 @@ def test_a_signal_after_the_last_step_is_no_interruption(recipe: Recipe) -> None
     assert trainer.done and not trainer.interrupted
 
 
+def test_a_signal_that_is_ignored_stays_ignored(recipe: Recipe) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    trainer = train(recipe(), At(3, interrupt))
+    assert (trainer.step, trainer.interrupted) == (6, False)
+
+
 def test_a_second_ctrl_c_ends_the_run_at_once(recipe: Recipe) -> None:
     def twice() -> None:
         interrupt()

@@ -20,7 +20,9 @@ class Interruption:
     def __enter__(self) -> Interruption:
         # Python delivers signals to the main thread alone and refuses handlers set elsewhere.
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            # One that is ignored stays so: the shell did that to keep a job in the background from Ctrl-C.
+            heard = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._previous = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(
