@@ -83,7 +83,7 @@ def test_a_run_killed_while_it_writes_a_checkpoint_ends_in_the_same_bytes(
     for path in list_checkpoints(folder):
         verify(path)  # no half checkpoint has a name
     assert hidden(folder) or function == "_drop"
-    assert run_apart(train, config) == 0
+    train(config)
     assert hidden(folder) == [], "what the killed process left is swept away"
     assert_same_bits(final_tensors(config), uninterrupted(recipe, *settings))
 
