@@ -167,6 +167,7 @@ def test_a_text_that_is_not_there(zili, run: Path, listing: Listing) -> None:
         ("chip.name=asend", 6, "did you mean ascend"),
         ("trainin.steps=3", 3, "did you mean training?"),
         ("schedule.warmup_steps=9", 3, "warmup_steps (9)"),
+        ("folder=elsewhere", 3, "use --folder"),
     ],
 )
 def test_a_bad_setting_is_refused_before_the_text_is_read(

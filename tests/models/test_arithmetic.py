@@ -130,9 +130,7 @@ def test_state_bytes_of_mixed_precision_adamw_are_sixteen_a_parameter():
 
 def test_muon_keeps_one_moment_for_the_matrices_of_the_blocks():
     config = small("telechat2-7b")
-    matrices = [
-        shape for name, shape in parameter_shapes(config).items() if "layers" in name and len(shape) == 2
-    ]
+    matrices = [shape for name, shape in parameter_shapes(config).items() if "layers" in name and len(shape) == 2]
     saved = 4 * sum(map(prod, matrices))
     both = training_state_bytes(config), training_state_bytes(config, optimizer="muon")
     assert both[0].optimizer - both[1].optimizer == saved

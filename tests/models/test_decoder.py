@@ -208,13 +208,8 @@ def test_document_ids_reach_cached_tokens():
     ids = ids_like(decoder.config)
     documents = torch.tensor([[0] * 10 + [1] * 14, [0] * 3 + [1] * 21])
     cache = decoder.new_cache(2, 24)
-    pieces = [
-        decoder(ids[:, a:b], document_ids=documents[:, :b], cache=cache)
-        for a, b in ((0, 7), (7, 15), (15, 24))
-    ]
-    expected = [
-        decoder(ids[:, :b], document_ids=documents[:, :b])[:, a:] for a, b in ((0, 7), (7, 15), (15, 24))
-    ]
+    pieces = [decoder(ids[:, a:b], document_ids=documents[:, :b], cache=cache) for a, b in ((0, 7), (7, 15), (15, 24))]
+    expected = [decoder(ids[:, :b], document_ids=documents[:, :b])[:, a:] for a, b in ((0, 7), (7, 15), (15, 24))]
     for piece, full in zip(pieces, expected, strict=True):
         torch.testing.assert_close(piece, full, atol=1e-4, rtol=0)
 

@@ -19,9 +19,7 @@ def refused(folder, match):
 
 
 def test_a_mixture_of_experts():
-    refused(
-        golden_folder("telechat3-moe"), r"config.json: n_routed_experts = 8, a mixture of experts; .*dense"
-    )
+    refused(golden_folder("telechat3-moe"), r"config.json: n_routed_experts = 8, a mixture of experts; .*dense")
 
 
 def test_nothing_there(tmp_path):
@@ -86,9 +84,7 @@ def test_a_pickle_that_would_run_code(publish, monkeypatch, tmp_path, zipped):
     folder = publish("llama")
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    torch.save(
-        {**tensors, "extra": Trap()}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped
-    )
+    torch.save({**tensors, "extra": Trap()}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     refused(folder, r"pytorch_model.bin would run code if loaded, refused: .*mkdir")
     assert not (tmp_path / "trapped").exists()
     torch.save([1, 2], folder / "pytorch_model.bin")

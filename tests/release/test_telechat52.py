@@ -60,7 +60,5 @@ def test_logits_are_the_written_out_ones(publish):
 
 def test_gpt2_is_not_mistaken_for_it(publish):
     folder = publish("telechat52", changes={"use_RMSNorm": False})
-    with pytest.raises(
-        zili.errors.CheckpointError, match=r"config.json: use_RMSNorm = False is not supported"
-    ):
+    with pytest.raises(zili.errors.CheckpointError, match=r"config.json: use_RMSNorm = False is not supported"):
         zili.load(folder)

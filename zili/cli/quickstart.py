@@ -20,6 +20,7 @@ from zili.cli.launch import RECIPE_FILE, Launch, prepare_launch, print_choices, 
 from zili.cli.options import OnError, OnErrorOption, Overrides, TextField, program
 from zili.cli.train import INTERRUPTED
 from zili.config import Choice, RunConfig, build_config, load_recipe
+from zili.errors import ConfigError
 
 _SECONDS_AFTER_TRAINING = 20
 """Kept for compressors, samples and the report."""
@@ -83,6 +84,8 @@ def _refuse_early(folder: Path, restart: bool, overrides: list[str]) -> None:
         recipe = load_recipe(earlier, overrides)
     else:
         recipe = _new_recipe(folder, _ANY_STEPS, overrides)
+    if recipe.folder != folder:
+        raise ConfigError(f"--set folder={recipe.folder} and the run folder {folder} differ; use --folder alone")
     chips.choose(recipe.chip.name)
 
 
