@@ -1,6 +1,8 @@
 # Two commands are enough on a fresh machine: `make quickstart` and `make test`.
 VENV ?= .venv
 PYTHON ?= python3
+# For example TORCH_OPTIONS="--index-url ..." with the index of CPU builds that pytorch.org names for your system.
+TORCH_OPTIONS ?=
 RUN := $(VENV)/bin/python -m
 
 .PHONY: quickstart test test-all lint format docs clean
@@ -33,9 +35,9 @@ docs: $(VENV)/.installed  # the generated pages
 # torch is pinned and installed first: a range would bring the newest build, with several GB of GPU libraries.
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "zili needs Python 3.11 or newer; set PYTHON=..." >&2; exit 1; }
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(RUN) pip install --quiet torch==2.13.0
-	$(RUN) pip install --quiet --editable '.[fast]'
+	@$(RUN) pip --version >/dev/null 2>&1 || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); } || { rm -rf $(VENV); echo "cannot make a virtual environment: install python3-venv (Debian, Ubuntu), or set PYTHON" >&2; exit 1; }
+	$(RUN) pip install --quiet $(TORCH_OPTIONS) torch==2.13.0
+	$(RUN) pip install --quiet --editable '.[fast]' || { echo "no gigatoken for this machine: encoding takes tokenizers, which is slower"; $(RUN) pip install --quiet --editable .; }
 	touch $@
 
 $(VENV)/.tests-installed: $(VENV)/.installed

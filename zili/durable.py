@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from zili.errors import ConfigError
 
 
 def sync(path: Path) -> None:
@@ -27,3 +32,22 @@ def write_whole(path: Path, text: str) -> None:
     aside.write_text(text, encoding="utf-8")
     sync(aside)
     aside.replace(path)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a folder to this process; the system lets go of it when the process ends, however it ends.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"another process trains in {folder}; wait for it, or give another folder") from error
+        yield
+    finally:
+        os.close(handle)

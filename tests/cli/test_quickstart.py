@@ -192,3 +192,10 @@ def test_a_damaged_token_store_that_no_run_has_read_is_built_again(zili, text: P
     (run / "data" / "train.bin").write_bytes(b"1234")
     outcome = zili("quickstart", "--text", text, "--folder", run, *SMALL)
     assert outcome.code == 0 and "train.bin" in outcome.out and "again" in outcome.out
+
+
+def test_restart_keeps_the_earlier_run_when_the_new_text_cannot_be_read(zili, text: Path, run: Path) -> None:
+    assert zili("quickstart", "--text", text, "--folder", run, *SMALL).code == 0
+    before = sorted(path.name for path in run.iterdir())
+    assert zili("quickstart", "--restart", "--text", run.parent / "nowhere", "--folder", run).code == 4
+    assert sorted(path.name for path in run.iterdir()) == before

@@ -16,6 +16,7 @@ import pytest
 
 from zili.config import load_recipe
 from zili.data import Document, Tokenizer, build_store
+from zili.durable import locked
 from zili.training.callbacks import Callback, MetricsLog
 from zili.training.checkpoints import list_checkpoints
 from zili.training.trainer import Trainer
@@ -208,3 +209,20 @@ def test_a_defect_of_ours_exits_with_one_and_a_traceback(recipe_file: Path) -> N
     script += f"sys.argv = ['zili', 'train', {str(recipe_file)!r}]\nimport zili.__main__"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert result.returncode == 1 and "ZeroDivisionError" in result.stderr
+
+
+def test_a_store_whose_content_changed_is_refused(zili, recipe_file: Path, tiny_data: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    for file in tiny_data.glob("train.*"):
+        copy.with_suffix(file.suffix).write_bytes(file.read_bytes())
+    content = copy.with_suffix(".bin").read_bytes()
+    copy.with_suffix(".bin").write_bytes(content[1000:] + content[:1000])
+    outcome = zili("train", recipe_file, "--set", f'data.sources=[{{store="{copy}"}}]')
+    assert outcome.code == 4 and "copy.bin: content changed" in outcome.err
+
+
+def test_a_run_folder_has_one_trainer(zili, recipe_file: Path, tmp_path: Path) -> None:
+    with locked(tmp_path / "run"):
+        outcome = zili("train", recipe_file)
+    assert outcome.code == 3 and "another process trains in" in outcome.err
+    assert zili("train", recipe_file).code == 0

@@ -137,3 +137,20 @@ def test_unknown_names_are_refused():
         ops.choose("cpu", "fp32", {"linear": "fast"})
     with pytest.raises(ConfigError, match="does not run on cpu in bf16"):
         ops.choose("cpu", "bf16", {"linear": "onednn"})
+
+
+def test_no_rows_and_no_gradients(library):
+    empty, weight = torch.empty(0, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+    assert product.linear(empty, weight).shape == (0, 5)
+    chunked_linear_cross_entropy(empty, weight, torch.empty(0, dtype=torch.int64)).backward()
+    assert weight.grad is not None and not weight.grad.any()
+
+
+def test_an_evaluation_makes_no_weight_gradient(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a gradient nobody asked for")
+
+    monkeypatch.setattr("zili.ops.chunked_cross_entropy.weight_gradient", refuse)
+    weight = torch.randn(5, 8, requires_grad=True)
+    with torch.no_grad():
+        chunked_linear_cross_entropy(torch.randn(3, 8), weight, torch.tensor([0, 1, 2]))

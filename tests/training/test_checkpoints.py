@@ -125,14 +125,15 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(
     inflict, file = DAMAGE[damage]
     path = newest(trained.config)
     inflict(path)
+    checkpoints.load_model(trained.config.folder)
+    said = capsys.readouterr()
+    assert str(path) in said.err and said.out == "", "standard output is for the answer"
     recorder = Recorder()
     again = open_trainer(trained.config, [recorder])
     assert again.resume() and again.step == 4
     assert str(path) in recorder.notes[0] and file in recorder.notes[0] and "damaged" in recorder.notes[0]
     assert "step-00000004" in recorder.notes[1]
-    checkpoints.load_model(trained.config.folder)
-    said = capsys.readouterr()
-    assert str(path) in said.err and said.out == "", "standard output is for the answer"
+    assert path.with_name(f"damaged-{path.name}").is_dir() and not path.exists(), "it no longer counts as kept"
 
 
 def test_with_all_checkpoints_damaged_the_run_stops(trained: Trainer) -> None:
@@ -247,3 +248,12 @@ def test_a_checkpoint_from_another_kind_of_device_says_what_differs(recipe: Reci
     recorder = Recorder()
     assert open_trainer(recipe(), [recorder]).resume()
     assert any("another kind of device" in note and "dropout" in note for note in recorder.notes)
+
+
+def test_a_damaged_checkpoint_never_pushes_out_the_sound_one_before_it(recipe: Recipe) -> None:
+    """With other step numbers after the pass-over than before it: 2, 4 (damaged), then 5."""
+    first = train(recipe("training.steps=4", "schedule.kind=constant"))
+    flip_a_byte(newest(first.config))
+    train(recipe("training.steps=5", "schedule.kind=constant", "checkpoint.every=0"))
+    kept = [path.name for path in checkpoints.list_checkpoints(first.checkpoint_folder)]
+    assert kept == ["step-00000002", "step-00000005"]

@@ -27,10 +27,12 @@ def _system() -> int | None:
 
 
 def _container() -> int | None:
-    """Room under the control group's limit (cgroup v2); page cache counts as used there but gives way."""
+    """Room under the control group's limit (cgroup v2); page cache counts as used there, but gives way."""
     try:
         limit = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
         used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
+        figures = dict(line.split() for line in (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines())
     except (OSError, ValueError):
         return None
-    return None if limit == "max" else max(0, int(limit) - used)
+    cache = int(figures.get("inactive_file", 0)) + int(figures.get("active_file", 0))
+    return None if limit == "max" else max(0, int(limit) - used + cache)

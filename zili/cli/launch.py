@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ from rich.console import Console
 
 from zili.cli.options import program
 from zili.config import Choice, RunConfig, dump_recipe
-from zili.durable import write_whole
+from zili.durable import locked, write_whole
 from zili.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from zili.training.trainer import Trainer
 
 RECIPE_FILE = "recipe.toml"
+_TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,11 @@ def prepare_launch(recipe: RunConfig) -> Launch:
             f"{recipe.model.vocab_size}; raise it to at least as many"
         )
     stores = [(TokenStore.open(source.store), source.weight) for source in recipe.data.sources]
-    for store, _ in stores:
+    held_out = [TokenStore.open(recipe.data.held_out)] if recipe.data.held_out else []
+    for store in [*(store for store, _ in stores), *held_out]:
         store.check_tokenizer(tokenizer)
+        if recipe.data.verify:
+            store.verify()
     loader = Loader(
         stores,
         sequence_length=recipe.training.sequence_length,
@@ -97,12 +100,13 @@ def run(launch: Launch, console: Console) -> Trainer:
         store.check_tokenizer(launch.tokenizer)
         callbacks.insert(0, HeldOutEvaluation(store, launch.tokenizer, sinks))
     trainer = Trainer(config, launch.loader, launch.setup.device, callbacks)
-    trainer.resume()
-    _leave_a_whole_run_folder(launch)
-    try:
-        trainer.fit()
-    finally:
-        progress.close()
+    with locked(config.folder):
+        trainer.resume()
+        _leave_a_whole_run_folder(launch)
+        try:
+            trainer.fit()
+        finally:
+            progress.close()
     return trainer
 
 
@@ -128,9 +132,9 @@ def _leave_a_whole_run_folder(launch: Launch) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / RECIPE_FILE, dump_recipe(launch.recipe))
     target = folder / "tokenizer"
-    if source.resolve() != target.resolve():
-        aside = folder / ".tokenizer.partial"
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.copytree(source, aside)
-        shutil.rmtree(target, ignore_errors=True)
-        aside.rename(target)
+    if source.resolve() == target.resolve():
+        return
+    target.mkdir(exist_ok=True)
+    # The tokenizer's own files only: it may lie in a model folder, among terabytes of weights.
+    for file in sorted({file for pattern in _TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()}):
+        write_whole(target / file.name, file.read_text(encoding="utf-8"))

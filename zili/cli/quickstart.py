@@ -49,9 +49,14 @@ def quickstart(
     text = [*(text or []), *(more or [])]
     console, started = Console(), time.perf_counter()
     _refuse_early(folder, restart, overrides or [])
-    if restart:
+    if restart and folder.exists():
+        # The new text first: what cannot be read must not cost the earlier run.
+        _prepare(text, folder / f"{_DATA}.new", text_field, on_error, console, rebuild=True)
         _drop(folder)
-    _prepare(text, folder, text_field, on_error, console)
+        (folder / f"{_DATA}.new").rename(folder / _DATA)
+    # A run that has begun goes on with its own text or not at all.
+    begun = (folder / "checkpoints").exists()
+    _prepare(text, folder / _DATA, text_field, on_error, console, rebuild=not begun)
     deadline = started + 60 * minutes - _SECONDS_AFTER_TRAINING
     launch, pace = _launch(folder, overrides or [], deadline, console)
     print_choices((*launch.choices, *pace), console)
@@ -97,7 +102,9 @@ def _drop(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _prepare(text: list[Path], folder: Path, text_field: str, on_error: OnError, console: Console) -> None:
+def _prepare(
+    text: list[Path], folder: Path, text_field: str, on_error: OnError, console: Console, *, rebuild: bool
+) -> None:
     from zili.data.prepare import prepare
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]}"), TimeElapsedColumn())
@@ -110,11 +117,10 @@ def _prepare(text: list[Path], folder: Path, text_field: str, on_error: OnError,
 
         prepared = prepare(
             text or None,
-            folder / _DATA,
+            folder,
             text_field=text_field,
             on_error=on_error.value,
-            # A run that has begun goes on with its own text or not at all.
-            rebuild=not (folder / "checkpoints").exists(),
+            rebuild=rebuild,
             progress=show,
         )
     for line in prepared.lines:
@@ -124,7 +130,9 @@ def _prepare(text: list[Path], folder: Path, text_field: str, on_error: OnError,
 def _launch(folder: Path, overrides: list[str], deadline: float, console: Console) -> tuple[Launch, tuple[Choice, ...]]:
     """The run begun earlier in this folder, or a new one of as many steps as fit before the deadline."""
     if (folder / RECIPE_FILE).exists():
-        return prepare_launch(load_recipe(folder / RECIPE_FILE, overrides)), ()
+        launch = prepare_launch(load_recipe(folder / RECIPE_FILE, overrides))
+        own = str(launch.recipe.training.steps)
+        return launch, (Choice("training.steps", own, "the run's own; --minutes counts for a new run"),)
     launch = prepare_launch(_new_recipe(folder, _ANY_STEPS, overrides))
     if any(override.split("=")[0].strip() == "training.steps" for override in overrides):
         return launch, ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -29,7 +30,8 @@ def train(
     folder = launch.recipe.folder
     if trainer.interrupted:
         console.print(f"Stopped at step {trainer.step}; the checkpoint is written. Go on with:", highlight=False)
-        console.print(f"  {program()} train {folder}/recipe.toml", highlight=False, soft_wrap=True)
+        recipe_file = shlex.quote(str(folder / "recipe.toml"))
+        console.print(f"  {program()} train {recipe_file}", highlight=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED)
     console.print(f"Done: {trainer.step} steps, {trainer.tokens:,} tokens, in {folder}. Next:", highlight=False)
     print_next(folder, console)

@@ -46,6 +46,9 @@ class DataConfig(Section):
     """Folder that holds tokenizer.json; every store must have been built with it."""
     held_out: Path | None = None
     """Token store of held-out documents, for bits per byte during training."""
+    verify: bool = True
+    """Hash every token store at start, so that a changed or damaged one is refused. It reads them whole: for stores of
+    terabytes, check once and set false."""
     prefetch: PositiveInt = 4
     """Batches read ahead of the step."""
 

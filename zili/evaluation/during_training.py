@@ -41,7 +41,7 @@ class HeldOutEvaluation(Callback):
 
     def _score(self, trainer: Trainer) -> None:
         length = trainer.config.training.sequence_length
-        with trainer.uncompiled():
+        with trainer.uncompiled(), trainer.autocast():
             score = score_token_ids(
                 trainer.model,
                 stored_documents(self._store, self._tokenizer, trainer.config.evaluation.max_bytes),

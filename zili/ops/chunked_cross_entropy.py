@@ -10,25 +10,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from zili.ops.product import LIBRARIES, Product, library, weight_gradient
 from zili.ops.reference import IGNORE_INDEX
 
 _CHUNK_ELEMENTS = 4 * 1024 * 1024
 """Logits at a time: 16 MB of fp32, which stays in a CPU's last-level cache and in its allocator's reach."""
+_CHUNK_ELEMENTS_ELSEWHERE = 512 * 1024 * 1024
+"""2 GB on an accelerator: each chunk reads and writes the whole weight gradient, so few, large ones. Not measured."""
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, multiplier: float, product: Product
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        multiplier: float,
+        product: Product,
+        needs_gradient: bool,
     ) -> Tensor:
-        needs_gradient = any(ctx.needs_input_grad[:2])
         matrix = weight.to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_gradient else None
         grad_weight: Tensor | None = None
-        size = _rows_at_a_time(weight.shape[0])
+        size = _rows_at_a_time(weight.shape[0], hidden.device.type)
         for start in range(0, len(hidden), size):
             rows = hidden[start : start + size]
             loss, scores = _one_chunk(rows, matrix, labels[start : start + size], multiplier, product)
@@ -39,18 +47,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 part = weight_gradient(scores, rows, product)
                 # Summed in the strides it comes in, and straightened once at the end: it is as large as the weight.
                 grad_weight = part.to(weight.dtype) if grad_weight is None else grad_weight.add_(part)
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.contiguous())
+        if needs_gradient:
+            grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.contiguous()
+        ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, grad_weight * grad, None, None, None
+        return grad_hidden * grad, grad_weight * grad, None, None, None, None
 
 
-def _rows_at_a_time(vocabulary: int) -> int:
+def _rows_at_a_time(vocabulary: int, device_type: str) -> int:
     """Rows of a chunk for this many logits a row."""
-    return max(64, _CHUNK_ELEMENTS // vocabulary)
+    elements = _CHUNK_ELEMENTS if device_type == "cpu" else _CHUNK_ELEMENTS_ELSEWHERE
+    return max(64, elements // vocabulary)
 
 
 def _one_chunk(
@@ -78,4 +90,6 @@ def chunked_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor,
     """`reference.linear_cross_entropy` without `[N, V]` logits, on any device."""
     # oneDNN's product knows fp32 alone; every other dtype goes torch's way.
     product = LIBRARIES[library() if hidden.dtype == torch.float32 else "plain"]
-    return _ChunkedCrossEntropy.apply(hidden, weight, labels, multiplier, product)
+    # Asked here: inside an autograd function gradients are off, whether the caller wants them or not.
+    needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _ChunkedCrossEntropy.apply(hidden, weight, labels, multiplier, product, needs_gradient)

@@ -87,7 +87,7 @@ _linear.register_autograd(_gradients, setup_context=_save)
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`reference.linear` through oneDNN, with gradients; what is not fp32 takes torch's own way."""
-    if x.dtype != torch.float32 or weight.dtype != torch.float32:
+    if x.dtype != torch.float32 or weight.dtype != torch.float32 or not x.numel():  # oneDNN refuses no rows
         return F.linear(x, weight, bias)
     out = torch.ops.zili.linear(x, weight)
     return out if bias is None else out + bias

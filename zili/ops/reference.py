@@ -46,7 +46,8 @@ def attention(
         query: `[B, S, H, d]`.
         key, value: `[B, T, K, d]` with H a multiple of K; T >= S when earlier tokens come from a cache, the
             queries being the last S positions.
-        document_ids: `[B, T]` integers; a query sees only keys of its own document. None: one document.
+        document_ids: `[B, T]` integers; a query sees only keys of its own document. They must not decrease along
+            a row, as documents laid end to end do not: faster versions rely on it. None: one document.
         dropout: probability on the attention weights.
     Returns:
         `[B, S, H, d]`.

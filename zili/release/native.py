@@ -78,6 +78,8 @@ def read_native(folder: Path) -> tuple[ModelConfig, Origin | None, Tensors]:
     """A Zili model folder, its checksums and its tensors' names and shapes verified."""
     config, origin, files = read_model_file(folder)
     for name, expected in files.items():
+        if Path(name).name != name:
+            raise CheckpointError(f"{folder} names {name!r}, which is not a file of this folder")
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name} is missing; import the model again")
         if _sha256(folder / name) != expected:

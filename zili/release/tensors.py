@@ -73,6 +73,9 @@ class _Shards(Tensors):
         for file in files:
             if not (folder / file).is_file():
                 raise CheckpointError(f"{folder / file} is missing, one of {len(files)} shards; fetch it and try again")
+        for file in files:
+            if not isinstance(file, str) or Path(file).name != file:
+                raise CheckpointError(f"{folder}: the index names {file!r}, which is not a file of this folder")
         self._described = {file: self._describe_file(folder / file) for file in files}
         self._home = index or {name: file for file, names in self._described.items() for name in names}
         for name, file in self._home.items():

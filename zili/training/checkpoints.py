@@ -66,7 +66,7 @@ def save(
     *,
     keep: int,
 ) -> Path:
-    """Write `folder/step-XXXXXXXX`, then drop all but it and the newest before it, `keep` in all. Returns its path.
+    """Write `folder/step-XXXXXXXX`, then drop all but the newest `keep`. Returns its path.
 
     Raises:
         CheckpointError: the disk refused; nothing half-written is left.
@@ -94,11 +94,18 @@ def save(
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    # Later ones are damaged: the run passed over them. They do not count, or they would push out the sound.
-    sound = [path for path in list_checkpoints(folder) if path.name <= target.name]
-    for old in sound[:-keep]:
+    for old in list_checkpoints(folder)[:-keep]:
         _drop(old)
     return target
+
+
+def set_aside_after(path: Path) -> None:
+    """Rename the checkpoints newer than `path`, which a run passed over as damaged: they no longer count as kept."""
+    for later in list_checkpoints(path.parent):
+        if later.name > path.name:
+            aside = later.with_name(f"damaged-{later.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            later.rename(aside)
 
 
 def _sweep(folder: Path) -> None:
@@ -163,6 +170,8 @@ def verify(path: Path) -> None:
     if unlisted:
         raise CheckpointError(f"{path / SUMS_FILE} is cut short or older than the rest: it lacks {unlisted[0]}")
     for name, expected in sums.items():
+        if Path(name).name != name:
+            raise CheckpointError(f"{path / SUMS_FILE} names {name!r}, which is not a file of this folder")
         try:
             found = _sha256(path / name)
         except OSError as error:
@@ -181,9 +190,12 @@ def read_state(path: Path) -> RunState:
         raw = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
         if raw.get("format") != FORMAT:
             raise CheckpointError(f"{path} has format {raw.get('format')!r}; this version reads {FORMAT}")
-        return RunState(**raw)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path / RUN_FILE} cannot be read: {error}") from error
+        state = RunState(**raw)
+        if not isinstance(state.config["model"], dict):
+            raise TypeError("its model configuration is not a table")
+        return state
+    except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
+        raise CheckpointError(f"{path / RUN_FILE} cannot be read: {error!r}") from error
 
 
 def restore(path: Path, model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:

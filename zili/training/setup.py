@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from zili import chips
 from zili.chips.device import Device
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from zili.training.checkpoints import RunState
 
 _GIB = 2**30
+_AUTO_SHARE = 0.7
 _ON_WISH = '; fp32 is the reference all chips are compared with, set chip.precision = "bf16" to use them'
 _KEPT = "as in the run's checkpoint, so that its numbers stay the same bits"
 
@@ -53,8 +54,8 @@ def set_up(config: RunConfig) -> Setup:
     choices = [Choice("chip.name", device.backend.name, selection.reason)]
     choices += _environment(activation)
     precision, why_precision = _precision(config.chip, device)
-    compiled, why_compiled = _compile(config.chip, device)
     previous = _previous(config, device, precision)
+    compiled, why_compiled = _compile(config.chip, device, previous)
     micro, why_micro = _micro_batch(config, device, previous)
     choices += [
         Choice("chip.precision", precision, why_precision),
@@ -86,8 +87,14 @@ def _previous(config: RunConfig, device: Device, precision: Precision) -> RunSta
     from zili.training.checkpoints import newest_state
 
     state = newest_state(config.folder / "checkpoints")
-    chip = state.config.get("chip", {}) if state else {}
+    chip = _table(state, "chip")
     return state if (chip.get("name"), chip.get("precision")) == (device.backend.name, precision) else None
+
+
+def _table(state: RunState | None, name: str) -> dict[str, Any]:
+    """One table of a checkpoint's configuration; empty where there is none, or no checkpoint."""
+    found = state.config.get(name) if state else None
+    return found if isinstance(found, dict) else {}
 
 
 def _kept_operations(previous: RunState | None, device_type: str, precision: Precision) -> dict[str, str]:
@@ -114,10 +121,12 @@ def _precision(chip: ChipConfig, device: Device) -> tuple[Precision, str]:
     return chip.precision, "asked for"
 
 
-def _compile(chip: ChipConfig, device: Device) -> tuple[bool, str]:
+def _compile(chip: ChipConfig, device: Device, previous: RunState | None) -> tuple[bool, str]:
     if chip.compile != "auto":
         return chip.compile, "asked for"
     can = device.capability("compile")
+    if _table(previous, "chip").get("compile") is False and can.value:
+        return False, _KEPT
     return can.value, can.reason if can.value else f"{can.reason}; blocks run eagerly"
 
 
@@ -138,8 +147,9 @@ def _micro_batch(config: RunConfig, device: Device, previous: RunState | None) -
     if asked != "auto":
         return asked, "asked for"
     batch = config.training.global_batch
-    fitting = batch if room is None else min(batch, int((room - state) // sample))
-    kept = previous.config["training"]["micro_batch"] if previous else None
+    # Auto leaves a margin: the estimate is one, and evaluation and checkpoints need room too.
+    fitting = batch if room is None else max(1, min(batch, int((_AUTO_SHARE * room - state) // sample)))
+    kept = _table(previous, "training").get("micro_batch")
     if kept is not None and kept <= fitting and batch % kept == 0:
         return kept, _KEPT
     micro = max(size for size in range(1, fitting + 1) if batch % size == 0)
@@ -153,15 +163,16 @@ def _free_bytes(device: Device) -> int | None:
 
 
 def activation_bytes(config: RunConfig) -> int:
-    """Estimate of what one sample keeps for the backward pass, bytes.
+    """Estimate of what one sample keeps for the backward pass, bytes: the eager case, which is the larger.
 
-    Per token and block, in fp32: the inputs of both norms and their outputs (4 D), query, key, value and the
-    attention's output ((2 H + 2 K) d), gate, up and their product (3 F). With recomputation one D, plus one whole
-    block at a time. Logits are made in chunks (`ops.linear_cross_entropy`), so the vocabulary does not appear.
+    Per token and block, in fp32: both norms with their intermediates (10 D), query, key and value before and after
+    rotation and folding, and the attention's output (6 (H + K) d), gate, its activation, up and their product (4 F).
+    With recomputation one D a block, and one whole block at a time. Logits are made in chunks
+    (`ops.linear_cross_entropy`), so the vocabulary does not appear.
     """
     model, tokens = config.model, config.training.sequence_length
-    heads = (2 * model.heads + 2 * model.kv_heads) * model.head_dim
-    block = 4 * model.hidden_size + heads + 3 * model.ffn_hidden_size
+    heads = 6 * (model.heads + model.kv_heads) * model.head_dim
+    block = 10 * model.hidden_size + heads + 4 * model.ffn_hidden_size
     if config.training.recompute == "full":
         return 4 * tokens * (model.layers * model.hidden_size + block)
     return 4 * tokens * model.layers * block

@@ -94,6 +94,7 @@ class Trainer:
             return False
         state = checkpoints.read_state(found)
         self._check_belongs(found, state)
+        checkpoints.set_aside_after(found)
         rng = checkpoints.restore(found, self.model, self.optimizers)
         if not self.device.set_rng_state(rng):
             self.note(f"{found} was written on another kind of device: dropout draws other numbers from here on")
@@ -140,14 +141,15 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_start(self)
         depth = self.config.data.prefetch
-        with Interruption() as interruption, Prefetcher(self.loader, start=self.step, depth=depth) as batches:
-            while not self.done and not interruption.requested:
-                self._one_step(batches)
-                if self.config.checkpoint.every and self.step % self.config.checkpoint.every == 0:
-                    self.save()
+        with Interruption() as interruption:
+            with Prefetcher(self.loader, start=self.step, depth=depth) as batches:
+                while not self.done and not interruption.requested:
+                    self._one_step(batches)
+                    if self.config.checkpoint.every and self.step % self.config.checkpoint.every == 0:
+                        self.save()
             self.interrupted = interruption.requested and not self.done
-        if self._saved_at != self.step:
-            self.save()
+            if self._saved_at != self.step:
+                self.save()
         for callback in self.callbacks:
             callback.on_end(self)
 
@@ -185,13 +187,13 @@ class Trainer:
         total = torch.zeros((), device=self.device.type)
         for part in zip(*(field.split(micro) for field in batch), strict=True):
             input_ids, labels, document_ids = (tensor.to(self.device.type, non_blocking=True) for tensor in part)
-            with self._autocast():
+            with self.autocast():
                 loss = self.model.loss_sum(input_ids, labels, document_ids=document_ids) / max(targets, 1)
             loss.backward()
             total += loss.detach()
         return total
 
-    def _autocast(self) -> Any:
+    def autocast(self) -> Any:
         if self._dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self._dtype)
