@@ -58,7 +58,7 @@ def test_a_run_that_asks_for_more_than_memory_is_refused_with_numbers_before_it_
     # 4 layers of 4 * 4096^2 + 3 * 4096 * 10923 weights and 2 * 32000 * 4096 around them, 16 bytes each: 15.9 GiB.
     shape = ("hidden_size=4096", "layers=4", "heads=32", "kv_heads=32", "head_dim=128", "ffn_hidden_size=10923")
     sizes = [f"model.{size}" for size in (*shape, "vocab_size=32000")]
-    with pytest.raises(ConfigError, match=r"about (15\.9|16\.0) GiB \(15\.9 for weights.* has 3\.0 GiB free") as caught:
+    with pytest.raises(ConfigError, match=r"about 16\.\d GiB \(15\.9 for weights.* has 3\.0 GiB free") as caught:
         set_up(recipe(*sizes, f"training.micro_batch={asked}"))
     assert 'training.recompute = "full"' in str(caught.value)
 
@@ -67,7 +67,7 @@ def test_the_micro_batch_is_the_largest_divisor_that_fits(recipe: Recipe, room: 
     auto = recipe("training.global_batch=12", "training.micro_batch=auto", *PLAIN)
     state = setup.training_state_bytes(auto.model, optimizer="adamw").total
     for samples, expected in ((1, 1), (2, 2), (3, 3), (5, 4), (11, 6), (12, 12), (500, 12)):
-        room(state + samples * activation_bytes(auto))
+        room((state + samples * activation_bytes(auto)) / 0.7 + 1)  # 30 % are left free
         result = set_up(auto)
         assert result.config.training.micro_batch == expected
         assert "GiB" in chosen(result, "training.micro_batch").reason
@@ -97,8 +97,9 @@ def test_the_estimate_of_activations_covers_what_is_kept_for_the_backward_pass(r
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         hidden = model.hidden_states(ids)
     assert hidden.requires_grad
-    # Attention probabilities of the plain version and small tables come on top; the order must be right.
-    assert 0.3 * activation_bytes(config) < sum(kept.values()) < 1.5 * activation_bytes(config)
+    # The estimate also covers what lives for a moment, which with recomputation (three blocks) is most of it.
+    least = {"none": 0.4, "full": 0.1}[recompute]
+    assert least * activation_bytes(config) < sum(kept.values()) < activation_bytes(config)
 
 
 def test_an_unknown_chip_is_refused_with_the_nearest(recipe: Recipe) -> None:

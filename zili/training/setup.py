@@ -167,12 +167,13 @@ def activation_bytes(config: RunConfig) -> int:
 
     Per token and block, in fp32: both norms with their intermediates (10 D), query, key and value before and after
     rotation and folding, and the attention's output (6 (H + K) d), gate, its activation, up and their product (4 F).
-    With recomputation one D a block, and one whole block at a time. Logits are made in chunks
-    (`ops.linear_cross_entropy`), so the vocabulary does not appear.
+    The backward pass holds a block's gradients beside it, so one block more; with recomputation one D a block, and three
+    blocks' worth at a time (kept, recomputed, gradients). Logits are made in chunks (`ops.linear_cross_entropy`), so the
+    vocabulary does not appear. Beside measured peaks: docs/training.md.
     """
     model, tokens = config.model, config.training.sequence_length
     heads = 6 * (model.heads + model.kv_heads) * model.head_dim
     block = 10 * model.hidden_size + heads + 4 * model.ffn_hidden_size
     if config.training.recompute == "full":
-        return 4 * tokens * (model.layers * model.hidden_size + block)
-    return 4 * tokens * model.layers * block
+        return 4 * tokens * (model.layers * model.hidden_size + 3 * block)
+    return 4 * tokens * (model.layers + 1) * block
