@@ -140,7 +140,7 @@ def _micro_batch(config: RunConfig, device: Device, previous: RunState | None) -
     if room is not None and state + smallest * sample > room:
         raise ConfigError(
             f"this run needs about {(state + smallest * sample) / _GIB:.1f} GiB ({state / _GIB:.1f} for weights, "
-            f"gradients and optimizer, {smallest * sample / _GIB:.1f} for {smallest} samples of "
+            f"gradients and optimizer, {smallest * sample / _GIB:.1f} for {smallest} sample{'s' * (smallest > 1)} of "
             f"{config.training.sequence_length} tokens) and {device.name()} has {room / _GIB:.1f} GiB free; "
             'take a smaller model, a shorter sequence, a smaller micro_batch or training.recompute = "full"'
         )
@@ -167,9 +167,9 @@ def activation_bytes(config: RunConfig) -> int:
 
     Per token and block, in fp32: both norms with their intermediates (10 D), query, key and value before and after
     rotation and folding, and the attention's output (6 (H + K) d), gate, its activation, up and their product (4 F).
-    The backward pass holds a block's gradients beside it, so one block more; with recomputation one D a block, and three
-    blocks' worth at a time (kept, recomputed, gradients). Logits are made in chunks (`ops.linear_cross_entropy`), so the
-    vocabulary does not appear. Beside measured peaks: docs/training.md.
+    The backward pass holds a block's gradients beside it, so one block more; with recomputation one D a block, and
+    three blocks' worth at a time (kept, recomputed, gradients). Logits are made in chunks, so the vocabulary does not
+    appear. Beside measured peaks: docs/training.md.
     """
     model, tokens = config.model, config.training.sequence_length
     heads = 6 * (model.heads + model.kv_heads) * model.head_dim
