@@ -9,6 +9,8 @@ class ZiliError(Exception):
     """Base of every error a user can cause or cure."""
 
     exit_code = 1
+    agreed = False
+    """Whether every process of the run raises it, so that one of them is enough to say it."""
 
 
 class ConfigError(ZiliError):

@@ -9,6 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from zili.chips import Device, activate, find_backend
 from zili.cli.chat import chat
 from zili.cli.eval import eval_
 from zili.cli.report import report
@@ -16,9 +17,12 @@ from zili.cli.sample import sample
 from zili.data.tokenizer import Tokenizer
 from zili.errors import CheckpointError, ConfigError, DataError
 from zili.models.decoder import Decoder
+from zili.parallel.layout import Layout
+from zili.parallel.world import World
 from zili.release import export_model
 from zili.serving.model_folder import open_folder, tokenizer_folder
-from zili.training.checkpoints import RunState, save
+from zili.training.checkpoints import RunState, model_tensors
+from zili.training.saving import Saver
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +41,10 @@ def run(tmp_path_factory: pytest.TempPathFactory, model: Decoder, tokenizer: Tok
     (folder / "recipe.toml").write_text("[training]\nsteps = 7\nsequence_length = 32\n")
     (folder / "metrics.jsonl").write_text('{"kind": "train", "step": 7, "loss": 2.0}\n')
     state = RunState(7, 56, {"model": model.config.model_dump(mode="json")}, "none")
-    save(folder / "checkpoints", state, model, [], {}, keep=1)
+    saver = Saver(
+        folder / "checkpoints", World(Layout(), Device(activate(find_backend("cpu")))), keep=1, asynchronous=False
+    )
+    saver.save(state, model_tensors(list(model.named_parameters())))
     return folder
 
 

@@ -18,6 +18,7 @@ from tiny_run import At, Recipe, Recorder, final_tensors, hidden, interrupt, ope
 from zili.config import RunConfig
 from zili.errors import CheckpointError
 from zili.training import checkpoints
+from zili.training.saving import Saver
 from zili.training.trainer import Trainer
 
 
@@ -206,9 +207,10 @@ def test_a_format_of_the_future_is_refused(trained: Trainer) -> None:
 
 def save_again(trainer: Trainer, step: int) -> Path:
     state = dataclasses.replace(checkpoints.read_state(newest(trainer.config)), step=step)
-    return checkpoints.save(
-        trainer.checkpoint_folder, state, trainer.model, trainer.optimizers, trainer.device.rng_state(), keep=2
-    )
+    saver = Saver(trainer.checkpoint_folder, trainer.world, keep=2, asynchronous=True)
+    path = saver.save(state, checkpoints.model_tensors(list(trainer.model.named_parameters())))
+    saver.wait()
+    return path
 
 
 def test_a_disk_that_refuses_leaves_the_old_checkpoints_and_nothing_else(trained: Trainer) -> None:
@@ -245,6 +247,7 @@ def test_a_checkpoint_from_another_kind_of_device_says_what_differs(recipe: Reci
     state = trainer.device.rng_state()
     trainer.device.rng_state = lambda: {**state, "elsewhere": torch.zeros(16, dtype=torch.uint8)}  # type: ignore[method-assign]
     trainer.save()
+    trainer._saver.wait()
     recorder = Recorder()
     assert open_trainer(recipe(), [recorder]).resume()
     assert any("another kind of device" in note and "dropout" in note for note in recorder.notes)

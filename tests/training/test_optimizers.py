@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
-from torch.optim import AdamW, Muon, Optimizer
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 
 from zili.config import ModelConfig
 from zili.config.run import OptimizerConfig
 from zili.models.decoder import Decoder
+from zili.training.muon import Muon
 from zili.training.optimizers import build_optimizers, set_learning_rate
 
 SHAPE = {"vocab_size": 50, "hidden_size": 32, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 16}
@@ -26,7 +27,7 @@ def names_of(model: Decoder, group: dict[str, list[Tensor]]) -> set[str]:
 
 
 def built(model: Decoder, **settings: object) -> list[Optimizer]:
-    return build_optimizers(model, OptimizerConfig.model_validate(settings))
+    return build_optimizers(list(model.named_parameters()), OptimizerConfig.model_validate(settings))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -134,3 +135,23 @@ def test_muons_rate_and_decay_follow_the_schedule() -> None:
     for name, p in model.named_parameters():  # no gradient: what is left is decay, 0.02 * 0.25 * 0.5
         kept = 1 - 0.0025 if p.ndim == 2 else 1.0
         torch.testing.assert_close(p.detach(), before[name] * kept, rtol=1e-6, atol=0)
+
+
+def test_muon_is_torchs_own_bit_for_bit_and_takes_stacks_of_matrices() -> None:
+    torch.manual_seed(0)
+    shapes = [(32, 16), (16, 48), (32, 16)]
+    ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    stack = nn.Parameter(torch.stack([ours[0].detach(), ours[2].detach()]))
+    rates = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9}
+    mine = Muon([*ours, stack], **rates)
+    torchs = torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **rates)
+    for _ in range(3):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape)
+            b.grad = a.grad.clone()
+        stack.grad = torch.stack([ours[0].grad, ours[2].grad])  # type: ignore[list-item]
+        mine.step()
+        torchs.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert torch.equal(stack, torch.stack([ours[0], ours[2]]))

@@ -19,7 +19,7 @@ from zili.chips.device import Device
 from zili.config import RunConfig
 from zili.data.loader import Loader
 from zili.data.store import TokenStore
-from zili.training import checkpoints
+from zili.training import checkpoints, saving
 from zili.training.callbacks import Callback, StepRecord
 from zili.training.trainer import Trainer
 
@@ -112,8 +112,8 @@ def die_after_step(config: RunConfig, step: int) -> None:
 
 
 def die_while_saving(config: RunConfig, step: int, function: str) -> None:
-    """Train, and be killed where the checkpoint of `step` calls `function` of `zili.training.checkpoints`."""
-    patches = mock.patch.object(checkpoints, function, side_effect=lambda *_: die())
+    """Train, and be killed where the checkpoint of `step` calls `function` of `zili.training.saving`."""
+    patches = mock.patch.object(saving, function, side_effect=lambda *_: die())
     train(config, At(step, patches.start))
 
 

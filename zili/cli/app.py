@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from zili.cli import chat, chips, config, eval, import_export, quickstart, report, sample, train
 from zili.errors import ZiliError
+from zili.parallel.layout import processes
 
 
 class _Commands(TyperGroup):
@@ -49,5 +50,25 @@ def main() -> None:
     try:
         app()
     except ZiliError as error:
-        print(f"zili: {error}", file=sys.stderr)
+        if _is_heard(error):
+            print(f"zili: {_who()}{error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    finally:
+        if "zili.parallel.world" in sys.modules:  # else there was nothing to join
+            from zili.parallel.world import leave
+
+            leave()
+
+
+def _is_heard(error: ZiliError) -> bool:
+    """Whether this process says what all of them may have met. One that is alone with its error always does."""
+    rank, _, here = processes()
+    if error.agreed:
+        return rank == 0
+    joined = "zili.parallel.world" in sys.modules
+    return joined or here == 0  # before they join, the processes of a machine have read the same recipe
+
+
+def _who() -> str:
+    rank = processes()[0]
+    return f"process {rank}: " if rank else ""

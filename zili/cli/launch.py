@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from zili.cli.options import program
 from zili.config import Choice, RunConfig, dump_recipe
 from zili.durable import locked, write_whole
 from zili.errors import ConfigError
+from zili.parallel.layout import processes
 
 if TYPE_CHECKING:
     from zili.data.loader import Loader
@@ -41,7 +43,7 @@ class Launch:
         """The same launch for a recipe that differs in length only: the choices made stand."""
         resolved, micro_batch = self.setup.config, self.setup.config.training.micro_batch
         training = recipe.training.model_copy(update={"micro_batch": micro_batch})
-        config = recipe.model_copy(update={"chip": resolved.chip, "training": training})
+        config = recipe.model_copy(update={"chip": resolved.chip, "training": training, "parallel": resolved.parallel})
         return replace(self, recipe=recipe, setup=replace(self.setup, config=config))
 
 
@@ -54,7 +56,11 @@ def prepare_launch(recipe: RunConfig) -> Launch:
     from zili.training.setup import set_up
 
     setup = set_up(recipe)
+    tokenizer, loader = setup.world.agree(lambda: _open_data(recipe))
+    return Launch(recipe, setup, tokenizer, loader)
 
+
+def _open_data(recipe: RunConfig) -> tuple[Tokenizer, Loader]:
     from zili.data.loader import Loader
     from zili.data.store import TokenStore
     from zili.data.tokenizer import Tokenizer
@@ -67,9 +73,10 @@ def prepare_launch(recipe: RunConfig) -> Launch:
         )
     stores = [(TokenStore.open(source.store), source.weight) for source in recipe.data.sources]
     held_out = [TokenStore.open(recipe.data.held_out)] if recipe.data.held_out else []
+    _, _, here = processes()
     for store in [*(store for store, _ in stores), *held_out]:
         store.check_tokenizer(tokenizer)
-        if recipe.data.verify:
+        if recipe.data.verify and here == 0:  # one process a machine reads them through
             store.verify()
     loader = Loader(
         stores,
@@ -77,7 +84,7 @@ def prepare_launch(recipe: RunConfig) -> Launch:
         global_batch=recipe.training.global_batch,
         seed=recipe.seed,
     )
-    return Launch(recipe, setup, tokenizer, loader)
+    return tokenizer, loader
 
 
 def run(launch: Launch, console: Console) -> Trainer:
@@ -87,7 +94,7 @@ def run(launch: Launch, console: Console) -> Trainer:
     from zili.training.callbacks import Callback, MetricsLog, ProgressDisplay, TensorBoardLog
     from zili.training.trainer import Trainer
 
-    config = launch.setup.config
+    config, world = launch.setup.config, launch.setup.world
     progress, metrics = ProgressDisplay(console), MetricsLog(config.folder)
     callbacks: list[Callback] = [metrics, progress]
     sinks: list[EvaluationSink] = [metrics, progress]
@@ -95,14 +102,17 @@ def run(launch: Launch, console: Console) -> Trainer:
         board = TensorBoardLog(config.folder)
         callbacks.append(board)
         sinks.append(board)
+    if not world.is_first:  # one process speaks; all of them compute
+        callbacks, sinks = [], []
     if config.data.held_out is not None:
         store = TokenStore.open(config.data.held_out)
         store.check_tokenizer(launch.tokenizer)
         callbacks.insert(0, HeldOutEvaluation(store, launch.tokenizer, sinks))
-    trainer = Trainer(config, launch.loader, launch.setup.device, callbacks)
-    with locked(config.folder):
+    trainer = Trainer(config, launch.loader, launch.setup.device, callbacks, world)
+    with ExitStack() as held:
+        world.agree(lambda: held.enter_context(locked(config.folder)) if world.is_first else None)
         trainer.resume()
-        _leave_a_whole_run_folder(launch)
+        world.from_first(lambda: _leave_a_whole_run_folder(launch))
         try:
             trainer.fit()
         finally:

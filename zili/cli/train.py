@@ -11,6 +11,7 @@ from rich.console import Console
 
 from zili.cli.options import Overrides, program
 from zili.config import load_recipe
+from zili.parallel.layout import processes
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it (128 + SIGINT)."""
@@ -23,7 +24,7 @@ def train(
     """Train a recipe to its last step, from the newest checkpoint of its run folder if there is one."""
     from zili.cli.launch import prepare_launch, print_choices, print_next, run
 
-    console = Console()
+    console = Console(quiet=processes()[0] > 0)  # the first process speaks for all
     launch = prepare_launch(load_recipe(recipe, overrides or []))
     print_choices(launch.choices, console)
     trainer = run(launch, console)

@@ -63,7 +63,7 @@ def _type(annotation: Any) -> str:
         return "list of tables"
     if get_origin(annotation) in (tuple, dict):
         kind = "list" if get_origin(annotation) is tuple else "table"
-        return f"{kind} of {_type(inner[-1])}"
+        return f"{kind} of {_type([part for part in inner if part is not Ellipsis][-1])}"
     if inner:
         return " or ".join(_type(part) for part in inner if part is not type(None))
     return {"str": "text", "Path": "path"}.get(annotation.__name__, annotation.__name__)

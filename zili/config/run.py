@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from zili.config.model import ModelConfig
+from zili.config.parallel import ParallelConfig
 from zili.config.section import Section
 
 Precision = Literal["fp32", "bf16"]
@@ -91,9 +92,10 @@ class TrainingConfig(Section):
     global_batch: PositiveInt = 8
     """Samples a step, over the whole world."""
     micro_batch: PositiveInt | Literal["auto"] = "auto"
-    """Samples a forward; the step accumulates global_batch / micro_batch of them. Auto: the most that fit."""
-    recompute: Literal["none", "full"] = "none"
-    """Activation checkpointing: full keeps only the input of each block and computes the rest again."""
+    """Samples a forward of one process, which takes its share of global_batch by so many. Auto: the most that fit."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation checkpointing: full keeps only the input of each block and computes the rest again; selective keeps
+    matrix products, attention and what came from other processes."""
 
 
 class CheckpointConfig(Section):
@@ -101,6 +103,8 @@ class CheckpointConfig(Section):
 
     every: NonNegativeInt = 200
     """Steps between checkpoints; 0 saves only at the end and when interrupted."""
+    asynchronous: bool = True
+    """Write in the background: a step waits only until its tensors are copied."""
     keep: int = Field(2, ge=2)
     """Newest checkpoints kept. At least two, so that a damaged one has one before it."""
 
@@ -134,6 +138,7 @@ class RunConfig(Section):
     model: ModelConfig
     data: DataConfig
     training: TrainingConfig
+    parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     chip: ChipConfig = ChipConfig()

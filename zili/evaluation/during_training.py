@@ -41,13 +41,14 @@ class HeldOutEvaluation(Callback):
 
     def _score(self, trainer: Trainer) -> None:
         length = trainer.config.training.sequence_length
-        with trainer.uncompiled(), trainer.autocast():
+        together = trainer.parallel.rows_together
+        with trainer.uncompiled():
             score = score_token_ids(
-                trainer.model,
+                trainer.parallel,
                 stored_documents(self._store, self._tokenizer, trainer.config.evaluation.max_bytes),
                 start_token=self._tokenizer.end_id,
                 sequence_length=length,
-                batch_size=max(1, _TOKENS_A_BATCH // length),
+                batch_size=max(1, _TOKENS_A_BATCH // length // together) * together,
             )
         self._scored_at = trainer.step
         values = {

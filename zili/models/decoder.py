@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from zili import ops
 from zili.config.model import ModelConfig
 from zili.models.attention import Attention
 from zili.models.cache import CacheEntry, KeyValueCache
 from zili.models.feed_forward import FeedForward
-from zili.models.initialization import initial_value
-from zili.models.layers import Embedding, Linear, RMSNorm
+from zili.models.initialization import fill, initial_value
+from zili.models.layers import Embedding, Linear, RMSNorm, Seam, local
+from zili.models.recomputation import Recompute, recomputed
 from zili.models.rotary import rotary_tables
 
 
@@ -46,90 +46,146 @@ class Block(nn.Module):
         return F.dropout(branch, self.dropout) if self.training and self.dropout else branch
 
 
+class Blocks(nn.Module):
+    """Blocks under their number in the whole model, which part of a model keeps: `layers.17` is the 18th everywhere."""
+
+    def __init__(self, config: ModelConfig, numbers: range) -> None:
+        super().__init__()
+        for number in numbers:
+            self.add_module(str(number), Block(config))
+
+    def items(self) -> Iterator[tuple[int, nn.Module]]:
+        """Number and block, in order."""
+        return ((int(name), block) for name, block in self.named_children())
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return self.children()
+
+    def __getitem__(self, number: int) -> nn.Module:
+        return self.get_submodule(str(number))
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+
 class Decoder(nn.Module):
-    """Token ids to logits.
+    """Token ids to logits, or to a loss.
 
     Built on the `meta` device it has shapes only; built elsewhere its weights are those of seed 0 until
     `init_weights` or a checkpoint sets others. `recompute` is the trainer's switch: "full" keeps only each
     block's input for the backward pass.
+
+    `part` builds some consecutive layers: the part with the first layer has the embedding and takes ids, every other
+    takes the hidden states of the part before it; the part with the last layer has norm and head.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, part: range | None = None) -> None:
         super().__init__()
+        part = range(config.layers) if part is None else part
+        first, last = part.start == 0, part.stop == config.layers
         self.config = config
-        self.recompute: Literal["none", "full"] = "none"
-        self.embedding = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = None if config.tied_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
-        if not self.embedding.weight.is_meta:
+        self.recompute: Recompute = "none"
+        self.positions: Callable[[int], Tensor] | None = None
+        """Which of a row's positions this process has, given the row's length; None: all of them."""
+        self.vocabulary: ops.VocabularyPart | None = None
+        """Which rows of the output matrix this process has; None: all of them."""
+        self.first = first
+        # A tied output matrix is the embedding, so the last part has it too: one tensor in two places.
+        embeds = first or (last and config.tied_embeddings)
+        self.embedding = Embedding(config.vocab_size, config.hidden_size) if embeds else None
+        self.layers = Blocks(config, part)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps) if last else None
+        self.gather = Seam()
+        """Before the output matrix, which is cut by rows of the vocabulary and so needs every token."""
+        separate = last and not config.tied_embeddings
+        self.head = Linear(config.hidden_size, config.vocab_size, bias=False) if separate else None
+        if not next(self.parameters()).is_meta:
             self.init_weights(0)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Fill every parameter with `initial_value(name, shape, config, seed)`.
-
-        For whole parameters: one that is sharded takes its part of `initial_value` where it is sharded.
-        """
+        """Fill every parameter with its part of `initial_value(name, shape, config, seed)`."""
         for name, parameter in self.named_parameters():
-            parameter.copy_(initial_value(name, tuple(parameter.shape), self.config, seed))
+            fill(parameter, initial_value(name, tuple(parameter.shape), self.config, seed))
 
     @property
     def head_weight(self) -> Tensor:
         """`[V, D]`: the output matrix, which is the embedding's when tied."""
-        return self.embedding.weight if self.head is None else self.head.weight
+        weight = self.head or self.embedding
+        assert weight is not None, "only the part with the last layer has it"
+        return weight.weight
 
     def forward(
-        self, input_ids: Tensor, *, document_ids: Tensor | None = None, cache: KeyValueCache | None = None
+        self,
+        inputs: Tensor,
+        *,
+        document_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """Logits `[B, S, V]` in fp32 for `input_ids [B, S]`; arguments as for `hidden_states`."""
-        return self.logits(self.hidden_states(input_ids, document_ids=document_ids, cache=cache))
+        """Logits `[B, S, V]` in fp32 for ids `inputs [B, S]`; with `labels [B, S]` the sum of their cross entropies.
+
+        Labels are aligned with the inputs: `labels[:, i]` is the token after `inputs[:, i]`, and `IGNORE_INDEX` counts
+        nothing. The sum is a 0-d fp32 tensor. A part without the last layer returns hidden states `[B, S, D]`, for
+        the next part's `inputs`. Other arguments as for `hidden_states`.
+        """
+        hidden = self.hidden_states(inputs, document_ids=document_ids, cache=cache)
+        if self.norm is None:
+            return hidden
+        hidden = self.gather(hidden)
+        return self.logits(hidden) if labels is None else self._loss_sum(hidden, labels)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`hidden [..., D]`, as `hidden_states` returns it, to fp32 logits `[..., V]`."""
-        return self._scaled(ops.linear(hidden, self.head_weight).float(), self.config.logit_multiplier)
+        return self._scaled(ops.linear(hidden, local(self.head_weight)).float(), self.config.logit_multiplier)
 
     @staticmethod
     def _scaled(x: Tensor, multiplier: float) -> Tensor:
         return x if multiplier == 1.0 else x * multiplier  # most models: no pass over [B, S, V] for nothing
 
     def hidden_states(
-        self, input_ids: Tensor, *, document_ids: Tensor | None = None, cache: KeyValueCache | None = None
+        self, inputs: Tensor, *, document_ids: Tensor | None = None, cache: KeyValueCache | None = None
     ) -> Tensor:
-        """`[B, S, D]` after the final norm.
+        """`[B, S, D]` after the final norm, or after the last block of a part.
 
         Args:
-            input_ids: `[B, S]`.
+            inputs: ids `[B, S]`; for a part without the first layer, hidden states `[B, S, D]`.
             document_ids: `[B, S]`, or with a cache `[B, T]` for cached and new tokens together; a token sees
-                only its own document. None: one document a row.
+                only its own document. None: one document a row. Always of whole rows, also where `inputs` has
+                some of a row's positions.
             cache: tokens seen before; the new ones are added to it. Equals the pass without a cache over all
                 tokens, whatever the rotary rule; see `KeyValueCache` for the price and for the published
                 code's different behaviour.
         """
-        new = input_ids.shape[1]
-        start, input_ids = (0, input_ids) if cache is None else cache.extend(input_ids)
-        length = start + input_ids.shape[1]
-        positions = torch.arange(start, length, device=input_ids.device)
+        new = inputs.shape[1]
+        start, inputs = (0, inputs) if cache is None else cache.extend(inputs)
+        length = start + inputs.shape[1] if document_ids is None else document_ids.shape[1]
+        if self.positions is None:
+            positions = torch.arange(start, length, device=inputs.device)
+        else:
+            positions = self.positions(length).to(inputs.device)
         cos, sin = rotary_tables(self.config.rotary, self.config.head_dim, positions, length)
-        x = self._scaled(self.embedding(input_ids), self.config.embedding_multiplier)
-        for i, block in enumerate(self.layers):
+        x = inputs
+        if self.first:
+            assert self.embedding is not None
+            x = self._scaled(self.embedding(inputs), self.config.embedding_multiplier)
+        for i, block in self.layers.items():
             entry = None if cache is None else cache.entry(i, start)
             x = self._run(block, x, cos, sin, document_ids, entry)
-        return self.norm(x[:, -new:])
+        return x if self.norm is None else self.norm(x[:, -new:] if cache is not None else x)
 
     def _run(self, block: nn.Module, *arguments: Tensor | CacheEntry | None) -> Tensor:
-        if self.recompute == "full" and self.training and torch.is_grad_enabled():
-            return checkpoint(block, *arguments, use_reentrant=False)
+        if self.recompute != "none" and self.training and torch.is_grad_enabled():
+            return recomputed(block, self.recompute, *arguments)
         return block(*arguments)
 
-    def loss_sum(self, input_ids: Tensor, labels: Tensor, *, document_ids: Tensor | None = None) -> Tensor:
-        """Sum of cross entropies over `labels [B, S]` that are not `IGNORE_INDEX`: a 0-d fp32 tensor.
+    def _loss_sum(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        weight, multiplier = local(self.head_weight), self.config.logit_multiplier
+        return ops.linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), multiplier, self.vocabulary)
 
-        Labels are aligned with `input_ids [B, S]`: `labels[:, i]` is the token after `input_ids[:, i]`.
-        """
-        hidden = self.hidden_states(input_ids, document_ids=document_ids)
-        multiplier = self.config.logit_multiplier
-        return ops.linear_cross_entropy(hidden.flatten(0, 1), self.head_weight, labels.flatten(), multiplier)
+    def loss_sum(self, input_ids: Tensor, labels: Tensor, *, document_ids: Tensor | None = None) -> Tensor:
+        """Sum of cross entropies over `labels [B, S]` that are not `IGNORE_INDEX`: `forward` with labels."""
+        return self(input_ids, labels=labels, document_ids=document_ids)
 
     def new_cache(
         self,
@@ -141,6 +197,6 @@ class Decoder(nn.Module):
         exact: bool = True,
     ) -> KeyValueCache:
         """An empty cache; dtype and device default to the weights', `exact` is `KeyValueCache`'s."""
-        weight = self.embedding.weight
+        weight = next(self.parameters())
         place = weight.device if device is None else torch.device(device)
         return KeyValueCache(self.config, batch, max_length, dtype=dtype or weight.dtype, device=place, exact=exact)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from zili import ops
 from zili.config.model import ModelConfig
-from zili.models.layers import Linear
+from zili.models.layers import Linear, Seam
 
 
 class FeedForward(nn.Module):
@@ -15,9 +15,11 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         hidden, ffn = config.hidden_size, config.ffn_hidden_size
+        self.enter = Seam()
         self.gate = Linear(hidden, ffn, bias=config.gate_up_bias)
         self.up = Linear(hidden, ffn, bias=config.gate_up_bias)
         self.down = Linear(ffn, hidden, bias=config.ffn_down_bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
         return self.down(ops.swiglu(self.gate(x), self.up(x)))

@@ -6,6 +6,7 @@ import hashlib
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from zili.config.model import ModelConfig
 
@@ -33,3 +34,13 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: 
 def _generator(name: str, seed: int) -> torch.Generator:
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def fill(parameter: Tensor, value: Tensor) -> None:
+    """Set `parameter` to `value`, given whole; one of which this process holds a part takes that part."""
+    if isinstance(parameter, DTensor):
+        # src_data_rank None: every process has the whole already, so nothing is sent.
+        parts = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.to_local().copy_(parts.to_local())
+    else:
+        parameter.copy_(value)

@@ -2,31 +2,80 @@
 
 They leave their weights unset: `Decoder.init_weights` fills them by name, so that a weight does not depend on
 the order in which modules are built, nor on the global random state.
+
+A weight may be a DTensor, one process's part of a whole that many hold. The arithmetic is always on plain tensors:
+`local` takes this process's part. What the parts need from one another happens in *seams*, modules that do nothing
+here and that `zili.parallel` replaces by a collective.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from zili import ops
 
 
+class Seam(nn.Module):
+    """A place where tensors may have to cross processes. Alone, a process passes them on."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def local(parameter: Tensor) -> Tensor:
+    """This process's part of a parameter, as a plain tensor.
+
+    A parameter that tensor-parallel processes hold whole acts on different tokens in each of them, so what each
+    computes is a term of its gradient, and the terms are still to be summed.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return parameter.to_local(
+        grad_placements=[Partial() if isinstance(p, Replicate) else p for p in parameter.placements]
+    )
+
+
 class Linear(nn.Linear):
-    """`x [..., I]` -> `[..., O]`, weight `[O, I]`. An `nn.Linear`, so tensor-parallel styles know it."""
+    """`x [..., I]` -> `[..., O]`, weight `[O, I]`."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
+        super().__init__(inputs, outputs, bias)
+        self.leave: Seam | None = None
+        """Where a product whose inner dimension is cut is summed up, before the bias; None where it is whole."""
 
     def reset_parameters(self) -> None:
         """Does nothing; see the module's docstring."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, self.bias)
+        bias = None if self.bias is None else local(self.bias)
+        if self.leave is None:
+            return ops.linear(x, local(self.weight), bias)
+        out = self.leave(ops.linear(x, local(self.weight)))
+        return out if bias is None else out + bias
 
 
 class Embedding(nn.Embedding):
     """Ids `[B, S]` -> rows of weight `[V, D]`, `[B, S, D]`."""
 
+    def __init__(self, rows: int, size: int) -> None:
+        super().__init__(rows, size)
+        self.first_row = 0
+        """Row of the whole table that this process's part begins with."""
+        self.leave = Seam()
+
     def reset_parameters(self) -> None:
         """Does nothing; see the module's docstring."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        weight = local(self.weight)
+        if len(weight) == self.num_embeddings:
+            return self.leave(F.embedding(ids, weight))
+        row = ids - self.first_row
+        mine = (row >= 0) & (row < len(weight))
+        return self.leave(F.embedding(row.where(mine, 0), weight) * mine[..., None])
 
 
 class RMSNorm(nn.Module):
@@ -38,4 +87,4 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, self.eps)
+        return ops.rms_norm(x, local(self.weight), self.eps)

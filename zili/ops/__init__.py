@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from zili.ops.reference import IGNORE_INDEX
+from zili.ops.reference import IGNORE_INDEX, VocabularyPart
 from zili.ops.registry import active, choose, chosen, runs_on
 
 __all__ = [
     "IGNORE_INDEX",
+    "VocabularyPart",
     "attention",
     "choose",
     "chosen",
@@ -51,6 +52,8 @@ def attention(
     return active("attention")(query, key, value, document_ids=document_ids, dropout=dropout)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, multiplier: float = 1.0) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, multiplier: float = 1.0, part: VocabularyPart | None = None
+) -> Tensor:
     """See `reference.linear_cross_entropy`."""
-    return active("linear_cross_entropy")(hidden, weight, labels, multiplier)
+    return active("linear_cross_entropy")(hidden, weight, labels, multiplier, part)

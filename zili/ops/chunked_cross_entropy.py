@@ -6,6 +6,7 @@ Wijmans et al. 2024, and of Liger's fused linear cross entropy): one softmax a r
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zili.ops.product import LIBRARIES, Product, library, weight_gradient
-from zili.ops.reference import IGNORE_INDEX
+from zili.ops.reference import IGNORE_INDEX, VocabularyPart
 
 _CHUNK_ELEMENTS = 4 * 1024 * 1024
 """Logits at a time: 16 MB of fp32, which stays in a CPU's last-level cache and in its allocator's reach."""
@@ -29,6 +30,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         labels: Tensor,
         multiplier: float,
+        vocabulary: VocabularyPart | None,
         product: Product,
         needs_gradient: bool,
     ) -> Tensor:
@@ -39,7 +41,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         size = _rows_at_a_time(weight.shape[0], hidden.device.type)
         for start in range(0, len(hidden), size):
             rows = hidden[start : start + size]
-            loss, scores = _one_chunk(rows, matrix, labels[start : start + size], multiplier, product)
+            one_chunk = _one_chunk if vocabulary is None else partial(_one_chunk_of_a_part, vocabulary)
+            loss, scores = one_chunk(rows, matrix, labels[start : start + size], multiplier, product)
             total += loss
             if grad_hidden is not None:
                 scores = scores.to(hidden.dtype)
@@ -56,7 +59,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, grad_weight * grad, None, None, None, None
+        return grad_hidden * grad, grad_weight * grad, None, None, None, None, None
 
 
 def _rows_at_a_time(vocabulary: int, device_type: str) -> int:
@@ -86,10 +89,34 @@ def _one_chunk(
     return loss.where(counted, 0.0).sum(), probabilities
 
 
-def chunked_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, multiplier: float = 1.0) -> Tensor:
+def _one_chunk_of_a_part(
+    part: VocabularyPart, rows: Tensor, matrix: Tensor, labels: Tensor, multiplier: float, product: Product
+) -> tuple[Tensor, Tensor]:
+    """`_one_chunk` where `matrix` is some rows of the whole output matrix; the gradient is by this part's logits."""
+    logits = product(rows, matrix).float()
+    if multiplier != 1.0:
+        logits.mul_(multiplier)
+    counted = labels != IGNORE_INDEX
+    target = labels - part.first
+    mine = (counted & (target >= 0) & (target < len(matrix))).to(torch.float32)
+    target = target.where(mine.bool(), 0)[:, None]
+    top = part.max(logits.amax(1))
+    wanted = logits.gather(1, target).squeeze(1).sub_(top) * mine
+    exponentials = logits.sub_(top[:, None]).exp_()
+    # One message for both sums: a chunk's messages are small, and their latency is what they cost.
+    total, wanted = part.sum(torch.stack((exponentials.sum(1), wanted)))
+    probabilities = exponentials.div_(total[:, None]).scatter_add_(1, target, -mine[:, None])
+    if multiplier != 1.0 or not bool(counted.all()):
+        probabilities.mul_(counted.to(torch.float32)[:, None] * multiplier)
+    return ((total.log() - wanted) * counted).sum(), probabilities
+
+
+def chunked_linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, multiplier: float = 1.0, part: VocabularyPart | None = None
+) -> Tensor:
     """`reference.linear_cross_entropy` without `[N, V]` logits, on any device."""
     # oneDNN's product knows fp32 alone; every other dtype goes torch's way.
     product = LIBRARIES[library() if hidden.dtype == torch.float32 else "plain"]
     # Asked here: inside an autograd function gradients are off, whether the caller wants them or not.
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _ChunkedCrossEntropy.apply(hidden, weight, labels, multiplier, product, needs_gradient)
+    return _ChunkedCrossEntropy.apply(hidden, weight, labels, multiplier, part, product, needs_gradient)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -72,11 +74,37 @@ def attention(
     return out.transpose(1, 2)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, multiplier: float = 1.0) -> Tensor:
+class VocabularyPart(Protocol):
+    """Which rows of an output matrix a process has, and how the processes that have the others are heard."""
+
+    first: int
+    """Row of the whole matrix that this part begins with."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        """`x` summed over all parts, with its gradient: each part's share is the whole upstream gradient."""
+
+    def max(self, x: Tensor) -> Tensor:
+        """Largest of `x` over all parts, element by element; no gradient."""
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, multiplier: float = 1.0, part: VocabularyPart | None = None
+) -> Tensor:
     """Sum over rows of the cross entropy of `multiplier * hidden [N, D] @ weight [V, D]^T` against `labels [N]`.
 
     Rows whose label is `IGNORE_INDEX` count nothing. Logits are taken to fp32. Returns a 0-d fp32 sum; the
     caller divides by the number of targets of the whole batch, which one rank or micro-batch does not know.
+
+    With `part`, `weight` is some rows of the whole matrix: the sum is that of all of it, on every process alike, and
+    the gradient of `hidden` is this process's term (Shoeybi et al. 2019, section 3).
     """
     logits = linear(hidden, weight).float() * multiplier
-    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    if part is None:
+        return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    counted = labels != IGNORE_INDEX
+    target = labels - part.first
+    mine = counted & (target >= 0) & (target < len(weight))
+    top = part.max(logits.detach().amax(1))
+    total = part.sum((logits - top[:, None]).exp().sum(1))
+    wanted = part.sum(logits.gather(1, target.where(mine, 0)[:, None]).squeeze(1) * mine)
+    return ((total.log() + top - wanted) * counted).sum()

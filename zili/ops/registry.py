@@ -16,9 +16,9 @@ from zili.ops.blocked_attention import blocked_attention
 from zili.ops.chunked_cross_entropy import chunked_linear_cross_entropy
 
 REFERENCE = "reference"
-_MARGIN = 1.1
+_MARGIN = 1.02
 """A faster version must be this much faster, so that noise does not choose."""
-_ROUNDS = 3
+_ROUNDS = 9
 
 
 @dataclass(frozen=True)

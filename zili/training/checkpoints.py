@@ -1,9 +1,9 @@
-"""Checkpoints: written aside and renamed, every byte hashed, nothing in them that a reader must unpickle.
+"""Checkpoints: what they hold, whether they are sound, and how a run takes them up again. `saving` writes them.
 
 A checkpoint is a folder `step-00000120/`:
 
-- `shard-*.safetensors`: weights (`model.*`), optimizer state (`optimizer.*`) and generator states (`rng.*`), written
-  by torch.distributed.checkpoint through its safetensors storage, whose plans let any other layout read them.
+- `shard-*.safetensors`, one a process: weights (`model.*`), optimizer state (`optimizer.*`) and generator states
+  (`rng.*`), written by torch.distributed.checkpoint's safetensors storage, whose plans let any layout read them.
 - `run.json`: step, data position, configuration, versions, chosen operations.
 - `SHA256SUMS`: one line a file, as `sha256sum -c` reads it.
 """
@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +26,19 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.optim import Optimizer
 
 from zili.config import ModelConfig
-from zili.durable import sync
 from zili.errors import CheckpointError
+from zili.models.arithmetic import parameter_shapes
 from zili.models.decoder import Decoder
 
 RUN_FILE = "run.json"
 SUMS_FILE = "SHA256SUMS"
 FORMAT = 1
+Named = list[tuple[str, nn.Parameter]]
+"""Parameters under their names in the whole model."""
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 
 
@@ -57,48 +58,6 @@ class RunState:
     format: int = FORMAT
 
 
-def save(
-    folder: Path,
-    state: RunState,
-    model: nn.Module,
-    optimizers: list[Optimizer],
-    rng: dict[str, Tensor],
-    *,
-    keep: int,
-) -> Path:
-    """Write `folder/step-XXXXXXXX`, then drop all but the newest `keep`. Returns its path.
-
-    Raises:
-        CheckpointError: the disk refused; nothing half-written is left.
-    """
-    target = folder / f"step-{state.step:08d}"
-    folder.mkdir(parents=True, exist_ok=True)
-    _sweep(folder)
-    aside = folder / f".{target.name}-{os.getpid()}"
-    try:
-        aside.mkdir()
-        tensors = {**_model_tensors(model), **_optimizer_tensors(model, optimizers)}
-        tensors.update({f"rng.{name}": value for name, value in rng.items()})
-        writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
-        with _one_process():
-            dcp.save(tensors, storage_writer=writer, no_dist=True)
-        (aside / RUN_FILE).write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
-        _write_sums(aside)
-        if target.exists():  # left by a run that was resumed from an older checkpoint
-            _drop(target)
-        aside.rename(target)
-        sync(folder)
-    except (OSError, SafetensorError, CheckpointException) as error:
-        raise CheckpointError(
-            f"cannot write the checkpoint {target}: {_cause(error)}; free some space or choose another folder"
-        ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    for old in list_checkpoints(folder)[:-keep]:
-        _drop(old)
-    return target
-
-
 def set_aside_after(path: Path) -> None:
     """Rename the checkpoints newer than `path`, which a run passed over as damaged: they no longer count as kept."""
     for later in list_checkpoints(path.parent):
@@ -106,26 +65,6 @@ def set_aside_after(path: Path) -> None:
             aside = later.with_name(f"damaged-{later.name}")
             shutil.rmtree(aside, ignore_errors=True)
             later.rename(aside)
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what a process left that was killed while it wrote or dropped a checkpoint."""
-    for leftover in folder.glob(".step-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _drop(path: Path) -> None:
-    """Remove a checkpoint so that it is never seen half there."""
-    aside = path.with_name(f".{path.name}-dropped")
-    path.rename(aside)
-    shutil.rmtree(aside)
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What went wrong inside torch.distributed.checkpoint, which wraps it with a traceback a rank."""
-    if isinstance(error, CheckpointException):
-        return next((cause for cause, _ in error.failures.values()), error)
-    return error
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -173,7 +112,7 @@ def verify(path: Path) -> None:
         if Path(name).name != name:
             raise CheckpointError(f"{path / SUMS_FILE} names {name!r}, which is not a file of this folder")
         try:
-            found = _sha256(path / name)
+            found = sha256(path / name)
         except OSError as error:
             raise CheckpointError(f"{path / name} cannot be read: {error}") from error
         if found != expected:
@@ -198,23 +137,36 @@ def read_state(path: Path) -> RunState:
         raise CheckpointError(f"{path / RUN_FILE} cannot be read: {error!r}") from error
 
 
-def restore(path: Path, model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
-    """Fill weights and optimizer state in place; returns the generator states by name.
+def restore(path: Path, config: ModelConfig, named: Named, optimizers: list[Optimizer], rank: int) -> dict[str, Tensor]:
+    """Fill weights and optimizer state in place; returns the generator states of process `rank` by name.
+
+    `named` are the parameters that this process has a part of. It reads only those parts, whatever the layout was
+    that wrote them. A process that was not there has no generator states: the result is empty then.
 
     Raises:
         CheckpointError: the checkpoint is of another model or optimizer.
     """
     metadata = _metadata(path)
-    tensors = _model_tensors(model)
-    _check_same_keys(path, {key for key in metadata if key.startswith("model.")}, set(tensors))
-    states = _empty_optimizer_state(path, model, optimizers, metadata)
+    wanted = {f"model.{name}" for name in parameter_shapes(config)}
+    _check_same_keys(path, {key for key in metadata if key.startswith("model.")}, wanted)
+    tensors = model_tensors(named)
+    states = _empty_optimizer_state(path, config, named, optimizers, metadata)
     tensors.update({key: tensor for key, (_, _, tensor) in states.items()})
-    rng = {key: torch.empty(entry.size, dtype=torch.uint8) for key, entry in metadata.items() if key.startswith("rng.")}
+    rng = {
+        key: torch.empty(entry.size, dtype=torch.uint8)
+        for key, entry in metadata.items()
+        if key.startswith("rng.") and generator_key(key.split(".")[1], rank) == key
+    }
     _read(path, {**tensors, **rng}, metadata)
     for key, (optimizer, parameter, tensor) in states.items():
         name = key.rpartition(".")[2]
         optimizer.state[parameter][name] = tensor.reshape(()) if name == "step" else tensor
-    return {key.removeprefix("rng."): value for key, value in rng.items()}
+    return {key.split(".")[1]: value for key, value in rng.items()}
+
+
+def generator_key(name: str, rank: int) -> str:
+    """Under what name a checkpoint has the state of process `rank`'s generator `name`."""
+    return f"rng.{name}" if rank == 0 else f"rng.{name}.{rank}"
 
 
 def load_model(path: Path) -> Decoder:
@@ -230,7 +182,7 @@ def load_model(path: Path) -> Decoder:
     with torch.device("meta"):
         model = Decoder(config)
     model.to_empty(device="cpu")
-    tensors, metadata = _model_tensors(model), _metadata(found)
+    tensors, metadata = model_tensors(list(model.named_parameters())), _metadata(found)
     _check_same_keys(found, {key for key in metadata if key.startswith("model.")}, set(tensors))
     _read(found, tensors, metadata)
     return model.eval()
@@ -260,40 +212,44 @@ def newest_state(folder: Path) -> RunState | None:
 
 
 @contextmanager
-def _one_process() -> Iterator[None]:
+def one_process() -> Iterator[None]:
     """Without torch's warning that there is one process: that is meant."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
 
 
-def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
+def model_tensors(named: Named) -> dict[str, Tensor]:
+    """Weights under the names that a checkpoint has them by."""
     # Parameters by identity: a tied head is the embedding, named once.
-    return {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    return {f"model.{name}": parameter.detach() for name, parameter in named}
 
 
-def _optimizer_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
+def optimizer_tensors(named: Named, optimizers: list[Optimizer]) -> dict[str, Tensor]:
     """Optimizer state by parameter name. Step counts become `[1]`: a safetensors slice needs a dimension."""
     return {
         f"optimizer.{name}.{key}": value.reshape(1) if value.ndim == 0 else value
-        for name, parameter, optimizer in _owners(model, optimizers)
+        for name, parameter, optimizer in _owners(named, optimizers)
         for key, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, Tensor)
     }
 
 
 def _empty_optimizer_state(
-    path: Path, model: nn.Module, optimizers: list[Optimizer], metadata: dict[str, Any]
+    path: Path, config: ModelConfig, named: Named, optimizers: list[Optimizer], metadata: dict[str, Any]
 ) -> dict[str, tuple[Optimizer, nn.Parameter, Tensor]]:
-    """Room for every `optimizer.*` tensor of the checkpoint, shaped and placed like the parameter it belongs to."""
-    owners = {name: (optimizer, parameter) for name, parameter, optimizer in _owners(model, optimizers)}
+    """Room for the `optimizer.*` tensors of the checkpoint, shaped and placed like the parameters they belong to."""
+    owners = {name: (optimizer, parameter) for name, parameter, optimizer in _owners(named, optimizers)}
+    known = parameter_shapes(config)
     states = {}
     for key, entry in metadata.items():
         if not key.startswith("optimizer."):
             continue
         name, _, state_name = key.removeprefix("optimizer.").rpartition(".")
-        if name not in owners:
+        if name not in known:
             raise CheckpointError(f"{path} holds optimizer state of {name}, which this run does not train")
+        if name not in owners:
+            continue  # another process of the pipeline has it
         optimizer, parameter = owners[name]
         whole = entry.size == parameter.shape and state_name != "step"
         # A fused optimizer counts its steps on the device, the others on the host.
@@ -316,9 +272,9 @@ def _check_state_kinds(path: Path, states: dict[str, Any], optimizers: list[Opti
             )
 
 
-def _owners(model: nn.Module, optimizers: list[Optimizer]) -> Iterator[tuple[str, nn.Parameter, Optimizer]]:
+def _owners(named: Named, optimizers: list[Optimizer]) -> Iterator[tuple[str, nn.Parameter, Optimizer]]:
     owner = {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    for name, parameter in model.named_parameters():
+    for name, parameter in named:
         if id(parameter) in owner:
             yield name, parameter, owner[id(parameter)]
 
@@ -336,7 +292,7 @@ def _read(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> N
             raise CheckpointError(
                 f"{path}: {key} has shape {list(metadata[key].size)}, this model expects {list(tensor.shape)}"
             )
-    with _one_process():
+    with one_process():
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
 
 
@@ -351,14 +307,6 @@ def _check_same_keys(path: Path, found: set[str], wanted: set[str]) -> None:
         raise CheckpointError(f"{path} is of another model: {', '.join(parts)} tensors")
 
 
-def _write_sums(folder: Path) -> None:
-    names = sorted(entry.name for entry in folder.iterdir())
-    sums = "".join(f"{_sha256(folder / name)}  {name}\n" for name in names)
-    (folder / SUMS_FILE).write_text(sums, encoding="utf-8")
-    for name in [*names, SUMS_FILE, "."]:
-        sync(folder / name)
-
-
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,34 +4,28 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from zili.config.run import OptimizerConfig
+from zili.training.muon import Muon
 
 BASE_RATE = "base_lr"
 """Key in each parameter group that keeps its peak rate; `lr` is that times the schedule's share."""
 
 
-def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer]:
+def build_optimizers(named: list[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[Optimizer]:
     """One AdamW over everything, or a Muon and an AdamW that share the parameters out.
 
-    Muon takes the two-dimensional weights of the blocks; embeddings, head, norms and biases stay with AdamW, as
-    in Jordan's description (2024, "Muon: an optimizer for hidden layers"). Its update is scaled to AdamW's size
-    (`match_rms_adamw`, Liu et al. 2025, "Muon is scalable", eq. 4) so that both share learning rate and decay.
+    Muon takes the matrices of the blocks, experts' among them; embeddings, head, routers, norms and biases stay with
+    AdamW, as in Jordan's description (2024, "Muon: an optimizer for hidden layers"). Its update is scaled to AdamW's
+    size so that both share learning rate and decay.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    hidden = [p for name, p in named if p.ndim == 2 and name.startswith("layers.")]
+    named = [(name, p) for name, p in named if p.requires_grad]
+    hidden = [p for name, p in named if p.ndim >= 2 and name.startswith("layers.") and ".router." not in name]
     optimizers: list[Optimizer] = []
-    if config.name == "muon":
-        optimizers.append(
-            Muon(
-                hidden,
-                lr=config.learning_rate,
-                weight_decay=config.weight_decay,
-                momentum=config.momentum,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
+    if config.name == "muon" and hidden:
+        rates = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "momentum": config.momentum}
+        optimizers.append(Muon(hidden, **rates))
         taken = {id(p) for p in hidden}
         named = [(name, p) for name, p in named if id(p) not in taken]
     optimizers.append(_adamw([p for _, p in named], config))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,10 @@ from zili.config import Choice, RunConfig
 from zili.config.run import ChipConfig, Precision
 from zili.errors import ChipError, ConfigError
 from zili.models.arithmetic import training_state_bytes
+from zili.parallel.layout import Layout, lay_out, processes
 
 if TYPE_CHECKING:
+    from zili.parallel.world import World
     from zili.training.checkpoints import RunState
 
 _GIB = 2**30
@@ -24,44 +27,64 @@ _KEPT = "as in the run's checkpoint, so that its numbers stay the same bits"
 
 @dataclass(frozen=True)
 class Setup:
-    """A configuration with nothing left to choose, the device it runs on, and the reason of each choice."""
+    """A configuration with nothing left to choose, what it runs on, and the reason of each choice."""
 
     config: RunConfig
     device: Device
+    world: World
     choices: tuple[Choice, ...]
 
 
 def set_up(config: RunConfig) -> Setup:
-    """Activate the chip and resolve the configuration on it. Imports torch, after the environment is set.
+    """Activate the chip, join the other processes, and resolve the configuration. Imports torch, after the environment
+    is set.
 
-    A run that has checkpoints keeps the versions of operations and the micro-batch it was using, so that its numbers
-    stay the same bits.
+    The first process chooses for all. A run that has checkpoints keeps the versions of operations and the micro-batch
+    it was using, so that its numbers stay the same bits.
 
     Raises:
+        LayoutError: the layout does not fit the world, the model or the batch.
         ChipError: the chip is not here or lacks what the recipe asks for.
         ConfigError: the run cannot fit into memory.
     """
+    _, size, here = processes()
+    layout = lay_out(config, size)
     selection = chips.choose(config.chip.name)
-    activation = chips.activate(selection.backend)
+    activation = chips.activate(selection.backend, index=here)
 
     import torch
 
     from zili import ops
+    from zili.parallel.world import World, join
 
     device = Device(activation)
     if config.chip.threads:
         torch.set_num_threads(config.chip.threads)
-    choices = [Choice("chip.name", device.backend.name, selection.reason)]
-    choices += _environment(activation)
+    join(device)
+    world = World(layout, device)
+    started = [Choice("chip.name", device.backend.name, selection.reason), *_environment(activation)]
+    resolved, choices = world.from_first(lambda: _resolve(config, layout, device))
+    lay_out(resolved, size)
+    if not world.is_first:
+        versions = {c.name.rpartition(".")[2]: c.value for c in choices if c.name.startswith("chip.operations.")}
+        ops.choose(device.type, resolved.chip.precision, versions)
+    return Setup(resolved, device, world, (*started, *choices))
+
+
+def _resolve(config: RunConfig, layout: Layout, device: Device) -> tuple[RunConfig, list[Choice]]:
+    from zili import ops
+
     precision, why_precision = _precision(config.chip, device)
     previous = _previous(config, device, precision)
     compiled, why_compiled = _compile(config.chip, device, previous)
-    micro, why_micro = _micro_batch(config, device, previous)
-    choices += [
+    micro, why_micro = _micro_batch(config, layout, device, previous)
+    choices = [
         Choice("chip.precision", precision, why_precision),
         Choice("chip.compile", str(compiled).lower(), why_compiled),
         Choice("training.micro_batch", str(micro), why_micro),
     ]
+    if config.parallel.shards == "auto":
+        choices.append(Choice("parallel.shards", str(layout.shards), f"what is left of {layout.world} processes"))
     own, kept = config.chip.operations, _kept_operations(previous, device.type, precision)
     choices += [
         Choice(f"chip.operations.{name}", version, _KEPT if name in kept.keys() - own else why)
@@ -69,7 +92,10 @@ def set_up(config: RunConfig) -> Setup:
     ]
     chip = config.chip.model_copy(update={"name": device.backend.name, "precision": precision, "compile": compiled})
     training = config.training.model_copy(update={"micro_batch": micro})
-    return Setup(config.model_copy(update={"chip": chip, "training": training}), device, tuple(choices))
+    parallel = config.parallel.model_copy(
+        update={"shards": layout.shards, "stages_per_process": config.parallel.stages_each}
+    )
+    return config.model_copy(update={"chip": chip, "training": training, "parallel": parallel}), choices
 
 
 def _environment(activation: chips.Activation) -> list[Choice]:
@@ -130,10 +156,10 @@ def _compile(chip: ChipConfig, device: Device, previous: RunState | None) -> tup
     return can.value, can.reason if can.value else f"{can.reason}; blocks run eagerly"
 
 
-def _micro_batch(config: RunConfig, device: Device, previous: RunState | None) -> tuple[int, str]:
-    """The run's own or the largest divisor of the global batch that fits; refuses when not even one sample does."""
-    state = training_state_bytes(config.model, optimizer=config.optimizer.name).total
-    sample = activation_bytes(config)
+def _micro_batch(config: RunConfig, layout: Layout, device: Device, previous: RunState | None) -> tuple[int, str]:
+    """The run's own or the largest divisor of a process's batch that fits; refuses when not even one sample does."""
+    state = _state_bytes(config, layout)
+    sample = activation_bytes(config) // (layout.context * layout.tensor)
     room = _free_bytes(device)
     asked = config.training.micro_batch
     smallest = 1 if asked == "auto" else asked
@@ -146,20 +172,32 @@ def _micro_batch(config: RunConfig, device: Device, previous: RunState | None) -
         )
     if asked != "auto":
         return asked, "asked for"
-    batch = config.training.global_batch
+    batch = config.training.global_batch // layout.data
     # Auto leaves a margin: the estimate is one, and evaluation and checkpoints need room too.
     fitting = batch if room is None else max(1, min(batch, int((_AUTO_SHARE * room - state) // sample)))
     kept = _table(previous, "training").get("micro_batch")
-    if kept is not None and kept <= fitting and batch % kept == 0:
+    if kept is not None and kept <= fitting and batch % kept == 0 and batch // kept >= layout.pipeline:
         return kept, _KEPT
+    # A pipeline is only kept busy by as many micro-batches as it has processes.
+    fitting = max(1, min(fitting, batch // layout.pipeline))
     micro = max(size for size in range(1, fitting + 1) if batch % size == 0)
     free = "unknown free memory" if room is None else f"{room / _GIB:.1f} GiB free"
     return micro, f"about {(state + micro * sample) / _GIB:.1f} GiB of {free}"
 
 
+def _state_bytes(config: RunConfig, layout: Layout) -> int:
+    """Weights, gradients and optimizer state of one process, bytes: a part of each that all dimensions cut."""
+    state = training_state_bytes(config.model, optimizer=config.optimizer.name).total
+    return state // (layout.weight_shards * layout.tensor * layout.pipeline)
+
+
 def _free_bytes(device: Device) -> int | None:
+    """What this process may take: of the host, its share among the processes on this machine."""
     memory = device.memory()
-    return available_bytes() if memory is None else memory["free"]
+    if memory is not None:
+        return memory["free"]
+    room = available_bytes()
+    return None if room is None else room // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def activation_bytes(config: RunConfig) -> int:

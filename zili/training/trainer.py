@@ -1,4 +1,4 @@
-"""The loop: batch, forward, backward, clip, step; then the callbacks."""
+"""The loop: batch, forward, backward, clip, step; then the callbacks. The same on one process and on many."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 import platform
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,14 @@ from zili.data.prefetch import Prefetcher
 from zili.errors import CheckpointError, TrainingError
 from zili.models.arithmetic import training_flops_per_token
 from zili.models.decoder import Decoder
+from zili.parallel.layout import Layout
+from zili.parallel.model import ParallelModel
+from zili.parallel.world import World
 from zili.training import checkpoints
 from zili.training.callbacks.base import Callback, StepRecord
 from zili.training.interruption import Interruption
 from zili.training.optimizers import build_optimizers, set_learning_rate
+from zili.training.saving import Saver
 from zili.training.schedules import learning_rate_share
 from zili.training.throughput import matmul_peak
 
@@ -35,27 +38,44 @@ _DATA_ORDER = ("seed", "training.global_batch", "training.sequence_length", "dat
 
 
 class Trainer:
-    """One run on one device, from the first step or from its newest sound checkpoint.
+    """One run, from the first step or from its newest sound checkpoint: this process's part of it.
 
-    `config` is resolved: nothing in it is left to "auto" (`zili.training.setup.resolve`).
+    `config` is resolved: nothing in it is left to "auto" (`zili.training.setup.resolve`). `world` is the processes of
+    the run; None is this one alone.
     """
 
-    def __init__(self, config: RunConfig, loader: Loader, device: Device, callbacks: Sequence[Callback] = ()) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        loader: Loader,
+        device: Device,
+        callbacks: Sequence[Callback] = (),
+        world: World | None = None,
+    ) -> None:
         self.config = config
         self.loader = loader
         self.device = device
+        self.world = world or World(Layout(), device)
         self.callbacks = callbacks
         self.step = 0
         self.interrupted = False
-        self.model = _build_model(config, device)
-        self.optimizers = build_optimizers(self.model, config.optimizer)
         assert config.chip.precision != "auto", "the configuration is resolved"
         self._dtype = DTYPES[config.chip.precision]
+        self.parallel = ParallelModel(config, self.world, self._dtype)
+        self.optimizers = build_optimizers(list(self.parallel.named_parameters()), config.optimizer)
         self.matmul_peak = matmul_peak(device, self._dtype)
+        keep, asynchronous = config.checkpoint.keep, config.checkpoint.asynchronous
+        self._saver = Saver(self.checkpoint_folder, self.world, keep=keep, asynchronous=asynchronous)
         self._saved_at: int | None = None
         self._last: tuple[Tensor, Tensor] | None = None
-        device.seed(config.seed)  # dropout's; after the measurement, which draws numbers too
+        # Dropout's, after the measurement, which draws numbers too. Each process drops other elements.
+        device.seed(config.seed + self.world.rank)
         self._flops_per_token = training_flops_per_token(config.model, config.training.sequence_length)
+
+    @property
+    def model(self) -> Decoder:
+        """The model; of a pipeline, this process's first stage."""
+        return self.parallel.parts[0]
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -89,21 +109,25 @@ class Trainer:
         Raises:
             CheckpointError: every checkpoint is damaged, or they belong to another model, optimizer or data order.
         """
-        found = checkpoints.newest_sound(self.checkpoint_folder, self.note)
+        found = self.world.from_first(lambda: checkpoints.newest_sound(self.checkpoint_folder, self.note))
         if found is None:
             return False
-        state = checkpoints.read_state(found)
-        self._check_belongs(found, state)
-        checkpoints.set_aside_after(found)
-        rng = checkpoints.restore(found, self.model, self.optimizers)
-        if not self.device.set_rng_state(rng):
+        state = self.world.agree(lambda: self._state_that_belongs(found))
+        self.world.from_first(lambda: checkpoints.set_aside_after(found))
+        named = list(self.parallel.named_parameters())
+        rng = self.world.agree(
+            lambda: checkpoints.restore(found, self.config.model, named, self.optimizers, self.world.rank)
+        )
+        if not rng:
+            self.note(f"{found} was written by fewer processes: dropout draws other numbers from here on")
+        elif not self.device.set_rng_state(rng):
             self.note(f"{found} was written on another kind of device: dropout draws other numbers from here on")
         self.step = self._saved_at = state.step
         self.note(f"resumed from {found} at step {state.step}")
         return True
 
     def save(self) -> Path:
-        """Write a checkpoint of the present step.
+        """Begin to write a checkpoint of the present step; `fit` returns when it is whole.
 
         Raises:
             ZiliError: the last step left weights that are no longer finite numbers.
@@ -118,14 +142,13 @@ class Trainer:
             operations=ops.chosen(),
             versions={"zili": __version__, "torch": torch.__version__, "python": platform.python_version()},
         )
-        path = checkpoints.save(
-            self.checkpoint_folder,
-            state,
-            self.model,
-            self.optimizers,
-            self.device.rng_state(),
-            keep=self.config.checkpoint.keep,
-        )
+        named = list(self.parallel.named_parameters())
+        tensors = {
+            **checkpoints.model_tensors(named),
+            **checkpoints.optimizer_tensors(named, self.optimizers),
+            **{checkpoints.generator_key(k, self.world.rank): v for k, v in self.device.rng_state().items()},
+        }
+        path = self._saver.save(state, tensors)
         self._saved_at = self.step
         for callback in self.callbacks:
             callback.on_checkpoint(self)
@@ -137,21 +160,28 @@ class Trainer:
         Raises:
             TrainingError: the loss or the gradient is no longer a finite number.
         """
-        self.model.train()
+        self.parallel.train()
         for callback in self.callbacks:
             callback.on_start(self)
-        depth = self.config.data.prefetch
+        rows = self.world.rows(self.config.training.global_batch)
         with Interruption() as interruption:
-            with Prefetcher(self.loader, start=self.step, depth=depth) as batches:
-                while not self.done and not interruption.requested:
+            with Prefetcher(self.loader, self.step, rows, self.config.data.prefetch) as batches:
+                while not self.done and not self._stop(interruption):
                     self._one_step(batches)
                     if self.config.checkpoint.every and self.step % self.config.checkpoint.every == 0:
                         self.save()
-            self.interrupted = interruption.requested and not self.done
+            self.interrupted = self._stop(interruption) and not self.done
             if self._saved_at != self.step:
                 self.save()
+            self._saver.wait()
         for callback in self.callbacks:
             callback.on_end(self)
+
+    def _stop(self, interruption: Interruption) -> bool:
+        """Whether any process was interrupted: all stop after the same step."""
+        if self.world.size == 1:
+            return interruption.requested
+        return bool(self.world.sum(torch.tensor(float(interruption.requested))))
 
     def _one_step(self, batches: Prefetcher) -> None:
         started, waited = time.perf_counter(), batches.waited
@@ -167,11 +197,14 @@ class Trainer:
             callback.after_step(self)
 
     def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """One optimizer step on one global batch; returns mean loss and gradient norm before clipping, 0-d."""
+        """One optimizer step on this process's rows of a global batch.
+
+        Returns mean loss and gradient norm before clipping, of the whole batch, 0-d.
+        """
         share = learning_rate_share(self.step, self.config.training.steps, self.config.schedule)
         set_learning_rate(self.optimizers, share)
-        loss = self._accumulate(batch)
-        norm = self._clip()
+        loss_sum = self.parallel.accumulate(batch)
+        loss, norm = self._average(loss_sum, batch)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -179,28 +212,20 @@ class Trainer:
         self._last = loss, norm
         return loss, norm
 
-    def _accumulate(self, batch: Batch) -> Tensor:
-        """Backward over the whole batch in micro-batches; returns the mean loss, a 0-d fp32 tensor."""
-        targets = int((batch.labels != ops.IGNORE_INDEX).sum())
-        micro = self.config.training.micro_batch
-        assert isinstance(micro, int), "the configuration is resolved"
-        total = torch.zeros((), device=self.device.type)
-        for part in zip(*(field.split(micro) for field in batch), strict=True):
-            input_ids, labels, document_ids = (tensor.to(self.device.type, non_blocking=True) for tensor in part)
-            with self.autocast():
-                loss = self.model.loss_sum(input_ids, labels, document_ids=document_ids) / max(targets, 1)
-            loss.backward()
-            total += loss.detach()
-        return total
+    def _average(self, loss_sum: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Divide summed loss and gradients by the number of targets, and clip: one small sum over the world.
 
-    def autocast(self) -> Any:
-        if self._dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self._dtype)
-
-    def _clip(self) -> Tensor:
+        Dividing at the end, and not each micro-batch by its own count, is what makes a step independent of how the
+        batch was cut.
+        """
+        rows = self.world.layout.context * self.world.layout.tensor * self.world.layout.pipeline
+        targets = (batch.labels != ops.IGNORE_INDEX).sum().to(loss_sum.device, torch.float32) / rows
+        totals = self.world.sum(torch.stack((loss_sum, targets, self.parallel.squared_gradient())))
+        loss, count, squared = totals[0], totals[1].clamp(min=1), totals[2]
+        norm = squared.sqrt() / count
         limit = self.config.optimizer.clip or math.inf
-        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        self.parallel.scale_gradients((limit / (norm + 1e-6)).clamp(max=1.0) / count)
+        return loss / count, norm
 
     def _record(self, loss: Tensor, norm: Tensor, share: float, started: float, waited: float) -> StepRecord:
         loss_value, norm_value = float(loss), float(norm)  # waits for the device, so the clock is read after
@@ -215,12 +240,13 @@ class Trainer:
             step_seconds=seconds,
             data_seconds=waited,
             tokens_per_second=tokens / seconds,
-            matmul_share=tokens * self._flops_per_token / seconds / self.matmul_peak,
+            matmul_share=tokens * self._flops_per_token / seconds / self.matmul_peak / self.world.size,
         )
 
     def _refuse_non_finite(self, loss: Tensor, norm: Tensor) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
             return
+        self._saver.wait()
         kept = checkpoints.list_checkpoints(self.checkpoint_folder)
         way_out = f"the newest checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
         raise TrainingError(
@@ -228,8 +254,9 @@ class Trainer:
             "Lower optimizer.learning_rate, or lengthen schedule.warmup_steps"
         )
 
-    def _check_belongs(self, path: Path, state: checkpoints.RunState) -> None:
-        """Refuse to go on with another model or another order of data than the checkpoint's."""
+    def _state_that_belongs(self, path: Path) -> checkpoints.RunState:
+        """`run.json` of `path`; refuses to go on with another model or another order of data than the checkpoint's."""
+        state = checkpoints.read_state(path)
         there, here = state.config, self.config.model_dump(mode="json")
         shape = _differences(there, here, [f"model.{key}" for key in here["model"]])
         if shape:
@@ -241,6 +268,7 @@ class Trainer:
                 f"{path} was trained on other data, or on the same in another order: {order}; "
                 "restore it, or give the run another folder"
             )
+        return state
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any], keys: Iterable[str]) -> str:
@@ -251,16 +279,3 @@ def _differences(there: dict[str, Any], here: dict[str, Any], keys: Iterable[str
 
 def _at(config: dict[str, Any], key: str) -> Any:
     return reduce(lambda table, part: table.get(part, {}), key.split("."), config)
-
-
-def _build_model(config: RunConfig, device: Device) -> Decoder:
-    with torch.device("meta"):
-        model = Decoder(config.model)
-    model.to_empty(device=device.type)
-    model.init_weights(config.seed)
-    model.recompute = config.training.recompute
-    if config.chip.compile:
-        for block in model.layers:
-            # One graph serves every block of the same shape, so the first costs the time of all.
-            block.compile(dynamic=False)
-    return model

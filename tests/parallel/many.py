@@ -1,0 +1,143 @@
+"""Runs of the real trainer on several processes of this machine, over Gloo on loopback."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from zili import ops
+from zili.config import RunConfig
+from zili.training.callbacks import Callback, StepRecord
+from zili.training.trainer import Trainer
+
+_SECONDS = 300
+PEAK = 1e11
+
+
+@dataclass
+class Curve(Callback):
+    """What a run went through."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+
+    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        self.losses.append(record.loss)
+        self.norms.append(record.gradient_norm)
+
+
+def on_processes(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """`work(*arguments)` on `count` processes that torchrun might have started; the results by rank.
+
+    Raises `AssertionError` with the traceback of the first that failed.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["zili.training.trainer", "zili.cli.launch", "torch.utils.tensorboard"])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    results: multiprocessing.Queue[Any] = context.Queue()
+    processes = [
+        context.Process(target=_on_one, args=(rank, count, port, results, work, arguments)) for rank in range(count)
+    ]
+    for process in processes:
+        process.start()
+    found: dict[int, Any] = {}
+    end = time.monotonic() + _SECONDS
+    try:
+        while len(found) < count and time.monotonic() < end:
+            try:
+                rank, result = results.get(timeout=0.5)
+                found[rank] = result
+            except queue.Empty:
+                if any(process.exitcode not in (0, None) for process in processes):
+                    break
+            if any(isinstance(result, Failed) for result in found.values()):
+                break  # the others wait for one that has given up
+        for process in processes[: None if len(found) == count else 0]:
+            process.join(10)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+                process.join()
+    failed = [result for result in found.values() if isinstance(result, Failed)]
+    assert not failed, failed[0].trace
+    assert sorted(found) == list(range(count)), f"processes ended without a word: {[p.exitcode for p in processes]}"
+    return [found[rank] for rank in range(count)]
+
+
+@dataclass
+class Failed:
+    trace: str
+
+
+def _on_one(rank: int, count: int, port: int, results: Any, work: Callable[..., Any], arguments: Any) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(count),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(count),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    try:
+        results.put((rank, work(*arguments)))
+    except BaseException:
+        results.put((rank, Failed(traceback.format_exc())))
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def train(config: RunConfig) -> Curve:
+    """Train `config` as a process of its world does, from its newest checkpoint."""
+    from zili.chips import find_backend  # noqa: F401 - the package is preloaded
+    from zili.cli.launch import prepare_launch
+
+    with mock.patch("zili.training.setup.chips.activate", _activate):
+        launch = prepare_launch(config)
+    ops.choose("cpu", "fp32", config.chip.operations)
+    curve = Curve()
+    with mock.patch("zili.training.trainer.matmul_peak", return_value=PEAK):
+        trainer = Trainer(launch.setup.config, launch.loader, launch.setup.device, [curve], launch.setup.world)
+    trainer.resume()
+    trainer.fit()
+    return curve
+
+
+def curve_of(config: RunConfig, world: int) -> Curve:
+    """Losses and gradient norms of `config` on `world` processes; all of them report the same."""
+    curves = on_processes(world, train, config)
+    for other in curves[1:]:
+        assert other.losses == curves[0].losses and other.norms == curves[0].norms
+    return curves[0]
+
+
+def largest_difference(one: list[float], other: list[float]) -> float:
+    """The largest relative difference of two curves of equal length."""
+    assert len(one) == len(other) > 0
+    return max(abs(a - b) / abs(a) for a, b in zip(one, other, strict=True))
+
+
+def files_of(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def _activate(backend: Any, *, index: int = 0, deterministic: bool = False) -> Any:
+    # On the CPU every process has device 0.
+    from zili.chips.activation import activate
+
+    return activate(backend, index=0, deterministic=deterministic)

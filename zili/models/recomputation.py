@@ -1,0 +1,39 @@
+"""Activation checkpointing: what a block keeps for its backward pass, and what it computes again."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+Recompute = Literal["none", "selective", "full"]
+"""full: only a block's input is kept. selective: products and attention are kept, the rest is computed again."""
+
+_KEPT = frozenset(
+    (
+        *("aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm"),
+        *("aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_for_cpu"),
+        *("aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_fused_attention_overrideable"),
+        *("zili::linear", "zili::blocked_attention"),
+        # What came from other processes: asking for it again would cost more than keeping it.
+        *("_c10d_functional::all_gather_into_tensor", "_c10d_functional::reduce_scatter_tensor"),
+        *("_c10d_functional::all_to_all_single", "_c10d_functional::wait_tensor"),
+    )
+)
+"""Operations whose results are dear: matrix products, attention, collectives (Korthikanti et al. 2022, section 5)."""
+
+
+def recomputed(block: nn.Module, how: Recompute, *arguments: Any) -> Tensor:
+    """`block(*arguments)`, keeping for the backward pass what `how` says."""
+    if how == "full":
+        return checkpoint(block, *arguments, use_reentrant=False)
+    context = partial(create_selective_checkpoint_contexts, _policy)
+    return checkpoint(block, *arguments, use_reentrant=False, context_fn=context)
+
+
+def _policy(context: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
+    kept = isinstance(operation, torch._ops.OpOverload) and operation.name().split(".")[0] in _KEPT
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,49 @@
+"""From a configuration to this process's part of the model: every dimension, in order."""
+
+from __future__ import annotations
+
+import torch
+
+from zili.config import RunConfig
+from zili.models.decoder import Decoder
+from zili.parallel.context import ContextPart, apply_context_parallel
+from zili.parallel.data import apply_sharding
+from zili.parallel.layout import stage_ranges, stages_of
+from zili.parallel.tensor import apply_tensor_parallel
+from zili.parallel.world import World
+
+
+def build_parts(config: RunConfig, world: World, dtype: torch.dtype) -> list[Decoder]:
+    """The stages this process has, their weights set: one, the whole model, where there is no pipeline.
+
+    The order matters. Matrices are cut first, since everything after must see the parts; blocks are compiled before
+    they are sharded, so that gathering stays outside of what is compiled; and memory is taken last, for what is left.
+    """
+    parts = [_build(config, world, dtype, layers) for layers in _layers(config, world)]
+    for part in parts:
+        part.to_empty(device=world.device.type)
+        part.init_weights(config.seed)
+    return parts
+
+
+def _build(config: RunConfig, world: World, dtype: torch.dtype, layers: range) -> Decoder:
+    layout = world.layout
+    with torch.device("meta"):
+        part = Decoder(config.model, layers)
+    part.recompute = config.training.recompute
+    if layout.tensor > 1:
+        apply_tensor_parallel(part, world.mesh("tensor"))
+    if layout.context > 1:
+        apply_context_parallel(part, ContextPart(world))
+    if config.chip.compile:
+        for block in part.layers:
+            # One graph serves every block of the same shape, so the first costs the time of all.
+            block.compile(dynamic=False)
+    if world.size > 1:
+        apply_sharding(part, world, dtype)
+    return part
+
+
+def _layers(config: RunConfig, world: World) -> list[range]:
+    ranges = stage_ranges(config.parallel, config.model.layers)
+    return [ranges[number] for number in stages_of(config.parallel, world.pipeline_rank)]

@@ -1,0 +1,67 @@
+"""Collectives with gradients, on plain tensors: each is the other's backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from torch import Tensor
+
+
+def gather(x: Tensor, dimension: int, group: dist.ProcessGroup) -> Tensor:
+    """The parts of all processes joined along `dimension`; backward, gradients are summed and each gets its part."""
+    return _Gather.apply(x, dimension, group)
+
+
+def scatter_sum(x: Tensor, dimension: int, group: dist.ProcessGroup) -> Tensor:
+    """The sum over all processes, of which each gets its part of `dimension`; backward, gradients are joined."""
+    return _ScatterSum.apply(x, dimension, group)
+
+
+def gathered(x: Tensor, dimension: int, group: dist.ProcessGroup) -> Tensor:
+    """`gather` without a gradient."""
+    # Joined along the first dimension, which is what every collectives library has.
+    parts = funcol.wait_tensor(funcol.all_gather_single(x.contiguous(), 0, group))
+    return parts if dimension == 0 else torch.cat(parts.chunk(dist.get_world_size(group)), dimension)
+
+
+def _scattered(x: Tensor, dimension: int, group: dist.ProcessGroup) -> Tensor:
+    if dimension != 0:
+        x = torch.cat(x.chunk(dist.get_world_size(group), dimension))
+    return funcol.wait_tensor(funcol.reduce_scatter_single(x.contiguous(), "sum", 0, group))
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dimension: int, group: dist.ProcessGroup) -> Tensor:
+        ctx.dimension, ctx.group = dimension, group
+        return gathered(x, dimension, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _scattered(grad, ctx.dimension, ctx.group), None, None
+
+
+class _ScatterSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dimension: int, group: dist.ProcessGroup) -> Tensor:
+        ctx.dimension, ctx.group = dimension, group
+        return _scattered(x, dimension, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return gathered(grad, ctx.dimension, ctx.group), None, None
+
+
+class AllSum(torch.autograd.Function):
+    """The sum over all processes, on each; backward, the gradient passes as it is: every process has all of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        return funcol.wait_tensor(funcol.all_reduce(x, "sum", group))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None

@@ -1,0 +1,149 @@
+"""A model over all processes, as the trainer sees it: batches in, losses and gradients out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from zili.config import RunConfig
+from zili.data.loader import Batch
+from zili.models.decoder import Decoder
+from zili.parallel.apply import build_parts
+from zili.parallel.context import ContextPart
+from zili.parallel.data import reduce_gradients
+from zili.parallel.pipeline import Pipeline
+from zili.parallel.world import World
+
+
+class ParallelModel:
+    """This process's part of the model, and how its work joins that of the others.
+
+    Losses and gradients are sums over tokens; who divides by their number is the trainer, once, at the end.
+    """
+
+    def __init__(self, config: RunConfig, world: World, dtype: torch.dtype) -> None:
+        micro = config.training.micro_batch
+        assert isinstance(micro, int), "the configuration is resolved"
+        self.world = world
+        self.micro_batch = micro
+        self._dtype = dtype
+        self.parts: list[Decoder] = build_parts(config, world, dtype)
+        self._context = ContextPart(world) if world.layout.context > 1 else None
+        self._pipeline = Pipeline(self.parts, config, world) if world.layout.pipeline > 1 else None
+
+    @property
+    def training(self) -> bool:
+        return self.parts[0].training
+
+    def train(self, mode: bool = True) -> None:
+        for part in self.parts:
+            part.train(mode)
+
+    def eval(self) -> None:
+        self.train(False)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Of all stages here, under their names in the whole model."""
+        for part in self.parts:
+            yield from part.named_parameters()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return (parameter for _, parameter in self.named_parameters())
+
+    def autocast(self) -> Any:
+        """Context in which matrix products run in the precision of the run."""
+        kind = self.world.device.type
+        return nullcontext() if self._dtype == torch.float32 else torch.autocast(kind, dtype=self._dtype)
+
+    def accumulate(self, batch: Batch) -> Tensor:
+        """Backward over this process's rows in micro-batches; gradients are sums over the whole world's tokens.
+
+        Returns this process's term of the sum of losses, 0-d fp32.
+        """
+        inputs, labels, documents = self._own(batch)
+        if self._pipeline is not None:
+            with self.autocast():
+                return self._once(self._pipeline.loss_sum(inputs, labels, documents, backward=True))
+        total = torch.zeros((), device=inputs.device)
+        cuts = list(zip(*(rows.split(self.micro_batch) for rows in (inputs, labels, documents)), strict=True))
+        for number, (ids, targets, ids_of_documents) in enumerate(cuts, 1):
+            # Gradients cross processes once a step, not once a micro-batch.
+            reduce_gradients(self.parts[0], number == len(cuts))
+            with self.autocast():
+                loss = self.parts[0].loss_sum(ids, targets, document_ids=ids_of_documents)
+            loss.backward()
+            total += loss.detach()
+        return self._once(total)
+
+    def loss_sum(self, input_ids: Tensor, labels: Tensor, *, document_ids: Tensor | None = None) -> Tensor:
+        """Sum of the losses of whole rows `[B, S]`, which every process gives alike: each computes its share.
+
+        B is a multiple of `rows_together`. Without gradients.
+        """
+        if document_ids is None:
+            document_ids = torch.zeros_like(input_ids)
+        rows = self.world.rows(len(input_ids))
+        inputs, targets, documents = self._own(Batch(input_ids[rows], labels[rows], document_ids[rows]))
+        with torch.no_grad(), self.autocast():
+            if self._pipeline is not None:
+                total = self._pipeline.loss_sum(inputs, targets, documents, backward=False)
+            else:
+                total = self.parts[0].loss_sum(inputs, targets, document_ids=documents)
+        return self.world.sum(self._once(total))
+
+    @property
+    def rows_together(self) -> int:
+        """`loss_sum` takes a multiple of so many rows; with a pipeline exactly so many."""
+        own = self.micro_batch * self._pipeline.micro_batches if self._pipeline is not None else 1
+        return own * self.world.layout.data
+
+    def _own(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids and labels of the positions this process has, documents of whole rows."""
+        inputs, labels, documents = batch
+        if self._context is not None:
+            inputs, labels = self._context.take(inputs), self._context.take(labels)
+        place = self.world.device.type
+        return tuple(rows.to(place, non_blocking=True) for rows in (inputs, labels, documents))  # type: ignore[return-value]
+
+    def _once(self, loss: Tensor) -> Tensor:
+        """Tensor-parallel processes compute the same losses: they count once, in a sum over the world."""
+        return loss / self.world.layout.tensor
+
+    @torch.no_grad()
+    def squared_gradient(self) -> Tensor:
+        """This process's term of the squared norm of the whole gradient, 0-d fp32.
+
+        A part that several processes hold counts in each by its share, so that one sum over the world serves every
+        layout: norms of DTensors on meshes of their own could not be joined.
+        """
+        total = torch.zeros((), device=self.world.device.type)
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                total += plain(parameter.grad).square().sum() / self.copies(parameter)
+        return total
+
+    def copies(self, parameter: Tensor) -> float:
+        """How many processes hold each element of `parameter`."""
+        if not isinstance(parameter, DTensor):
+            return 1
+        pieces = 1
+        for dimension, placement in enumerate(parameter.placements):
+            # Asked this way round: what torch makes of two cuts of one dimension is no Shard to `is_shard`.
+            pieces *= 1 if placement.is_replicate() else parameter.device_mesh.size(dimension)
+        return self.world.size / self.world.layout.pipeline / pieces
+
+    @torch.no_grad()
+    def scale_gradients(self, factor: Tensor) -> None:
+        """Multiply every gradient by `factor`, 0-d."""
+        gradients = [plain(parameter.grad) for parameter in self.parameters() if parameter.grad is not None]
+        torch._foreach_mul_(gradients, factor)
+
+
+def plain(x: Tensor) -> Tensor:
+    """This process's part of a DTensor, or the tensor itself."""
+    return x.to_local() if isinstance(x, DTensor) else x

@@ -1,0 +1,98 @@
+"""Pipeline parallelism: a run of layers on each process, and torch's schedules to keep them busy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import (
+    Schedule1F1B,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
+
+from zili.config import RunConfig
+from zili.config.parallel import Schedule
+from zili.errors import LayoutError
+from zili.models.decoder import Decoder
+from zili.parallel.layout import Layout, stages_of
+from zili.parallel.world import World
+
+_SCHEDULES: dict[Schedule, Callable[..., Any]] = {
+    "1f1b": lambda stages, *rest, **more: Schedule1F1B(stages[0], *rest, **more),
+    "interleaved": ScheduleInterleaved1F1B,
+    "zero_bubble": ScheduleInterleavedZeroBubble,
+    "zbv": ScheduleZBVZeroBubble,
+}
+
+
+class Pipeline:
+    """The stages of this process and the order of their work."""
+
+    def __init__(self, parts: list[Decoder], config: RunConfig, world: World) -> None:
+        """`parts` are this process's stages, in the order of `stages_of`.
+
+        Raises:
+            LayoutError: the schedule refuses the number of micro-batches.
+        """
+        numbers = stages_of(config.parallel, world.pipeline_rank)
+        micro = config.training.micro_batch
+        assert isinstance(micro, int), "the configuration is resolved"
+        self.micro_batches = config.training.global_batch // world.layout.data // micro
+        device, group = world.device.torch, world.mesh("pipeline").get_group()
+        stages = [
+            PipelineStage(
+                part,
+                number,
+                config.parallel.stages,
+                device,
+                # Given, not asked for: torch would find the shapes by running each stage once more.
+                input_args=_example(config, world.layout, micro, ids=number == 0),
+                output_args=_output(config, world.layout, micro, last=number == config.parallel.stages - 1),
+                group=group,
+            )
+            for number, part in zip(numbers, parts, strict=True)
+        ]
+        self.has_first = numbers[0] == 0
+        self.has_last = config.parallel.stages - 1 in numbers
+        try:
+            self._schedule = _SCHEDULES[config.parallel.schedule](
+                stages, self.micro_batches, loss_fn=lambda loss, labels: loss, scale_grads=False
+            )
+        except ValueError as error:
+            raise LayoutError(f"parallel.schedule {config.parallel.schedule}: {error}") from error
+
+    def loss_sum(self, input_ids: Tensor, labels: Tensor, document_ids: Tensor, *, backward: bool) -> Tensor:
+        """Sum of the cross entropies of this process's rows, where the last stage is, else 0; a 0-d tensor.
+
+        With `backward` the gradients of all micro-batches are computed, and reduced once.
+        """
+        run = self._schedule.step if backward else self._schedule.eval
+        first = (input_ids,) if self.has_first else ()
+        losses: list[Tensor] | None = [] if self.has_last else None
+        target = labels if self.has_last else None
+        more = {"return_outputs": False} if backward else {}
+        output = run(*first, target=target, losses=losses, labels=labels, document_ids=document_ids, **more)
+        del output
+        if not losses:
+            return torch.zeros((), device=input_ids.device)
+        return torch.stack([loss.detach() for loss in losses]).sum()
+
+
+def _example(config: RunConfig, layout: Layout, micro: int, *, ids: bool) -> Tensor:
+    """What a stage takes: ids `[B, S / c]`, or hidden states `[B, S / (c t), D]`."""
+    tokens = config.training.sequence_length // layout.context
+    if ids:
+        return torch.empty(micro, tokens, dtype=torch.long, device="meta")
+    shape = (micro, tokens // layout.tensor, config.model.hidden_size)
+    return torch.empty(shape, dtype=torch.float32, device="meta", requires_grad=True)
+
+
+def _output(config: RunConfig, layout: Layout, micro: int, *, last: bool) -> Tensor:
+    if last:
+        return torch.empty((), dtype=torch.float32, device="meta", requires_grad=True)
+    return _example(config, layout, micro, ids=False)

@@ -1,0 +1,119 @@
+"""Tensor parallelism with sequence parallelism: how each matrix is cut, and where tokens cross processes.
+
+Matrices that widen are cut by output rows, those that narrow by input columns, so one pair of collectives serves two
+products (Shoeybi et al. 2019); between the pairs each process has some tokens of every sequence, not all of them
+(Korthikanti et al. 2022). Embedding and output matrix are cut by rows of the vocabulary.
+
+Weights become DTensors, which say what part of which whole a process holds. Arithmetic stays on plain tensors
+(`zili.models.layers.local`), so every faster operation serves here too.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
+
+from zili.models.decoder import Decoder
+from zili.models.layers import Seam
+from zili.parallel.collectives import AllSum, gather, scatter_sum
+
+ROWS, COLUMNS, WHOLE = Shard(0), Shard(1), Replicate()
+_SEQUENCE = 1
+"""Dimension of the tokens in `[B, S, D]`."""
+
+
+class GatherTokens(Seam):
+    """Some tokens of each sequence in, all of them out."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, S / t, D]` -> `[B, S, D]`."""
+        return gather(x, _SEQUENCE, self.group)
+
+
+class ScatterSum(Seam):
+    """Terms of every token in, the sum of some tokens out."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, S, D]` -> `[B, S / t, D]`."""
+        return scatter_sum(x, _SEQUENCE, self.group)
+
+
+class Rule(NamedTuple):
+    """How the parameters of the modules that match a name are cut."""
+
+    modules: str
+    weight: Placement
+    bias: Placement = WHOLE
+
+
+PARAMETERS = (
+    Rule("embedding", ROWS),
+    Rule("head", ROWS),
+    Rule("*.attention.query", ROWS, ROWS),
+    Rule("*.attention.key", ROWS, ROWS),
+    Rule("*.attention.value", ROWS, ROWS),
+    Rule("*.attention.output", COLUMNS),
+    Rule("*.feed_forward.gate", ROWS, ROWS),
+    Rule("*.feed_forward.up", ROWS, ROWS),
+    Rule("*.feed_forward.down", COLUMNS),
+    Rule("*", WHOLE),
+)
+"""The first that matches holds. What is whole acts on some of the tokens, so its gradients are terms of a sum."""
+
+SEAMS: dict[str, type[GatherTokens | ScatterSum]] = {
+    "*.attention.enter": GatherTokens,
+    "*.attention.output.leave": ScatterSum,
+    "*.feed_forward.enter": GatherTokens,
+    "*.feed_forward.down.leave": ScatterSum,
+    "embedding.leave": ScatterSum,
+    ".gather": GatherTokens,
+}
+SEAM_NAMES = ("enter", "leave", "gather")
+
+
+class VocabularyRows:
+    """`ops.VocabularyPart` over a process group."""
+
+    def __init__(self, first: int, group: dist.ProcessGroup) -> None:
+        self.first = first
+        self._group = group
+
+    def sum(self, x: Tensor) -> Tensor:
+        return AllSum.apply(x, self._group)
+
+    def max(self, x: Tensor) -> Tensor:
+        return funcol.wait_tensor(funcol.all_reduce(x, "max", self._group))
+
+
+def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
+    """Cut `model`, still on the meta device, over `mesh` (one dimension)."""
+    group, rank = mesh.get_group(), mesh.get_local_rank()
+    for name, module in list(model.named_modules()):
+        rule = next(rule for rule in PARAMETERS if fnmatchcase(name, rule.modules))
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            placement = rule.bias if key == "bias" else rule.weight
+            cut = distribute_tensor(parameter, mesh, [placement], src_data_rank=None)
+            module.register_parameter(key, nn.Parameter(cut))
+        for key in SEAM_NAMES:
+            kind = next((kind for pattern, kind in SEAMS.items() if fnmatchcase(f"{name}.{key}", pattern)), None)
+            if kind is not None and hasattr(module, key):
+                setattr(module, key, kind(group))
+    first = rank * (model.config.vocab_size // mesh.size())
+    if model.embedding is not None:
+        model.embedding.first_row = first
+    if model.norm is not None:
+        model.vocabulary = VocabularyRows(first, group)

@@ -1,0 +1,138 @@
+"""The processes of a run: who am I, who shares what with me, and how all of them agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from zili import errors
+from zili.chips.device import Device
+from zili.errors import ZiliError
+from zili.parallel.layout import Layout, processes
+
+Result = TypeVar("Result")
+_TIMEOUT = timedelta(minutes=30)
+
+
+def join(device: Device) -> None:
+    """Enter the process group of the run; nothing where there is one process. `leave` ends it.
+
+    Tensors of the device go by the backend's collectives, those of the host by Gloo.
+    """
+    if processes()[1] > 1 and not dist.is_initialized():
+        collectives = device.backend.collectives
+        named = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{collectives}"
+        dist.init_process_group(named, timeout=_TIMEOUT)
+
+
+def leave() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class World:
+    """The processes of one run on their mesh. With one process there is no mesh, and every sum is its argument."""
+
+    def __init__(self, layout: Layout, device: Device) -> None:
+        self.layout = layout
+        self.device = device
+        self.rank = dist.get_rank() if layout.world > 1 else 0
+        self._meshes: dict[str, DeviceMesh] = {}
+        if layout.world > 1:
+            self._make_meshes()
+        sizes = layout.sizes
+        place, rest = [], self.rank
+        for size in reversed(sizes):
+            rest, coordinate = divmod(rest, size)
+            place.append(coordinate)
+        self.pipeline_rank, self._replica, self._shard, self.context_rank, self.tensor_rank = reversed(place)
+
+    def _make_meshes(self) -> None:
+        """Three ways to number the same processes: by what shares weights, experts, and sequences."""
+        layout, kind = self.layout, self.device.type
+        outer = (layout.pipeline, layout.replicas)
+        # A mesh dimension of one replica would cost a reduction that reduces nothing.
+        around = ("replicas",) if layout.replicas > 1 else ()
+        dense = init_device_mesh(
+            kind,
+            (*outer, layout.weight_shards, layout.tensor),
+            mesh_dim_names=("pipeline", "replicas", "weight_shards", "tensor"),
+        )
+        self._meshes = {name: dense[name] for name in ("pipeline", "tensor")}
+        self._meshes["weights"] = dense[(*around, "weight_shards")]
+        mixture = init_device_mesh(
+            kind,
+            (*outer, layout.expert_shards, layout.expert),
+            mesh_dim_names=("pipeline", "replicas", "expert_shards", "expert"),
+        )
+        self._meshes["expert"] = mixture["expert"]
+        self._meshes["expert_weights"] = mixture[(*around, "expert_shards")]
+        if layout.context > 1:
+            others = layout.world // layout.context // layout.tensor
+            sequence = init_device_mesh(
+                kind, (others, layout.context, layout.tensor), mesh_dim_names=("others", "context", "within")
+            )
+            self._meshes["context"] = sequence["context"]
+
+    def mesh(self, name: str) -> DeviceMesh:
+        """`tensor`, `context`, `pipeline`, `expert`, or `weights` and `expert_weights`, which are replicas x shards."""
+        return self._meshes[name]
+
+    @property
+    def size(self) -> int:
+        return self.layout.world
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process speaks for all: it shows, logs, and writes what is written once."""
+        return self.rank == 0
+
+    def rows(self, global_batch: int) -> slice:
+        """The rows of a global batch that this process reads."""
+        own = global_batch // self.layout.data
+        first = (self._replica * self.layout.shards + self._shard) * own
+        return slice(first, first + own)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """`values` added up over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def from_first(self, make: Callable[[], Result]) -> Result:
+        """What the first process makes, on every process; if it fails there, it fails everywhere."""
+        made: list[Result | None] = [self.agree(lambda: make() if self.is_first else None)]
+        if self.size > 1:
+            dist.broadcast_object_list(made, src=0, device=torch.device("cpu"))
+        return made[0]  # type: ignore[return-value]
+
+    def agree(self, work: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
+        """`work()` on every process. If it fails on one, all of them raise that error: none is left waiting.
+
+        Raises:
+            ZiliError: of the first process that raised one.
+        """
+        failure: ZiliError | None = None
+        result: Result | None = None
+        try:
+            result = work()
+        except ZiliError as error:
+            failure = error
+        if self.size > 1:
+            said = None if failure is None else (type(failure).__name__, str(failure))
+            everyones: list[tuple[str, str] | None] = [None] * self.size
+            dist.all_gather_object(everyones, said, group=group)
+            first = next((found for found in everyones if found is not None), None)
+            if first is not None and (failure is None or first != said):
+                failure = getattr(errors, first[0])(first[1])
+        if failure is not None:
+            failure.agreed = self.size > 1
+            raise failure
+        return result  # type: ignore[return-value]

@@ -1,0 +1,110 @@
+"""Muon for matrices of which each process may hold only a part, with the results of one process.
+
+The Newton-Schulz iteration needs a whole matrix. So matrices of one shape are dealt out: each process gathers some of
+them whole, orthogonalises those, and sends every process its part back. That is two all-to-alls a matrix, and each
+matrix is worked on once; gathering all of them everywhere would repeat the work on every process.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.optim import Optimizer
+from torch.optim._muon import (
+    DEFAULT_A,
+    DEFAULT_B,
+    DEFAULT_C,
+    DEFAULT_NS_STEPS,
+    EPS,
+    _adjust_lr,
+    _zeropower_via_newtonschulz,
+)
+
+_COEFFICIENTS = (DEFAULT_A, DEFAULT_B, DEFAULT_C)
+
+
+class Muon(Optimizer):
+    """`torch.optim.Muon` with Nesterov momentum, bit for bit where a matrix is whole; parts and stacks too.
+
+    A parameter `[E, O, I]` is E matrices, as the experts of a mixture are. Sources: Jordan 2024, "Muon: an optimizer
+    for hidden layers"; the update is scaled to AdamW's size (Liu et al. 2025, "Muon is scalable", eq. 4).
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], *, lr: float, weight_decay: float, momentum: float) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            alike: dict[Any, list[nn.Parameter]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    alike[_kind(parameter)].append(parameter)
+            for parameters in alike.values():
+                updates = [self._momentum(parameter, group["momentum"]) for parameter in parameters]
+                for parameter, update in zip(parameters, _orthogonalized(parameters, updates), strict=True):
+                    rate = _adjust_lr(group["lr"], "match_rms_adamw", parameter.shape[-2:])
+                    own = _plain(parameter)
+                    own.mul_(1 - group["lr"] * group["weight_decay"])
+                    own.add_(update, alpha=-rate)
+
+    def _momentum(self, parameter: nn.Parameter, momentum: float) -> Tensor:
+        """This process's part of the update before it is orthogonalised."""
+        state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        buffer, own = _plain(state["momentum_buffer"]), _plain(gradient)
+        buffer.lerp_(own, 1 - momentum)
+        return own.lerp(buffer, momentum)
+
+
+def _kind(parameter: Tensor) -> Any:
+    """Equal for parameters that can be dealt out together."""
+    if isinstance(parameter, DTensor):
+        return tuple(parameter.shape), parameter.placements, parameter.device_mesh
+    return tuple(parameter.shape)
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def _orthogonalized(parameters: list[nn.Parameter], updates: list[Tensor]) -> list[Tensor]:
+    """This process's parts of the orthogonalised `updates`, which are parts of matrices cut as `parameters` are."""
+    first = parameters[0]
+    if not isinstance(first, DTensor) or first.device_mesh.size() == 1:
+        return [_each(update) for update in updates]
+    mesh, shape = first.device_mesh, (len(updates), *first.shape)
+    # One more dimension in front: which matrix it is. Dealing out means to cut there instead of inside.
+    inside = tuple(_one_further(placement) for placement in first.placements)
+    dealt = tuple(Shard(0) for _ in inside)
+    cut = _distributed(torch.stack(updates), mesh, inside, shape)
+    whole = cut.redistribute(placements=dealt)
+    done = _distributed(_each(whole.to_local()).to(updates[0].dtype), mesh, dealt, shape)
+    return list(done.redistribute(placements=inside).to_local().unbind())
+
+
+def _distributed(own: Tensor, mesh: Any, placements: tuple[Placement, ...], shape: tuple[int, ...]) -> DTensor:
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(own, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+def _one_further(placement: Placement) -> Placement:
+    if isinstance(placement, _StridedShard):
+        return _StridedShard(placement.dim + 1, split_factor=placement.split_factor)
+    return Shard(placement.dim + 1) if isinstance(placement, Shard) else Replicate()
+
+
+def _each(x: Tensor) -> Tensor:
+    """Every matrix `[O, I]` of `x [..., O, I]` orthogonalised."""
+    if x.ndim == 2:
+        return _zeropower_via_newtonschulz(x, _COEFFICIENTS, DEFAULT_NS_STEPS, EPS)
+    return torch.stack([_each(matrix) for matrix in x]) if len(x) else x
