@@ -40,7 +40,7 @@ def test_the_record_holds_every_step_as_it_was(recipe: Recipe) -> None:
     assert first["kind"] == "start" and first["step"] == 0 and first["steps"] == 6
     assert (first["parameters"], first["matmul_peak"]) == (parameters, PEAK)
     assert [{k: v for k, v in line.items() if k not in ("kind", "time")} for line in rest] == [
-        asdict(record) for record in recorder.records
+        record.figures() for record in recorder.records
     ]
     times = [line["time"] for line in (first, *rest)]
     assert times == sorted(times)

@@ -1,11 +1,12 @@
-"""The shape of a decoder, as data. One table describes every dense model of the family."""
+"""The shape of a decoder, as data. One table describes every model of the family."""
 
 from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
+from zili.config.mixture import LatentConfig, MixtureConfig
 from zili.config.section import Section
 
 RotaryRule = Literal["plain", "linear", "llama3", "yarn", "telechat3_yarn", "telechat_ntk", "tele_flm_ntk"]
@@ -45,7 +46,7 @@ class RotaryConfig(Section):
 
 
 class ModelConfig(Section):
-    """A pre-norm decoder with RMSNorm, SwiGLU, rotary positions and grouped key/value heads."""
+    """A pre-norm decoder with RMSNorm, SwiGLU and rotary positions; attention grouped or latent, experts or none."""
 
     vocab_size: PositiveInt
     hidden_size: PositiveInt
@@ -69,7 +70,39 @@ class ModelConfig(Section):
     hidden_dropout: float = Field(0.0, ge=0.0, lt=1.0)
     attention_dropout: float = Field(0.0, ge=0.0, lt=1.0)
     init_std: PositiveFloat = 0.02
+    mtp_layers: int = Field(0, ge=0, le=1)
+    """Layers that predict the token after the next one (multi-token prediction); used in training only."""
+    mtp_loss_weight: NonNegativeFloat = 0.3
     rotary: RotaryConfig = RotaryConfig()
+    mixture: MixtureConfig | None = None
+    latent: LatentConfig | None = None
+
+    @property
+    def rotary_dim(self) -> int:
+        """What of a head is turned by its position."""
+        return self.latent.rope_head_dim if self.latent else self.head_dim
+
+    @property
+    def value_head_dim(self) -> int:
+        """Size of one head's value."""
+        return self.latent.value_head_dim if self.latent else self.head_dim
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether layer `layer`, from 0, has a mixture of experts."""
+        return self.mixture is not None and layer >= self.mixture.dense_layers
+
+    @model_validator(mode="after")
+    def _latent_heads(self) -> Self:
+        if self.latent is None:
+            return self
+        if self.kv_heads != self.heads:
+            raise ValueError(f"latent attention makes a key for each head: kv_heads ({self.kv_heads}) must be heads")
+        if self.latent.rope_head_dim >= self.head_dim or self.latent.rope_head_dim % 2:
+            raise ValueError(
+                f"latent.rope_head_dim ({self.latent.rope_head_dim}) must be even and less than head_dim "
+                f"({self.head_dim}), which counts it in"
+            )
+        return self
 
     @model_validator(mode="after")
     def _heads_group(self) -> Self:

@@ -11,37 +11,92 @@ from zili.config.model import ModelConfig
 Shape = tuple[int, ...]
 
 
-def layer_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Parameters of one block by their name inside it; matrices are `[out, in]`."""
-    hidden, ffn = config.hidden_size, config.ffn_hidden_size
-    query, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    matrices = {
-        "attention.query": (query, hidden, config.qkv_bias),
-        "attention.key": (kv, hidden, config.qkv_bias),
-        "attention.value": (kv, hidden, config.qkv_bias),
-        "attention.output": (hidden, query, config.attention_output_bias),
-        "feed_forward.gate": (ffn, hidden, config.gate_up_bias),
-        "feed_forward.up": (ffn, hidden, config.gate_up_bias),
-        "feed_forward.down": (hidden, ffn, config.ffn_down_bias),
-    }
+def layer_shapes(config: ModelConfig, number: int) -> dict[str, Shape]:
+    """Tensors of block `number` by their name inside it; matrices are `[out, in]`, stacks `[experts, out, in]`."""
+    hidden = config.hidden_size
     shapes: dict[str, Shape] = {"attention_norm.weight": (hidden,), "feed_forward_norm.weight": (hidden,)}
-    for name, (rows, columns, bias) in matrices.items():
-        shapes[f"{name}.weight"] = (rows, columns)
-        if bias:
-            shapes[f"{name}.bias"] = (rows,)
+    shapes.update(_prefixed("attention", _latent(config) if config.latent else _grouped(config)))
+    if config.has_experts(number):
+        shapes.update(_prefixed("feed_forward", _mixture(config)))
+    else:
+        shapes.update(_prefixed("feed_forward", _swiglu(config, config.ffn_hidden_size)))
+    return shapes
+
+
+def _prefixed(prefix: str, shapes: dict[str, Shape]) -> dict[str, Shape]:
+    return {f"{prefix}.{name}": shape for name, shape in shapes.items()}
+
+
+def _linear(name: str, outputs: int, inputs: int, bias: bool) -> dict[str, Shape]:
+    return {f"{name}.weight": (outputs, inputs), **({f"{name}.bias": (outputs,)} if bias else {})}
+
+
+def _grouped(config: ModelConfig) -> dict[str, Shape]:
+    hidden, bias = config.hidden_size, config.qkv_bias
+    query, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    return {
+        **_linear("query", query, hidden, bias),
+        **_linear("key", kv, hidden, bias),
+        **_linear("value", kv, hidden, bias),
+        **_linear("output", hidden, query, config.attention_output_bias),
+    }
+
+
+def _latent(config: ModelConfig) -> dict[str, Shape]:
+    latent, hidden, bias = config.latent, config.hidden_size, config.qkv_bias
+    assert latent is not None
+    plain = config.head_dim - latent.rope_head_dim
+    return {
+        **_linear("query_down", latent.query_rank, hidden, bias),
+        "query_norm.weight": (latent.query_rank,),
+        **_linear("key_value_down", latent.key_value_rank + latent.rope_head_dim, hidden, bias),
+        "key_value_norm.weight": (latent.key_value_rank,),
+        **_linear("query_up", config.heads * config.head_dim, latent.query_rank, False),
+        **_linear("key_value_up", config.heads * (plain + latent.value_head_dim), latent.key_value_rank, False),
+        **_linear("output", hidden, config.heads * latent.value_head_dim, config.attention_output_bias),
+    }
+
+
+def _swiglu(config: ModelConfig, ffn: int) -> dict[str, Shape]:
+    return {
+        **_linear("gate", ffn, config.hidden_size, config.gate_up_bias),
+        **_linear("up", ffn, config.hidden_size, config.gate_up_bias),
+        **_linear("down", config.hidden_size, ffn, config.ffn_down_bias),
+    }
+
+
+def _mixture(config: ModelConfig) -> dict[str, Shape]:
+    mixture, hidden = config.mixture, config.hidden_size
+    assert mixture is not None
+    experts, ffn = mixture.experts, mixture.ffn_hidden_size
+    shapes: dict[str, Shape] = {"router.weight": (experts, hidden)}
+    if mixture.bias:
+        shapes["router.expert_bias"] = (experts,)
+    shapes.update({"experts.gate": (experts, ffn, hidden), "experts.up": (experts, ffn, hidden)})
+    shapes["experts.down"] = (experts, hidden, ffn)
+    if mixture.shared_experts:
+        shapes.update(_prefixed("shared", _swiglu(config, mixture.shared_experts * ffn)))
     return shapes
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Every parameter of the decoder by its full name, in the order of the forward pass."""
+    """Every tensor of the decoder by its full name, in the order of the forward pass."""
     shapes: dict[str, Shape] = {"embedding.weight": (config.vocab_size, config.hidden_size)}
-    block = layer_shapes(config)
     for i in range(config.layers):
-        shapes.update({f"layers.{i}.{name}": shape for name, shape in block.items()})
+        shapes.update(_prefixed(f"layers.{i}", layer_shapes(config, i)))
     shapes["norm.weight"] = (config.hidden_size,)
     if not config.tied_embeddings:
         shapes["head.weight"] = (config.vocab_size, config.hidden_size)
+    if config.mtp_layers:
+        shapes.update(_prefixed("next_tokens", _next_tokens(config)))
     return shapes
+
+
+def _next_tokens(config: ModelConfig) -> dict[str, Shape]:
+    hidden = config.hidden_size
+    norms = {f"{name}.weight": (hidden,) for name in ("embedding_norm", "hidden_norm", "norm")}
+    block = _prefixed("block", layer_shapes(config, config.layers))
+    return {**norms, "projection.weight": (hidden, 2 * hidden), **block}
 
 
 @dataclass(frozen=True)
@@ -51,51 +106,81 @@ class ParameterCount:
     embedding: int
     attention: int
     feed_forward: int
+    """Routers and experts included."""
     norms: int
     head: int
+    next_tokens: int
+    """Multi-token prediction, which a released model may leave out."""
+    idle: int
+    """Of `feed_forward`: in experts that a given token does not go through."""
 
     @property
     def total(self) -> int:
+        """Without multi-token prediction, as published totals are."""
         return self.embedding + self.attention + self.feed_forward + self.norms + self.head
+
+    @property
+    def active(self) -> int:
+        """What one token goes through, embedding and head included, as published figures have it."""
+        return self.total - self.idle
 
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
     """Parameters by part; totals equal the published checkpoints' (facts: index files)."""
-    block = layer_shapes(config)
 
-    def of(prefix: str) -> int:
-        return config.layers * sum(prod(shape) for name, shape in block.items() if name.startswith(prefix))
+    def of(*prefixes: str) -> int:
+        return sum(
+            prod(shape)
+            for i in range(config.layers)
+            for name, shape in layer_shapes(config, i).items()
+            if name.startswith(prefixes)
+        )
 
     rows = config.vocab_size * config.hidden_size
+    experts, mixture = of("feed_forward.experts."), config.mixture
     return ParameterCount(
         embedding=rows,
         attention=of("attention."),
         feed_forward=of("feed_forward."),
-        norms=of("attention_norm") + of("feed_forward_norm") + config.hidden_size,
+        norms=of("attention_norm", "feed_forward_norm") + config.hidden_size,
         head=0 if config.tied_embeddings else rows,
+        next_tokens=sum(prod(shape) for shape in _next_tokens(config).values()) if config.mtp_layers else 0,
+        idle=experts - experts * mixture.top_k // mixture.experts if mixture else 0,
     )
 
 
+def block_matrices(config: ModelConfig, *, active: bool = False) -> int:
+    """Parameters in the matrices of all blocks, experts' stacks included; `active`: of those one token goes through."""
+    total = 0
+    for i in range(config.layers):
+        for shape in layer_shapes(config, i).values():
+            size = prod(shape) if len(shape) >= 2 else 0
+            if active and len(shape) == 3:
+                assert config.mixture is not None
+                size = size * config.mixture.top_k // config.mixture.experts
+            total += size
+    return total
+
+
 def matmul_parameters(config: ModelConfig) -> int:
-    """Parameters in matrix products: every matrix of the blocks, and the head, tied or not."""
-    block = sum(prod(shape) for shape in layer_shapes(config).values() if len(shape) == 2)
-    return config.layers * block + config.vocab_size * config.hidden_size
+    """Parameters that a token meets in matrix products: of the blocks, and the head, tied or not."""
+    return block_matrices(config, active=True) + config.vocab_size * config.hidden_size
 
 
 def forward_flops_per_token(config: ModelConfig, sequence: int) -> float:
     """FLOPs of one token's forward pass in a causal sequence of `sequence` tokens.
 
-    Convention: `2 N + 2 L S H d`, with N = `matmul_parameters` (the head included, the embedding lookup not)
-    and S `sequence`. A token sees S/2 keys on average and each costs 2 d for its score and 2 d for its value,
-    in H heads. Norms, rotary, softmax and activations are left out (Kaplan et al. 2020, table 1; PaLM
-    appendix B without the causal half).
+    Convention: `2 N + L S H (d + d_v)`, with N = `matmul_parameters` (the head included, the embedding lookup not),
+    S `sequence`, d the size of a key and d_v that of a value. A token sees S/2 keys on average and each costs 2 d for
+    its score and 2 d_v for its value, in H heads. Norms, rotary, softmax, activations and multi-token prediction are
+    left out (Kaplan et al. 2020, table 1; PaLM appendix B without the causal half).
     """
-    attention = 2 * config.layers * sequence * config.heads * config.head_dim
+    attention = config.layers * sequence * config.heads * (config.head_dim + config.value_head_dim)
     return 2 * matmul_parameters(config) + attention
 
 
 def training_flops_per_token(config: ModelConfig, sequence: int) -> float:
-    """FLOPs of one token's forward and backward: `6 N + 6 L S H d`, three times the forward.
+    """FLOPs of one token's forward and backward: three times the forward, `6 N + 6 L S H d` where values are as keys.
 
     Recomputed activations are not counted: this is the numerator of model FLOPs utilisation, not of
     hardware's.
@@ -130,8 +215,9 @@ def training_state_bytes(
     head, norms and biases to AdamW, as `zili.training` does. Both also keep a step count a tensor, left out
     here.
     """
-    total = count_parameters(config).total
+    count = count_parameters(config)
+    total = count.total + count.next_tokens
     moments = 2 * total
     if optimizer == "muon":
-        moments -= matmul_parameters(config) - config.vocab_size * config.hidden_size
+        moments -= block_matrices(config)
     return StateBytes(weight_bytes * total, gradient_bytes * total, moment_bytes * moments)

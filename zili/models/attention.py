@@ -1,13 +1,14 @@
-"""Grouped-query attention with rotary positions."""
+"""Attention with rotary positions: grouped-query, and latent."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from zili import ops
 from zili.config.model import ModelConfig
 from zili.models.cache import CacheEntry
-from zili.models.layers import Linear, Seam
+from zili.models.layers import Linear, RMSNorm, Seam
 
 
 class CausalAttention(nn.Module):
@@ -60,3 +61,59 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         # The number of heads is what is left: a tensor-parallel rank holds only some of them.
         return x.unflatten(-1, (-1, self.head_dim))
+
+
+class LatentAttention(nn.Module):
+    """Causal self-attention whose queries, keys and values are made from short vectors (DeepSeek-V2, section 2.1).
+
+    The short vectors belong to their token alone, so each process makes those of its own tokens, and only they cross
+    processes. All heads' keys share the part that positions turn.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        latent, hidden, bias = config.latent, config.hidden_size, config.qkv_bias
+        assert latent is not None
+        self.plain_dim, self.rope_dim = config.head_dim - latent.rope_head_dim, latent.rope_head_dim
+        self.value_dim, self.dropout = latent.value_head_dim, config.attention_dropout
+        self.ranks = (latent.query_rank, latent.key_value_rank, latent.rope_head_dim)
+        self.query_down = Linear(hidden, latent.query_rank, bias=bias)
+        self.query_norm = RMSNorm(latent.query_rank, config.norm_eps)
+        self.key_value_down = Linear(hidden, latent.key_value_rank + latent.rope_head_dim, bias=bias)
+        self.key_value_norm = RMSNorm(latent.key_value_rank, config.norm_eps)
+        self.enter = Seam()
+        self.query_up = Linear(latent.query_rank, config.heads * config.head_dim, bias=False)
+        self.key_value_up = Linear(
+            latent.key_value_rank, config.heads * (self.plain_dim + latent.value_head_dim), bias=False
+        )
+        self.core = CausalAttention()
+        self.output = Linear(config.heads * latent.value_head_dim, hidden, bias=config.attention_output_bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        document_ids: Tensor | None = None,
+        cache_entry: CacheEntry | None = None,
+    ) -> Tensor:
+        """As `Attention.forward`; `cos, sin [S, d_rope]`."""
+        latent, shared = self.key_value_down(x).split(self.ranks[1:], -1)
+        short = (self.query_norm(self.query_down(x)), self.key_value_norm(latent), shared)
+        query_latent, latent, shared = self.enter(torch.cat(short, -1)).split(self.ranks, -1)
+        query = self.query_up(query_latent).unflatten(-1, (-1, self.plain_dim + self.rope_dim))
+        plain, turned = query.split((self.plain_dim, self.rope_dim), -1)
+        query = torch.cat((plain, ops.rotate(turned, cos, sin)), -1)
+        key_value = self.key_value_up(latent).unflatten(-1, (-1, self.plain_dim + self.value_dim))
+        plain, value = key_value.split((self.plain_dim, self.value_dim), -1)
+        turned = ops.rotate(shared[:, :, None], cos, sin).expand(-1, -1, plain.shape[2], -1)
+        key = torch.cat((plain, turned), -1)
+        if cache_entry is not None:
+            key, value = cache_entry.append(key, value)
+        dropout = self.dropout if self.training else 0.0
+        return self.output(self.core(query, key, value, document_ids, dropout).flatten(-2))
+
+
+def attention_of(config: ModelConfig) -> nn.Module:
+    """The attention that `config` describes."""
+    return Attention(config) if config.latent is None else LatentAttention(config)

@@ -51,11 +51,11 @@ class KeyValueCache:
         device: torch.device,
         exact: bool = True,
     ) -> None:
-        shape = (config.layers, batch, max_length, config.kv_heads, config.head_dim)
+        heads = (config.layers, batch, max_length, config.kv_heads)
         self.config, self.exact = config, exact
         self.max_length, self.length = max_length, 0
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys = torch.zeros((*heads, config.head_dim), dtype=dtype, device=device)
+        self.values = torch.zeros((*heads, config.value_head_dim), dtype=dtype, device=device)
         self.input_ids = torch.zeros(batch, max_length, dtype=torch.long, device=device)
         self._filled_with: Scaling | None = None
 
@@ -74,7 +74,7 @@ class KeyValueCache:
             raise ValueError(f"the cache has {self.input_ids.shape[0]} rows, input_ids has {input_ids.shape[0]}")
         self.input_ids[:, start:end] = input_ids
         self.length = end
-        now = scaling(self.config.rotary, self.config.head_dim, end)
+        now = scaling(self.config.rotary, self.config.rotary_dim, end)
         changed, self._filled_with = now != self._filled_with, now
         if changed and self.exact:
             return 0, self.input_ids[:, :end]

@@ -1,4 +1,4 @@
-"""The decoder: one class for every dense model of the family, told apart by its `ModelConfig`."""
+"""The decoder: one class for every model of the family, told apart by its `ModelConfig`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from zili import ops
 from zili.config.model import ModelConfig
-from zili.models.attention import Attention
+from zili.models.attention import attention_of
 from zili.models.cache import CacheEntry, KeyValueCache
-from zili.models.feed_forward import FeedForward
 from zili.models.initialization import fill, initial_value
 from zili.models.layers import Embedding, Linear, RMSNorm, Seam, local
+from zili.models.mixture import Mixture, Router, feed_forward_of
 from zili.models.recomputation import Recompute, recomputed
 from zili.models.rotary import rotary_tables
 
@@ -22,13 +22,14 @@ from zili.models.rotary import rotary_tables
 class Block(nn.Module):
     """One pre-norm layer: `h = x + attention(norm(x))`, `y = h + feed_forward(norm(h))`."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, number: int) -> None:
+        """`number`: which layer of the model it is, from 0; it says whether there are experts."""
         super().__init__()
         self.dropout = config.hidden_dropout
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = attention_of(config)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = feed_forward_of(config, number)
 
     def forward(
         self,
@@ -52,7 +53,7 @@ class Blocks(nn.Module):
     def __init__(self, config: ModelConfig, numbers: range) -> None:
         super().__init__()
         for number in numbers:
-            self.add_module(str(number), Block(config))
+            self.add_module(str(number), Block(config, number))
 
     def items(self) -> Iterator[tuple[int, nn.Module]]:
         """Number and block, in order."""
@@ -66,6 +67,27 @@ class Blocks(nn.Module):
 
     def __len__(self) -> int:
         return len(self._modules)
+
+
+class NextTokens(nn.Module):
+    """Multi-token prediction: one more block that predicts the token after the next (DeepSeek-V3, section 2.2).
+
+    It sees the hidden state of a position and the embedding of its next token. Embedding and output matrix are the
+    model's own.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embedding_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.hidden_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.projection = Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.block = Block(config, config.layers)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+
+    def forward(self, hidden: Tensor, embedded: Tensor, run: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
+        """`hidden, embedded [B, S, D]` -> `[B, S, D]`; `run` calls the block as the model calls its own."""
+        joined = torch.cat((self.embedding_norm(embedded), self.hidden_norm(hidden)), -1)
+        return self.norm(run(self.block, self.projection(joined)))
 
 
 class Decoder(nn.Module):
@@ -90,8 +112,8 @@ class Decoder(nn.Module):
         self.vocabulary: ops.VocabularyPart | None = None
         """Which rows of the output matrix this process has; None: all of them."""
         self.first = first
-        # A tied output matrix is the embedding, so the last part has it too: one tensor in two places.
-        embeds = first or (last and config.tied_embeddings)
+        # A tied output matrix is the embedding, and multi-token prediction embeds, so the last part may have it too.
+        embeds = first or (last and bool(config.tied_embeddings or config.mtp_layers))
         self.embedding = Embedding(config.vocab_size, config.hidden_size) if embeds else None
         self.layers = Blocks(config, part)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps) if last else None
@@ -99,6 +121,9 @@ class Decoder(nn.Module):
         """Before the output matrix, which is cut by rows of the vocabulary and so needs every token."""
         separate = last and not config.tied_embeddings
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False) if separate else None
+        self.next_tokens = NextTokens(config) if last and config.mtp_layers else None
+        self.next_loss: Tensor | None = None
+        """Sum of the losses of multi-token prediction in the last forward pass with labels, 0-d."""
         if not next(self.parameters()).is_meta:
             self.init_weights(0)
 
@@ -107,6 +132,24 @@ class Decoder(nn.Module):
         """Fill every parameter with its part of `initial_value(name, shape, config, seed)`."""
         for name, parameter in self.named_parameters():
             fill(parameter, initial_value(name, tuple(parameter.shape), self.config, seed))
+        for buffer in self.buffers():  # of routers: no bias, and nothing counted yet
+            buffer.zero_()
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All that a checkpoint must hold of the model: parameters, and buffers that training moves."""
+        yield from self.named_parameters()
+        for name, buffer in self.named_buffers():
+            if name.rpartition(".")[2] != "load":
+                yield name, buffer
+
+    def routers(self) -> Iterator[tuple[int, Router]]:
+        """Routers by their layer's number; that of multi-token prediction comes after the last layer."""
+        blocks = [*self.layers.items()]
+        if self.next_tokens is not None:
+            blocks.append((self.config.layers, self.next_tokens.block))
+        for number, block in blocks:
+            if isinstance(block.feed_forward, Mixture):
+                yield number, block.feed_forward.router
 
     @property
     def head_weight(self) -> Tensor:
@@ -128,12 +171,28 @@ class Decoder(nn.Module):
         Labels are aligned with the inputs: `labels[:, i]` is the token after `inputs[:, i]`, and `IGNORE_INDEX` counts
         nothing. The sum is a 0-d fp32 tensor. A part without the last layer returns hidden states `[B, S, D]`, for
         the next part's `inputs`. Other arguments as for `hidden_states`.
+
+        Labels `[B, S, 2]` hold the token after the next as well. A model that predicts it in training adds that loss
+        to what is differentiated; the value returned is that of the next token alone.
         """
-        hidden = self.hidden_states(inputs, document_ids=document_ids, cache=cache)
+        x, run = self._blocks(inputs, document_ids, cache)
         if self.norm is None:
-            return hidden
-        hidden = self.gather(hidden)
-        return self.logits(hidden) if labels is None else self._loss_sum(hidden, labels)
+            return x
+        hidden = self.norm(x[:, -inputs.shape[1] :] if cache is not None else x)
+        if labels is None:
+            return self.logits(self.gather(hidden))
+        further = labels[..., 1] if labels.ndim == 3 else None
+        labels = labels[..., 0] if labels.ndim == 3 else labels
+        loss = self._loss_sum(hidden, labels)
+        if self.next_tokens is None or further is None or not torch.is_grad_enabled():
+            return loss
+        assert self.embedding is not None
+        embedded = self._scaled(self.embedding(labels.clamp(min=0)), self.config.embedding_multiplier)
+        next_loss = self._loss_sum(self.next_tokens(hidden, embedded, run), further)
+        self.next_loss = next_loss.detach()
+        # Differentiated together, reported apart.
+        weighted = self.config.mtp_loss_weight * next_loss
+        return loss + (weighted - weighted.detach())
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`hidden [..., D]`, as `hidden_states` returns it, to fp32 logits `[..., V]`."""
@@ -157,14 +216,20 @@ class Decoder(nn.Module):
                 tokens, whatever the rotary rule; see `KeyValueCache` for the price and for the published
                 code's different behaviour.
         """
-        new = inputs.shape[1]
+        x, _ = self._blocks(inputs, document_ids, cache)
+        return x if self.norm is None else self.norm(x[:, -inputs.shape[1] :] if cache is not None else x)
+
+    def _blocks(
+        self, inputs: Tensor, document_ids: Tensor | None, cache: KeyValueCache | None
+    ) -> tuple[Tensor, Callable[[nn.Module, Tensor], Tensor]]:
+        """What leaves the last block, and how another block of the same sequence is run."""
         start, inputs = (0, inputs) if cache is None else cache.extend(inputs)
         length = start + inputs.shape[1] if document_ids is None else document_ids.shape[1]
         if self.positions is None:
             positions = torch.arange(start, length, device=inputs.device)
         else:
             positions = self.positions(length).to(inputs.device)
-        cos, sin = rotary_tables(self.config.rotary, self.config.head_dim, positions, length)
+        cos, sin = rotary_tables(self.config.rotary, self.config.rotary_dim, positions, length)
         x = inputs
         if self.first:
             assert self.embedding is not None
@@ -172,7 +237,7 @@ class Decoder(nn.Module):
         for i, block in self.layers.items():
             entry = None if cache is None else cache.entry(i, start)
             x = self._run(block, x, cos, sin, document_ids, entry)
-        return x if self.norm is None else self.norm(x[:, -new:] if cache is not None else x)
+        return x, lambda block, y: self._run(block, y, cos, sin, document_ids)
 
     def _run(self, block: nn.Module, *arguments: Tensor | CacheEntry | None) -> Tensor:
         if self.recompute != "none" and self.training and torch.is_grad_enabled():
@@ -180,6 +245,7 @@ class Decoder(nn.Module):
         return block(*arguments)
 
     def _loss_sum(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        hidden = self.gather(hidden)
         weight, multiplier = local(self.head_weight), self.config.logit_multiplier
         return ops.linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), multiplier, self.vocabulary)
 

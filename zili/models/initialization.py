@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 
 import torch
 from torch import Tensor
@@ -10,7 +11,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from zili.config.model import ModelConfig
 
-_RESIDUAL_OUTPUTS = ("attention.output.weight", "feed_forward.down.weight")
+_RESIDUAL_OUTPUTS = (*("attention.output.weight", "feed_forward.down.weight", "shared.down.weight", "experts.down"),)
+_EXPERT = re.compile(r"\.\d+$")
 
 
 def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
@@ -21,12 +23,14 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: 
     stream are scaled by 1/sqrt(2 * layers) (GPT-2, Radford et al. 2019, section 2.3; Megatron-LM
     `scaled_init_method_normal`).
     """
+    if len(shape) == 3:  # a stack: each expert's matrix is drawn by itself, whoever holds it
+        return torch.stack([initial_value(f"{name}.{i}", shape[1:], config, seed) for i in range(shape[0])])
     if name.endswith("norm.weight"):
         return torch.ones(shape, device="cpu")
     if name.endswith(".bias"):
         return torch.zeros(shape, device="cpu")
     std = config.init_std
-    if name.endswith(_RESIDUAL_OUTPUTS):
+    if _EXPERT.sub("", name).endswith(_RESIDUAL_OUTPUTS):
         std /= (2 * config.layers) ** 0.5
     return torch.empty(shape, device="cpu").normal_(0.0, std, generator=_generator(name, seed))
 

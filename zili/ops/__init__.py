@@ -16,6 +16,7 @@ __all__ = [
     "attention",
     "choose",
     "chosen",
+    "grouped_matmul",
     "linear",
     "linear_cross_entropy",
     "rms_norm",
@@ -43,6 +44,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """See `reference.swiglu`."""
     return active("swiglu")(gate, up)
+
+
+def grouped_matmul(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """See `reference.grouped_matmul`."""
+    return active("grouped_matmul")(x, weights, ends)
 
 
 def attention(

@@ -144,10 +144,12 @@ def blocked_attention(
 ) -> Tensor:
     """`reference.attention` in blocks. A row's documents must lie one after another, as the loader packs them.
 
-    With a cache (fewer queries than keys), dropout, or another dtype than fp32, the reference runs.
+    With a cache (fewer queries than keys), values of another size than keys, dropout, or another dtype than fp32, the
+    reference runs.
     """
     batch, length, heads, size = query.shape
-    if key.shape[1] != length or dropout or query.dtype != torch.float32:
+    alike = query.shape[-1] == value.shape[-1] and key.shape[1] == length
+    if not alike or dropout or query.dtype != torch.float32:
         return reference.attention(query, key, value, document_ids=document_ids, dropout=dropout)
     kv_heads = key.shape[2]
     group = heads // kv_heads

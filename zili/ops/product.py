@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zili.ops.reference import grouped_matmul
+
 Product = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -91,3 +93,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     out = torch.ops.zili.linear(x, weight)
     return out if bias is None else out + bias
+
+
+def grouped(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """`reference.grouped_matmul` as one operation; rows must be aligned to 16 bytes, or the reference runs."""
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weights = x.to(dtype), weights.to(dtype)
+    if not len(x) or any(size * x.element_size() % 16 for size in weights.shape[1:]):
+        return grouped_matmul(x, weights, ends)
+    return F.grouped_mm(x, weights.transpose(-2, -1), offs=ends)

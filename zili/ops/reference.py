@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -37,6 +38,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """`silu(gate) * up` (Shazeer 2020)."""
     return F.silu(gate) * up
+
+
+def grouped_matmul(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """Rows `x [M, I]`, some for each of `weights [E, O, I]`: rows up to `ends[e]` (int32 `[E]`) by `weights[e]^T`.
+
+    Returns `[M, O]`. An expert may have no rows.
+    """
+    starts = [0, *ends.tolist()]
+    rows = [x[start:end] for start, end in pairwise(starts)]
+    return torch.cat([linear(part, weight) for part, weight in zip(rows, weights.unbind(), strict=True)])
 
 
 def attention(

@@ -48,9 +48,19 @@ def _attention_example() -> tuple[Tensor, ...]:
     return tuple(heads)
 
 
+def _has_grouped(device_type: str, precision: str) -> bool:
+    return hasattr(torch.nn.functional, "grouped_mm")
+
+
+def _grouped_example() -> tuple[Tensor, ...]:
+    ends = torch.arange(64, 513, 64, dtype=torch.int32)
+    return torch.randn(512, 256, requires_grad=True), torch.randn(8, 128, 256, requires_grad=True), ends
+
+
 VERSIONS = (
     Version("linear", "onednn", product.linear, _on_cpu_fp32, _linear_example),
     Version("attention", "blocked", blocked_attention, _on_cpu_fp32, _attention_example),
+    Version("grouped_matmul", "grouped", product.grouped, _has_grouped, _grouped_example),
     Version(
         "linear_cross_entropy",
         "chunked",
@@ -61,7 +71,10 @@ VERSIONS = (
 )
 _REFERENCES: Mapping[str, Callable[..., Tensor]] = {
     name: getattr(reference, name)
-    for name in ("linear", "rms_norm", "rotate", "swiglu", "attention", "linear_cross_entropy")
+    for name in (
+        *("linear", "rms_norm", "rotate", "swiglu", "attention", "grouped_matmul"),
+        "linear_cross_entropy",
+    )
 }
 _active: dict[str, Callable[..., Tensor]] = dict(_REFERENCES)
 _names: dict[str, str] = dict.fromkeys(_REFERENCES, REFERENCE)
@@ -143,7 +156,8 @@ def _speed_ratio(plain: Callable[..., Tensor], faster: Callable[..., Tensor], in
     for turn in range(_ROUNDS + 1):
         for i, function in enumerate((plain, faster)):
             started = time.perf_counter()
-            function(*inputs).sum().backward()
+            out = function(*inputs)
+            out.backward(torch.ones_like(out))
             if turn:
                 best[i] = min(best[i], time.perf_counter() - started)
     return best[0] / best[1]

@@ -8,6 +8,7 @@ from zili.config import RunConfig
 from zili.models.decoder import Decoder
 from zili.parallel.context import ContextPart, apply_context_parallel
 from zili.parallel.data import apply_sharding
+from zili.parallel.expert import apply_expert_parallel
 from zili.parallel.layout import stage_ranges, stages_of
 from zili.parallel.tensor import apply_tensor_parallel
 from zili.parallel.world import World
@@ -33,6 +34,8 @@ def _build(config: RunConfig, world: World, dtype: torch.dtype, layers: range) -
     part.recompute = config.training.recompute
     if layout.tensor > 1:
         apply_tensor_parallel(part, world.mesh("tensor"))
+    if config.model.mixture is not None and world.size > 1:
+        apply_expert_parallel(part, world)
     if layout.context > 1:
         apply_context_parallel(part, ContextPart(world))
     if config.chip.compile:

@@ -65,3 +65,25 @@ class AllSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
+
+
+def exchange(x: Tensor, sizes_in: list[int], sizes_out: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Rows `x [M, D]`, `sizes_in[p]` of them for process p, against `sizes_out[p]` from it; backward, the reverse."""
+    return _Exchange.apply(x, sizes_in, sizes_out, group)
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes_in: list[int], sizes_out: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.sizes, ctx.group = (sizes_in, sizes_out), group
+        return exchanged(x, sizes_in, sizes_out, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        sizes_in, sizes_out = ctx.sizes
+        return exchanged(grad, sizes_out, sizes_in, ctx.group), None, None, None
+
+
+def exchanged(x: Tensor, sizes_in: list[int], sizes_out: list[int], group: dist.ProcessGroup) -> Tensor:
+    """`exchange` without a gradient."""
+    return funcol.wait_tensor(funcol.all_to_all_single(x.contiguous(), sizes_out, sizes_in, group))

@@ -111,6 +111,12 @@ def _sized(parallel: ParallelConfig, world: int) -> Layout:
 
 def _problems(config: RunConfig, layout: Layout) -> Iterator[str]:
     model, training = config.model, config.training
+    shared = model.tied_embeddings or model.mtp_layers
+    if layout.pipeline > 1 and shared and config.parallel.schedule == "zbv":
+        yield (
+            "parallel.schedule zbv puts the first and the last stage into one process, which cannot hold the embedding "
+            "that both of them need (model.tied_embeddings, model.mtp_layers); take zero_bubble"
+        )
     if layout.tensor > 1:
         for name in ("heads", "kv_heads", "ffn_hidden_size", "vocab_size"):
             yield from _undivided("parallel.tensor", layout.tensor, f"model.{name}", getattr(model, name))
@@ -124,7 +130,10 @@ def _problems(config: RunConfig, layout: Layout) -> Iterator[str]:
     yield from _batch_problems(config, layout)
     yield from _stage_problems(config.parallel, model)
     group = layout.shards * layout.context * layout.tensor
-    if layout.expert > 1:
+    if layout.expert > 1 and model.mixture is None:
+        yield f"parallel.expert {layout.expert}, and the model has no experts; leave it at 1"
+    elif layout.expert > 1 and model.mixture is not None:
+        yield from _undivided("parallel.expert", layout.expert, "model.mixture.experts", model.mixture.experts)
         yield from _undivided("parallel.expert", layout.expert, "shards x context x tensor", group)
 
 

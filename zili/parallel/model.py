@@ -7,12 +7,14 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from zili.config import RunConfig
 from zili.data.loader import Batch
 from zili.models.decoder import Decoder
+from zili.ops import IGNORE_INDEX
 from zili.parallel.apply import build_parts
 from zili.parallel.context import ContextPart
 from zili.parallel.data import reduce_gradients
@@ -47,6 +49,11 @@ class ParallelModel:
     def eval(self) -> None:
         self.train(False)
 
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All that a checkpoint must hold of the stages here."""
+        for part in self.parts:
+            yield from part.named_tensors()
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Of all stages here, under their names in the whole model."""
         for part in self.parts:
@@ -68,7 +75,9 @@ class ParallelModel:
         inputs, labels, documents = self._own(batch)
         if self._pipeline is not None:
             with self.autocast():
-                return self._once(self._pipeline.loss_sum(inputs, labels, documents, backward=True))
+                loss = self._pipeline.loss_sum(inputs, labels, documents, backward=True)
+            self._join_embeddings()
+            return self._once(loss)
         total = torch.zeros((), device=inputs.device)
         cuts = list(zip(*(rows.split(self.micro_batch) for rows in (inputs, labels, documents)), strict=True))
         for number, (ids, targets, ids_of_documents) in enumerate(cuts, 1):
@@ -105,6 +114,8 @@ class ParallelModel:
     def _own(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Ids and labels of the positions this process has, documents of whole rows."""
         inputs, labels, documents = batch
+        if self.parts[0].config.mtp_layers and self.training:
+            labels = _with_next(labels, documents)
         if self._context is not None:
             inputs, labels = self._context.take(inputs), self._context.take(labels)
         place = self.world.device.type
@@ -122,10 +133,33 @@ class ParallelModel:
         layout: norms of DTensors on meshes of their own could not be joined.
         """
         total = torch.zeros((), device=self.world.device.type)
-        for parameter in self.parameters():
-            if parameter.grad is not None:
+        for name, parameter in self.named_parameters():
+            if parameter.grad is not None and not self._is_second(name):
                 total += plain(parameter.grad).square().sum() / self.copies(parameter)
         return total
+
+    def _is_second(self, name: str) -> bool:
+        """Whether a parameter is the last stage's copy of one that the first stage has."""
+        return name.startswith("embedding.") and not self.parts[0].first
+
+    @torch.no_grad()
+    def _join_embeddings(self) -> None:
+        """Add up the gradients of an embedding that the first and the last stage both have: it stays one tensor."""
+        config = self.parts[0].config
+        if self._pipeline is None or not (config.tied_embeddings or config.mtp_layers):
+            return
+        part = next((part for part in self.parts if part.embedding is not None), None)
+        gradient = None if part is None or part.embedding is None else part.embedding.weight.grad
+        if part is None or gradient is None:
+            return
+        own = plain(gradient)
+        other = torch.empty_like(own)
+        group = self.world.mesh("pipeline").get_group()
+        peer = dist.get_global_rank(group, dist.get_world_size(group) - 1 if part.first else 0)
+        messages = [dist.P2POp(dist.isend, own, peer, group), dist.P2POp(dist.irecv, other, peer, group)]
+        for work in dist.batch_isend_irecv(messages):
+            work.wait()
+        own += other
 
     def copies(self, parameter: Tensor) -> float:
         """How many processes hold each element of `parameter`."""
@@ -138,10 +172,37 @@ class ParallelModel:
         return self.world.size / self.world.layout.pipeline / pieces
 
     @torch.no_grad()
+    def balance(self) -> Tensor | None:
+        """Move the routers' biases by the load of the step, and begin to count anew.
+
+        Returns tokens an expert `[L, E]` over all processes, or None for a model without experts.
+        """
+        config = self.parts[0].config
+        if config.mixture is None:
+            return None
+        routers = [pair for part in self.parts for pair in part.routers()]
+        loads = torch.zeros(config.layers + config.mtp_layers, config.mixture.experts, device=self.world.device.type)
+        for number, router in routers:
+            loads[number] = router.load
+            router.load.zero_()
+        self.world.sum(loads)
+        for number, router in routers:
+            router.balance(loads[number])
+        return loads[loads.sum(1) > 0]
+
+    @torch.no_grad()
     def scale_gradients(self, factor: Tensor) -> None:
         """Multiply every gradient by `factor`, 0-d."""
         gradients = [plain(parameter.grad) for parameter in self.parameters() if parameter.grad is not None]
         torch._foreach_mul_(gradients, factor)
+
+
+def _with_next(labels: Tensor, document_ids: Tensor) -> Tensor:
+    """`labels [B, S]` with the token after each beside it, `[B, S, 2]`; none where that is another document's."""
+    following = labels.roll(-1, 1)
+    following[:, -1] = IGNORE_INDEX
+    same = document_ids == document_ids.roll(-1, 1)
+    return torch.stack((labels, following.where(same, IGNORE_INDEX)), -1)
 
 
 def plain(x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 
 from zili.models.decoder import Decoder
 from zili.models.layers import Seam
+from zili.models.mixture import Experts
 from zili.parallel.collectives import AllSum, gather, scatter_sum
 
 ROWS, COLUMNS, WHOLE = Shard(0), Shard(1), Replicate()
@@ -66,6 +67,8 @@ PARAMETERS = (
     Rule("*.attention.query", ROWS, ROWS),
     Rule("*.attention.key", ROWS, ROWS),
     Rule("*.attention.value", ROWS, ROWS),
+    Rule("*.attention.query_up", ROWS),
+    Rule("*.attention.key_value_up", ROWS),
     Rule("*.attention.output", COLUMNS),
     Rule("*.feed_forward.gate", ROWS, ROWS),
     Rule("*.feed_forward.up", ROWS, ROWS),
@@ -103,6 +106,8 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
     """Cut `model`, still on the meta device, over `mesh` (one dimension)."""
     group, rank = mesh.get_group(), mesh.get_local_rank()
     for name, module in list(model.named_modules()):
+        if isinstance(module, Experts):
+            continue  # they are whole here: `expert` parallelism shares them, among these processes too
         rule = next(rule for rule in PARAMETERS if fnmatchcase(name, rule.modules))
         for key, parameter in list(module.named_parameters(recurse=False)):
             placement = rule.bias if key == "bias" else rule.weight

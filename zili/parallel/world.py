@@ -74,15 +74,18 @@ class World:
         )
         self._meshes["expert"] = mixture["expert"]
         self._meshes["expert_weights"] = mixture[(*around, "expert_shards")]
-        if layout.context > 1:
-            others = layout.world // layout.context // layout.tensor
-            sequence = init_device_mesh(
-                kind, (others, layout.context, layout.tensor), mesh_dim_names=("others", "context", "within")
-            )
-            self._meshes["context"] = sequence["context"]
+        together = layout.context * layout.tensor
+        others = layout.world // together
+        sequence = init_device_mesh(
+            kind, (others, layout.context, layout.tensor), mesh_dim_names=("others", "context", "within")
+        )
+        self._meshes["context"] = sequence["context"]
+        whole = init_device_mesh(kind, (others, together), mesh_dim_names=("others", "sequence"))
+        self._meshes["sequence"] = whole["sequence"]
 
     def mesh(self, name: str) -> DeviceMesh:
-        """`tensor`, `context`, `pipeline`, `expert`, or `weights` and `expert_weights`, which are replicas x shards."""
+        """By what its processes share: `pipeline`, `tensor`, `context`, `sequence` (the last two together), `expert`;
+        `weights` and `expert_weights` are replicas x shards."""
         return self._meshes[name]
 
     @property

@@ -16,7 +16,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,11 +137,14 @@ def read_state(path: Path) -> RunState:
         raise CheckpointError(f"{path / RUN_FILE} cannot be read: {error!r}") from error
 
 
-def restore(path: Path, config: ModelConfig, named: Named, optimizers: list[Optimizer], rank: int) -> dict[str, Tensor]:
+def restore(
+    path: Path, config: ModelConfig, tensors: dict[str, Tensor], named: Named, optimizers: list[Optimizer], rank: int
+) -> dict[str, Tensor]:
     """Fill weights and optimizer state in place; returns the generator states of process `rank` by name.
 
-    `named` are the parameters that this process has a part of. It reads only those parts, whatever the layout was
-    that wrote them. A process that was not there has no generator states: the result is empty then.
+    `tensors` (from `model_tensors`) and the parameters `named` are what this process has a part of. It reads only those
+    parts, whatever the layout was that wrote them. A process that was not there has no generator states: the result is
+    empty then.
 
     Raises:
         CheckpointError: the checkpoint is of another model or optimizer.
@@ -149,9 +152,8 @@ def restore(path: Path, config: ModelConfig, named: Named, optimizers: list[Opti
     metadata = _metadata(path)
     wanted = {f"model.{name}" for name in parameter_shapes(config)}
     _check_same_keys(path, {key for key in metadata if key.startswith("model.")}, wanted)
-    tensors = model_tensors(named)
     states = _empty_optimizer_state(path, config, named, optimizers, metadata)
-    tensors.update({key: tensor for key, (_, _, tensor) in states.items()})
+    tensors = {**tensors, **{key: tensor for key, (_, _, tensor) in states.items()}}
     rng = {
         key: torch.empty(entry.size, dtype=torch.uint8)
         for key, entry in metadata.items()
@@ -182,7 +184,7 @@ def load_model(path: Path) -> Decoder:
     with torch.device("meta"):
         model = Decoder(config)
     model.to_empty(device="cpu")
-    tensors, metadata = model_tensors(list(model.named_parameters())), _metadata(found)
+    tensors, metadata = model_tensors(model.named_tensors()), _metadata(found)
     _check_same_keys(found, {key for key in metadata if key.startswith("model.")}, set(tensors))
     _read(found, tensors, metadata)
     return model.eval()
@@ -219,10 +221,9 @@ def one_process() -> Iterator[None]:
         yield
 
 
-def model_tensors(named: Named) -> dict[str, Tensor]:
+def model_tensors(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Weights under the names that a checkpoint has them by."""
-    # Parameters by identity: a tied head is the embedding, named once.
-    return {f"model.{name}": parameter.detach() for name, parameter in named}
+    return {f"model.{name}": tensor.detach() for name, tensor in named}
 
 
 def optimizer_tensors(named: Named, optimizers: list[Optimizer]) -> dict[str, Tensor]:

@@ -68,6 +68,7 @@ class Trainer:
         self._saver = Saver(self.checkpoint_folder, self.world, keep=keep, asynchronous=asynchronous)
         self._saved_at: int | None = None
         self._last: tuple[Tensor, Tensor] | None = None
+        self._loads: Tensor | None = None
         # Dropout's, after the measurement, which draws numbers too. Each process drops other elements.
         device.seed(config.seed + self.world.rank)
         self._flops_per_token = training_flops_per_token(config.model, config.training.sequence_length)
@@ -115,8 +116,9 @@ class Trainer:
         state = self.world.agree(lambda: self._state_that_belongs(found))
         self.world.from_first(lambda: checkpoints.set_aside_after(found))
         named = list(self.parallel.named_parameters())
+        tensors = checkpoints.model_tensors(self.parallel.named_tensors())
         rng = self.world.agree(
-            lambda: checkpoints.restore(found, self.config.model, named, self.optimizers, self.world.rank)
+            lambda: checkpoints.restore(found, self.config.model, tensors, named, self.optimizers, self.world.rank)
         )
         if not rng:
             self.note(f"{found} was written by fewer processes: dropout draws other numbers from here on")
@@ -144,7 +146,7 @@ class Trainer:
         )
         named = list(self.parallel.named_parameters())
         tensors = {
-            **checkpoints.model_tensors(named),
+            **checkpoints.model_tensors(self.parallel.named_tensors()),
             **checkpoints.optimizer_tensors(named, self.optimizers),
             **{checkpoints.generator_key(k, self.world.rank): v for k, v in self.device.rng_state().items()},
         }
@@ -208,6 +210,7 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
+        self._loads = self.parallel.balance()
         self.step += 1
         self._last = loss, norm
         return loss, norm
@@ -240,6 +243,7 @@ class Trainer:
             step_seconds=seconds,
             data_seconds=waited,
             tokens_per_second=tokens / seconds,
+            routing=routing_figures(self._loads),
             matmul_share=tokens * self._flops_per_token / seconds / self.matmul_peak / self.world.size,
         )
 
@@ -279,3 +283,11 @@ def _differences(there: dict[str, Any], here: dict[str, Any], keys: Iterable[str
 
 def _at(config: dict[str, Any], key: str) -> Any:
     return reduce(lambda table, part: table.get(part, {}), key.split("."), config)
+
+
+def routing_figures(loads: Tensor | None) -> dict[str, float]:
+    """How evenly experts were used in a step, from tokens an expert `[L, E]`: in the least even layer."""
+    if loads is None or not len(loads):
+        return {}
+    shares = loads / loads.mean(1, keepdim=True)
+    return {"expert_load_max": float(shares.max()), "expert_load_min": float(shares.min())}

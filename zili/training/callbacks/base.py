@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,6 +28,13 @@ class StepRecord:
     tokens_per_second: float
     matmul_share: float
     """Model FLOP/s over the matmul peak measured at start."""
+    routing: dict[str, float] = field(default_factory=dict)
+    """Of a mixture: the most and the least used expert's tokens over the mean, in the least even layer."""
+
+    def figures(self) -> dict[str, float]:
+        """All of it under one name each."""
+        table = asdict(self)
+        return {**{name: value for name, value in table.items() if name != "routing"}, **self.routing}
 
 
 class Callback:

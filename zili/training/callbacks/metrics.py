@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -48,7 +47,7 @@ class MetricsLog(Callback):
         )
 
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
-        self.write("train", **asdict(record))
+        self.write("train", **record.figures())
 
     def on_evaluation(self, step: int, values: dict[str, float]) -> None:
         """Record one evaluation; what makes them lives on a higher floor."""
@@ -96,7 +95,7 @@ class TensorBoardLog(Callback):
         self._writer = SummaryWriter(self._folder, purge_step=trainer.step + 1)
 
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
-        for name, value in asdict(record).items():
+        for name, value in record.figures().items():
             if name != "step":
                 self._writer.add_scalar(f"train/{name}", value, record.step)
 

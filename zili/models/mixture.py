@@ -1,0 +1,175 @@
+"""A mixture of experts: a router, experts as stacks of matrices, and what keeps their load even.
+
+Everything that is counted or averaged is taken a sequence, or the whole step, at a time, never a micro-batch: a token's
+route and a step's losses do not depend on how the batch was cut.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zili import ops
+from zili.config.mixture import MixtureConfig
+from zili.config.model import ModelConfig
+from zili.models.feed_forward import FeedForward
+from zili.models.layers import Seam, local
+
+
+class Routes(NamedTuple):
+    """Where tokens go."""
+
+    experts: Tensor
+    """`[B, S, k]` int64."""
+    weights: Tensor
+    """`[B, S, k]` fp32: what each expert's output counts."""
+
+
+class Router(nn.Module):
+    """Scores of every expert for every token, and the `top_k` that are chosen. In fp32 throughout.
+
+    Sources: softmax, TeleChat2-39B-A12B's (MindFormers TopkRouterV2); sigmoid with a bias that only chooses,
+    DeepSeek-V3 section 2.1.2, which TeleChat3-105B-A4.7B follows.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.mixture is not None
+        self.mixture: MixtureConfig = config.mixture
+        experts = self.mixture.experts
+        self.weight = nn.Parameter(torch.empty(experts, config.hidden_size))
+        self.expert_bias: Tensor | None
+        self.load: Tensor
+        self.register_buffer("expert_bias", torch.zeros(experts) if self.mixture.bias else None)
+        self.register_buffer("load", torch.zeros(experts), persistent=False)
+        """Tokens that went to each expert in training since `balance` last read it, `[E]`."""
+        self.sequence = Seam()
+        """Sums what the processes that share a sequence counted."""
+
+    def forward(self, x: Tensor) -> tuple[Routes, Tensor, Tensor]:
+        """`x [B, S, D]` -> routes, the balance loss summed over tokens (0-d), and tokens an expert `[E]`."""
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.float(), local(self.weight).float())
+        softmax = self.mixture.scoring == "softmax"
+        scores = logits.softmax(-1) if softmax else logits.sigmoid()
+        wanted = scores if self.expert_bias is None else scores + self.expert_bias
+        experts = wanted.topk(self.mixture.top_k, dim=-1).indices
+        weights = scores.gather(-1, experts)
+        if self.mixture.normalize:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        counts = F.one_hot(experts.flatten(1), self.mixture.experts).sum(1).float()
+        routes = Routes(experts, weights * self.mixture.scale)
+        return routes, self._balance_loss(scores, counts), counts.sum(0)
+
+    def _balance_loss(self, scores: Tensor, counts: Tensor) -> Tensor:
+        """`E / (k S) counts . mean(share)` of each sequence, times its S tokens, summed (DeepSeek-V3, eq. 17 to 20).
+
+        `scores [B, S, E]` of the tokens here, `counts [B, E]`. Of a sequence that processes share each adds its term.
+        """
+        if not self.mixture.balance_loss or not torch.is_grad_enabled():
+            return scores.new_zeros(())
+        counts = self.sequence(counts)
+        tokens = counts.sum(-1, keepdim=True) / self.mixture.top_k
+        shares = (scores / scores.sum(-1, keepdim=True)).sum(1)
+        fractions = self.mixture.experts / self.mixture.top_k * counts / tokens
+        return self.mixture.balance_loss * (fractions * shares).sum()
+
+    @torch.no_grad()
+    def balance(self, load: Tensor) -> None:
+        """Move the biases after a step in which `load [E]` tokens went to each expert, over all processes."""
+        if self.expert_bias is not None and self.mixture.bias_update_rate:
+            self.expert_bias += self.mixture.bias_update_rate * torch.sign(load.mean() - load)
+
+
+class Noted(torch.autograd.Function):
+    """Passes `x` on. Backward, `loss` joins the sum that is differentiated, and `counts` are added to `load`.
+
+    Counted backward, since a forward pass may be for evaluation, or be done twice where activations are recomputed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor, load: Tensor, counts: Tensor) -> Tensor:
+        ctx.load, ctx.counts = load, counts
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        if ctx.counts is not None:  # a pipeline that puts weight gradients off comes by twice
+            ctx.load += ctx.counts
+            ctx.counts = None
+        return grad, torch.ones((), device=grad.device), None, None
+
+
+class Exchange(nn.Module):
+    """Brings rows to the processes that have their experts, and back. Alone, a process has all experts."""
+
+    def there(self, rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """`rows [M, D]` sorted by expert, `counts [E]` -> those of the experts here, and what `back` needs."""
+        return rows, counts, None
+
+    def back(self, rows: Tensor, ticket: Any) -> Tensor:
+        """Rows in the order in which they were given to `there`."""
+        return rows
+
+
+class Experts(nn.Module):
+    """E SwiGLU layers as three stacks of matrices: gate, up `[E, F, D]`, down `[E, D, F]`."""
+
+    def __init__(self, mixture: MixtureConfig, hidden: int) -> None:
+        super().__init__()
+        experts, ffn = mixture.experts, mixture.ffn_hidden_size
+        self.gate = nn.Parameter(torch.empty(experts, ffn, hidden))
+        self.up = nn.Parameter(torch.empty(experts, ffn, hidden))
+        self.down = nn.Parameter(torch.empty(experts, hidden, ffn))
+        self.exchange = Exchange()
+
+    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """`rows [M, D]` sorted by expert, of which `counts [E]` (int64) say how many are whose -> `[M, D]`."""
+        rows, counts, ticket = self.exchange.there(rows, counts)
+        ends = counts.cumsum(0).to(torch.int32)
+        gate, up = (ops.grouped_matmul(rows, local(weight), ends) for weight in (self.gate, self.up))
+        return self.exchange.back(ops.grouped_matmul(ops.swiglu(gate, up), local(self.down), ends), ticket)
+
+
+class Mixture(nn.Module):
+    """`x [B, S, D]` -> `[B, S, D]`: the chosen experts' outputs, weighted, and the shared expert's."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.mixture is not None
+        mixture = config.mixture
+        self.router = Router(config)
+        self.experts = Experts(mixture, config.hidden_size)
+        self.shared: FeedForward | None = None
+        if mixture.shared_experts:
+            width = mixture.shared_experts * mixture.ffn_hidden_size
+            self.shared = FeedForward(config.model_copy(update={"ffn_hidden_size": width}))
+
+    # Which rows go where is known only when it runs, so there is no graph to compile.
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> Tensor:
+        routes, loss, counts = self.router(x)
+        if torch.is_grad_enabled():
+            x = Noted.apply(x, loss, self.router.load, counts)
+        out = self._routed(x, routes)
+        return out if self.shared is None else out + self.shared(x)
+
+    def _routed(self, x: Tensor, routes: Routes) -> Tensor:
+        top_k = routes.experts.shape[-1]
+        experts = routes.experts.flatten()
+        order = experts.argsort(stable=True)
+        counts = torch.bincount(experts, minlength=self.router.mixture.experts)
+        rows = x.flatten(0, 1)[order // top_k]
+        # `inverse` puts each result back beside the others of its token, so that a token's sum has one order.
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        out = self.experts(rows, counts)[inverse].unflatten(0, (-1, top_k))
+        weights = routes.weights.flatten(0, 1)[..., None]
+        return (out * weights).sum(1).to(x.dtype).view(x.shape)
+
+
+def feed_forward_of(config: ModelConfig, layer: int) -> nn.Module:
+    """What layer `layer` has between its second norm and the residual."""
+    return Mixture(config) if config.has_experts(layer) else FeedForward(config)
