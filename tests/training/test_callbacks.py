@@ -91,7 +91,7 @@ def test_tensorboard_shows_the_recorded_figures(recipe: Recipe) -> None:
     train(recipe(), recorder, log, At(4, lambda: log.on_evaluation(4, {"bits_per_byte": 1.5})))
     found = board(recipe().folder)
     assert found["eval/bits_per_byte"] == [(4, 1.5)]
-    for name in asdict(recorder.records[0]).keys() - {"step"}:
+    for name in recorder.records[0].figures().keys() - {"step"}:
         expected = [(record.step, getattr(record, name)) for record in recorder.records]
         assert [step for step, _ in found[f"train/{name}"]] == [step for step, _ in expected]
         assert [v for _, v in found[f"train/{name}"]] == pytest.approx([v for _, v in expected], rel=1e-6), name

@@ -234,6 +234,8 @@ class Decoder(nn.Module):
         if self.first:
             assert self.embedding is not None
             x = self._scaled(self.embedding(inputs), self.config.embedding_multiplier)
+            if torch.is_autocast_enabled(x.device.type):
+                x = x.float()  # products run in half precision, what they are added up in does not
         for i, block in self.layers.items():
             entry = None if cache is None else cache.entry(i, start)
             x = self._run(block, x, cos, sin, document_ids, entry)

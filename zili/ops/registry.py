@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -90,13 +90,16 @@ def chosen() -> dict[str, str]:
     return dict(_names)
 
 
-def choose(device_type: str, precision: str, asked: Mapping[str, str]) -> list[tuple[str, str, str]]:
+def choose(
+    device_type: str, precision: str, asked: Mapping[str, str], unused: Collection[str] = ()
+) -> list[tuple[str, str, str]]:
     """Set every operation's version; returns (operation, version, reason) of each that has more than one.
 
     Args:
         device_type: torch's device type.
         precision: "fp32" or "bf16".
         asked: version by operation, as the recipe or a resumed checkpoint names it.
+        unused: operations that the model does not need: no choice of theirs is of interest.
     Raises:
         ConfigError: an operation or version of that name does not exist, or it cannot run here.
     """
@@ -107,7 +110,7 @@ def choose(device_type: str, precision: str, asked: Mapping[str, str]) -> list[t
         version = next((version for version in VERSIONS if version.operation == operation), None)
         if operation in asked:
             name, function, reason = _asked_for(version, asked[operation], operation, where)
-        elif version is not None:
+        elif version is not None and operation not in unused:
             name, function, reason = _best(version, where)
         else:
             continue

@@ -96,18 +96,24 @@ class ParallelModel:
         """
         if document_ids is None:
             document_ids = torch.zeros_like(input_ids)
-        rows = self.world.rows(len(input_ids))
-        inputs, targets, documents = self._own(Batch(input_ids[rows], labels[rows], document_ids[rows]))
-        with torch.no_grad(), self.autocast():
-            if self._pipeline is not None:
-                total = self._pipeline.loss_sum(inputs, targets, documents, backward=False)
-            else:
-                total = self.parts[0].loss_sum(inputs, targets, document_ids=documents)
+        whole = (input_ids, labels, document_ids)
+        # A pipeline's messages have one size, that of a step.
+        at_once = self.rows_together if self._pipeline is not None else len(input_ids)
+        total = torch.zeros((), device=self.world.device.type)
+        for some in zip(*(rows.split(at_once) for rows in whole), strict=True):
+            total += self._evaluated(*self._own(Batch(*(rows[self.world.rows(len(rows))] for rows in some))))
         return self.world.sum(self._once(total))
+
+    @torch.no_grad()
+    def _evaluated(self, inputs: Tensor, labels: Tensor, documents: Tensor) -> Tensor:
+        with self.autocast():
+            if self._pipeline is not None:
+                return self._pipeline.loss_sum(inputs, labels, documents, backward=False)
+            return self.parts[0].loss_sum(inputs, labels, document_ids=documents)
 
     @property
     def rows_together(self) -> int:
-        """`loss_sum` takes a multiple of so many rows; with a pipeline exactly so many."""
+        """`loss_sum` takes a multiple of so many rows."""
         own = self.micro_batch * self._pipeline.micro_batches if self._pipeline is not None else 1
         return own * self.world.layout.data
 

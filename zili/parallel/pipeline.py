@@ -75,9 +75,8 @@ class Pipeline:
         first = (input_ids,) if self.has_first else ()
         losses: list[Tensor] | None = [] if self.has_last else None
         target = labels if self.has_last else None
-        more = {"return_outputs": False} if backward else {}
-        output = run(*first, target=target, losses=losses, labels=labels, document_ids=document_ids, **more)
-        del output
+        batch = {"labels": labels, "document_ids": document_ids}
+        run(*first, target=target, losses=losses, return_outputs=False, **batch)
         if not losses:
             return torch.zeros((), device=input_ids.device)
         return torch.stack([loss.detach() for loss in losses]).sum()

@@ -85,10 +85,11 @@ def _resolve(config: RunConfig, layout: Layout, device: Device) -> tuple[RunConf
     ]
     if config.parallel.shards == "auto":
         choices.append(Choice("parallel.shards", str(layout.shards), f"what is left of {layout.world} processes"))
+    unused = () if config.model.mixture else ("grouped_matmul",)
     own, kept = config.chip.operations, _kept_operations(previous, device.type, precision)
     choices += [
         Choice(f"chip.operations.{name}", version, _KEPT if name in kept.keys() - own else why)
-        for name, version, why in ops.choose(device.type, precision, {**kept, **own})
+        for name, version, why in ops.choose(device.type, precision, {**kept, **own}, unused)
     ]
     chip = config.chip.model_copy(update={"name": device.backend.name, "precision": precision, "compile": compiled})
     training = config.training.model_copy(update={"micro_batch": micro})
@@ -129,6 +130,8 @@ def _kept_operations(previous: RunState | None, device_type: str, precision: Pre
     from zili.ops.registry import REFERENCE, VERSIONS
 
     several = {version.operation for version in VERSIONS}
+    if previous and not _table(previous, "model").get("mixture"):
+        several.discard("grouped_matmul")
     return {
         name: version
         for name, version in (previous.operations if previous else {}).items()
