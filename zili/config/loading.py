@@ -12,8 +12,10 @@ from typing import Any, get_args
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
+from zili.config.model import ModelConfig
 from zili.config.presets import load_preset
 from zili.config.run import RunConfig
+from zili.config.scaling import scaled_down
 from zili.errors import ConfigError
 
 _BRANCH = re.compile(r"bool|constrained-int|literal\[.*\]")
@@ -51,15 +53,27 @@ def dump_recipe(config: RunConfig) -> str:
 
 
 def _with_preset(model: Any, origin: str) -> Any:
+    """The `[model]` table with its `preset` filled in, and made small where it says `scaled_to`."""
     if not isinstance(model, dict) or "preset" not in model:
         return model
-    own = {key: value for key, value in model.items() if key != "preset"}
+    own = {key: value for key, value in model.items() if key not in ("preset", "scaled_to")}
     if not isinstance(model["preset"], str):
         raise ConfigError(f"{origin}: model.preset must be a name in quotes, not {model['preset']!r}")
     preset = load_preset(model["preset"])
-    if isinstance(own.get("rotary", {}), dict):
-        own["rotary"] = {**preset.get("rotary", {}), **own.get("rotary", {})}
+    if "scaled_to" in model:
+        preset = _scaled(preset, model["scaled_to"], origin)
+    for table in ("rotary", "mixture", "latent"):
+        if table in preset and isinstance(own.get(table, {}), dict):
+            own[table] = {**preset[table], **own.get(table, {})}
     return {**preset, **own}
+
+
+def _scaled(preset: dict[str, Any], hidden_size: Any, origin: str) -> dict[str, Any]:
+    if not isinstance(hidden_size, int) or hidden_size < 32 or hidden_size % 16:
+        raise ConfigError(
+            f"{origin}: model.scaled_to = {hidden_size!r}; give a hidden size, a multiple of 16 from 32 on"
+        )
+    return scaled_down(ModelConfig.model_validate(preset), hidden_size).model_dump(mode="json", exclude_none=True)
 
 
 def _with_overrides(table: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
