@@ -34,6 +34,16 @@ PUBLISHED = {
     # Only the vocabulary differs from TeleChat-52B: 80,384 rows for 80,896, in and out.
     "tele-flm-52b": 105_665_020_032 // 2 - 64 - 2 * (80_896 - 80_384) * 8192,
     "tele-flm-1t": 1_083_813_908_480,
+    # The published total leaves out the biases of 30 attention outputs and the final norm.
+    "telechat2-39b-a12b": 39_328_006_144 + 30 * 4096 + 4096,
+    "telechat3-105b-a4.7b": 102_256_318_208,
+    # Ours; the sum is written out in the preset.
+    "zili-1t-a32b": 1_008_879_105_152,
+}
+ACTIVE = {
+    "telechat2-39b-a12b": 12_148_916_224 + 30 * 4096 + 4096,
+    "telechat3-105b-a4.7b": 4_675_835_648,
+    "zili-1t-a32b": 31_891_485_824,
 }
 
 
@@ -53,6 +63,10 @@ def small(name):
         "kv_heads": 2,
         "head_dim": 6,
     }
+    if full.mixture:
+        sizes["mixture"] = {**full.mixture.model_dump(), "experts": 8, "top_k": 2, "ffn_hidden_size": 24}
+    if full.latent:
+        sizes["latent"] = {"query_rank": 20, "key_value_rank": 12, "rope_head_dim": 2, "value_head_dim": 5}
     return preset(name, ffn_hidden_size=40, **sizes)
 
 
@@ -70,10 +84,34 @@ def test_counts_are_those_of_the_built_model(name):
     config = small(name)
     with torch.device("meta"):
         decoder = Decoder(config)
-    built = {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
+    built = {name: tuple(tensor.shape) for name, tensor in decoder.named_tensors()}
     assert built == parameter_shapes(config)
-    assert count_parameters(config).total == sum(prod(shape) for shape in built.values())
-    assert all(parameter.is_meta for parameter in decoder.parameters())
+    count = count_parameters(config)
+    assert count.total + count.next_tokens == sum(prod(shape) for shape in built.values())
+    assert all(tensor.is_meta for _, tensor in decoder.named_tensors())
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_active_parameters_are_the_published_ones(name):
+    assert count_parameters(preset(name)).active == ACTIVE[name]
+
+
+def test_the_layer_of_multi_token_prediction_is_what_the_published_name_counts_in():
+    count = count_parameters(preset("telechat3-105b-a4.7b"))
+    # One more layer with experts, a projection of two hidden states, three norms.
+    layer = parameter_shapes(preset("telechat3-105b-a4.7b", mtp_layers=0))
+    block = sum(prod(shape) for name, shape in layer.items() if name.startswith("layers.44."))
+    assert count.next_tokens == block + 2 * 2560**2 + 3 * 2560
+    assert round((count.total + count.next_tokens) / 1e9) == 105
+
+
+def test_the_trillion_divides_over_many_processes():
+    config = preset("zili-1t-a32b")
+    state = training_state_bytes(config)
+    assert (round(state.weights / 1e9), round(state.total / 1e9)) == (4104, 16417)
+    assert round(training_flops_per_token(config, 4096) / 1e8) == 2008
+    sizes = (config.heads, config.mixture.experts, config.mixture.ffn_hidden_size, config.hidden_size)
+    assert all(size % 64 == 0 for size in (*sizes, config.vocab_size))
 
 
 def test_unknown_preset_names_the_nearest():

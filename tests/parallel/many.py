@@ -5,10 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import signal
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,7 @@ def on_processes(count: int, work: Callable[..., Any], *arguments: Any) -> list[
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["zili.training.trainer", "zili.cli.launch", "torch.utils.tensorboard"])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     results: multiprocessing.Queue[Any] = context.Queue()
     processes = [
         context.Process(target=_on_one, args=(rank, count, port, results, work, arguments)) for rank in range(count)
@@ -78,6 +77,13 @@ def on_processes(count: int, work: Callable[..., Any], *arguments: Any) -> list[
     return [found[rank] for rank in range(count)]
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listened at a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @dataclass
 class Failed:
     trace: str
@@ -102,25 +108,43 @@ def _on_one(rank: int, count: int, port: int, results: Any, work: Callable[..., 
             torch.distributed.destroy_process_group()
 
 
-def train(config: RunConfig) -> Curve:
-    """Train `config` as a process of its world does, from its newest checkpoint."""
+class Stop(Callback):
+    """Ends a run after one step, by a signal to its last process alone: the others must hear of it."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def after_step(self, trainer: Trainer) -> None:
+        if trainer.step == self.step and trainer.world.rank == trainer.world.size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def open_trainer(config: RunConfig, callbacks: Sequence[Callback] = ()) -> Trainer:
+    """The trainer of `config` on a process of its world."""
     from zili.chips import find_backend  # noqa: F401 - the package is preloaded
     from zili.cli.launch import prepare_launch
 
     with mock.patch("zili.training.setup.chips.activate", _activate):
         launch = prepare_launch(config)
-    ops.choose("cpu", "fp32", config.chip.operations)
-    curve = Curve()
+    resolved = launch.setup.config
+    assert resolved.chip.precision != "auto"
+    ops.choose("cpu", resolved.chip.precision, config.chip.operations)
     with mock.patch("zili.training.trainer.matmul_peak", return_value=PEAK):
-        trainer = Trainer(launch.setup.config, launch.loader, launch.setup.device, [curve], launch.setup.world)
+        return Trainer(resolved, launch.loader, launch.setup.device, callbacks, launch.setup.world)
+
+
+def train(config: RunConfig, stop: int | None = None) -> Curve:
+    """Train `config` as a process of its world does, from its newest checkpoint to its end or to step `stop`."""
+    curve = Curve()
+    trainer = open_trainer(config, [curve] if stop is None else [curve, Stop(stop)])
     trainer.resume()
     trainer.fit()
     return curve
 
 
-def curve_of(config: RunConfig, world: int) -> Curve:
+def curve_of(config: RunConfig, world: int, stop: int | None = None) -> Curve:
     """Losses and gradient norms of `config` on `world` processes; all of them report the same."""
-    curves = on_processes(world, train, config)
+    curves = on_processes(world, train, config, stop)
     for other in curves[1:]:
         assert other.losses == curves[0].losses and other.norms == curves[0].norms
     return curves[0]

@@ -1,9 +1,13 @@
 """What the release tests read: the golden folders, and shapes and configurations of tiny published ones."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden"
 DENSE = ["telechat1-7b", "telechat2-gqa", "telechat2-mha", "telechat2-ntk", "telechat3-36b"]
@@ -141,8 +145,116 @@ TELECHAT2 = {
     "vocab_size": 72,
 }
 
+
+def swiglu_shapes(prefix, width):
+    return {f"{prefix}.{part}_proj.weight": (width, 32) for part in ("gate", "up")} | {
+        f"{prefix}.down_proj.weight": (32, width)
+    }
+
+
+DEEPSEEK = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_bias": False,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "kv_lora_rank": 12,
+    "max_position_embeddings": 4096,
+    "model_type": "deepseek_v3",
+    "moe_intermediate_size": 24,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 4,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 2,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 20,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "routed_scaling_factor": 2.8,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "v_head_dim": 6,
+    "vocab_size": 72,
+}
+
+
+def deepseek_layer(number):
+    layer = f"model.layers.{number}"
+    shapes = {
+        f"{layer}.input_layernorm.weight": (32,),
+        f"{layer}.self_attn.q_a_proj.weight": (20, 32),
+        f"{layer}.self_attn.q_a_layernorm.weight": (20,),
+        f"{layer}.self_attn.q_b_proj.weight": (48, 20),
+        f"{layer}.self_attn.kv_a_proj_with_mqa.weight": (16, 32),
+        f"{layer}.self_attn.kv_a_layernorm.weight": (12,),
+        f"{layer}.self_attn.kv_b_proj.weight": (56, 12),
+        f"{layer}.self_attn.o_proj.weight": (32, 24),
+        f"{layer}.post_attention_layernorm.weight": (32,),
+    }
+    if number == 0:
+        return shapes | swiglu_shapes(f"{layer}.mlp", 40)
+    shapes |= {f"{layer}.mlp.gate.weight": (4, 32), f"{layer}.mlp.gate.e_score_correction_bias": (4,)}
+    for expert in range(4):
+        shapes |= swiglu_shapes(f"{layer}.mlp.experts.{expert}", 24)
+    return shapes | swiglu_shapes(f"{layer}.mlp.shared_experts", 24)
+
+
+def deepseek_shapes():
+    shapes = {"model.embed_tokens.weight": (72, 32), "model.norm.weight": (32,), "lm_head.weight": (72, 32)}
+    for i in range(3):
+        shapes |= deepseek_layer(i)
+    norms = {f"model.layers.2.{name}.weight": (32,) for name in ("enorm", "hnorm", "shared_head.norm")}
+    return shapes | norms | {"model.layers.2.eh_proj.weight": (32, 64)}
+
+
+def telechat2_expert_shapes():
+    shapes = {name: shape for name, shape in telechat2_shapes().items() if ".mlp." not in name}
+    for i in range(2):
+        mlp = f"transformer.h.{i}.mlp"
+        shapes |= {f"{mlp}.router.weight": (4, 32)}
+        for expert in range(4):
+            shapes |= swiglu_shapes(f"{mlp}.local_experts.{expert}", 24)
+    return shapes
+
+
 PUBLISHED = {
     "telechat2": (TELECHAT2, telechat2_shapes()),
     "telechat52": (TELECHAT52, telechat52_shapes()),
     "llama": (TELE_FLM, llama_shapes()),
+    "deepseek": (DEEPSEEK, deepseek_shapes()),
+    "telechat2 with experts": (
+        {**TELECHAT2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+        telechat2_expert_shapes(),
+    ),
 }
+
+
+def write_checkpoint(folder, decoder, shards=3):
+    """A checkpoint as processes write it that each have some rows of every matrix, and the first all of the rest."""
+    folder.mkdir(parents=True)
+    for shard in range(shards):
+        pieces, places = {}, {}
+        for name, tensor in decoder.named_tensors():
+            rows = -(-len(tensor) // shards) if tensor.ndim > 1 else len(tensor)
+            piece = tensor.detach()[shard * rows : (shard + 1) * rows]
+            if len(piece):
+                start = [shard * rows] + [0] * (tensor.ndim - 1)
+                pieces[f"model.{name}"], places[f"model.{name}"] = piece.clone(), {SAVED_OFFSETS_KEY: start}
+        save_file(
+            pieces, folder / f"shard-{shard + 1:05d}-model.safetensors", {CUSTOM_METADATA_KEY: json.dumps(places)}
+        )
+    config = {"model": decoder.config.model_dump()}
+    state = {"step": 3, "samples": 0, "config": config, "data_fingerprint": "", "format": 1}
+    (folder / "run.json").write_text(json.dumps(state))
+    sums = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in sorted(folder.iterdir())]
+    (folder / "SHA256SUMS").write_text("".join(sums))

@@ -5,7 +5,6 @@ import os
 
 import pytest
 import torch
-from published_folders import golden_folder
 from safetensors.torch import load_file, save_file
 
 import zili
@@ -18,8 +17,63 @@ def refused(folder, match):
         zili.load(folder)
 
 
-def test_a_mixture_of_experts():
-    refused(golden_folder("telechat3-moe"), r"config.json: n_routed_experts = 8, a mixture of experts; .*dense")
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"n_group": 8}, r"config.json: n_group = 8 is not supported, only 0 or 1 is"),
+        ({"topk_group": 4}, r"topk_group = 4 is not supported"),
+        ({"rope_scaling": {"type": "yarn", "factor": 40}}, r"rope_scaling = .*yarn.* is not supported"),
+        ({"scoring_func": "tanh"}, r"scoring_func = 'tanh' is not supported, only 'sigmoid' or 'softmax'"),
+        ({"moe_layer_freq": 2}, r"moe_layer_freq = 2 is not supported"),
+        ({"topk_method": "group_limited_greedy"}, r"topk_method = 'group_limited_greedy' is not supported"),
+        ({"num_nextn_predict_layers": 2}, r"num_nextn_predict_layers = 2 is not supported"),
+        ({"num_nextn_predict_layers": 0}, r"30 unexpected of 41 tensors"),
+        ({"q_lora_rank": None}, r"q_lora_rank is null, so queries come from the hidden state itself"),
+        ({"attention_bias": True}, r"9 missing of 80 tensors .*q_a_proj.bias"),
+        ({"model_type": "deepseek_v2"}, r"n_routed_experts = 4, a mixture of experts of no layout .*dense checkpoint"),
+        ({"n_routed_experts": 3}, r"6 unexpected of 65 tensors"),
+    ],
+)
+def test_mixtures_that_do_not_fit(publish, changes, match):
+    refused(publish("deepseek", changes=changes), match)
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("local_experts.3.down_proj.bias", r"1 biases in experts or routers .*h.1.mlp.local_experts.3.down_proj.bias"),
+        ("router.bias", r"1 biases in experts or routers .*remove them"),
+    ],
+)
+def test_biases_of_experts_are_not_dropped(publish, name, match):
+    def edit(tensors):
+        tensors[f"transformer.h.1.mlp.{name}"] = torch.zeros(32)
+
+    refused(publish("telechat2 with experts", edit=edit), match)
+
+
+@pytest.mark.parametrize("spelling", ["num_experts", "num_local_experts", "n_routed_experts"])
+@pytest.mark.parametrize("choice", ["num_experts_per_tok", "moe_topk", "top_k"])
+def test_a_mixture_of_the_second_generation_in_several_spellings(publish, spelling, choice):
+    changes = {"num_experts": None, "num_experts_per_tok": None, "moe_intermediate_size": None, "ffn_hidden_size": 24}
+    config = zili.load(publish("telechat2 with experts", changes={**changes, spelling: 4, choice: 2})).config
+    assert (config.mixture.experts, config.mixture.top_k, config.mixture.ffn_hidden_size) == (4, 2, 24)
+    assert (config.mixture.scoring, config.mixture.normalize, config.mixture.shared_experts) == ("softmax", True, 0)
+
+
+def test_a_mixture_that_does_not_say_its_size(publish):
+    folder = publish("telechat2 with experts", changes={"num_experts": None})
+    refused(folder, r"none of the keys num_experts, num_local_experts, n_routed_experts is there")
+
+
+@pytest.mark.parametrize(
+    ("copy", "match"), [("embed_tokens", "embed_tokens.weight"), ("shared_head.head", "lm_head.weight")]
+)
+def test_the_copies_in_the_layer_of_multi_token_prediction_must_be_copies(publish, copy, match):
+    def edit(tensors):
+        tensors[f"model.layers.2.{copy}.weight"] = torch.zeros(72, 32, dtype=torch.bfloat16)
+
+    refused(publish("deepseek", edit=edit), rf"layers.2.{copy}.weight should repeat (model.)?{match} and does not")
 
 
 def test_nothing_there(tmp_path):

@@ -19,6 +19,17 @@ def golden(request):
     return zili.load(folder), load_file(folder / "golden.safetensors")
 
 
+@pytest.fixture
+def mixture():
+    """TeleChat3-105B-A4.7B's architecture; its reference is transformers, with its own eps in the low-rank norms."""
+    folder = golden_folder("telechat3-moe")
+    model = zili.load(folder)
+    for name, module in model.named_modules():
+        if name.endswith(("query_norm", "key_value_norm")):
+            module.eps = 1e-6
+    return model, load_file(folder / "golden.safetensors")
+
+
 @torch.no_grad()
 def greedy(model, ids, *, cached, exact=True, steps=16):
     """Ids `[B, steps]` continuing `ids [B, S]`."""
@@ -34,7 +45,12 @@ def published_gradient(model, name):
     """The gradient of a published tensor, put together from ours."""
     if name.endswith(("word_embeddings.weight", "embed_tokens.weight")):
         return model.embedding.weight.grad
-    attention = model.layers[int(LAYER.match(name)[1])].attention
+    layer = model.layers[int(LAYER.match(name)[1])]
+    attention = layer.attention
+    if name.endswith("mlp.gate.weight"):
+        return layer.feed_forward.router.weight.grad
+    if name.endswith("kv_b_proj.weight"):
+        return attention.key_value_up.weight.grad
     if name.endswith("k_proj.weight"):
         return attention.key.weight.grad
     assert name.endswith("self_attention.key_value.weight")
@@ -44,7 +60,22 @@ def published_gradient(model, name):
 
 
 def test_logits_loss_and_gradients(golden):
-    model, expected = golden
+    check_logits_loss_and_gradients(*golden, gradients=2)
+
+
+def test_logits_loss_and_gradients_of_a_mixture(mixture):
+    check_logits_loss_and_gradients(*mixture, gradients=3)
+
+
+def test_a_mixtures_low_rank_norms_take_the_configurations_eps():
+    folder = golden_folder("telechat3-moe")
+    expected = load_file(folder / "golden.safetensors")
+    logits = zili.load(folder)(expected["input_ids"])
+    assert (logits - expected["logits_lora_norm_eps_from_config"]).abs().max() <= 1e-4
+    assert (logits - expected["logits"]).abs().max() <= 1e-3
+
+
+def check_logits_loss_and_gradients(model, expected, gradients):
     assert not model.training
     ids = expected["input_ids"]
     logits = model(ids)
@@ -55,9 +86,9 @@ def test_logits_loss_and_gradients(golden):
     loss = model.loss_sum(ids, labels) / (labels != IGNORE_INDEX).sum()
     assert (loss - expected["loss"]).abs() <= 1e-5
     loss.backward()
-    gradients = {name.removeprefix("grad."): g for name, g in expected.items() if name.startswith("grad.")}
-    assert len(gradients) == 2
-    for name, gradient in gradients.items():
+    published = {name.removeprefix("grad."): g for name, g in expected.items() if name.startswith("grad.")}
+    assert len(published) == gradients
+    for name, gradient in published.items():
         assert (published_gradient(model, name) - gradient).abs().max() <= 1e-4 * gradient.abs().max()
 
 
@@ -65,6 +96,11 @@ def test_logits_loss_and_gradients(golden):
 def test_greedy_ids(golden, cached):
     model, expected = golden
     assert torch.equal(greedy(model, expected["input_ids"], cached=cached), expected["generated_ids"])
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_greedy_ids_of_a_mixture(mixture, cached):
+    test_greedy_ids(mixture, cached)
 
 
 def test_the_published_cached_loop_is_the_inexact_cache():

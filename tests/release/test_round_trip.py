@@ -1,19 +1,17 @@
 """Published folder -> Zili folder -> published folder: the same names, bytes and configuration."""
 
 import json
-import sys
-from copy import deepcopy
-from types import ModuleType
 
 import pytest
 import torch
-from published_folders import DENSE, PUBLISHED, golden_folder
+from published_folders import DENSE, PUBLISHED, golden_folder, write_checkpoint
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer import Typer
 from typer.testing import CliRunner
 
 import zili
+from zili.config.mixture import LatentConfig, MixtureConfig
 from zili.config.model import ModelConfig, RotaryConfig
 from zili.config.presets import load_preset, preset_names
 from zili.errors import CheckpointError, ConfigError
@@ -49,7 +47,7 @@ def configs(*folders):
     return [json.loads((folder / "config.json").read_text()) for folder in folders]
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", [*DENSE, "telechat3-moe"])
 def test_golden_folders_come_back_byte_for_byte(name, tmp_path):
     folder = golden_folder(name)
     back = there_and_back(folder, tmp_path)
@@ -176,7 +174,7 @@ def test_a_folder_transformers_saved_and_one_it_loads(tmp_path):
 def test_every_preset_has_a_layout_that_holds_it(name):
     config = ModelConfig(**load_preset(name))
     holding = [layout.name for layout in LAYOUTS if not layout.losses(config)]
-    family = "telechat2" if config.rotary.rule == "telechat_ntk" else "llama"
+    family = "telechat2" if config.rotary.rule == "telechat_ntk" else "deepseek" if config.latent else "llama"
     assert holding[0] == family
     assert ("telechat52" in holding) == (name in ("telechat-52b", "tele-flm-52b", "tele-flm-1t"))
 
@@ -198,12 +196,45 @@ HELD = {
         rotary=RotaryConfig(rule="tele_flm_ntk", original_length=4096),
     ),
     "llama": ModelConfig(**SMALL, kv_heads=1, tied_embeddings=True, rotary=YARN),
+    "telechat2 with experts": ModelConfig(
+        **{**SMALL, "ffn_hidden_size": 24},
+        kv_heads=4,
+        attention_output_bias=True,
+        mixture=MixtureConfig(experts=4, top_k=2, ffn_hidden_size=24),
+        rotary=RotaryConfig(rule="telechat_ntk", original_length=64, training_length=64),
+    ),
+    "deepseek": ModelConfig(
+        **{**SMALL, "head_dim": 12},
+        kv_heads=4,
+        mtp_layers=1,
+        tied_embeddings=True,
+        init_std=0.3,
+        mixture=MixtureConfig(
+            experts=4,
+            top_k=2,
+            ffn_hidden_size=24,
+            shared_experts=2,
+            dense_layers=1,
+            scoring="sigmoid",
+            scale=2.8,
+            bias=True,
+        ),
+        latent=LatentConfig(query_rank=20, key_value_rank=12, rope_head_dim=4, value_head_dim=6),
+    ),
+    "deepseek with biases": ModelConfig(
+        **SMALL,
+        kv_heads=4,
+        qkv_bias=True,
+        attention_output_bias=True,
+        mixture=MixtureConfig(experts=4, top_k=2, ffn_hidden_size=24),
+        latent=LatentConfig(query_rank=20, key_value_rank=12, rope_head_dim=4, value_head_dim=6),
+    ),
 }
 
 
 @pytest.mark.parametrize("name", HELD)
 def test_a_written_configuration_reads_back_the_same(name):
-    layout = next(layout for layout in LAYOUTS if layout.name == name)
+    layout = next(layout for layout in LAYOUTS if layout.name == name.split()[0])
     variant = Variant(layout.prefix)
     names = set(layout.published_shapes(HELD[name], variant))
     written = PublishedConfig("config.json", layout.write_config(HELD[name]))
@@ -224,7 +255,7 @@ def native_folder(config, tmp_path):
 @pytest.mark.parametrize("name", HELD)
 def test_a_trained_model_is_exported_in_the_layout_that_holds_it(name, tmp_path):
     folder, decoder = native_folder(HELD[name], tmp_path)
-    expected = "llama" if name == "telechat52" else name
+    expected = "llama" if name == "telechat52" else name.split()[0]
     assert export_model(folder, tmp_path / "out") == expected
     ids = torch.arange(30)[None]
     torch.testing.assert_close(zili.load(tmp_path / "out")(ids), decoder(ids), atol=1e-6, rtol=0)
@@ -262,24 +293,83 @@ def test_the_command_line(publish, tmp_path):
     assert "exists already" in str(again.exception)
 
 
-def test_a_checkpoint_is_exported_as_what_it_started_from(publish, tmp_path, monkeypatch):
+def test_a_layer_of_multi_token_prediction_is_read_and_its_copies_are_left_out(publish, tmp_path):
+    def copies(tensors):
+        tensors["model.layers.2.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["model.layers.2.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+
+    folder = publish("deepseek", edit=copies)
+    before, after = stored(folder), stored(there_and_back(folder, tmp_path))
+    assert before.keys() - after.keys() == {
+        "model.layers.2.embed_tokens.weight",
+        "model.layers.2.shared_head.head.weight",
+    }
+    assert after == {name: before[name] for name in after}
+    tensors, model = load_file(folder / "model.safetensors"), zili.load(folder, dtype=torch.bfloat16)
+    assert torch.equal(model.next_tokens.projection.weight, tensors["model.layers.2.eh_proj.weight"])
+    assert torch.equal(model.next_tokens.embedding_norm.weight, tensors["model.layers.2.enorm.weight"])
+    stack = model.next_tokens.block.feed_forward.experts.down
+    assert torch.equal(stack[3], tensors["model.layers.2.mlp.experts.3.down_proj.weight"])
+
+
+def test_a_layer_of_multi_token_prediction_that_was_dropped_is_not_missed(publish, tmp_path):
+    """transformers leaves it out when it saves, and keeps the key."""
+
+    def drop(tensors):
+        for name in [name for name in tensors if ".layers.2." in name]:
+            del tensors[name]
+
+    folder = publish("deepseek", edit=drop)
+    assert zili.load(folder).next_tokens is None
+    back = there_and_back(folder, tmp_path)
+    assert stored(back) == stored(folder)
+    assert configs(back)[0]["num_nextn_predict_layers"] == 1
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_router_biases_stay_in_fp32(publish, native, tmp_path):
+    def fine(tensors):
+        for name in tensors:
+            if name.endswith("e_score_correction_bias"):
+                tensors[name] = torch.tensor([0.1, 0.2, 0.3, 0.4]) + 1e-5
+
+    folder = publish("deepseek", edit=fine)
+    if native:
+        import_model(folder, tmp_path / "zili", dtype=torch.bfloat16)
+        folder = tmp_path / "zili"
+    router = zili.load(folder, dtype=torch.bfloat16).layers[1].feed_forward.router
+    assert router.weight.dtype == torch.bfloat16
+    assert torch.equal(router.expert_bias, torch.tensor([0.1, 0.2, 0.3, 0.4]) + 1e-5)
+    assert torch.equal(router.load, torch.zeros(4))
+
+
+def test_a_checkpoint_is_exported_as_what_it_started_from(publish, tmp_path):
     """A run that copied the imported folder's model.json and tokenizer gives back its config.json."""
     folder = publish("telechat2", torch.float32, changes={"of_no_meaning_to_us": 7})
     (folder / "tokenizer.json").write_text("{}")
     import_model(folder, tmp_path / "zili")
-    checkpoint = tmp_path / "run" / "checkpoints" / "step-3"
-    checkpoint.mkdir(parents=True)
-    for name in ("model.json", "tokenizer.json"):
-        (tmp_path / "run" / name).write_bytes((tmp_path / "zili" / name).read_bytes())
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000003"
     trained = zili.load(folder)
     with torch.no_grad():
         trained.norm.weight.mul_(2.0)
-    checkpoints = ModuleType("zili.training.checkpoints")
-    checkpoints.load_model = lambda path: deepcopy({checkpoint: trained}[path])
-    monkeypatch.setitem(sys.modules, "zili.training.checkpoints", checkpoints)
-    assert zili.load(checkpoint, dtype=torch.bfloat16).norm.weight.dtype == torch.bfloat16
+    write_checkpoint(checkpoint, trained)
+    for name in ("model.json", "tokenizer.json"):
+        (tmp_path / "run" / name).write_bytes((tmp_path / "zili" / name).read_bytes())
+    for place in (checkpoint, tmp_path / "run"):
+        assert zili.load(place, dtype=torch.bfloat16).norm.weight.dtype == torch.bfloat16
     assert export_model(checkpoint, tmp_path / "out") == "telechat2"
     assert configs(tmp_path / "out")[0]["of_no_meaning_to_us"] == 7
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     before, after = stored(folder), stored(tmp_path / "out")
     assert {name for name in before if before[name] != after[name]} == {"transformer.ln_f.weight"}
+
+
+def test_transformers_loads_an_exported_mixture(tmp_path):
+    # Its norms of low rank have an eps of their own, 1e-6, whatever the configuration says.
+    config = HELD["deepseek"].model_copy(update={"mtp_layers": 0, "tied_embeddings": False, "norm_eps": 1e-6})
+    folder, decoder = native_folder(config, tmp_path)
+    export_model(folder, tmp_path / "out")
+    theirs, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32), torch.arange(40)[None]
+    expected = decoder(ids)
+    assert expected.abs().max() > 1
+    torch.testing.assert_close(theirs(ids).logits, expected, atol=1e-4, rtol=0)

@@ -123,7 +123,7 @@ class Decoder(nn.Module):
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False) if separate else None
         self.next_tokens = NextTokens(config) if last and config.mtp_layers else None
         self.next_loss: Tensor | None = None
-        """Sum of the losses of multi-token prediction in the last forward pass with labels, 0-d."""
+        """Losses of multi-token prediction, summed since the trainer last took them, 0-d."""
         if not next(self.parameters()).is_meta:
             self.init_weights(0)
 
@@ -189,7 +189,7 @@ class Decoder(nn.Module):
         assert self.embedding is not None
         embedded = self._scaled(self.embedding(labels.clamp(min=0)), self.config.embedding_multiplier)
         next_loss = self._loss_sum(self.next_tokens(hidden, embedded, run), further)
-        self.next_loss = next_loss.detach()
+        self.next_loss = next_loss.detach() + (0.0 if self.next_loss is None else self.next_loss)
         # Differentiated together, reported apart.
         weighted = self.config.mtp_loss_weight * next_loss
         return loss + (weighted - weighted.detach())

@@ -131,6 +131,15 @@ class ParallelModel:
         """Tensor-parallel processes compute the same losses: they count once, in a sum over the world."""
         return loss / self.world.layout.tensor
 
+    def take_next_loss(self) -> Tensor:
+        """This process's term of the summed losses of multi-token prediction since the last call, 0-d."""
+        total = torch.zeros((), device=self.world.device.type)
+        for part in self.parts:
+            if part.next_loss is not None:
+                total += part.next_loss
+                part.next_loss = None
+        return self._once(total)
+
     @torch.no_grad()
     def squared_gradient(self) -> Tensor:
         """This process's term of the squared norm of the whole gradient, 0-d fp32.

@@ -59,12 +59,8 @@ class Pipeline:
         ]
         self.has_first = numbers[0] == 0
         self.has_last = config.parallel.stages - 1 in numbers
-        try:
-            self._schedule = _SCHEDULES[config.parallel.schedule](
-                stages, self.micro_batches, loss_fn=lambda loss, labels: loss, scale_grads=False
-            )
-        except ValueError as error:
-            raise LayoutError(f"parallel.schedule {config.parallel.schedule}: {error}") from error
+        # Every process meets the same refusal: agreed upon, it is said once.
+        self._schedule = world.agree(lambda: _schedule(config.parallel.schedule, stages, self.micro_batches))
 
     def loss_sum(self, input_ids: Tensor, labels: Tensor, document_ids: Tensor, *, backward: bool) -> Tensor:
         """Sum of the cross entropies of this process's rows, where the last stage is, else 0; a 0-d tensor.
@@ -80,6 +76,13 @@ class Pipeline:
         if not losses:
             return torch.zeros((), device=input_ids.device)
         return torch.stack([loss.detach() for loss in losses]).sum()
+
+
+def _schedule(name: Schedule, stages: list[PipelineStage], micro_batches: int) -> Any:
+    try:
+        return _SCHEDULES[name](stages, micro_batches, loss_fn=lambda loss, labels: loss, scale_grads=False)
+    except ValueError as error:
+        raise LayoutError(f"parallel.schedule {name}: {error}") from error
 
 
 def _example(config: RunConfig, layout: Layout, micro: int, *, ids: bool) -> Tensor:

@@ -15,11 +15,15 @@ from pydantic import ValidationError
 from zili.config.model import ModelConfig
 from zili.errors import CheckpointError
 from zili.models.arithmetic import parameter_shapes
-from zili.release.mapping import Rule, same
+from zili.release.mapping import Rule, merged, same
 
 Shape = tuple[int, ...]
 
-_TRAINING_ONLY = {"hidden_dropout", "attention_dropout", "init_std"}
+# Fields that do not change what a trained model computes.
+_TRAINING_ONLY: dict[str, Any] = {
+    **dict.fromkeys(("hidden_dropout", "attention_dropout", "init_std", "mtp_loss_weight"), True),
+    "mixture": {"bias_update_rate": True, "balance_loss": True},
+}
 _MIXTURE_KEYS = (
     "n_routed_experts",
     "num_experts",
@@ -86,6 +90,8 @@ class Layout(ABC):
     prefix: str
     """The usual one of `Variant.prefix`."""
     embedding: str
+    mixtures = False
+    """Whether some models of this layout have experts."""
     ignored: re.Pattern[str]
     """Tensors that carry nothing: masks and frequencies some versions of the published code stored."""
 
@@ -112,7 +118,7 @@ class Layout(ABC):
             rules.append(same("lm_head.weight", "head.weight"))
         elif variant.repeats_head:
             # No parameter of its own to fill; on the way out a copy, since shards may not share storage.
-            rules.append(Rule("lm_head.weight", ("embedding.weight",), lambda t: (t,), lambda t: t.clone()))
+            rules.append(Rule("lm_head.weight", ("embedding.weight",), merge=lambda t: t.clone()))
         return rules
 
     def find_variant(self, config: ModelConfig, names: set[str]) -> Variant:
@@ -123,15 +129,16 @@ class Layout(ABC):
     def published_shapes(self, config: ModelConfig, variant: Variant) -> dict[str, Shape]:
         """Names and shapes a folder of this layout must have: the rules applied to Zili's shapes."""
         ours = {name: torch.empty(shape, device="meta") for name, shape in parameter_shapes(config).items()}
-        return {
-            rule.published: tuple(rule.merge(*(ours[part] for part in rule.parameters)).shape)
-            for rule in self.rules(config, variant)
-        }
+        return {rule.published: tuple(merged(rule, ours).shape) for rule in self.rules(config, variant)}
+
+    def repeats(self, config: ModelConfig, variant: Variant, names: set[str]) -> dict[str, str]:
+        """Published tensors that must equal another one: their names to the other's."""
+        return {"lm_head.weight": variant.prefix + self.embedding} if variant.repeats_head else {}
 
     def losses(self, config: ModelConfig) -> list[str]:
         """What of the model this layout cannot say: fields that would read back as something else.
 
-        Dropout and init_std are left out; they do not change what a trained model computes.
+        What only matters in training, such as dropout and init_std, is left out.
         """
         names = {rule.published for rule in self.rules(config, Variant(self.prefix))}
         written = PublishedConfig(Path("config.json"), self.write_config(config))
@@ -158,8 +165,8 @@ def refuse_mixtures(config: PublishedConfig) -> None:
     for key in _MIXTURE_KEYS:
         if config.get(key):
             raise CheckpointError(
-                f"{config.path}: {key} = {config.get(key)!r}, a mixture of experts; this version reads dense "
-                "models only, use a dense checkpoint"
+                f"{config.path}: {key} = {config.get(key)!r}, a mixture of experts of no layout that this version "
+                "reads; use a dense checkpoint, or one in TeleChat2's or DeepSeek-V3's layout"
             )
 
 
@@ -167,12 +174,14 @@ def recognise(layouts: tuple[Layout, ...], config: PublishedConfig, names: set[s
     """The layout of a folder, by its config keys and tensor names together.
 
     Raises:
-        CheckpointError: a mixture of experts, or no layout fits.
+        CheckpointError: no layout fits, or none that has this mixture of experts.
     """
-    refuse_mixtures(config)
     for layout in layouts:
         if layout.recognises(config, names):
+            if not layout.mixtures:
+                refuse_mixtures(config)
             return layout
+    refuse_mixtures(config)
     sample = ", ".join(sorted(names)[:3])
     known = ", ".join(layout.name for layout in layouts)
     raise CheckpointError(

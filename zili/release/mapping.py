@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from zili.errors import CheckpointError
-from zili.release.tensors import Tensors
+from zili.release.tensors import Index, Tensors, cut
+
+
+def _alone(tensor: Tensor) -> tuple[Tensor, ...]:
+    return (tensor,)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 @dataclass(frozen=True)
@@ -18,13 +26,44 @@ class Rule:
 
     published: str
     parameters: tuple[str, ...]
-    split: Callable[[Tensor], tuple[Tensor, ...]]
-    merge: Callable[..., Tensor]
+    split: Callable[[Tensor], tuple[Tensor, ...]] = _alone
+    merge: Callable[..., Tensor] = _itself
+    expert: int | None = None
+    """Where the parameters are stacks: which of their matrices this tensor holds. A stack has a rule for each."""
+
+    @property
+    def renames(self) -> bool:
+        """Whether the two sides differ in name only."""
+        return self.split is _alone
 
 
 def same(published: str, parameter: str) -> Rule:
     """Another name for the same tensor."""
-    return Rule(published, (parameter,), lambda tensor: (tensor,), lambda tensor: tensor)
+    return Rule(published, (parameter,))
+
+
+def stacked(published: str, parameter: str, experts: int) -> list[Rule]:
+    """`[E, O, I]` in a tensor `[O, I]` for each expert, under the name that `published` has with its number put in."""
+    return [Rule(published.format(expert=i), (parameter,), expert=i) for i in range(experts)]
+
+
+def paired_rows(published: str, parameter: str, plain: int, turned: int) -> Rule:
+    """Rows that positions turn two neighbours at a time, 2 i and 2 i + 1, where Zili turns i and i + turned / 2.
+
+    Rows come in groups, a head each: `plain` of them that are not turned, then `turned`.
+    """
+
+    def reordered(tensor: Tensor, sizes: tuple[int, int]) -> Tensor:
+        heads = tensor.unflatten(0, (-1, plain + turned))
+        rotary = heads[:, plain:].unflatten(1, sizes).transpose(1, 2).flatten(1, 2)
+        return torch.cat((heads[:, :plain], rotary), dim=1).flatten(0, 1)
+
+    return Rule(
+        published,
+        (parameter,),
+        lambda tensor: (reordered(tensor, (turned // 2, 2)),),
+        lambda tensor: reordered(tensor, (2, turned // 2)),
+    )
 
 
 def interleaved_by_head(published: str, key: str, value: str, head_dim: int) -> Rule:
@@ -63,15 +102,38 @@ class ImportedTensors(Tensors):
 
     def __init__(self, published: Tensors, rules: list[Rule]) -> None:
         self._published = published
-        self._origin = {name: (rule, i) for rule in rules for i, name in enumerate(rule.parameters)}
+        self._origin: dict[str, list[tuple[Rule, int]]] = {}
+        """Where a parameter is: a rule and the place among its parameters, or of a stack one for each expert."""
+        for rule in rules:
+            for i, name in enumerate(rule.parameters):
+                if rule.expert is None:
+                    self._origin[name] = [(rule, i)]
+                else:
+                    self._origin.setdefault(name, []).append((rule, i))
 
     def describe(self) -> dict[str, Tensor]:
         published = self._published.describe()
-        return {name: rule.split(published[rule.published])[i] for name, (rule, i) in self._origin.items()}
+        described = {}
+        for name, ((rule, i), *others) in self._origin.items():
+            tensor = rule.split(published[rule.published])[i]
+            described[name] = tensor if rule.expert is None else tensor.expand(1 + len(others), *tensor.shape)
+        return described
 
-    def read(self, name: str) -> Tensor:
-        rule, i = self._origin[name]
-        return rule.split(self._published.read(rule.published))[i]
+    def read(self, name: str, index: Index | None = None) -> Tensor:
+        places = self._origin[name]
+        if places[0][0].expert is None:
+            return self._read_one(*places[0], index)
+        if index is None:
+            return torch.stack([self._read_one(*place, None) for place in places])
+        wanted = places[index[0]]
+        # No experts: of none of them there is still a shape.
+        parts = [self._read_one(*place, index[1:]) for place in wanted or places[:1]]
+        return torch.stack(parts)[: len(wanted)]
+
+    def _read_one(self, rule: Rule, i: int, index: Index | None) -> Tensor:
+        if rule.renames:
+            return self._published.read(rule.published, index)
+        return cut(rule.split(self._published.read(rule.published))[i], index)
 
 
 class PublishedTensors(Tensors):
@@ -79,15 +141,27 @@ class PublishedTensors(Tensors):
 
     def __init__(self, parameters: Tensors, rules: list[Rule]) -> None:
         self._parameters = parameters
+        self._described = parameters.describe()
         self._rules = {rule.published: rule for rule in rules}
 
     def describe(self) -> dict[str, Tensor]:
-        parameters = self._parameters.describe()
-        return {name: rule.merge(*(parameters[part] for part in rule.parameters)) for name, rule in self._rules.items()}
+        return {name: merged(rule, self._described) for name, rule in self._rules.items()}
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, index: Index | None = None) -> Tensor:
         rule = self._rules[name]
-        return rule.merge(*(self._parameters.read(part) for part in rule.parameters))
+        return cut(rule.merge(*(self._part(parameter, rule.expert) for parameter in rule.parameters)), index)
+
+    def _part(self, name: str, expert: int | None) -> Tensor:
+        if expert is None:
+            return self._parameters.read(name)
+        whole = tuple(slice(0, size) for size in self._described[name].shape[1:])
+        return self._parameters.read(name, (slice(expert, expert + 1), *whole))[0]
+
+
+def merged(rule: Rule, parameters: Mapping[str, Tensor]) -> Tensor:
+    """The published tensor of `rule`, of `parameters` that are at hand."""
+    parts = (parameters[name] for name in rule.parameters)
+    return rule.merge(*(part if rule.expert is None else part[rule.expert] for part in parts))
 
 
 def check_tensors(found: dict[str, Tensor], expected: dict[str, tuple[int, ...]], where: object) -> None:

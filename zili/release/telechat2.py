@@ -1,6 +1,8 @@
-"""The layout of TeleChat (7B, 12B) and TeleChat2 (3B, 7B, 35B, 115B), TeleChat2.5 and T1.
+"""The layout of TeleChat (7B, 12B) and TeleChat2 (3B, 7B, 35B, 115B, 39B-A12B), TeleChat2.5 and T1.
 
-Sources: Tele-AI/Telechat models/7B and 12B, Tele-AI/TeleChat2 model/115B (config.json, modeling_telechat.py).
+Sources: Tele-AI/Telechat models/7B and 12B, Tele-AI/TeleChat2 model/115B (config.json, modeling_telechat.py); for the
+mixture of experts of 39B-A12B MindFormers research/telechat2 (names from its weight converter, routing from
+infer/moe.py).
 """
 
 from __future__ import annotations
@@ -8,9 +10,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from zili.config.mixture import MixtureConfig
 from zili.config.model import ModelConfig
+from zili.errors import CheckpointError
 from zili.release.layout import Layout, PublishedConfig
-from zili.release.mapping import Rule, interleaved_by_head, same
+from zili.release.mapping import Rule, interleaved_by_head, same, stacked
 
 _SAME = {
     "input_layernorm.weight": "attention_norm.weight",
@@ -18,21 +22,29 @@ _SAME = {
     "self_attention.dense.weight": "attention.output.weight",
     "self_attention.dense.bias": "attention.output.bias",
     "post_attention_layernorm.weight": "feed_forward_norm.weight",
+}
+_DENSE = {
     "mlp.gate_proj.weight": "feed_forward.gate.weight",
     "mlp.up_proj.weight": "feed_forward.up.weight",
     "mlp.down_proj.weight": "feed_forward.down.weight",
     "mlp.down_proj.bias": "feed_forward.down.bias",
 }
+# A guess: no config.json of 39B-A12B was to be had. These are what other families call the same numbers; the first is
+# the one that is written.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_TOP_K = ("num_experts_per_tok", "moe_topk", "top_k")
+_WIDTH = ("moe_intermediate_size", "ffn_hidden_size")
 
 
 class TeleChat2(Layout):
     name = "telechat2"
     prefix = "transformer."
     embedding = "word_embeddings.weight"
+    mixtures = True
     ignored = re.compile(r"(^|\.)rotary_emb\.")
 
     def recognises(self, config: PublishedConfig, names: set[str]) -> bool:
-        return "ffn_hidden_size" in config.values and any(
+        return any(key in config.values for key in _WIDTH) and any(
             name.endswith("self_attention.key_value.weight") for name in names
         )
 
@@ -47,6 +59,7 @@ class TeleChat2(Layout):
         # A constant of the first generation's code: 4096 in 7B, whose tensors have no prefix, 8192 in 12B.
         constant = 8192 if self.prefix + self.embedding in names else 4096
         training_length = config.need("training_seqlen")
+        mixture = _read_mixture(config, names)
         return config.model(
             {
                 "vocab_size": config.need("vocab_size"),
@@ -55,12 +68,13 @@ class TeleChat2(Layout):
                 "heads": heads,
                 "kv_heads": config.get("num_key_value_heads", heads),
                 "head_dim": config.need("hidden_size") // heads,
-                "ffn_hidden_size": config.need("ffn_hidden_size"),
+                "ffn_hidden_size": mixture["ffn_hidden_size"] if mixture else config.need("ffn_hidden_size"),
                 "max_length": config.get("seq_length", training_length),
                 "norm_eps": config.need("layer_norm_epsilon"),
                 "tied_embeddings": tied,
                 "attention_output_bias": True,
-                "ffn_down_bias": True,
+                "ffn_down_bias": mixture is None,
+                "mixture": mixture,
                 "hidden_dropout": config.get("hidden_dropout", 0.0),
                 "attention_dropout": config.get("attention_dropout", 0.0),
                 "init_std": config.get("initializer_range", 0.02),
@@ -98,14 +112,65 @@ class TeleChat2(Layout):
         }
         if config.rotary.base != 10_000.0:
             values["rope_theta"] = config.rotary.base
-        return values
+        return {**values, **_write_mixture(config.mixture)} if config.mixture else values
 
     def body(self, config: ModelConfig, prefix: str) -> list[Rule]:
         rules = [same(f"{prefix}word_embeddings.weight", "embedding.weight")]
         for i in range(config.layers):
             theirs, ours = f"{prefix}h.{i}", f"layers.{i}"
-            rules += [same(f"{theirs}.{published}", f"{ours}.{parameter}") for published, parameter in _SAME.items()]
+            alike = _SAME if config.has_experts(i) else {**_SAME, **_DENSE}
+            rules += [same(f"{theirs}.{published}", f"{ours}.{parameter}") for published, parameter in alike.items()]
+            if config.has_experts(i):
+                rules += _experts(config, f"{theirs}.mlp", f"{ours}.feed_forward")
             key, value = f"{ours}.attention.key.weight", f"{ours}.attention.value.weight"
             published = f"{theirs}.self_attention.key_value.weight"
             rules.append(interleaved_by_head(published, key, value, config.head_dim))
         return [*rules, same(f"{prefix}ln_f.weight", "norm.weight")]
+
+
+def _experts(config: ModelConfig, theirs: str, ours: str) -> list[Rule]:
+    assert config.mixture is not None
+    rules = [same(f"{theirs}.router.weight", f"{ours}.router.weight")]
+    for part in ("gate", "up", "down"):
+        name = f"{theirs}.local_experts.{{expert}}.{part}_proj.weight"
+        rules += stacked(name, f"{ours}.experts.{part}", config.mixture.experts)
+    return rules
+
+
+def _read_mixture(config: PublishedConfig, names: set[str]) -> dict[str, Any] | None:
+    """Of a folder whose layers have experts, every one of them; None of a dense one."""
+    if not any(".mlp.local_experts." in name for name in names):
+        return None
+    # Dense models have biases here. Whether the published mixture has is not known; its trainer has one at w2.
+    biases = sorted(name for name in names if re.search(r"\.mlp\.(local_experts\.\d+\.\w+|router)\.bias$", name))
+    if biases:
+        raise CheckpointError(
+            f"{config.path.parent}: {len(biases)} biases in experts or routers (first: {biases[0]}), which Zili's have "
+            "not; if all are zero, remove them from the weights"
+        )
+    return {
+        "experts": _first(config, _EXPERTS),
+        "top_k": _first(config, _TOP_K),
+        "ffn_hidden_size": _first(config, _WIDTH),
+        "scoring": "softmax",
+        "normalize": config.get("norm_topk_prob", True),
+        "balance_loss": config.get("router_aux_loss_coef", 0.0),
+    }
+
+
+def _write_mixture(mixture: MixtureConfig) -> dict[str, Any]:
+    return {
+        _EXPERTS[0]: mixture.experts,
+        _TOP_K[0]: mixture.top_k,
+        _WIDTH[0]: mixture.ffn_hidden_size,
+        "norm_topk_prob": mixture.normalize,
+        "router_aux_loss_coef": mixture.balance_loss,
+    }
+
+
+def _first(config: PublishedConfig, keys: tuple[str, ...]) -> Any:
+    """The value of the first of the `keys` that is there."""
+    found = next((key for key in keys if config.get(key) is not None), None)
+    if found is None:
+        raise CheckpointError(f"{config.path}: none of the keys {', '.join(keys)} is there; one must be")
+    return config.need(found)

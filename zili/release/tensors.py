@@ -15,6 +15,8 @@ from zili.errors import CheckpointError
 from zili.release.folder import read_json, write_json
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
+Index = tuple[slice, ...]
+"""A part of a tensor: one slice with start and stop for each dimension."""
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -35,8 +37,13 @@ class Tensors(ABC):
         """Every name with a `meta` tensor of its shape and dtype."""
 
     @abstractmethod
-    def read(self, name: str) -> Tensor:
-        """The tensor itself, on the CPU."""
+    def read(self, name: str, index: Index | None = None) -> Tensor:
+        """The tensor itself, on the CPU, or the part of it that `index` names; no more is read than that needs."""
+
+
+def cut(tensor: Tensor, index: Index | None) -> Tensor:
+    """The part of `tensor` that `index` names."""
+    return tensor if index is None else tensor[index]
 
 
 class HeldTensors(Tensors):
@@ -48,21 +55,27 @@ class HeldTensors(Tensors):
     def describe(self) -> dict[str, Tensor]:
         return {name: tensor.detach().to("meta") for name, tensor in self._tensors.items()}
 
-    def read(self, name: str) -> Tensor:
-        return self._tensors[name].detach().cpu()
+    def read(self, name: str, index: Index | None = None) -> Tensor:
+        return cut(self._tensors[name].detach(), index).cpu()
 
 
 class CastTensors(Tensors):
-    """Other tensors, converted to one dtype as they are read."""
+    """Other tensors, under Zili's names, converted to one dtype as they are read.
+
+    All but the routers' biases: rounded to bfloat16 they would choose other experts.
+    """
 
     def __init__(self, tensors: Tensors, dtype: torch.dtype) -> None:
         self._tensors, self._dtype = tensors, dtype
 
     def describe(self) -> dict[str, Tensor]:
-        return {name: tensor.to(self._dtype) for name, tensor in self._tensors.describe().items()}
+        return {name: self._cast(name, tensor) for name, tensor in self._tensors.describe().items()}
 
-    def read(self, name: str) -> Tensor:
-        return self._tensors.read(name).to(self._dtype)
+    def read(self, name: str, index: Index | None = None) -> Tensor:
+        return self._cast(name, self._tensors.read(name, index))
+
+    def _cast(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor if name.endswith(".expert_bias") else tensor.to(self._dtype)
 
 
 class _Shards(Tensors):
@@ -87,20 +100,20 @@ class _Shards(Tensors):
     def describe(self) -> dict[str, Tensor]:
         return {name: self._described[file][name] for name, file in self._home.items()}
 
-    def read(self, name: str) -> Tensor:
-        return self._read_from(self._folder / self._home[name], name)
+    def read(self, name: str, index: Index | None = None) -> Tensor:
+        return self._read_from(self._folder / self._home[name], name, index)
 
     @abstractmethod
     def _describe_file(self, path: Path) -> dict[str, Tensor]: ...
 
     @abstractmethod
-    def _read_from(self, path: Path, name: str) -> Tensor: ...
+    def _read_from(self, path: Path, name: str, index: Index | None) -> Tensor: ...
 
 
 class _SafetensorsShards(_Shards):
     def _describe_file(self, path: Path) -> dict[str, Tensor]:
         described = {}
-        with _open_safetensors(path) as file:
+        with open_safetensors(path) as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 piece = file.get_slice(name)
                 dtype = _DTYPES.get(piece.get_dtype())
@@ -111,12 +124,13 @@ class _SafetensorsShards(_Shards):
                 described[name] = torch.empty(piece.get_shape(), dtype=dtype, device="meta")
         return described
 
-    def _read_from(self, path: Path, name: str) -> Tensor:
-        with _open_safetensors(path) as file:
-            return file.get_tensor(name)
+    def _read_from(self, path: Path, name: str, index: Index | None) -> Tensor:
+        with open_safetensors(path) as file:
+            return file.get_tensor(name) if index is None else file.get_slice(name)[index]
 
 
-def _open_safetensors(path: Path) -> Any:
+def open_safetensors(path: Path) -> Any:
+    """A safetensors file; CheckpointError where it is damaged."""
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
@@ -130,8 +144,8 @@ class _PickleShards(_Shards):
     def _describe_file(self, path: Path) -> dict[str, Tensor]:
         return {name: tensor.to("meta") for name, tensor in self._load(path).items()}
 
-    def _read_from(self, path: Path, name: str) -> Tensor:
-        return self._load(path)[name]
+    def _read_from(self, path: Path, name: str, index: Index | None) -> Tensor:
+        return cut(self._load(path)[name], index)
 
     def _load(self, path: Path) -> dict[str, Tensor]:
         if self._open is None or self._open[0] != path:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from zili.config.model import ModelConfig
 from zili.errors import CheckpointError, ConfigError
 from zili.models.decoder import Decoder
+from zili.release.checkpoint import open_checkpoint
+from zili.release.deepseek import DeepSeek
 from zili.release.folder import copy_companions, read_json, whole_folder, write_json
 from zili.release.layout import Layout, PublishedConfig, Variant, recognise
 from zili.release.llama import Llama
@@ -21,19 +27,19 @@ from zili.release.telechat52 import TeleChat52
 from zili.release.tensors import (
     DEFAULT_SHARD_BYTES,
     CastTensors,
-    HeldTensors,
+    Index,
     Tensors,
     open_tensors,
     write_tensors,
 )
 
-LAYOUTS: tuple[Layout, ...] = (TeleChat2(), Llama(), TeleChat52())
+LAYOUTS: tuple[Layout, ...] = (TeleChat2(), Llama(), TeleChat52(), DeepSeek())
 """In the order `export_model` tries them for a model that was never published."""
 
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model whose weights are still on disk, or held by a restored checkpoint."""
+    """A model whose weights are still on disk."""
 
     config: ModelConfig
     tensors: Tensors
@@ -51,17 +57,54 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | 
     Raises:
         CheckpointError: nothing there, damaged, incomplete, or an architecture not supported.
     """
-    folder = Path(path)
-    if not _is_published(folder) and not is_native(folder):
-        return _restore(folder).to(device=device, dtype=dtype).eval()
-    model = open_model(folder)
+    model = open_model(Path(path))
     with torch.device("meta"):
         decoder = Decoder(model.config)
-    decoder.to(dtype=dtype).to_empty(device=device)
-    with torch.no_grad():
-        for name, parameter in decoder.named_parameters():
-            parameter.copy_(model.tensors.read(name))
+    for parameter in decoder.parameters():  # not the buffers: a router's bias, rounded, would choose other experts
+        parameter.data = parameter.data.to(dtype)
+    decoder.to_empty(device=device)
+    for buffer in decoder.buffers():
+        buffer.zero_()
+    fill_from([decoder], model)
     return decoder.eval()
+
+
+def load_into(parts: Iterable[Decoder], folder: str | Path) -> None:
+    """Fill the weights of `parts`, decoders or parts of one as a training process has them, from any folder `load`
+    takes.
+
+    Of a weight that is cut over processes each reads the part it has, in whatever form the folder is; nothing crosses
+    processes. Weights keep their dtype.
+
+    Raises:
+        CheckpointError: as `load`, or `parts` are of another model.
+    """
+    fill_from(parts, open_model(Path(folder)))
+
+
+@torch.no_grad()
+def fill_from(parts: Iterable[Decoder], model: OpenModel) -> None:
+    """`load_into`, of a model that is open."""
+    # No dict: two parts of a pipeline in one process may have an embedding each.
+    wanted = [named for part in parts for named in part.named_tensors()]
+    shapes = {name: tuple(tensor.shape) for name, tensor in wanted}
+    described = model.tensors.describe()
+    check_tensors({name: described[name] for name in shapes if name in described}, shapes, model.companions)
+    for name, tensor in wanted:
+        index = own_part(tensor)
+        if index is None:
+            tensor.copy_(model.tensors.read(name))
+        elif all(part.start < part.stop for part in index):
+            local = tensor.to_local()  # type: ignore[attr-defined]
+            local.copy_(model.tensors.read(name, index))
+
+
+def own_part(tensor: Tensor) -> Index | None:
+    """Which part of `tensor` this process has; None: all of it."""
+    if not isinstance(tensor, DTensor):
+        return None
+    sizes, starts = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
 
 
 def import_model(
@@ -129,10 +172,10 @@ def open_model(folder: Path) -> OpenModel:
         return OpenModel(config, tensors, origin, folder)
     if _is_published(folder):
         return open_published(folder)
-    decoder = _restore(folder)
+    config, tensors = open_checkpoint(folder)
     around = [place for place in _run_places(folder) if (place / MODEL_FILE).is_file()]
     origin = read_model_file(around[0])[1] if around else None
-    return OpenModel(decoder.config, HeldTensors(decoder.state_dict()), origin, _tokenizer_folder(folder))
+    return OpenModel(config, tensors, origin, _tokenizer_folder(folder))
 
 
 def open_published(folder: Path) -> OpenModel:
@@ -145,18 +188,21 @@ def open_published(folder: Path) -> OpenModel:
     model = layout.read_config(config, names)
     variant = layout.find_variant(model, names)
     check_tensors({name: described[name] for name in names}, layout.published_shapes(model, variant), folder)
-    if variant.repeats_head:
-        _check_repeated_head(published, variant.prefix + layout.embedding, config.path)
+    for name, other in layout.repeats(model, variant, set(described)).items():
+        _check_repeat(published, name, other, config.path)
     tensors = ImportedTensors(published, layout.rules(model, variant))
     return OpenModel(model, tensors, Origin(layout.name, variant, config.values), folder)
 
 
-def _check_repeated_head(published: Tensors, embedding: str, config: Path) -> None:
-    if not torch.equal(published.read(embedding), published.read("lm_head.weight")):
-        raise CheckpointError(
-            f"{config} ties the head to the embedding, yet lm_head.weight is not {embedding}; if the head is "
-            "its own, set tie_word_embeddings to false"
-        )
+def _check_repeat(published: Tensors, name: str, other: str, config: Path) -> None:
+    if torch.equal(published.read(name), published.read(other)):
+        return
+    if name != "lm_head.weight":
+        raise CheckpointError(f"{config.parent}: {name} should repeat {other} and does not; fetch the weights again")
+    raise CheckpointError(
+        f"{config} ties the head to the embedding, yet lm_head.weight is not {other}; if the head is its own, set "
+        "tie_word_embeddings to false"
+    )
 
 
 def _choose_layout(name: str, model: OpenModel) -> Layout:
@@ -189,16 +235,6 @@ def _published_config(model: OpenModel, layout: Layout, variant: Variant) -> dic
 
 def _is_published(folder: Path) -> bool:
     return (folder / "config.json").is_file()
-
-
-def _restore(folder: Path) -> Decoder:
-    """The decoder of a Zili checkpoint or run folder."""
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; give a model, checkpoint or run folder")
-    # Late: reading a published model needs no trainer.
-    from zili.training.checkpoints import load_model
-
-    return load_model(folder)
 
 
 def _run_places(folder: Path) -> list[Path]:

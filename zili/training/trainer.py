@@ -69,6 +69,7 @@ class Trainer:
         self._saved_at: int | None = None
         self._last: tuple[Tensor, Tensor] | None = None
         self._loads: Tensor | None = None
+        self._next_loss: Tensor | None = None
         # Dropout's, after the measurement, which draws numbers too. Each process drops other elements.
         device.seed(config.seed + self.world.rank)
         self._flops_per_token = training_flops_per_token(config.model, config.training.sequence_length)
@@ -223,9 +224,11 @@ class Trainer:
         """
         rows = self.world.layout.context * self.world.layout.tensor * self.world.layout.pipeline
         targets = (batch.labels != ops.IGNORE_INDEX).sum().to(loss_sum.device, torch.float32) / rows
-        totals = self.world.sum(torch.stack((loss_sum, targets, self.parallel.squared_gradient())))
+        next_loss = self.parallel.take_next_loss()
+        totals = self.world.sum(torch.stack((loss_sum, targets, self.parallel.squared_gradient(), next_loss)))
         loss, count, squared = totals[0], totals[1].clamp(min=1), totals[2]
         norm = squared.sqrt() / count
+        self._next_loss = totals[3] / count if self.config.model.mtp_layers else None
         limit = self.config.optimizer.clip or math.inf
         self.parallel.scale_gradients((limit / (norm + 1e-6)).clamp(max=1.0) / count)
         return loss / count, norm
@@ -243,7 +246,7 @@ class Trainer:
             step_seconds=seconds,
             data_seconds=waited,
             tokens_per_second=tokens / seconds,
-            routing=routing_figures(self._loads),
+            further=further_figures(self._loads, self._next_loss),
             matmul_share=tokens * self._flops_per_token / seconds / self.matmul_peak / self.world.size,
         )
 
@@ -285,9 +288,11 @@ def _at(config: dict[str, Any], key: str) -> Any:
     return reduce(lambda table, part: table.get(part, {}), key.split("."), config)
 
 
-def routing_figures(loads: Tensor | None) -> dict[str, float]:
-    """How evenly experts were used in a step, from tokens an expert `[L, E]`: in the least even layer."""
-    if loads is None or not len(loads):
-        return {}
-    shares = loads / loads.mean(1, keepdim=True)
-    return {"expert_load_max": float(shares.max()), "expert_load_min": float(shares.min())}
+def further_figures(loads: Tensor | None, next_loss: Tensor | None) -> dict[str, float]:
+    """What only some models have: how evenly experts were used, from tokens an expert `[L, E]`, in the least even
+    layer; and the loss of multi-token prediction."""
+    figures = {} if next_loss is None else {"next_loss": float(next_loss)}
+    if loads is not None and len(loads):
+        shares = loads / loads.mean(1, keepdim=True)
+        figures |= {"expert_load_max": float(shares.max()), "expert_load_min": float(shares.min())}
+    return figures

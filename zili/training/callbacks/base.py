@@ -28,13 +28,14 @@ class StepRecord:
     tokens_per_second: float
     matmul_share: float
     """Model FLOP/s over the matmul peak measured at start."""
-    routing: dict[str, float] = field(default_factory=dict)
-    """Of a mixture: the most and the least used expert's tokens over the mean, in the least even layer."""
+    further: dict[str, float] = field(default_factory=dict)
+    """Of a mixture, `expert_load_max` and `expert_load_min`: the most and the least used expert's tokens over the mean, in
+    the least even layer. With multi-token prediction `next_loss`, nats a token."""
 
     def figures(self) -> dict[str, float]:
         """All of it under one name each."""
         table = asdict(self)
-        return {**{name: value for name, value in table.items() if name != "routing"}, **self.routing}
+        return {**{name: value for name, value in table.items() if name != "further"}, **self.further}
 
 
 class Callback:

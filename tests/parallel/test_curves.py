@@ -1,0 +1,84 @@
+"""Every layout trains as one process does: the same losses and gradient norms but for rounding."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_models import STEPS, Kind, Layout, Row, Runs, slow
+
+SINGLE = (
+    "replicas=2",
+    "shards=2",
+    "shards=4",
+    "tensor=2",
+    "tensor=4",
+    "context=2",
+    "context=4",
+    "pipeline=2",
+    "pipeline=4",
+    "pipeline=2 schedule=interleaved",
+    "pipeline=2 schedule=zero_bubble",
+    "pipeline=2 stage_layers=[1,3]",
+    "replicas=2 shards=2",
+    "replicas=2 shards=4",
+)
+DENSE = (
+    "pipeline=2 schedule=zbv",
+    "pipeline=2 schedule=interleaved stage_layers=[1,1,1,1]",
+    "shards=2 tensor=2",
+    "shards=2 context=2",
+    "shards=2 pipeline=2",
+    "replicas=2 tensor=2",
+    "replicas=2 pipeline=2",
+    "replicas=2 shards=2 tensor=2",
+    "shards=2 tensor=2 pipeline=2",
+    "shards=2 context=2 tensor=2",
+    "context=2 tensor=2 pipeline=2",
+    "shards=2 pipeline=2 schedule=zero_bubble",
+    "tensor=2 pipeline=2 schedule=interleaved",
+    "shards=2 context=2 pipeline=2 schedule=zbv",
+)
+MIXTURE = (
+    "shards=2 expert=2",
+    "shards=4 expert=2",
+    "shards=4 expert=4",
+    "replicas=2 shards=2 expert=2",
+    "shards=2 tensor=2",
+    "tensor=2 expert=2",
+    "tensor=4 expert=4",
+    "context=2 expert=2",
+    "context=2 tensor=2 expert=2",
+    "context=2 tensor=2 expert=4",
+    "shards=2 tensor=2 expert=4",
+    "shards=2 pipeline=2 expert=2",
+    "shards=2 pipeline=2 expert=2 schedule=interleaved",
+    "shards=2 pipeline=2 expert=2 schedule=zero_bubble",
+    "replicas=2 shards=2 tensor=2 expert=2",
+    "shards=2 tensor=2 pipeline=2 expert=2",
+    "shards=2 context=2 tensor=2 expert=8",
+)
+CASES = [
+    *(slow(Layout(text), "dense") for text in (*SINGLE, *DENSE)),
+    *(slow(Layout(text), "mixture") for text in (*SINGLE, *MIXTURE)),
+]
+PREFIXES: tuple[tuple[str, Kind], ...] = (
+    ("shards=2", "dense"),
+    ("tensor=2", "dense"),
+    ("context=2", "dense"),
+    ("pipeline=2 schedule=interleaved", "dense"),
+    ("shards=2 expert=2", "mixture"),
+)
+
+
+@pytest.mark.parametrize(("layout", "kind"), CASES)
+def test_a_layout_trains_as_one_process(layout: Layout, kind: Kind, runs: Runs, request: pytest.FixtureRequest) -> None:
+    one, many = runs.alone(kind), runs.on(layout, kind)
+    assert len(many.losses) == STEPS and one.losses[-1] < 0.8 * one.losses[0], "something was learnt"
+    Row.of(layout, layout.world, kind, one, many, layout.bound).check(request)
+
+
+@pytest.mark.parametrize(("text", "kind"), PREFIXES)
+def test_a_layout_begins_as_one_process(text: str, kind: Kind, runs: Runs, request: pytest.FixtureRequest) -> None:
+    layout = Layout(text)
+    many = runs.on(layout, kind, steps=5)
+    assert len(many.losses) == 5
+    Row.of(f"{layout}, 5 steps", layout.world, kind, runs.alone(kind), many, layout.bound).check(request)

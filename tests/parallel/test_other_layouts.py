@@ -1,0 +1,153 @@
+"""A run begun in one layout goes on in another: checkpoints belong to the model, not to the processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from many import Curve, curve_of, on_processes, train
+from safetensors.torch import load_file
+from tiny_models import BOUND, Kind, Layout, Row, Runs, slow
+from torch import Tensor
+
+from zili.config import RunConfig
+from zili.training import saving
+from zili.training.checkpoints import list_checkpoints, verify
+
+HALF = 10
+MUON = "optimizer.name=muon"
+MUON_NORMS = 5e-3
+"""See test_settings.py."""
+
+PAIRS = [
+    ("", "shards=2", "dense", ()),
+    ("shards=2 expert=2", "pipeline=2", "mixture", ()),
+    slow("shards=4", "tensor=2 pipeline=2", "dense", ()),
+    slow("shards=2 tensor=2 pipeline=2", "", "dense", ()),
+    slow("pipeline=2 schedule=zbv", "shards=2 context=2", "dense", ()),
+    slow("replicas=2 shards=2", "shards=2", "dense", ()),
+    slow("shards=2", "replicas=2 shards=4", "dense", ()),
+    slow("context=2 tensor=2", "pipeline=4", "dense", ()),
+    slow("pipeline=2 stage_layers=[1,3]", "pipeline=2 schedule=interleaved", "dense", ()),
+    slow("pipeline=2", "shards=4", "dense", ("model.tied_embeddings=true",)),
+    slow("shards=2", "tensor=4", "dense", (MUON,)),
+    slow("tensor=2 pipeline=2", "shards=4", "dense", (MUON,)),
+    slow("tensor=2 expert=2", "shards=4 expert=4", "mixture", (MUON,)),
+    slow("shards=4 expert=4", "shards=2 expert=2", "mixture", ()),
+    slow("shards=2 pipeline=2 expert=2", "tensor=2 expert=2", "mixture", ()),
+    slow("", "context=2 tensor=2 expert=4", "mixture", ()),
+    slow("pipeline=2 schedule=interleaved", "shards=2 tensor=2 expert=4", "mixture", ()),
+    slow("tensor=4 expert=4", "", "mixture", ()),
+]
+
+
+@pytest.mark.parametrize(("begun", "resumed", "kind", "settings"), PAIRS)
+def test_a_run_goes_on_in_another_layout(
+    begun: str, resumed: str, kind: Kind, settings: tuple[str, ...], runs: Runs, request: pytest.FixtureRequest
+) -> None:
+    folder = f"folder={runs.recipe(kind).folder}"
+    before, after = Layout(begun), Layout(resumed)
+    first = runs.on(before, kind, *settings, folder, steps=HALF)
+    second = runs.on(after, kind, *settings, folder)
+    assert (len(first.losses), len(second.losses)) == (HALF, HALF)
+    joined = Curve(first.losses + second.losses, first.norms + second.norms)
+    bound = max(before.bound, after.bound)
+    # Their own bound for the norms of runs that Muon moves.
+    bounds = (BOUND, MUON_NORMS) if MUON in settings else (bound,)
+    name, worlds = f"{before} → {after}", f"{before.world} → {after.world}"
+    what = ", ".join((kind, *settings))
+    Row.of(name, worlds, what, runs.alone(kind, *settings), joined, *bounds).check(request)
+
+
+DROPOUT = ("model.hidden_dropout=0.1", "model.attention_dropout=0.1")
+TWICE = [
+    (Layout("shards=2"), "dense", (MUON,)),
+    slow(Layout("shards=2 tensor=2"), "dense", (MUON,)),
+    slow(Layout("context=2 tensor=2"), "dense", ()),
+    slow(Layout("tensor=2 pipeline=2 schedule=interleaved"), "dense", ()),
+    slow(Layout("replicas=2 shards=2"), "dense", ()),
+    slow(Layout("shards=2 tensor=2 expert=4"), "mixture", ()),
+    slow(Layout("shards=2 pipeline=2 expert=2"), "mixture", (MUON,)),
+]
+
+
+@pytest.mark.parametrize(("layout", "kind", "settings"), TWICE)
+def test_a_run_that_goes_on_in_its_layout_ends_in_the_same_bytes(
+    layout: Layout, kind: Kind, settings: tuple[str, ...], runs: Runs
+) -> None:
+    # Dropout draws in every step, so a generator of any process that is not restored shows in the weights.
+    whole, stopped = (runs.recipe(kind, *settings, *DROPOUT, *layout.overrides) for _ in range(2))
+    curve = curve_of(whole, layout.world)
+    first = curve_of(stopped, layout.world, stop=HALF)
+    second = curve_of(stopped, layout.world)
+    assert first.losses + second.losses == curve.losses and len(first.losses) == HALF
+    assert_same_bits(final_tensors(stopped), final_tensors(whole))
+
+
+def final_tensors(config: RunConfig) -> dict[str, Tensor]:
+    """Everything in the newest checkpoint, each process's file apart: in one layout the same has the same place."""
+    newest = list_checkpoints(config.folder / "checkpoints")[-1]
+    files = sorted(newest.glob("*.safetensors"))
+    return {f"{file.name}:{name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert {name.partition(":")[2].partition(".")[0] for name in one} == {"model", "optimizer", "rng"}
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def die_while_saving(config: RunConfig, function: str, rank: int) -> None:
+    """Train, and be killed on process `rank` where the second checkpoint calls `function` of `zili.training.saving`.
+
+    The first checkpoint is there already.
+    """
+    real, folder = getattr(saving, function), config.folder / "checkpoints"
+
+    def die(*arguments: object) -> object:
+        if list_checkpoints(folder) and os.environ["RANK"] == str(rank):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments)
+
+    with mock.patch.object(saving, function, side_effect=die):
+        train(config)
+
+
+@pytest.mark.parametrize(
+    ("function", "rank"),
+    [
+        ("_write_tensors", 1),
+        slow("_write_tensors", 0),
+        slow("_sums", 1),
+        slow("_sums", 0),
+        slow("sync", 1),
+        slow("sync", 0),
+    ],
+)
+def test_a_process_killed_while_it_writes_a_checkpoint_leaves_no_half_one(function: str, rank: int, runs: Runs) -> None:
+    layout = Layout("shards=2")
+    settings = ("checkpoint.every=2", "training.steps=6", *layout.overrides)
+    config, whole = runs.recipe("dense", *settings), runs.recipe("dense", *settings)
+    with pytest.raises(AssertionError):
+        on_processes(layout.world, die_while_saving, config, function, rank)
+    folder = config.folder / "checkpoints"
+    assert names(folder) == ["step-00000002"]
+    verify(folder / "step-00000002")
+    assert hidden(folder) or rank != 0, "where the first process lives, it clears away what it began"
+    assert len(curve_of(config, layout.world).losses) == 4
+    assert names(folder) == ["step-00000004", "step-00000006"]
+    assert not hidden(folder), "what was left is swept away"
+    curve_of(whole, layout.world)
+    assert_same_bits(final_tensors(config), final_tensors(whole))
+
+
+def hidden(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in list_checkpoints(folder)]

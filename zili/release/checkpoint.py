@@ -1,0 +1,94 @@
+"""A training checkpoint's weights as tensors that are read when they are asked for."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from zili.config.model import ModelConfig
+from zili.errors import CheckpointError
+from zili.models.arithmetic import parameter_shapes
+from zili.release.mapping import check_tensors
+from zili.release.tensors import Index, Tensors, open_safetensors
+
+_PREFIX = "model."
+
+
+class _Piece(NamedTuple):
+    file: Path
+    start: tuple[int, ...]
+    """Where in the whole tensor it begins."""
+    shape: tuple[int, ...]
+
+
+class CheckpointTensors(Tensors):
+    """The model in a checkpoint's shards, each tensor of which may lie in pieces over several of them."""
+
+    def __init__(self, folder: Path) -> None:
+        metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
+        self._described = {
+            name.removeprefix(_PREFIX): torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+            for name, entry in metadata.state_dict_metadata.items()
+            if name.startswith(_PREFIX) and isinstance(entry, TensorStorageMetadata)
+        }
+        self._pieces: dict[str, list[_Piece]] = defaultdict(list)
+        for place, stored in (metadata.storage_data or {}).items():
+            piece = _Piece(Path(stored.relative_path), tuple(place.offset), tuple(stored.shape))
+            self._pieces[place.fqn.removeprefix(_PREFIX)].append(piece)
+
+    def describe(self) -> dict[str, Tensor]:
+        return self._described
+
+    def read(self, name: str, index: Index | None = None) -> Tensor:
+        whole = self._described[name]
+        index = index or tuple(slice(0, size) for size in whole.shape)
+        out = torch.empty([part.stop - part.start for part in index], dtype=whole.dtype)
+        filled = 0
+        for piece in self._pieces[name]:
+            here, there = _overlap(piece, index)
+            if all(part.start < part.stop for part in here):
+                with open_safetensors(piece.file) as file:
+                    out[here] = file.get_slice(_PREFIX + name)[there]
+                filled += out[here].numel()
+        if filled != out.numel():
+            raise CheckpointError(
+                f"{self._pieces[name][0].file.parent}: {filled} of {out.numel()} elements of {name} are there; a shard "
+                "is missing, take an earlier checkpoint"
+            )
+        return out
+
+
+def _overlap(piece: _Piece, index: Index) -> tuple[Index, Index]:
+    """What `piece` has of the part `index`: as a part of that part, and as a part of the piece."""
+    here, there = [], []
+    for part, start, size in zip(index, piece.start, piece.shape, strict=True):
+        first, end = max(part.start, start), min(part.stop, start + size)
+        here.append(slice(first - part.start, end - part.start))
+        there.append(slice(first - start, end - start))
+    return tuple(here), tuple(there)
+
+
+def open_checkpoint(folder: Path) -> tuple[ModelConfig, Tensors]:
+    """A checkpoint, or a run folder's newest sound one: its model, hashes, names and shapes verified.
+
+    Raises:
+        CheckpointError: nothing there, damaged, or of another model.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; give a model, checkpoint or run folder")
+    # Late: reading a published model needs no trainer.
+    from zili.training.checkpoints import find_checkpoint, read_state
+
+    found = find_checkpoint(folder)
+    if found is None:
+        raise CheckpointError(f"{folder} holds no checkpoint; give a run folder or a step-... folder")
+    config = ModelConfig.model_validate(read_state(found).config["model"])
+    tensors = CheckpointTensors(found)
+    check_tensors(tensors.describe(), parameter_shapes(config), found)
+    return config, tensors
