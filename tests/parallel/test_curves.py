@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from tiny_models import STEPS, Kind, Layout, Row, Runs, slow
+import torch
+from many import Curve, on_processes, open_trainer
+from tiny_models import BOUND, STEPS, Kind, Layout, Row, Runs, slow
+
+from zili.config import RunConfig
 
 SINGLE = (
     "replicas=2",
@@ -82,3 +86,31 @@ def test_a_layout_begins_as_one_process(text: str, kind: Kind, runs: Runs, reque
     many = runs.on(layout, kind, steps=5)
     assert len(many.losses) == 5
     Row.of(f"{layout}, 5 steps", layout.world, kind, runs.alone(kind), many, layout.bound).check(request)
+
+
+def moved_weights(configs: list[RunConfig]) -> list[Curve]:
+    """The curve of each of `configs`; of the first as it is, of the others with every weight half a rounding aside."""
+    curves = []
+    for seed, config in enumerate(configs):
+        curve = Curve()
+        trainer = open_trainer(config, [curve])
+        numbers = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in trainer.parallel.parameters():
+                noise = torch.randn(parameter.shape, generator=numbers)
+                parameter.mul_(1 + 2**-24 * noise * (seed > 0))
+        trainer.fit()
+        curves.append(curve)
+    return curves
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dense", "mixture"])
+def test_rounding_of_the_first_weights_alone_stays_within_the_bounds(
+    kind: Kind, runs: Runs, request: pytest.FixtureRequest
+) -> None:
+    # What a layout may do, one process does to itself: a token between two experts goes to the other one.
+    ((one, *others),) = on_processes(1, moved_weights, [runs.recipe(kind) for _ in range(4)])
+    for number, other in enumerate(others, 1):
+        assert other.losses != one.losses
+        Row.of(f"one process, other rounding {number}", 1, kind, one, other, BOUND).check(request)

@@ -6,7 +6,6 @@ import io
 import json
 import time
 from collections import defaultdict
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 

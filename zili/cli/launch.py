@@ -111,13 +111,22 @@ def run(launch: Launch, console: Console) -> Trainer:
     trainer = Trainer(config, launch.loader, launch.setup.device, callbacks, world)
     with ExitStack() as held:
         world.agree(lambda: held.enter_context(locked(config.folder)) if world.is_first else None)
-        trainer.resume()
+        start = config.training.start_from
+        if not trainer.resume() and start is not None:
+            world.agree(lambda: _start_from(trainer, start))
         world.from_first(lambda: _leave_a_whole_run_folder(launch))
         try:
             trainer.fit()
         finally:
             progress.close()
     return trainer
+
+
+def _start_from(trainer: Trainer, folder: Path) -> None:
+    from zili.release import load_into
+
+    load_into(trainer.parallel.parts, folder)
+    trainer.note(f"weights from {folder}")
 
 
 def print_next(folder: Path, console: Console) -> None:

@@ -87,6 +87,9 @@ class TrainingConfig(Section):
     """How long, how wide, and how it fits."""
 
     steps: PositiveInt
+    start_from: Path | None = None
+    """Model folder whose weights a new run begins with: Hugging Face's, Zili's, or another run. Each process reads the
+    parts it holds. None: weights are drawn from the seed."""
     sequence_length: PositiveInt = 512
     """Tokens a sample."""
     global_batch: PositiveInt = 8

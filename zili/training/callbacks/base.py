@@ -29,8 +29,8 @@ class StepRecord:
     matmul_share: float
     """Model FLOP/s over the matmul peak measured at start."""
     further: dict[str, float] = field(default_factory=dict)
-    """Of a mixture, `expert_load_max` and `expert_load_min`: the most and the least used expert's tokens over the mean, in
-    the least even layer. With multi-token prediction `next_loss`, nats a token."""
+    """Of a mixture, `expert_load_max` and `expert_load_min`: the most and the least used expert's tokens over the mean,
+    in the least even layer. With multi-token prediction `next_loss`, nats a token."""
 
     def figures(self) -> dict[str, float]:
         """All of it under one name each."""
