@@ -9,19 +9,18 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from many import Curve, curve_of, on_processes, train
-from safetensors.torch import load_file
-from tiny_models import BOUND, Kind, Layout, Row, Runs, slow
+from tiny_models import LOOSE_NORMS, Kind, Layout, Row, Runs, slow
 from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from zili.config import RunConfig
 from zili.training import saving
-from zili.training.checkpoints import list_checkpoints, verify
+from zili.training.checkpoints import list_checkpoints, one_process, verify
 
 HALF = 10
 MUON = "optimizer.name=muon"
-MUON_NORMS = 5e-3
-"""See test_settings.py."""
 
 PAIRS = [
     ("", "shards=2", "dense", ()),
@@ -56,8 +55,7 @@ def test_a_run_goes_on_in_another_layout(
     assert (len(first.losses), len(second.losses)) == (HALF, HALF)
     joined = Curve(first.losses + second.losses, first.norms + second.norms)
     bound = max(before.bound, after.bound)
-    # Their own bound for the norms of runs that Muon moves.
-    bounds = (BOUND, MUON_NORMS) if MUON in settings else (bound,)
+    bounds = (bound, LOOSE_NORMS) if settings else (bound,)
     name, worlds = f"{before} → {after}", f"{before.world} → {after.world}"
     what = ", ".join((kind, *settings))
     Row.of(name, worlds, what, runs.alone(kind, *settings), joined, *bounds).check(request)
@@ -89,15 +87,18 @@ def test_a_run_that_goes_on_in_its_layout_ends_in_the_same_bytes(
 
 
 def final_tensors(config: RunConfig) -> dict[str, Tensor]:
-    """Everything in the newest checkpoint, each process's file apart: in one layout the same has the same place."""
-    newest = list_checkpoints(config.folder / "checkpoints")[-1]
-    files = sorted(newest.glob("*.safetensors"))
-    return {f"{file.name}:{name}": tensor for file in files for name, tensor in load_file(file).items()}
+    """Everything in the newest checkpoint, whole. Torch puts what several processes have into the file of any one."""
+    newest = str(list_checkpoints(config.folder / "checkpoints")[-1])
+    entries = HuggingFaceStorageReader(newest).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
+    with one_process():
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(newest), no_dist=True)
+    return tensors
 
 
 def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert one.keys() == other.keys()
-    assert {name.partition(":")[2].partition(".")[0] for name in one} == {"model", "optimizer", "rng"}
+    assert {name.partition(".")[0] for name in one} == {"model", "optimizer", "rng"}
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
@@ -137,7 +138,8 @@ def test_a_process_killed_while_it_writes_a_checkpoint_leaves_no_half_one(functi
     folder = config.folder / "checkpoints"
     assert names(folder) == ["step-00000002"]
     verify(folder / "step-00000002")
-    assert hidden(folder) or rank != 0, "where the first process lives, it clears away what it began"
+    # Where the first process lives it clears away what it began; where it dies at `sync`, the rename is just done.
+    assert hidden(folder) or rank != 0 or function == "sync"
     assert len(curve_of(config, layout.world).losses) == 4
     assert names(folder) == ["step-00000004", "step-00000006"]
     assert not hidden(folder), "what was left is swept away"

@@ -7,14 +7,10 @@ import math
 import pytest
 import torch
 from many import largest_difference, on_processes, open_trainer
-from tiny_models import BOUND, BOUND_DATA, Kind, Layout, Row, Runs, slow
+from tiny_models import BOUND, BOUND_DATA, LOOSE_NORMS, Kind, Layout, Row, Runs, slow
 
 from zili.config import RunConfig
 
-MUON_NORMS = 5e-3
-"""Muon's iteration runs in bf16: rounding of its input in fp32 can become rounding of its result in bf16."""
-TIED_NORMS = 5e-3
-"""This model has a step that one process, its weights moved by half a rounding, takes with a norm 3e-3 away."""
 CALM = ["chip.precision=bf16", "optimizer.learning_rate=1e-3", "schedule.warmup_steps=5"]
 """The usual rate has a step whose loss in bf16 is a fifth away from that in fp32: nothing could be compared there."""
 BF16 = 2e-3
@@ -23,18 +19,18 @@ BOTH = "shards=2 tensor=2"
 
 # What both have, what only the run on many processes has, then bounds of losses and norms.
 SAME = [
-    slow("muon", "dense", Layout("shards=2"), ["optimizer.name=muon"], [], BOUND_DATA, MUON_NORMS),
-    slow("muon", "dense", Layout(BOTH), ["optimizer.name=muon"], [], BOUND, MUON_NORMS),
-    slow("muon", "dense", Layout("pipeline=2"), ["optimizer.name=muon"], [], BOUND, MUON_NORMS),
-    slow("muon", "mixture", Layout("shards=2 expert=2"), ["optimizer.name=muon"], [], BOUND, MUON_NORMS),
-    slow("muon", "mixture", Layout("tensor=2 expert=2"), ["optimizer.name=muon"], [], BOUND, MUON_NORMS),
+    slow("muon", "dense", Layout("shards=2"), ["optimizer.name=muon"], [], BOUND_DATA, LOOSE_NORMS),
+    slow("muon", "dense", Layout(BOTH), ["optimizer.name=muon"], [], BOUND, LOOSE_NORMS),
+    slow("muon", "dense", Layout("pipeline=2"), ["optimizer.name=muon"], [], BOUND, LOOSE_NORMS),
+    slow("muon", "mixture", Layout("shards=2 expert=2"), ["optimizer.name=muon"], [], BOUND, LOOSE_NORMS),
+    slow("muon", "mixture", Layout("tensor=2 expert=2"), ["optimizer.name=muon"], [], BOUND, LOOSE_NORMS),
     *(
         slow(f"recompute {way}", kind, Layout(layout), [], [f"training.recompute={way}"], BOUND, BOUND)
         for way in ("selective", "full")
         for kind, layout in (("dense", BOTH), ("mixture", "shards=2 tensor=2 expert=2"), ("dense", "pipeline=2"))
     ),
-    slow("tied", "dense", Layout("pipeline=2"), ["model.tied_embeddings=true"], [], BOUND, TIED_NORMS),
-    slow("tied", "dense", Layout(BOTH), ["model.tied_embeddings=true"], [], BOUND, TIED_NORMS),
+    slow("tied", "dense", Layout("pipeline=2"), ["model.tied_embeddings=true"], [], BOUND, LOOSE_NORMS),
+    slow("tied", "dense", Layout(BOTH), ["model.tied_embeddings=true"], [], BOUND, LOOSE_NORMS),
     slow("micro-batches of 1", "dense", Layout(BOTH), [], ["training.micro_batch=1"], BOUND, BOUND),
     slow("micro-batches of 1", "mixture", Layout(BOTH), [], ["training.micro_batch=1"], BOUND, BOUND),
     slow("micro-batches of 4", "dense", Layout("shards=2"), [], ["training.micro_batch=4"], BOUND_DATA, BOUND_DATA),

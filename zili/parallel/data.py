@@ -22,9 +22,10 @@ from zili.parallel.world import World
 def apply_sharding(model: Decoder, world: World, dtype: torch.dtype) -> None:
     """Shard `model`, still on the meta device: a group a block, and one for what lies around the blocks.
 
-    Weights are gathered in `dtype`; gradients are reduced in fp32.
+    Weights are gathered in `dtype`; gradients are reduced in fp32. What goes into a module keeps its own dtype: the
+    residual stream and the angles of positions are fp32 also where products are not (autocast sees to those).
     """
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     weights = world.mesh("weights")
     # A pipeline's micro-batches follow one another: gathering a block again for each would cost more than keeping it
     # through the step, and the schedules that put weight gradients off find only weights that are still there.

@@ -16,28 +16,29 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.optim import Optimizer
-from torch.optim._muon import (
-    DEFAULT_A,
-    DEFAULT_B,
-    DEFAULT_C,
-    DEFAULT_NS_STEPS,
-    EPS,
-    _adjust_lr,
-    _zeropower_via_newtonschulz,
-)
-
-_COEFFICIENTS = (DEFAULT_A, DEFAULT_B, DEFAULT_C)
+from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, DEFAULT_NS_STEPS, EPS, _adjust_lr
 
 
 class Muon(Optimizer):
-    """`torch.optim.Muon` with Nesterov momentum, bit for bit where a matrix is whole; parts and stacks too.
+    """`torch.optim.Muon` with Nesterov momentum, for parts of matrices and for stacks of them too.
 
-    A parameter `[E, O, I]` is E matrices, as the experts of a mixture are. Sources: Jordan 2024, "Muon: an optimizer
-    for hidden layers"; the update is scaled to AdamW's size (Liu et al. 2025, "Muon is scalable", eq. 4).
+    A parameter `[E, O, I]` is E matrices, as the experts of a mixture are. `dtype` is that of the iteration: in bf16
+    the results are torch's, bit for bit; in fp32 they do not depend on the last bit of a gradient, which bf16 rounds
+    to one neighbour or the other. Sources: Jordan 2024, "Muon: an optimizer for hidden layers"; the update is scaled
+    to AdamW's size (Liu et al. 2025, "Muon is scalable", eq. 4).
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], *, lr: float, weight_decay: float, momentum: float) -> None:
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        *,
+        lr: float,
+        weight_decay: float,
+        momentum: float,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self._dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -49,7 +50,9 @@ class Muon(Optimizer):
                     alike[_kind(parameter)].append(parameter)
             for parameters in alike.values():
                 updates = [self._momentum(parameter, group["momentum"]) for parameter in parameters]
-                for parameter, update in zip(parameters, _orthogonalized(parameters, updates), strict=True):
+                for parameter, update in zip(
+                    parameters, _orthogonalized(parameters, updates, self._dtype), strict=True
+                ):
                     rate = _adjust_lr(group["lr"], "match_rms_adamw", parameter.shape[-2:])
                     own = _plain(parameter)
                     own.mul_(1 - group["lr"] * group["weight_decay"])
@@ -77,18 +80,18 @@ def _plain(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def _orthogonalized(parameters: list[nn.Parameter], updates: list[Tensor]) -> list[Tensor]:
+def _orthogonalized(parameters: list[nn.Parameter], updates: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """This process's parts of the orthogonalised `updates`, which are parts of matrices cut as `parameters` are."""
     first = parameters[0]
     if not isinstance(first, DTensor) or first.device_mesh.size() == 1:
-        return [_each(update) for update in updates]
+        return [_each(update, dtype) for update in updates]
     mesh, shape = first.device_mesh, (len(updates), *first.shape)
     # One more dimension in front: which matrix it is. Dealing out means to cut there instead of inside.
     inside = tuple(_one_further(placement) for placement in first.placements)
     dealt = tuple(Shard(0) for _ in inside)
     cut = _distributed(torch.stack(updates), mesh, inside, shape)
     whole = cut.redistribute(placements=dealt)
-    done = _distributed(_each(whole.to_local()).to(updates[0].dtype), mesh, dealt, shape)
+    done = _distributed(_each(whole.to_local(), dtype).to(updates[0].dtype), mesh, dealt, shape)
     return list(done.redistribute(placements=inside).to_local().unbind())
 
 
@@ -103,8 +106,23 @@ def _one_further(placement: Placement) -> Placement:
     return Shard(placement.dim + 1) if isinstance(placement, Shard) else Replicate()
 
 
-def _each(x: Tensor) -> Tensor:
+def _each(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Every matrix `[O, I]` of `x [..., O, I]` orthogonalised."""
     if x.ndim == 2:
-        return _zeropower_via_newtonschulz(x, _COEFFICIENTS, DEFAULT_NS_STEPS, EPS)
-    return torch.stack([_each(matrix) for matrix in x]) if len(x) else x
+        return orthogonal(x, dtype)
+    return torch.stack([_each(matrix, dtype) for matrix in x]) if len(x) else x
+
+
+def orthogonal(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """The orthogonal factor of `matrix [O, I]`, roughly: singular values between about 0.7 and 1.2.
+
+    Five steps of the quintic Newton-Schulz iteration with Jordan's coefficients, as `torch.optim.Muon` does them.
+    """
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.to(dtype, copy=True)
+    x = x.T if tall else x
+    x.div_(x.norm().clamp(min=EPS))
+    for _ in range(DEFAULT_NS_STEPS):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=DEFAULT_B, alpha=DEFAULT_C), x, beta=DEFAULT_A)
+    return x.T if tall else x

@@ -13,19 +13,21 @@ BASE_RATE = "base_lr"
 """Key in each parameter group that keeps its peak rate; `lr` is that times the schedule's share."""
 
 
-def build_optimizers(named: list[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[Optimizer]:
+def build_optimizers(
+    named: list[tuple[str, nn.Parameter]], config: OptimizerConfig, dtype: torch.dtype = torch.float32
+) -> list[Optimizer]:
     """One AdamW over everything, or a Muon and an AdamW that share the parameters out.
 
     Muon takes the matrices of the blocks, experts' among them; embeddings, head, routers, norms and biases stay with
     AdamW, as in Jordan's description (2024, "Muon: an optimizer for hidden layers"). Its update is scaled to AdamW's
-    size so that both share learning rate and decay.
+    size so that both share learning rate and decay, and its iteration runs in `dtype`, the precision of the run.
     """
     named = [(name, p) for name, p in named if p.requires_grad]
     hidden = [p for name, p in named if p.ndim >= 2 and name.startswith("layers.") and ".router." not in name]
     optimizers: list[Optimizer] = []
     if config.name == "muon" and hidden:
         rates = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "momentum": config.momentum}
-        optimizers.append(Muon(hidden, **rates))
+        optimizers.append(Muon(hidden, dtype=dtype, **rates))
         taken = {id(p) for p in hidden}
         named = [(name, p) for name, p in named if id(p) not in taken]
     optimizers.append(_adamw([p for _, p in named], config))

@@ -62,7 +62,7 @@ class Trainer:
         assert config.chip.precision != "auto", "the configuration is resolved"
         self._dtype = DTYPES[config.chip.precision]
         self.parallel = ParallelModel(config, self.world, self._dtype)
-        self.optimizers = build_optimizers(list(self.parallel.named_parameters()), config.optimizer)
+        self.optimizers = build_optimizers(list(self.parallel.named_parameters()), config.optimizer, self._dtype)
         self.matmul_peak = matmul_peak(device, self._dtype)
         keep, asynchronous = config.checkpoint.keep, config.checkpoint.asynchronous
         self._saver = Saver(self.checkpoint_folder, self.world, keep=keep, asynchronous=asynchronous)
