@@ -19,11 +19,11 @@ BOTH = "shards=2 tensor=2"
 
 # What both have, what only the run on many processes has, then bounds of losses and norms.
 SAME = [
-    slow("muon", "dense", Layout("shards=2"), ["optimizer.name=muon"], [], BOUND_DATA, LOOSE_NORMS),
-    slow("muon", "dense", Layout(BOTH), ["optimizer.name=muon"], [], BOUND, LOOSE_NORMS),
-    slow("muon", "dense", Layout("pipeline=2"), ["optimizer.name=muon"], [], BOUND, LOOSE_NORMS),
-    slow("muon", "mixture", Layout("shards=2 expert=2"), ["optimizer.name=muon"], [], BOUND, LOOSE_NORMS),
-    slow("muon", "mixture", Layout("tensor=2 expert=2"), ["optimizer.name=muon"], [], BOUND, LOOSE_NORMS),
+    slow("muon", "dense", Layout("shards=2"), ["optimizer.name=muon"], [], BOUND_DATA, BOUND_DATA),
+    slow("muon", "dense", Layout(BOTH), ["optimizer.name=muon"], [], BOUND, BOUND),
+    slow("muon", "dense", Layout("pipeline=2"), ["optimizer.name=muon"], [], BOUND, BOUND),
+    slow("muon", "mixture", Layout("shards=2 expert=2"), ["optimizer.name=muon"], [], BOUND, BOUND),
+    slow("muon", "mixture", Layout("tensor=2 expert=2"), ["optimizer.name=muon"], [], BOUND, BOUND),
     *(
         slow(f"recompute {way}", kind, Layout(layout), [], [f"training.recompute={way}"], BOUND, BOUND)
         for way in ("selective", "full")
