@@ -34,6 +34,7 @@ SAME = [
     slow("micro-batches of 1", "dense", Layout(BOTH), [], ["training.micro_batch=1"], BOUND, BOUND),
     slow("micro-batches of 1", "mixture", Layout(BOTH), [], ["training.micro_batch=1"], BOUND, BOUND),
     slow("micro-batches of 4", "dense", Layout("shards=2"), [], ["training.micro_batch=4"], BOUND_DATA, BOUND_DATA),
+    slow("compiled", "dense", Layout("shards=2"), [], ["chip.compile=true"], BOUND, BOUND),
     slow("bf16", "dense", Layout("shards=2"), CALM, [], BF16, 10 * BF16),
     slow("bf16", "dense", Layout(BOTH), CALM, [], BF16, 10 * BF16),
 ]

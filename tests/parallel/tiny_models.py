@@ -21,7 +21,7 @@ LOOSE_NORMS = 5e-3
 """Relative, of gradient norms with tied embeddings, where the run itself magnifies rounding: its 14th step has a spike,
 and one process whose first weights are moved by half a rounding strays there by 3e-3."""
 OTHERS = ("tensor", "context", "pipeline")
-Kind = Literal["dense", "mixture"]
+Kind = Literal["dense", "mixture", "tele-flm-1t", "zili-1t-a32b"]
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 304,
@@ -60,6 +60,9 @@ MODELS: dict[Kind, dict[str, Any]] = {
         "latent": {"query_rank": 32, "key_value_rank": 24, "rope_head_dim": 8, "value_head_dim": 16},
         "mtp_layers": 1,
     },
+    # Small twins of the two trillions: theirs is everything but the sizes.
+    "tele-flm-1t": {"preset": "tele-flm-1t", "scaled_to": 64, "vocab_size": 304},
+    "zili-1t-a32b": {"preset": "zili-1t-a32b", "scaled_to": 64, "vocab_size": 304},
 }
 
 
