@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -47,6 +48,35 @@ def test_a_run_leaves_a_folder_that_goes_on_by_itself(zili, recipe_file: Path, t
         "recipe.toml",
         "tokenizer",
     }
+
+
+def first_loss(folder: Path) -> float:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return next(line["loss"] for line in lines if line["kind"] == "train")
+
+
+def test_a_run_starts_from_the_weights_of_a_published_folder_or_of_another_run(
+    zili, recipe_file: Path, tmp_path: Path
+) -> None:
+    run, published = tmp_path / "run", tmp_path / "published"
+    assert zili("train", recipe_file, "--set", "training.steps=5", "--set", "schedule.kind=constant").code == 0
+    assert zili("export", run, "--to", published).code == 0
+    losses = []
+    for source in (run, published):
+        folder = tmp_path / f"from-{source.name}"
+        changes = (f"training.start_from={source}", f"folder={folder}", "training.steps=1")
+        outcome = zili("train", recipe_file, *(word for change in changes for word in ("--set", change)))
+        assert outcome.code == 0 and f"weights from {source}" in outcome.out.replace("\n", "")
+        losses.append(first_loss(folder))
+    # The first batch again, by a model that has learned from it.
+    assert losses[0] == losses[1] < first_loss(run) - 0.1
+
+
+def test_a_run_does_not_start_from_another_shape(zili, recipe_file: Path, tmp_path: Path) -> None:
+    assert zili("train", recipe_file, "--set", "training.steps=1").code == 0
+    start = ("--set", f"training.start_from={tmp_path / 'run'}", "--set", f"folder={tmp_path / 'other'}")
+    one_error(zili("train", recipe_file, *start, "--set", "model.layers=3"), 5, "layers")
+    assert not (tmp_path / "other" / "checkpoints").exists()
 
 
 def test_an_interrupted_run_says_how_to_go_on(

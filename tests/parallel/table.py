@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-FILES = ("test_curves.py", "test_settings.py", "test_other_layouts.py")
+FILES = ("test_curves.py", "test_settings.py", "test_other_layouts.py", "test_trillion.py")
 
 
 class Rows:
