@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -52,23 +53,41 @@ def main() -> None:
     except ZiliError as error:
         if _is_heard(error):
             print(f"zili: {_who()}{error}", file=sys.stderr)
+        if _joined():
+            # No tidying up: the traceback holds what uses the process group, and a group that is taken apart under it
+            # sometimes ends the process with a signal instead of this code.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(error.exit_code)
         sys.exit(error.exit_code)
     finally:
-        if "zili.parallel.world" in sys.modules:  # else there was nothing to join
+        if _joined():
             from zili.parallel.world import leave
 
             leave()
 
 
+def _joined() -> bool:
+    """Whether this process has others beside it."""
+    return _place()[1] > 1 and "zili.parallel.world" in sys.modules
+
+
+def _place() -> tuple[int, int, int]:
+    """`processes()`; where torchrun's variables are no numbers, which is then the error, this process speaks."""
+    try:
+        return processes()
+    except ZiliError:
+        return 0, 1, 0
+
+
 def _is_heard(error: ZiliError) -> bool:
     """Whether this process says what all of them may have met. One that is alone with its error always does."""
-    rank, _, here = processes()
+    rank, _, here = _place()
     if error.agreed:
         return rank == 0
-    joined = "zili.parallel.world" in sys.modules
-    return joined or here == 0  # before they join, the processes of a machine have read the same recipe
+    return _joined() or here == 0  # before they join, the processes of a machine have read the same recipe
 
 
 def _who() -> str:
-    rank = processes()[0]
+    rank = _place()[0]
     return f"process {rank}: " if rank else ""
