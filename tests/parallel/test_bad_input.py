@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -42,9 +43,12 @@ class Runner:
 
     def __call__(self, *overrides: str, count: int = 2) -> Outcome:
         started = [self._start(rank, count, port, overrides) for port in [free_port()] for rank in range(count)]
+        late = threading.Timer(_SECONDS, lambda: [process.kill() for process in started])
+        late.start()
         try:
-            said = [process.communicate(timeout=_SECONDS) for process in started]
+            said = [process.communicate() for process in started]
         finally:
+            late.cancel()
             for process in started:
                 process.kill()
         out, err = ("".join(parts) for parts in zip(*said, strict=True))

@@ -43,6 +43,7 @@ def agreements() -> dict[str, Any]:
         "the last fails": failed(lambda: agreeing(world, {1: CheckpointError("a shard is missing")})),
         "all fail alike": failed(lambda: agreeing(world, dict.fromkeys((0, 1), DataError("no store")))),
         "each fails": failed(lambda: agreeing(world, {0: DataError("no store"), 1: CheckpointError("none")})),
+        "the last meets a defect": failed(lambda: agreeing(world, {1: KeyError("a name")})),
         "well again": world.agree(lambda: world.rank * 10),
         "from the first": world.from_first(lambda: {"rank": world.rank, "none": None}),
         "the first makes nothing": failed(lambda: world.from_first(lambda: fails(world, {0: DataError("no")}))),
@@ -51,14 +52,14 @@ def agreements() -> dict[str, Any]:
     }
 
 
-def fails(world: World, errors: dict[int, ZiliError]) -> str:
+def fails(world: World, errors: dict[int, Exception]) -> str:
     time.sleep(0.2 * world.rank)
     if world.rank in errors:
         raise errors[world.rank]
     return "well"
 
 
-def agreeing(world: World, errors: dict[int, ZiliError]) -> str:
+def agreeing(world: World, errors: dict[int, Exception]) -> str:
     return world.agree(lambda: fails(world, errors))
 
 
@@ -66,8 +67,9 @@ def failed(work: Callable[[], object]) -> Heard:
     started = time.monotonic()
     try:
         work()
-    except ZiliError as error:
-        return Heard(type(error).__name__, str(error), error.agreed, time.monotonic() - started)
+    except Exception as error:
+        agreed = isinstance(error, ZiliError) and error.agreed
+        return Heard(type(error).__name__, str(error), agreed, time.monotonic() - started)
     raise AssertionError("nothing was raised")
 
 
@@ -91,6 +93,12 @@ def test_an_error_of_one_process_is_raised_on_all(told: list[dict[str, Any]], ca
         found = own[case]
         assert (found.kind, found.text, found.agreed) == (kind, text, True)
         assert found.seconds < 10
+
+
+def test_a_defect_is_raised_where_it_is_and_the_others_are_told(told: list[dict[str, Any]]) -> None:
+    first, last = (own["the last meets a defect"] for own in told)
+    assert (first.kind, first.text, first.agreed) == ("ZiliError", "process 1 failed: KeyError: 'a name'", True)
+    assert (last.kind, last.text, last.agreed) == ("KeyError", "'a name'", False)
 
 
 def test_where_nothing_fails_each_process_has_its_own_result(told: list[dict[str, Any]]) -> None:

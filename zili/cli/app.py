@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+import traceback
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -53,18 +54,30 @@ def main() -> None:
     except ZiliError as error:
         if _is_heard(error):
             print(f"zili: {_who()}{error}", file=sys.stderr)
-        if _joined():
-            # No tidying up: the traceback holds what uses the process group, and a group that is taken apart under it
-            # sometimes ends the process with a signal instead of this code.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(error.exit_code)
-        sys.exit(error.exit_code)
+        _end(error.exit_code, agreed=error.agreed)
+    except Exception:
+        traceback.print_exc()
+        _end(ZiliError.exit_code)
     finally:
         if _joined():
             from zili.parallel.world import leave
 
             leave()
+
+
+def _end(code: int, agreed: bool = False) -> NoReturn:
+    """End this process; one among others without tidying up."""
+    if not _joined():
+        sys.exit(code)
+    from zili.parallel.world import await_the_others
+
+    if agreed:
+        await_the_others()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # The traceback holds what uses the process group, and a group that is taken apart under it sometimes ends the
+    # process with a signal instead of this code, or waits for processes that are gone.
+    os._exit(code)
 
 
 def _joined() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import TypeVar
 
@@ -18,6 +19,7 @@ from zili.parallel.layout import Layout, processes
 
 Result = TypeVar("Result")
 _TIMEOUT = timedelta(minutes=30)
+_PATIENCE = timedelta(seconds=10)
 
 
 def join(device: Device) -> None:
@@ -35,6 +37,16 @@ def leave() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def await_the_others() -> None:
+    """Before this process ends by an error that all agreed on: wait, for seconds at most, until all have heard it.
+
+    A process that ends while another still reads its last message can take that message along.
+    """
+    if dist.is_initialized():
+        with suppress(RuntimeError):  # the others may be gone, which is as good
+            dist.all_reduce(torch.zeros(1), async_op=True).wait(_PATIENCE)
 
 
 class World:
@@ -117,25 +129,42 @@ class World:
         return made[0]  # type: ignore[return-value]
 
     def agree(self, work: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
-        """`work()` on every process. If it fails on one, all of them raise that error: none is left waiting.
+        """`work()` on every process. If it fails on one, all of them raise: none is left waiting.
 
         Raises:
-            ZiliError: of the first process that raised one.
+            ZiliError: of the first process that raised one; where one met a defect, which it raises itself, the others
+                raise that this process failed.
         """
-        failure: ZiliError | None = None
+        failure: Exception | None = None
         result: Result | None = None
         try:
             result = work()
-        except ZiliError as error:
+        except Exception as error:
             failure = error
         if self.size > 1:
-            said = None if failure is None else (type(failure).__name__, str(failure))
             everyones: list[tuple[str, str] | None] = [None] * self.size
-            dist.all_gather_object(everyones, said, group=group)
-            first = next((found for found in everyones if found is not None), None)
-            if first is not None and (failure is None or first != said):
-                failure = getattr(errors, first[0])(first[1])
+            dist.all_gather_object(everyones, _said(failure, self.rank), group=group)
+            failure = _agreed(failure, everyones)
         if failure is not None:
-            failure.agreed = self.size > 1
             raise failure
         return result  # type: ignore[return-value]
+
+
+def _said(failure: Exception | None, rank: int) -> tuple[str, str] | None:
+    """What the others are told: the class of the error and its text."""
+    if failure is None:
+        return None
+    if isinstance(failure, ZiliError):
+        return type(failure).__name__, str(failure)
+    return ZiliError.__name__, f"process {rank} failed: {type(failure).__name__}: {failure}"
+
+
+def _agreed(own: Exception | None, everyones: list[tuple[str, str] | None]) -> Exception | None:
+    """What this process raises when `everyones` failures are known; a defect keeps its own traceback."""
+    first = next((said for said in everyones if said is not None), None)
+    if first is None or not (own is None or isinstance(own, ZiliError)):
+        return own
+    kind, text = first
+    failure = own if own is not None and (type(own).__name__, str(own)) == first else getattr(errors, kind)(text)
+    failure.agreed = True
+    return failure
