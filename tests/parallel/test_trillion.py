@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tiny_models import BOUND, Kind, Layout, Row, Runs, slow
+from tiny_models import Kind, Layout, Row, Runs, slow
 
 LAYOUTS = {
     "tele-flm-1t": ["shards=2", "tensor=2", "context=2", "pipeline=2", "shards=2 tensor=2 pipeline=2"],
@@ -18,7 +18,4 @@ LAYOUTS = {
     ("kind", "layout"), [slow(kind, Layout(text)) for kind, texts in LAYOUTS.items() for text in texts]
 )
 def test_a_trillions_twin_has_one_curve(kind: Kind, layout: Layout, runs: Runs, request: pytest.FixtureRequest) -> None:
-    # First weights this small give experts all but equal scores, so that a rounding reroutes a token now and then
-    # (docs/parallel.md has one traced): no layout keeps the mixture to the bound of data dimensions.
-    bound = layout.bound if kind == "tele-flm-1t" else BOUND
-    Row.of(layout, layout.world, kind, runs.alone(kind), runs.on(layout, kind), bound).check(request)
+    Row.of(layout, layout.world, kind, runs.alone(kind), runs.on(layout, kind), layout.bound).check(request)

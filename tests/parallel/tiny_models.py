@@ -17,9 +17,6 @@ BOUND_DATA = 1e-5
 """Relative; of layouts that share out samples only: sums over the batch in another order."""
 BOUND = 2e-4
 """Relative; of layouts that cut matrices, sequences or the model: sums inside of products in another order too."""
-LOOSE_NORMS = 5e-3
-"""Relative, of gradient norms with tied embeddings, where the run itself magnifies rounding: its 14th step has a spike,
-and one process whose first weights are moved by half a rounding strays there by 3e-3."""
 OTHERS = ("tensor", "context", "pipeline")
 Kind = Literal["dense", "mixture", "tele-flm-1t", "zili-1t-a32b"]
 
@@ -30,6 +27,9 @@ _SIZES: dict[str, Any] = {
     "heads": 8,
     "ffn_hidden_size": 96,
     "max_length": 128,
+    # Together with the rate below, a problem that does not magnify rounding: with 0.02 and a rate of 3e-3, scores of
+    # experts all but tie, and one process whose first weights are moved by half a rounding strays by 6e-4.
+    "init_std": 0.06,
 }
 MODELS: dict[Kind, dict[str, Any]] = {
     "dense": {
@@ -61,8 +61,8 @@ MODELS: dict[Kind, dict[str, Any]] = {
         "mtp_layers": 1,
     },
     # Small twins of the two trillions: theirs is everything but the sizes.
-    "tele-flm-1t": {"preset": "tele-flm-1t", "scaled_to": 64, "vocab_size": 304},
-    "zili-1t-a32b": {"preset": "zili-1t-a32b", "scaled_to": 64, "vocab_size": 304},
+    "tele-flm-1t": {"preset": "tele-flm-1t", "scaled_to": 64, "vocab_size": 304, "init_std": 0.06},
+    "zili-1t-a32b": {"preset": "zili-1t-a32b", "scaled_to": 64, "vocab_size": 304, "init_std": 0.06},
 }
 
 
@@ -76,7 +76,7 @@ def tiny_recipe(kind: Kind, data: Path, folder: Path, *overrides: str) -> RunCon
             "tokenizer": str(data / "tokenizer"),
         },
         "training": {"steps": STEPS, "sequence_length": 64, "global_batch": 16, "micro_batch": 2},
-        "optimizer": {"learning_rate": 3e-3},
+        "optimizer": {"learning_rate": 1e-3},
         "chip": {
             "name": "cpu",
             "precision": "fp32",
