@@ -8,9 +8,10 @@ import queue
 import random
 import signal
 import socket
+import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,20 +41,25 @@ class Curve(Callback):
         self.norms.append(record.gradient_norm)
 
 
-def on_processes(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+def on_processes(
+    count: int, work: Callable[..., Any], *arguments: Any, environment: Mapping[str, str] | None = None
+) -> list[Any]:
     """`work(*arguments)` on `count` processes that torchrun might have started; the results by rank.
 
+    With an `environment` of their own they are new processes, else forks of one that has torch imported.
     Raises `AssertionError` with the traceback of the first that failed.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["zili.training.trainer", "zili.cli.launch", "torch.utils.tensorboard"])
+    context: Any = multiprocessing.get_context("forkserver" if environment is None else "spawn")
+    if environment is None:
+        context.set_forkserver_preload(["zili.training.trainer", "zili.cli.launch", "torch.utils.tensorboard"])
     port = free_port()
     results: multiprocessing.Queue[Any] = context.Queue()
     processes = [
         context.Process(target=_on_one, args=(rank, count, port, results, work, arguments)) for rank in range(count)
     ]
-    for process in processes:
-        process.start()
+    with mock.patch.dict(os.environ, environment or {}):
+        for process in processes:
+            process.start()
     found: dict[int, Any] = {}
     end = time.monotonic() + _SECONDS
     try:
@@ -105,6 +111,8 @@ def _on_one(rank: int, count: int, port: int, results: Any, work: Callable[..., 
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    # A spawned process begins with its parent's sys.path, whatever PYTHONPATH says.
+    sys.path += [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder not in sys.path]
     torch.set_num_threads(1)
     try:
         results.put((rank, work(*arguments)))

@@ -16,7 +16,7 @@ from zili.models.initialization import fill, initial_value
 from zili.models.layers import Embedding, Linear, RMSNorm, Seam, local
 from zili.models.mixture import Mixture, Router, feed_forward_of
 from zili.models.recomputation import Recompute, recomputed
-from zili.models.rotary import rotary_tables
+from zili.models.rotary import Kept, rotary_tables
 
 
 class Block(nn.Module):
@@ -107,8 +107,9 @@ class Decoder(nn.Module):
         first, last = part.start == 0, part.stop == config.layers
         self.config = config
         self.recompute: Recompute = "none"
-        self.positions: Callable[[int], Tensor] | None = None
-        """Which of a row's positions this process has, given the row's length; None: all of them."""
+        self.positions: Callable[[int, torch.device], Tensor] | None = None
+        """Which of a row's positions this process has, given the row's length and where; None: all of them."""
+        self._frequencies: Kept = {}
         self.vocabulary: ops.VocabularyPart | None = None
         """Which rows of the output matrix this process has; None: all of them."""
         self.first = first
@@ -228,8 +229,9 @@ class Decoder(nn.Module):
         if self.positions is None:
             positions = torch.arange(start, length, device=inputs.device)
         else:
-            positions = self.positions(length).to(inputs.device)
-        cos, sin = rotary_tables(self.config.rotary, self.config.rotary_dim, positions, length)
+            positions = self.positions(length, inputs.device)
+        rotary, head_dim = self.config.rotary, self.config.rotary_dim
+        cos, sin = rotary_tables(rotary, head_dim, positions, length, self._frequencies)
         x = inputs
         if self.first:
             assert self.embedding is not None

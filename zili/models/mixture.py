@@ -154,14 +154,13 @@ class Mixture(nn.Module):
         routes, loss, counts = self.router(x)
         if torch.is_grad_enabled():
             x = Noted.apply(x, loss, self.router.load, counts)
-        out = self._routed(x, routes)
+        out = self._routed(x, routes, counts.long())
         return out if self.shared is None else out + self.shared(x)
 
-    def _routed(self, x: Tensor, routes: Routes) -> Tensor:
+    def _routed(self, x: Tensor, routes: Routes, counts: Tensor) -> Tensor:
         top_k = routes.experts.shape[-1]
         experts = routes.experts.flatten()
         order = experts.argsort(stable=True)
-        counts = torch.bincount(experts, minlength=self.router.mixture.experts)
         rows = x.flatten(0, 1)[order // top_k]
         # `inverse` puts each result back beside the others of its token, so that a token's sum has one order.
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))

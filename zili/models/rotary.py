@@ -93,15 +93,26 @@ def _yarn(plain: Tensor, rotary: RotaryConfig, head_dim: int, base: float) -> Te
     return interpolated * plain / rotary.factor + (1 - interpolated) * plain
 
 
-def rotary_tables(rotary: RotaryConfig, head_dim: int, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
+Kept = dict[tuple[float, torch.device], Tensor]
+"""Frequencies by base and the device they were sent to."""
+
+
+def rotary_tables(
+    rotary: RotaryConfig, head_dim: int, positions: Tensor, length: int, kept: Kept | None = None
+) -> tuple[Tensor, Tensor]:
     """cos and sin for `positions [S]` of a sequence of `length` tokens: two `[S, d]` fp32 tables.
+
+    `kept` is where a model keeps what its earlier calls sent to a device.
 
     Computed once a forward pass and shared by the layers. telechat_ntk's are rounded to fp16, the magnitude
     multiplied in fp16, because the published code does both whatever the model's dtype (the rounding moves
     logits by about 1e-3 relative).
     """
     base, magnitude = scaling(rotary, head_dim, length)
-    angles = torch.outer(positions.float(), frequencies(rotary, head_dim, base).to(positions.device))
+    kept, key = ({} if kept is None else kept), (base, positions.device)
+    if key not in kept:
+        kept[key] = frequencies(rotary, head_dim, base).to(positions.device)
+    angles = torch.outer(positions.float(), kept[key])
     angles = torch.cat((angles, angles), dim=-1)
     cos, sin = angles.cos(), angles.sin()
     if rotary.rule == "telechat_ntk":

@@ -38,10 +38,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_gradient else None
         grad_weight: Tensor | None = None
-        size = _rows_at_a_time(weight.shape[0], hidden.device.type)
+        on_host = hidden.device.type == "cpu"
+        size = max(64, (_CHUNK_ELEMENTS if on_host else _CHUNK_ELEMENTS_ELSEWHERE) // len(weight))
+        one_chunk = _one_chunk
+        if vocabulary is not None or not on_host:
+            one_chunk = partial(_one_chunk_of_a_part, vocabulary or _Whole())
         for start in range(0, len(hidden), size):
             rows = hidden[start : start + size]
-            one_chunk = _one_chunk if vocabulary is None else partial(_one_chunk_of_a_part, vocabulary)
             loss, scores = one_chunk(rows, matrix, labels[start : start + size], multiplier, product)
             total += loss
             if grad_hidden is not None:
@@ -62,16 +65,25 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden * grad, grad_weight * grad, None, None, None, None, None
 
 
-def _rows_at_a_time(vocabulary: int, device_type: str) -> int:
-    """Rows of a chunk for this many logits a row."""
-    elements = _CHUNK_ELEMENTS if device_type == "cpu" else _CHUNK_ELEMENTS_ELSEWHERE
-    return max(64, elements // vocabulary)
+class _Whole:
+    """The only part of a vocabulary that is not shared out."""
+
+    first = 0
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x
+
+    def max(self, x: Tensor) -> Tensor:
+        return x
 
 
 def _one_chunk(
     rows: Tensor, matrix: Tensor, labels: Tensor, multiplier: float, product: Product
 ) -> tuple[Tensor, Tensor]:
-    """Summed loss of `rows [n, D]`, and its gradient by their logits before the multiplier, `[n, V]` fp32."""
+    """Summed loss of `rows [n, D]`, and its gradient by their logits before the multiplier, `[n, V]` fp32.
+
+    Of the host alone: it looks at values twice, for which an accelerator would have to be waited for.
+    """
     logits = product(rows, matrix).float()
     if multiplier != 1.0:
         logits.mul_(multiplier)
@@ -92,7 +104,10 @@ def _one_chunk(
 def _one_chunk_of_a_part(
     part: VocabularyPart, rows: Tensor, matrix: Tensor, labels: Tensor, multiplier: float, product: Product
 ) -> tuple[Tensor, Tensor]:
-    """`_one_chunk` where `matrix` is some rows of the whole output matrix; the gradient is by this part's logits."""
+    """`_one_chunk` where `matrix` is some rows of the whole output matrix; the gradient is by this part's logits.
+
+    On any device: what happens depends on no value.
+    """
     logits = product(rows, matrix).float()
     if multiplier != 1.0:
         logits.mul_(multiplier)
@@ -105,10 +120,9 @@ def _one_chunk_of_a_part(
     exponentials = logits.sub_(top[:, None]).exp_()
     # One message for both sums: a chunk's messages are small, and their latency is what they cost.
     total, wanted = part.sum(torch.stack((exponentials.sum(1), wanted)))
-    probabilities = exponentials.div_(total[:, None]).scatter_add_(1, target, -mine[:, None])
-    if multiplier != 1.0 or not bool(counted.all()):
-        probabilities.mul_(counted.to(torch.float32)[:, None] * multiplier)
-    return ((total.log() - wanted) * counted).sum(), probabilities
+    scale = counted * multiplier
+    gradient = exponentials.mul_((scale / total)[:, None]).scatter_add_(1, target, -(mine * multiplier)[:, None])
+    return ((total.log() - wanted) * counted).sum(), gradient
 
 
 def chunked_linear_cross_entropy(

@@ -39,9 +39,9 @@ class ContextPart:
         """Positions of this process in rows of `length` tokens, in two runs."""
         return pieces(length, self.size, self.rank)
 
-    def positions(self, length: int) -> Tensor:
+    def positions(self, length: int, device: torch.device) -> Tensor:
         """The same as one tensor `[length / size]`."""
-        return torch.cat([torch.arange(piece.start, piece.stop) for piece in self.pieces(length)])
+        return torch.cat([torch.arange(piece.start, piece.stop, device=device) for piece in self.pieces(length)])
 
     def take(self, rows: Tensor) -> Tensor:
         """`rows [B, S, ...]` -> this process's positions of them."""

@@ -44,11 +44,12 @@ class ProcessExchange(Exchange):
         even = [1] * self.size
         # [process that sends, expert here]
         arriving = exchanged(by_process, even, even, self.group)
-        sent, received = by_process.sum(1).tolist(), arriving.sum(1).tolist()
+        # The host must know how much to send: the one wait of a layer, for both numbers at once.
+        sent, received = torch.stack((by_process.sum(1), arriving.sum(1))).tolist()
         rows = exchange(rows, sent, received, self.group)
         # They come process by process; the products want them expert by expert.
         expert = torch.arange(arriving.shape[1], device=rows.device).repeat(self.size)
-        order = expert.repeat_interleave(arriving.flatten()).argsort(stable=True)
+        order = expert.repeat_interleave(arriving.flatten(), output_size=sum(received)).argsort(stable=True)
         return rows[order], arriving.sum(0), Ticket(sent, received, order)
 
     def back(self, rows: Tensor, ticket: Ticket) -> Tensor:

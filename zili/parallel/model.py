@@ -203,7 +203,8 @@ class ParallelModel:
         self.world.sum(loads)
         for number, router in routers:
             router.balance(loads[number])
-        return loads[loads.sum(1) > 0]
+        numbers = range(config.layers + config.mtp_layers)
+        return torch.stack([loads[number] for number in numbers if config.has_experts(number)])
 
     @torch.no_grad()
     def scale_gradients(self, factor: Tensor) -> None:

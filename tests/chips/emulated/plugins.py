@@ -1,0 +1,81 @@
+"""Folders that stand for an installed vendor plugin: a module, its package metadata, and an entry point of ours."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from emulated import LIBRARY
+
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Vendor:
+    """A vendor to be emulated."""
+
+    backend: str
+    """What `chip.name` takes."""
+    plugin: str
+    device_type: str
+    collectives: str
+    chip: str
+    """Model, as its driver reports it."""
+    record: str = ""
+    """Source of a module with the record `BACKEND`; empty: Zili has one."""
+
+    def __str__(self) -> str:
+        return f"{self.device_type}/{self.collectives}"
+
+
+ASCEND = Vendor("ascend", "torch_npu", "npu", "hccl", "Ascend910B2")
+CAMBRICON = Vendor("cambricon", "torch_mlu", "mlu", "cncl", "MLU590")
+# Not "xccl": torch 2.13 takes that name for Intel's library, which it must have been built with.
+UNHEARD_OF = Vendor(
+    "unheard",
+    "torch_xyz",
+    "xyz",
+    "xyzccl",
+    "XYZ-1",
+    """
+from zili.chips import Backend, Capability
+
+BACKEND = Backend(
+    name="unheard",
+    device_type="xyz",
+    collectives="xyzccl",
+    plugin="torch_xyz",
+    plugin_pairs=True,
+    capabilities=dict.fromkeys(
+        ("fsdp2", "fused_adamw", "bf16_reduce", "grouped_matmul", "inf_nan"), Capability(True, "emulated")
+    ),
+)
+""",
+)
+VENDORS = (ASCEND, CAMBRICON, UNHEARD_OF)
+
+
+def install(vendor: Vendor, folder: Path) -> Path:
+    """Put the plugin of `vendor` into `folder`, for PYTHONPATH; returns `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    call = f'register("{vendor.device_type}", "{vendor.collectives}", "{vendor.chip}")'
+    module = f"from emulated import register\n\n{call}\n\n\ndef _autoload():\n    pass\n"
+    (folder / f"{vendor.plugin}.py").write_text(module, encoding="utf-8")
+    points = f"[torch.backends]\n{vendor.plugin} = {vendor.plugin}:_autoload\n"
+    if vendor.record:
+        (folder / f"zili_{vendor.backend}.py").write_text(vendor.record, encoding="utf-8")
+        points += f"[zili.backends]\n{vendor.backend} = zili_{vendor.backend}:BACKEND\n"
+    version = torch.__version__.split("+")[0]
+    info = folder / f"{vendor.plugin}-{version}.dist-info"
+    info.mkdir(exist_ok=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {vendor.plugin}\nVersion: {version}\n")
+    (info / "entry_points.txt").write_text(points)
+    return folder
+
+
+def environment(library: Path, *folders: Path) -> dict[str, str]:
+    """Variables of a process that finds the plugins in `folders`."""
+    path = os.pathsep.join(map(str, (*folders, _HERE)))
+    return {"PYTHONPATH": path, LIBRARY: str(library), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}

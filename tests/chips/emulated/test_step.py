@@ -1,0 +1,97 @@
+"""Inside a training step everything runs on the device, and the host waits for it as often as is stated."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from conftest import Environment
+from many import on_processes, open_trainer
+from plugins import ASCEND
+from tiny_models import Kind, Layout, Runs, slow
+from watch import Watch
+
+from zili.config import RunConfig
+from zili.data.prefetch import Prefetcher
+
+ON_THE_HOST = ("trainer.py _average", "parallel/model.py _with_next", "parallel/context.py take")
+"""Work on the batch before it is sent: it comes from the token stores, on the host."""
+MICRO_BATCHES = 8
+
+
+def watched_step(config: RunConfig) -> tuple[Counter[str], Counter[str], int]:
+    """Waits, operations elsewhere and the number of operations of the second step."""
+    trainer = open_trainer(config)
+    trainer.parallel.train()
+    rows = trainer.world.rows(config.training.global_batch)
+    with Prefetcher(trainer.loader, 0, rows, 2) as batches:
+        trainer.train_step(next(batches)[1])
+        batch = next(batches)[1]
+        with Watch(trainer.device.type) as watch:
+            trainer.train_step(batch)
+    return watch.waits, watch.elsewhere, watch.operations
+
+
+EXPERT_WAITS = {"parallel/expert.py there": 4 * MICRO_BATCHES // 2}
+"""How much to send where: once a layer (three of experts, one of multi-token prediction) and micro-batch."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout", "waits"),
+    [
+        ("dense", "", {}),
+        ("mixture", "", {}),
+        ("mixture", "shards=2 expert=2", EXPERT_WAITS),
+        slow("dense", "shards=2", {}),
+        slow("dense", "tensor=2", {}),
+        slow("dense", "context=2", {}),
+        slow("dense", "pipeline=2", {}),
+        slow("mixture", "shards=2 pipeline=2", {}),
+    ],
+)
+def test_a_step_stays_on_the_device(
+    kind: Kind, layout: str, waits: dict[str, int], runs: Runs, with_plugins: Environment
+) -> None:
+    chosen = Layout(layout)
+    config = runs.recipe(kind, *chosen.overrides, f"chip.name={ASCEND.backend}")
+    for found, elsewhere, operations in on_processes(
+        chosen.world, watched_step, config, environment=with_plugins(ASCEND)
+    ):
+        assert operations > 1000
+        assert by_place(found) == waits
+        assert [place for place in by_place(elsewhere) if place not in ON_THE_HOST] == []
+
+
+def by_place(found: Counter[str]) -> dict[str, int]:
+    """Counts by file and function; a failing test shows the lines."""
+    counts: Counter[str] = Counter()
+    for line, count in found.items():
+        place, _, function = line.partition(" at ")[2].partition(" ")
+        counts[f"{place.partition(':')[0].removeprefix('training/')} {function}"] += count
+    return dict(counts)
+
+
+def test_the_watch_sees_what_it_is_for(with_plugins: Environment) -> None:
+    ((waits, elsewhere),) = on_processes(1, careless, environment=with_plugins(ASCEND))
+    assert sorted(line.split(" at ")[0] for line in waits.elements()) == [
+        *("aten._local_scalar_dense.default", "aten._local_scalar_dense.default", "aten._to_copy.default"),
+        *("aten.bincount.default", "aten.index.Tensor", "aten.nonzero.default"),
+    ]
+    assert [line.split(" at ")[0] for line in elsewhere.elements()] == ["aten.ones.default"]
+
+
+def careless() -> tuple[Counter[str], Counter[str]]:
+    """What a step must not do."""
+    import torch_npu  # noqa: F401 - the emulated one
+
+    numbers = torch.arange(4, device="npu")
+    with Watch("npu") as watch:
+        numbers[0].item()
+        if numbers.any():
+            numbers.nonzero()
+        numbers.bincount()
+        numbers[numbers > 2]
+        numbers.cpu()
+        torch.ones(4).sum()
+    return watch.waits, watch.elsewhere
