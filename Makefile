@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH_OPTIONS ?=
 RUN := $(VENV)/bin/python -m
 
-.PHONY: quickstart test test-all lint format docs clean
+.PHONY: quickstart test test-all test-ascend lint format docs clean
 
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/zili quickstart
@@ -19,6 +19,18 @@ test-all: $(VENV)/.tests-installed
 	$(RUN) ruff check .
 	$(RUN) mypy
 	$(RUN) pytest
+
+# Huawei's wheel in an environment of its own, since it changes `import torch`; on stand-ins for CANN, nothing computed.
+test-ascend: $(VENV)-ascend/.installed
+	$(VENV)-ascend/bin/python tests/chips/torch_npu/stub_cann.py $(VENV)-ascend/cann
+	LD_LIBRARY_PATH=$(VENV)-ascend/cann TORCH_DEVICE_BACKEND_AUTOLOAD=0 ZILI_STUB_CANN=1 \
+		$(VENV)-ascend/bin/python -m pytest tests/chips/torch_npu
+
+$(VENV)-ascend/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-ascend
+	$(VENV)-ascend/bin/pip install --quiet $(TORCH_OPTIONS) torch==2.13.0
+	$(VENV)-ascend/bin/pip install --quiet torch_npu==2.13.0 'pytest>=8' --editable .
+	touch $@
 
 lint: $(VENV)/.tests-installed
 	$(RUN) ruff check .
@@ -45,4 +57,4 @@ $(VENV)/.tests-installed: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-ascend build *.egg-info .pytest_cache .mypy_cache .ruff_cache

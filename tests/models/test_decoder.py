@@ -270,7 +270,7 @@ def test_a_block_is_one_graph():
 
 def test_the_operations_are_looked_up_at_call_time(monkeypatch):
     called = []
-    for name in ("linear", "rms_norm", "rotate", "swiglu", "attention", "linear_cross_entropy"):
+    for name in ("linear", "rms_norm", "add_rms_norm", "rotate", "swiglu", "attention", "linear_cross_entropy"):
         original = getattr(ops, name)
 
         def recorded(*args, name=name, original=original, **kwargs):
@@ -283,7 +283,8 @@ def test_the_operations_are_looked_up_at_call_time(monkeypatch):
     counts = {name: called.count(name) for name in set(called)}
     assert counts == {
         "linear": 21,
-        "rms_norm": 7,
+        "rms_norm": 4,
+        "add_rms_norm": 3,
         "rotate": 6,
         "swiglu": 3,
         "attention": 3,

@@ -20,7 +20,6 @@ from unittest import mock
 
 import torch
 
-from zili import ops
 from zili.config import RunConfig
 from zili.training.callbacks import Callback, StepRecord
 from zili.training.trainer import Trainer
@@ -143,7 +142,6 @@ def open_trainer(config: RunConfig, callbacks: Sequence[Callback] = ()) -> Train
         launch = prepare_launch(config)
     resolved = launch.setup.config
     assert resolved.chip.precision != "auto"
-    ops.choose("cpu", resolved.chip.precision, config.chip.operations)
     with mock.patch("zili.training.trainer.matmul_peak", return_value=PEAK):
         return Trainer(resolved, launch.loader, launch.setup.device, callbacks, launch.setup.world)
 

@@ -37,6 +37,7 @@ ASCEND = Backend(
         Variable("HCCL_EVENT_TIMEOUT", None, "seconds a collective's event is waited for"),
         Variable("ACL_DEVICE_SYNC_TIMEOUT", None, "seconds a device synchronisation may take"),
     ),
+    operations="zili.ops.ascend",
     capabilities={
         "bf16": Capability(True, "A2 (910B) and newer", "documented"),
         "bf16_reduce": Capability(True, "listed for A2 in CANN 7.0's HCCL documents", "documented"),

@@ -83,6 +83,8 @@ class Backend:
     environment: tuple[Variable, ...] = ()
     process_setup: Callable[[], str | None] | None = None
     """Run once at activation, for what no variable can set in a process already running; a line says what it did."""
+    operations: str | None = None
+    """Module with this vendor's fused operations, `VERSIONS` of `zili.ops.versions.Version`."""
     capabilities: Mapping[str, Capability | Callable[[], Capability]] = field(default_factory=dict)
     """By name; a function where the machine has to be looked at, called when asked for."""
     notes: tuple[str, ...] = ()

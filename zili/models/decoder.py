@@ -40,8 +40,9 @@ class Block(nn.Module):
         cache_entry: CacheEntry | None = None,
     ) -> Tensor:
         """`x [B, S, D]`, `cos, sin [S, d]`, `document_ids [B, T]` -> `[B, S, D]`."""
-        x = x + self._drop(self.attention(self.attention_norm(x), cos, sin, document_ids, cache_entry))
-        return x + self._drop(self.feed_forward(self.feed_forward_norm(x)))
+        branch = self._drop(self.attention(self.attention_norm(x), cos, sin, document_ids, cache_entry))
+        normed, x = self.feed_forward_norm.after_adding(x, branch)
+        return x + self._drop(self.feed_forward(normed))
 
     def _drop(self, branch: Tensor) -> Tensor:
         return F.dropout(branch, self.dropout) if self.training and self.dropout else branch

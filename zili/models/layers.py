@@ -88,3 +88,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, local(self.weight), self.eps)
+
+    def after_adding(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of `x + branch`, and that sum."""
+        return ops.add_rms_norm(x, branch, local(self.weight), self.eps)

@@ -158,15 +158,9 @@ class Mixture(nn.Module):
         return out if self.shared is None else out + self.shared(x)
 
     def _routed(self, x: Tensor, routes: Routes, counts: Tensor) -> Tensor:
-        top_k = routes.experts.shape[-1]
-        experts = routes.experts.flatten()
-        order = experts.argsort(stable=True)
-        rows = x.flatten(0, 1)[order // top_k]
-        # `inverse` puts each result back beside the others of its token, so that a token's sum has one order.
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        out = self.experts(rows, counts)[inverse].unflatten(0, (-1, top_k))
-        weights = routes.weights.flatten(0, 1)[..., None]
-        return (out * weights).sum(1).to(x.dtype).view(x.shape)
+        rows, places = ops.permute(x.flatten(0, 1), routes.experts.flatten(0, 1))
+        out = ops.unpermute(self.experts(rows, counts), places, routes.weights.flatten(0, 1))
+        return out.to(x.dtype).view(x.shape)
 
 
 def feed_forward_of(config: ModelConfig, layer: int) -> nn.Module:

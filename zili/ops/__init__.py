@@ -8,21 +8,25 @@ from __future__ import annotations
 from torch import Tensor
 
 from zili.ops.reference import IGNORE_INDEX, VocabularyPart
-from zili.ops.registry import active, choose, chosen, runs_on
+from zili.ops.registry import active, choose, chosen, runs_on, versions
 
 __all__ = [
     "IGNORE_INDEX",
     "VocabularyPart",
+    "add_rms_norm",
     "attention",
     "choose",
     "chosen",
     "grouped_matmul",
     "linear",
     "linear_cross_entropy",
+    "permute",
     "rms_norm",
     "rotate",
     "runs_on",
     "swiglu",
+    "unpermute",
+    "versions",
 ]
 
 
@@ -34,6 +38,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `reference.rms_norm`."""
     return active("rms_norm")(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See `reference.add_rms_norm`."""
+    return active("add_rms_norm")(x, branch, weight, eps)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -49,6 +58,16 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def grouped_matmul(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """See `reference.grouped_matmul`."""
     return active("grouped_matmul")(x, weights, ends)
+
+
+def permute(x: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+    """See `reference.permute`."""
+    return active("permute")(x, experts)
+
+
+def unpermute(rows: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+    """See `reference.unpermute`."""
+    return active("unpermute")(rows, places, weights)
 
 
 def attention(

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zili.ops.product import LIBRARIES, Product, library, weight_gradient
-from zili.ops.reference import IGNORE_INDEX, VocabularyPart
+from zili.ops.reference import IGNORE_INDEX, VocabularyPart, Whole
 
 _CHUNK_ELEMENTS = 4 * 1024 * 1024
 """Logits at a time: 16 MB of fp32, which stays in a CPU's last-level cache and in its allocator's reach."""
@@ -42,7 +42,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         size = max(64, (_CHUNK_ELEMENTS if on_host else _CHUNK_ELEMENTS_ELSEWHERE) // len(weight))
         one_chunk = _one_chunk
         if vocabulary is not None or not on_host:
-            one_chunk = partial(_one_chunk_of_a_part, vocabulary or _Whole())
+            one_chunk = partial(_one_chunk_of_a_part, vocabulary or Whole())
         for start in range(0, len(hidden), size):
             rows = hidden[start : start + size]
             loss, scores = one_chunk(rows, matrix, labels[start : start + size], multiplier, product)
@@ -63,18 +63,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad, grad_weight * grad, None, None, None, None, None
-
-
-class _Whole:
-    """The only part of a vocabulary that is not shared out."""
-
-    first = 0
-
-    def sum(self, x: Tensor) -> Tensor:
-        return x
-
-    def max(self, x: Tensor) -> Tensor:
-        return x
 
 
 def _one_chunk(

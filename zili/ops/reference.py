@@ -28,6 +28,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return normed.to(x.dtype) * weight
 
 
+def add_rms_norm(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`rms_norm` of `x + branch`, and that sum, in the dtype of `x`: a residual stream and what joins it."""
+    total = x + branch
+    return rms_norm(total, weight, eps), total
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn `x [B, S, H, d]` by `cos, sin [S, d]`, rotate-half convention (Su et al. 2021, as in GPT-NeoX)."""
     cos, sin = cos[:, None, :], sin[:, None, :]
@@ -48,6 +54,20 @@ def grouped_matmul(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     starts = [0, *ends.tolist()]
     rows = [x[start:end] for start, end in pairwise(starts)]
     return torch.cat([linear(part, weight) for part, weight in zip(rows, weights.unbind(), strict=True)])
+
+
+def permute(x: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows `x [N, D]`, one for each of its `experts [N, k]`, sorted by expert: `[N k, D]`; and `places [N k]`, where
+    the row for each token and choice went."""
+    order = experts.flatten().argsort(stable=True)
+    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return x[order // experts.shape[1]], places
+
+
+def unpermute(rows: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+    """Sum of each token's `rows [N k, D]`, found by the `places` of `permute`, times `weights [N, k]`: `[N, D]`."""
+    # Each result beside the others of its token, so that a token's sum has one order.
+    return (rows[places].unflatten(0, weights.shape) * weights[..., None]).sum(1)
 
 
 def attention(
@@ -96,6 +116,20 @@ class VocabularyPart(Protocol):
 
     def max(self, x: Tensor) -> Tensor:
         """Largest of `x` over all parts, element by element; no gradient."""
+
+
+class Whole:
+    """The only part of a vocabulary that is not shared out."""
+
+    first = 0
+
+    def sum(self, x: Tensor) -> Tensor:
+        """`x` itself."""
+        return x
+
+    def max(self, x: Tensor) -> Tensor:
+        """`x` itself."""
+        return x
 
 
 def linear_cross_entropy(

@@ -2,85 +2,72 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from zili.errors import ConfigError
+from zili.errors import ChipError, ConfigError
 from zili.ops import product, reference
 from zili.ops.blocked_attention import blocked_attention
 from zili.ops.chunked_cross_entropy import chunked_linear_cross_entropy
+from zili.ops.examples import Example, example, run
+from zili.ops.versions import Version
 
 REFERENCE = "reference"
 _MARGIN = 1.02
 """A faster version must be this much faster, so that noise does not choose."""
 _ROUNDS = 9
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_CLOSE = {"fp32": 1e-4, "bf16": 0.05}
+"""How far a version may be from the reference, of the largest element: sums and roundings in another order."""
 
 
-@dataclass(frozen=True)
-class Version:
-    """A faster form of one operation."""
-
-    operation: str
-    name: str
-    function: Callable[..., Tensor]
-    fits: Callable[[str, str], bool]
-    """Device type and precision to whether it may run there."""
-    example: Callable[[], tuple[Tensor, ...]] | None = None
-    """Inputs to time it on against the reference; None: taken wherever it fits, `reason` says why."""
-    reason: str = ""
+def _on_cpu_fp32(device_type: str, precision: str) -> str | None:
+    if (device_type, precision) != ("cpu", "fp32"):
+        return "only on cpu in fp32"
+    return None if torch.backends.mkldnn.is_available() else "this torch was built without oneDNN"
 
 
-def _on_cpu_fp32(device_type: str, precision: str) -> bool:
-    return device_type == "cpu" and precision == "fp32" and torch.backends.mkldnn.is_available()
+def _has_grouped(device_type: str, precision: str) -> str | None:
+    return None if hasattr(torch.nn.functional, "grouped_mm") else "this torch has no grouped_mm"
 
 
-def _linear_example() -> tuple[Tensor, ...]:
-    return torch.randn(2048, 512, requires_grad=True), torch.randn(512, 512, requires_grad=True)
-
-
-def _attention_example() -> tuple[Tensor, ...]:
-    heads = [torch.randn(2, 512, count, 64, requires_grad=True) for count in (6, 2, 2)]
-    return tuple(heads)
-
-
-def _has_grouped(device_type: str, precision: str) -> bool:
-    return hasattr(torch.nn.functional, "grouped_mm")
-
-
-def _grouped_example() -> tuple[Tensor, ...]:
-    ends = torch.arange(64, 513, 64, dtype=torch.int32)
-    return torch.randn(512, 256, requires_grad=True), torch.randn(8, 128, 256, requires_grad=True), ends
+def _anywhere(device_type: str, precision: str) -> str | None:
+    return None
 
 
 VERSIONS = (
-    Version("linear", "onednn", product.linear, _on_cpu_fp32, _linear_example),
-    Version("attention", "blocked", blocked_attention, _on_cpu_fp32, _attention_example),
-    Version("grouped_matmul", "grouped", product.grouped, _has_grouped, _grouped_example),
+    Version("linear", "onednn", product.linear, _on_cpu_fp32),
+    Version("attention", "blocked", blocked_attention, _on_cpu_fp32),
+    Version("grouped_matmul", "grouped", product.grouped, _has_grouped),
     Version(
         "linear_cross_entropy",
         "chunked",
         chunked_linear_cross_entropy,
-        lambda device_type, precision: True,
-        reason="logits are never whole in memory",
+        _anywhere,
+        "logits are never whole in memory",
     ),
 )
-_REFERENCES: Mapping[str, Callable[..., Tensor]] = {
+OPERATIONS: Mapping[str, Callable[..., Any]] = {
     name: getattr(reference, name)
     for name in (
-        *("linear", "rms_norm", "rotate", "swiglu", "attention", "grouped_matmul"),
-        "linear_cross_entropy",
+        *("linear", "rms_norm", "add_rms_norm", "rotate", "swiglu", "attention"),
+        *("grouped_matmul", "permute", "unpermute", "linear_cross_entropy"),
     )
 }
-_active: dict[str, Callable[..., Tensor]] = dict(_REFERENCES)
-_names: dict[str, str] = dict.fromkeys(_REFERENCES, REFERENCE)
+"""The reference of every operation, by name."""
+OF_EXPERTS = ("grouped_matmul", "permute", "unpermute")
+"""Operations that only a mixture of experts needs."""
+_active: dict[str, Callable[..., Any]] = dict(OPERATIONS)
+_names: dict[str, str] = dict.fromkeys(OPERATIONS, REFERENCE)
 
 
-def active(operation: str) -> Callable[..., Tensor]:
+def active(operation: str) -> Callable[..., Any]:
     """The function that runs for `operation` now."""
     return _active[operation]
 
@@ -90,8 +77,28 @@ def chosen() -> dict[str, str]:
     return dict(_names)
 
 
+def versions(vendor: str | None = None) -> tuple[Version, ...]:
+    """All versions but the references, in the order in which they are tried: those of the module `vendor` first.
+
+    Raises:
+        ChipError: the module cannot be imported.
+    """
+    if vendor is None:
+        return VERSIONS
+    try:
+        return (*importlib.import_module(vendor).VERSIONS, *VERSIONS)
+    except Exception as error:  # a third party's module may raise anything
+        raise ChipError(
+            f"the operations of this chip, {vendor}, cannot be imported: {error}; repair its package"
+        ) from error
+
+
 def choose(
-    device_type: str, precision: str, asked: Mapping[str, str], unused: Collection[str] = ()
+    device_type: str,
+    precision: str,
+    asked: Mapping[str, str],
+    unused: Collection[str] = (),
+    vendor: str | None = None,
 ) -> list[tuple[str, str, str]]:
     """Set every operation's version; returns (operation, version, reason) of each that has more than one.
 
@@ -100,18 +107,20 @@ def choose(
         precision: "fp32" or "bf16".
         asked: version by operation, as the recipe or a resumed checkpoint names it.
         unused: operations that the model does not need: no choice of theirs is of interest.
+        vendor: module with the versions of the chip's vendor (`Backend.operations`).
     Raises:
         ConfigError: an operation or version of that name does not exist, or it cannot run here.
+        ChipError: the vendor's module cannot be imported.
     """
-    _check_names(asked)
+    known = versions(vendor)
+    _check_names(asked, known)
     choices = []
-    where = (device_type, precision)
-    for operation in _REFERENCES:
-        version = next((version for version in VERSIONS if version.operation == operation), None)
+    for operation in OPERATIONS:
+        candidates = [version for version in known if version.operation == operation]
         if operation in asked:
-            name, function, reason = _asked_for(version, asked[operation], operation, where)
-        elif version is not None and operation not in unused:
-            name, function, reason = _best(version, where)
+            name, function, reason = _asked_for(candidates, asked[operation], operation, device_type, precision)
+        elif candidates and operation not in unused:
+            name, function, reason = _best(candidates, operation, device_type, precision)
         else:
             continue
         _active[operation], _names[operation] = function, name
@@ -121,55 +130,85 @@ def choose(
     return choices
 
 
-def runs_on(operation: str, name: str, device_type: str, precision: str) -> bool:
+def runs_on(operation: str, name: str, device_type: str, precision: str, vendor: str | None = None) -> bool:
     """Whether `operation` has a version of that name other than the reference, and it runs there."""
     return any(
-        version.operation == operation and version.name == name and version.fits(device_type, precision)
-        for version in VERSIONS
+        version.operation == operation and version.name == name and version.lacks(device_type, precision) is None
+        for version in versions(vendor)
     )
 
 
-Selected = tuple[str, Callable[..., Tensor], str]
+Selected = tuple[str, Callable[..., Any], str]
 
 
-def _asked_for(version: Version | None, name: str, operation: str, where: tuple[str, str]) -> Selected:
-    if name == REFERENCE or version is None:
-        return REFERENCE, _REFERENCES[operation], "asked for"
-    if not version.fits(*where):
-        raise ConfigError(f"chip.operations.{operation}: {name!r} does not run on {where[0]} in {where[1]}")
+def _asked_for(candidates: list[Version], name: str, operation: str, device_type: str, precision: str) -> Selected:
+    version = next((version for version in candidates if version.name == name), None)
+    if version is None:
+        return REFERENCE, OPERATIONS[operation], "asked for"
+    missing = version.lacks(device_type, precision)
+    if missing:
+        raise ConfigError(
+            f"chip.operations.{operation}: {name!r} does not run on {device_type} in {precision}: {missing}"
+        )
     return name, version.function, "asked for"
 
 
-def _best(version: Version, where: tuple[str, str]) -> Selected:
-    """The faster version where it fits and is faster; else the reference."""
-    plain = _REFERENCES[version.operation]
-    if not version.fits(*where):
-        return REFERENCE, plain, f"{version.name} does not run on {where[0]} in {where[1]}"
-    if version.example is None:
-        return version.name, version.function, version.reason
-    ratio = _speed_ratio(plain, version.function, version.example())
-    if ratio < _MARGIN:
-        return REFERENCE, plain, f"{version.name} ran at {ratio:.2f}x its speed on this machine"
-    return version.name, version.function, f"{ratio:.1f}x the reference's speed on this machine"
+def _best(candidates: list[Version], operation: str, device_type: str, precision: str) -> Selected:
+    """The first version that runs, agrees with the reference and is faster; else the reference, and why."""
+    plain, refused = OPERATIONS[operation], []
+    for version in candidates:
+        problem = version.lacks(device_type, precision)
+        if problem is None and version.reason:
+            return version.name, version.function, version.reason
+        if problem is None:
+            problem, ratio = _compare(plain, version, device_type, precision)
+            if problem is None:
+                return version.name, version.function, f"{ratio:.1f}x the reference's speed on this machine"
+        refused.append(f"{version.name}: {problem}")
+    return REFERENCE, plain, "; ".join(refused)
 
 
-def _speed_ratio(plain: Callable[..., Tensor], faster: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> float:
-    """Speed of `faster` over `plain`, forward and backward: best of a few, in turns, after one round to warm up."""
+def _compare(plain: Callable[..., Any], version: Version, device_type: str, precision: str) -> tuple[str | None, float]:
+    """What speaks against `version`, if anything, and its speed over the reference's."""
+    inputs = example(version.operation, device_type, _DTYPES[precision])
+    try:
+        error = difference(run(version.function, inputs), run(plain, inputs))
+    except (RuntimeError, TypeError, NotImplementedError) as problem:
+        return f"failed ({str(problem).splitlines()[0]:.120})", 0.0
+    if not error <= _CLOSE[precision]:
+        return f"differs from the reference by {error:.1e} of the largest element", 0.0
+    ratio = _speed_ratio(plain, version.function, inputs)
+    return (None if ratio >= _MARGIN else f"ran at {ratio:.2f}x its speed on this machine"), ratio
+
+
+def difference(found: list[Tensor], wanted: list[Tensor]) -> float:
+    """Largest difference of two lists of tensors, each relative to the largest element wanted; nan where one is."""
+    worst = 0.0
+    for one, other in zip(found, wanted, strict=True):
+        right = other.detach().cpu().double()
+        relative = (one.detach().cpu().double() - right).abs().max() / right.abs().max().clamp(min=1e-30)
+        worst = max(worst, float(relative)) if not math.isnan(relative) else math.nan
+    return worst
+
+
+def _speed_ratio(plain: Callable[..., Any], faster: Callable[..., Any], inputs: Example) -> float:
+    """Speed of `faster` over `plain`, forward and backward: best of a few, in turns."""
     best = [math.inf, math.inf]
-    for turn in range(_ROUNDS + 1):
+    on_host = inputs.arguments[0].device.type == "cpu"
+    for _ in range(_ROUNDS):
         for i, function in enumerate((plain, faster)):
             started = time.perf_counter()
-            out = function(*inputs)
-            out.backward(torch.ones_like(out))
-            if turn:
-                best[i] = min(best[i], time.perf_counter() - started)
+            run(function, inputs)
+            if not on_host:
+                torch.accelerator.synchronize()
+            best[i] = min(best[i], time.perf_counter() - started)
     return best[0] / best[1]
 
 
-def _check_names(asked: Mapping[str, str]) -> None:
+def _check_names(asked: Mapping[str, str], known: tuple[Version, ...]) -> None:
     for operation, name in asked.items():
-        if operation not in _REFERENCES:
-            raise ConfigError(f"chip.operations: no operation {operation!r}; there are {', '.join(_REFERENCES)}")
-        names = [REFERENCE, *(version.name for version in VERSIONS if version.operation == operation)]
+        if operation not in OPERATIONS:
+            raise ConfigError(f"chip.operations: no operation {operation!r}; there are {', '.join(OPERATIONS)}")
+        names = [REFERENCE, *(version.name for version in known if version.operation == operation)]
         if name not in names:
             raise ConfigError(f"chip.operations.{operation}: no version {name!r}; there are {', '.join(names)}")

@@ -21,7 +21,7 @@ def open_device(name: str = "auto") -> torch.device:
 
     from zili import ops
 
-    ops.choose(activation.device.type, "fp32", {})
+    ops.choose(activation.device.type, "fp32", {}, vendor=chosen.backend.operations)
     if activation.device.type != "cpu":
         print(f"running on {chosen.backend.name}: {chosen.reason}", file=sys.stderr)
     return activation.device

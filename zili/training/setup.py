@@ -67,12 +67,13 @@ def set_up(config: RunConfig) -> Setup:
     lay_out(resolved, size)
     if not world.is_first:
         versions = {c.name.rpartition(".")[2]: c.value for c in choices if c.name.startswith("chip.operations.")}
-        ops.choose(device.type, resolved.chip.precision, versions)
+        ops.choose(device.type, resolved.chip.precision, versions, vendor=device.backend.operations)
     return Setup(resolved, device, world, (*started, *choices))
 
 
 def _resolve(config: RunConfig, layout: Layout, device: Device) -> tuple[RunConfig, list[Choice]]:
     from zili import ops
+    from zili.ops.registry import OF_EXPERTS
 
     precision, why_precision = _precision(config.chip, device)
     previous = _previous(config, device, precision)
@@ -85,11 +86,12 @@ def _resolve(config: RunConfig, layout: Layout, device: Device) -> tuple[RunConf
     ]
     if config.parallel.shards == "auto":
         choices.append(Choice("parallel.shards", str(layout.shards), f"what is left of {layout.world} processes"))
-    unused = () if config.model.mixture else ("grouped_matmul",)
-    own, kept = config.chip.operations, _kept_operations(previous, device.type, precision)
+    unused = () if config.model.mixture else OF_EXPERTS
+    own, kept = config.chip.operations, _kept_operations(previous, device, precision)
+    asked, vendor = {**kept, **own}, device.backend.operations
     choices += [
         Choice(f"chip.operations.{name}", version, _KEPT if name in kept.keys() - own else why)
-        for name, version, why in ops.choose(device.type, precision, {**kept, **own}, unused)
+        for name, version, why in ops.choose(device.type, precision, asked, unused, vendor)
     ]
     chip = config.chip.model_copy(update={"name": device.backend.name, "precision": precision, "compile": compiled})
     training = config.training.model_copy(update={"micro_batch": micro})
@@ -124,18 +126,19 @@ def _table(state: RunState | None, name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _kept_operations(previous: RunState | None, device_type: str, precision: Precision) -> dict[str, str]:
+def _kept_operations(previous: RunState | None, device: Device, precision: Precision) -> dict[str, str]:
     """The versions `previous` was made with, as far as this version of Zili has them to choose among."""
     from zili import ops
-    from zili.ops.registry import REFERENCE, VERSIONS
+    from zili.ops.registry import OF_EXPERTS, REFERENCE
 
-    several = {version.operation for version in VERSIONS}
+    vendor = device.backend.operations
+    several = {version.operation for version in ops.versions(vendor)}
     if previous and not _table(previous, "model").get("mixture"):
-        several.discard("grouped_matmul")
+        several -= set(OF_EXPERTS)
     return {
         name: version
         for name, version in (previous.operations if previous else {}).items()
-        if name in several and (version == REFERENCE or ops.runs_on(name, version, device_type, precision))
+        if name in several and (version == REFERENCE or ops.runs_on(name, version, device.type, precision, vendor))
     }
 
 

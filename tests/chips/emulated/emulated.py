@@ -22,7 +22,7 @@ import torch.distributed as dist
 LIBRARY = "EMULATED_LIBRARY"
 """Variable with the path of the built library."""
 FAULTS = "EMULATED_FAULTS"
-"""Variable with faults to plant at the start: a JSON list of the arguments of `Fault`, with "rank" where it is that of one
+"""Variable with faults to plant at the start: a JSON list of arguments of `Fault`, with "rank" where it is that of one
 process."""
 _SOURCES = ("device.cpp", "collectives.cpp")
 _MODULE = "emulated_device"

@@ -23,6 +23,8 @@ class Vendor:
     collectives: str
     chip: str
     """Model, as its driver reports it."""
+    operations: str = ""
+    """Module with operations of the vendor's own; empty: none."""
     record: str = ""
     """Source of a module with the record `BACKEND`; empty: Zili has one."""
 
@@ -30,7 +32,7 @@ class Vendor:
         return f"{self.device_type}/{self.collectives}"
 
 
-ASCEND = Vendor("ascend", "torch_npu", "npu", "hccl", "Ascend910B2")
+ASCEND = Vendor("ascend", "torch_npu", "npu", "hccl", "Ascend910B2", operations="npu_operations")
 CAMBRICON = Vendor("cambricon", "torch_mlu", "mlu", "cncl", "MLU590")
 # Not "xccl": torch 2.13 takes that name for Intel's library, which it must have been built with.
 UNHEARD_OF = Vendor(
@@ -39,7 +41,7 @@ UNHEARD_OF = Vendor(
     "xyz",
     "xyzccl",
     "XYZ-1",
-    """
+    record="""
 from zili.chips import Backend, Capability
 
 BACKEND = Backend(
@@ -61,7 +63,8 @@ def install(vendor: Vendor, folder: Path) -> Path:
     """Put the plugin of `vendor` into `folder`, for PYTHONPATH; returns `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     call = f'register("{vendor.device_type}", "{vendor.collectives}", "{vendor.chip}")'
-    module = f"from emulated import register\n\n{call}\n\n\ndef _autoload():\n    pass\n"
+    operations = f"import {vendor.operations}\n" if vendor.operations else ""
+    module = f"from emulated import register\n\n{call}\n{operations}\n\ndef _autoload():\n    pass\n"
     (folder / f"{vendor.plugin}.py").write_text(module, encoding="utf-8")
     points = f"[torch.backends]\n{vendor.plugin} = {vendor.plugin}:_autoload\n"
     if vendor.record:

@@ -11,8 +11,9 @@ from plugins import VENDORS, Vendor
 from tiny_models import Kind, Layout, Row, Runs, slow
 
 from zili.config import RunConfig
+from zili.ops.registry import OPERATIONS
 
-PLAIN = ("chip.operations.grouped_matmul=reference",)
+PLAIN = tuple(f"chip.operations.{operation}=reference" for operation in OPERATIONS)
 CORE: dict[int, list[tuple[Kind, str]]] = {
     1: [("dense", ""), ("mixture", "")],
     2: [

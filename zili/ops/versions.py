@@ -1,0 +1,20 @@
+"""What a faster form of an operation is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Version:
+    """A faster form of one operation: the same arguments and results as the reference's."""
+
+    operation: str
+    name: str
+    function: Callable[..., Any]
+    lacks: Callable[[str, str], str | None]
+    """Device type and precision to what is missing for it to run there; None: nothing."""
+    reason: str = ""
+    """Why it is taken wherever it runs; empty: it is timed against the reference, and taken where it is faster."""
