@@ -77,7 +77,7 @@ PREFIXES: tuple[tuple[str, Kind], ...] = (
 def test_a_layout_trains_as_one_process(layout: Layout, kind: Kind, runs: Runs, request: pytest.FixtureRequest) -> None:
     one, many = runs.alone(kind), runs.on(layout, kind)
     assert len(many.losses) == STEPS and one.losses[-1] < 0.8 * one.losses[0], "something was learnt"
-    Row.of(layout, layout.world, kind, one, many, layout.bound).check(request)
+    Row.of(layout, layout.world, kind, one, many, BOUND).check(request)
 
 
 @pytest.mark.parametrize(("text", "kind"), PREFIXES)
@@ -85,7 +85,7 @@ def test_a_layout_begins_as_one_process(text: str, kind: Kind, runs: Runs, reque
     layout = Layout(text)
     many = runs.on(layout, kind, steps=5)
     assert len(many.losses) == 5
-    Row.of(f"{layout}, 5 steps", layout.world, kind, runs.alone(kind), many, layout.bound).check(request)
+    Row.of(f"{layout}, 5 steps", layout.world, kind, runs.alone(kind), many, BOUND).check(request)
 
 
 def moved_weights(configs: list[RunConfig]) -> list[Curve]:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from many import largest_difference, on_processes, open_trainer
-from tiny_models import BOUND, BOUND_DATA, Kind, Layout, Row, Runs, slow
+from tiny_models import BOUND, Kind, Layout, Row, Runs, slow
 
 from zili.config import RunConfig
 
@@ -17,7 +17,7 @@ BOTH = "shards=2 tensor=2"
 
 # What both have, what only the run on many processes has, then bounds of losses and norms.
 SAME = [
-    slow("muon", "dense", Layout("shards=2"), ["optimizer.name=muon"], [], BOUND_DATA, BOUND_DATA),
+    slow("muon", "dense", Layout("shards=2"), ["optimizer.name=muon"], [], BOUND, BOUND),
     slow("muon", "dense", Layout(BOTH), ["optimizer.name=muon"], [], BOUND, BOUND),
     slow("muon", "dense", Layout("pipeline=2"), ["optimizer.name=muon"], [], BOUND, BOUND),
     slow("muon", "mixture", Layout("shards=2 expert=2"), ["optimizer.name=muon"], [], BOUND, BOUND),
@@ -31,7 +31,7 @@ SAME = [
     slow("tied", "dense", Layout(BOTH), ["model.tied_embeddings=true"], [], BOUND, BOUND),
     slow("micro-batches of 1", "dense", Layout(BOTH), [], ["training.micro_batch=1"], BOUND, BOUND),
     slow("micro-batches of 1", "mixture", Layout(BOTH), [], ["training.micro_batch=1"], BOUND, BOUND),
-    slow("micro-batches of 4", "dense", Layout("shards=2"), [], ["training.micro_batch=4"], BOUND_DATA, BOUND_DATA),
+    slow("micro-batches of 4", "dense", Layout("shards=2"), [], ["training.micro_batch=4"], BOUND, BOUND),
     slow("compiled", "dense", Layout("shards=2"), [], ["chip.compile=true"], BOUND, BOUND),
     slow("bf16", "dense", Layout("shards=2"), ["chip.precision=bf16"], [], BF16, 10 * BF16),
     slow("bf16", "dense", Layout(BOTH), ["chip.precision=bf16"], [], BF16, 10 * BF16),

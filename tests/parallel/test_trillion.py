@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tiny_models import Kind, Layout, Row, Runs, slow
+from tiny_models import BOUND, Kind, Layout, Row, Runs, slow
 
 LAYOUTS = {
     "tele-flm-1t": ["shards=2", "tensor=2", "context=2", "pipeline=2", "shards=2 tensor=2 pipeline=2"],
@@ -18,4 +18,4 @@ LAYOUTS = {
     ("kind", "layout"), [slow(kind, Layout(text)) for kind, texts in LAYOUTS.items() for text in texts]
 )
 def test_a_trillions_twin_has_one_curve(kind: Kind, layout: Layout, runs: Runs, request: pytest.FixtureRequest) -> None:
-    Row.of(layout, layout.world, kind, runs.alone(kind), runs.on(layout, kind), layout.bound).check(request)
+    Row.of(layout, layout.world, kind, runs.alone(kind), runs.on(layout, kind), BOUND).check(request)

@@ -8,7 +8,7 @@ import pytest
 from conftest import Environment
 from many import Curve, on_processes, train
 from plugins import VENDORS, Vendor
-from tiny_models import Kind, Layout, Row, Runs, slow
+from tiny_models import BOUND, Kind, Layout, Row, Runs, slow
 
 from zili.config import RunConfig
 from zili.ops.registry import OPERATIONS
@@ -46,4 +46,4 @@ def test_a_device_has_the_cpus_curve(
     assert all(other == curves for other in others), "all processes report the same"
     for (kind, layout), curve in zip(layouts, curves, strict=True):
         # Not the same bits: attention is torch's formula there, a kernel of its own on the CPU.
-        Row.of(f"{layout} on {vendor}", world, kind, runs.alone(kind, *PLAIN), curve, layout.bound).check(request)
+        Row.of(f"{layout} on {vendor}", world, kind, runs.alone(kind, *PLAIN), curve, BOUND).check(request)
