@@ -24,7 +24,7 @@ FLOORS = {
     2: ("models",),
     3: ("parallel",),
     4: ("training", "planning"),
-    5: ("rehearsal", "release", "evaluation", "serving", "cloud"),
+    5: ("rehearsal", "release", "evaluation", "serving", "diagnosis", "cloud"),
     6: ("cli",),
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

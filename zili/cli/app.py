@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from zili.cli import chat, chips, config, eval, import_export, quickstart, report, sample, train
+from zili.cli import chat, chips, config, doctor, eval, import_export, quickstart, report, sample, train
 from zili.errors import ZiliError
 from zili.parallel.layout import processes
 
@@ -33,7 +33,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train, check, release and serve TeleChat-class language models on whatever chips you can get.",
     epilog="Exit codes: 0 done, 1 a defect of ours, 2 wrong usage, 3 configuration, 4 data, 5 checkpoint, 6 chip, "
-    "7 layout, 8 training diverged, 130 interrupted (a run that had begun wrote a checkpoint).",
+    "7 layout, 8 training diverged, 9 and 10 what doctor and align found, 130 interrupted (a run that had begun wrote "
+    "a checkpoint).",
 )
 app.command()(quickstart.quickstart)
 app.command()(train.train)
@@ -44,6 +45,7 @@ app.command()(report.report)
 app.command(name="import")(import_export.import_)
 app.command()(import_export.export)
 app.command()(chips.chips)
+app.command()(doctor.doctor)
 app.add_typer(config.app, name="config")
 
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import emulated
 import pytest
-from plugins import Vendor, environment, install
+from plugins import Environment, Vendor, environment, install
 from tiny_models import Runs
-
-Environment = Callable[..., dict[str, str]]
 
 
 @pytest.fixture(scope="session")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from emulated import LIBRARY
 
+Environment = Callable[..., dict[str, str]]
+"""The fixture `with_plugins`: vendors, and further variables by name, to the variables of a process."""
 _HERE = Path(__file__).parent
 
 

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Environment
 from many import on_processes, train
-from plugins import ASCEND
+from plugins import ASCEND, Environment
 from tiny_models import Kind, Layout, Row, Runs, slow
 
 from zili.errors import ConfigError

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from conftest import Environment
 from many import Curve, on_processes, train
-from plugins import VENDORS, Vendor
+from plugins import VENDORS, Environment, Vendor
 from tiny_models import BOUND, Kind, Layout, Row, Runs, slow
 
 from zili.config import RunConfig
 from zili.ops.registry import OPERATIONS
 
-PLAIN = tuple(f"chip.operations.{operation}=reference" for operation in OPERATIONS)
+PLAIN = ("training.steps=8", *(f"chip.operations.{operation}=reference" for operation in OPERATIONS))
 CORE: dict[int, list[tuple[Kind, str]]] = {
     1: [("dense", ""), ("mixture", "")],
     2: [

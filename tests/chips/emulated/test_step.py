@@ -6,9 +6,8 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import Environment
 from many import on_processes, open_trainer
-from plugins import ASCEND
+from plugins import ASCEND, Environment
 from tiny_models import Kind, Layout, Runs, slow
 from watch import Watch
 

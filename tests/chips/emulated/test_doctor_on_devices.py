@@ -1,0 +1,120 @@
+"""`zili doctor` on emulated devices: sound ones are called sound, and every planted fault is found and named."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from emulated import FAULTS
+from plugins import ASCEND, CAMBRICON, UNHEARD_OF, Environment, Vendor
+
+
+class Report(dict[str, Any]):
+    """What `zili doctor --json` printed, and its exit code."""
+
+    code: int
+    seconds: float
+
+    def bad(self) -> list[dict[str, Any]]:
+        return [finding for finding in self["findings"] if finding["severity"] in ("degraded", "broken")]
+
+
+def doctor(
+    vendor: Vendor,
+    with_plugins: Environment,
+    folder: Path,
+    *faults: dict[str, Any],
+    processes: int = 2,
+    patience: int = 20,
+) -> Report:
+    import os
+
+    environment = {**os.environ, **with_plugins(vendor, **{FAULTS: json.dumps(faults)})}
+    words = ["doctor", "--json", "--chip", vendor.backend, "--processes", str(processes), "--folder", str(folder)]
+    started = time.monotonic()
+    finished = subprocess.run(
+        [sys.executable, "-m", "zili", *words, "--patience", str(patience)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=180,
+    )
+    assert finished.stdout.startswith("{"), finished.stderr
+    report = Report(json.loads(finished.stdout))
+    report.code, report.seconds = finished.returncode, time.monotonic() - started
+    return report
+
+
+@pytest.mark.parametrize(
+    "vendor",
+    [ASCEND, pytest.param(CAMBRICON, marks=pytest.mark.slow), pytest.param(UNHEARD_OF, marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_a_sound_device(vendor: Vendor, with_plugins: Environment, tmp_path: Path) -> None:
+    report = doctor(vendor, with_plugins, tmp_path)
+    assert report.bad() == [] and report.code == 0
+    assert (report["backend"], report["device"], report["devices"]) == (vendor.backend, vendor.chip, 8)
+    areas = {finding["area"] for finding in report["findings"]}
+    assert areas == {"here", "numbers", "speed", "repeatability", "disk", "collectives"}
+    figures = {finding["name"]: finding["figures"] for finding in report["findings"]}
+    assert figures["matmul fp32"]["1024 FLOP/s"] > 1e9 and figures["memory"]["bytes/s"] > 1e8
+    kinds = [name for name in figures if name.endswith("among 2")]
+    assert len(kinds) == 6 and all(figures[name]["bytes/s"] > 0 for name in kinds)
+    if vendor is ASCEND:
+        assert "attention (npu) in bf16" in figures and "permute (npu) in bf16" in figures
+
+
+def test_faults_of_operations_are_found_and_named(with_plugins: Environment, tmp_path: Path) -> None:
+    report = doctor(
+        *(CAMBRICON, with_plugins, tmp_path),
+        {"operation": "aten::exp", "kind": "round", "amount": 22},  # of fp32's 24 bits, cut instead of rounded
+        {"operation": "aten::rsqrt", "kind": "scale", "amount": 1e-3},
+        {"operation": "aten::tanh", "kind": "raise"},
+    )
+    assert report.code == 10
+    named = {finding["name"]: finding["seen"] for finding in report.bad()}
+    assert "forward" in named["exp in fp32"] and "ulp off" in named["exp in fp32"]
+    assert "forward" in named["rsqrt in fp32"]
+    assert "no kernel for aten::tanh" in named["tanh in fp32"]
+    # What is made of them shows it too; nothing else does.
+    assert {name.split(" in ")[0] for name in named} <= {
+        *("exp", "rsqrt", "tanh", "rms_norm (reference)", "add_rms_norm (reference)"),
+        *("linear_cross_entropy (reference)", "linear_cross_entropy (chunked)"),
+    }
+
+
+def test_a_dropped_reduction_is_found(with_plugins: Environment, tmp_path: Path) -> None:
+    report = doctor(ASCEND, with_plugins, tmp_path, {"operation": "all_reduce", "kind": "drop", "rank": 1, "first": 2})
+    assert report.code == 10
+    assert any("all_reduce" in finding["name"] for finding in report.bad()), report.bad()
+
+
+def test_a_slow_process_is_named(with_plugins: Environment, tmp_path: Path) -> None:
+    fault = {"operation": "all_reduce", "kind": "slow", "amount": 0.3, "rank": 2}
+    report = doctor(ASCEND, with_plugins, tmp_path, fault, processes=4)
+    assert [(finding["name"], finding["severity"]) for finding in report.bad()] == [("process 2", "degraded")]
+    assert report.code == 9
+
+
+@pytest.mark.parametrize(
+    ("fault", "seen"),
+    [
+        ({"kind": "slow", "amount": 1000}, "process 1 did not take part in all_gather among 2"),
+        ({"kind": "die"}, "process 1 ended with code 9 at all_gather among 2"),
+    ],
+    ids=["hangs", "dies"],
+)
+def test_a_process_that_hangs_or_dies_is_named_in_time(
+    fault: dict[str, Any], seen: str, with_plugins: Environment, tmp_path: Path
+) -> None:
+    report = doctor(ASCEND, with_plugins, tmp_path, {"operation": "all_gather", "rank": 1, **fault}, patience=8)
+    (finding,) = report.bad()
+    assert seen in finding["seen"] and finding["fix"], finding
+    assert report.code == 10
+    assert report.seconds < 120

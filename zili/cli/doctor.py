@@ -1,0 +1,70 @@
+"""`zili doctor`: what a machine and its chip can do, and whether it is right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from zili.diagnosis.findings import EXIT_CODES, Finding, Severity
+
+_COLOURS = {
+    Severity.GOOD: "green",
+    Severity.FALLBACK: "dim",
+    Severity.DEGRADED: "yellow",
+    Severity.BROKEN: "bold red",
+}
+
+
+def doctor(
+    chip: Annotated[str, typer.Option(help="Backend to examine; `zili chips` lists names.")] = "auto",
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes for the collectives; the devices in sight if not given.")
+    ] = None,
+    folder: Annotated[Path, typer.Option(help="Where checkpoints would go: its disk is timed.")] = Path(),
+    patience: Annotated[float, typer.Option(min=1, help="Seconds of silence after which processes are ended.")] = 60.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; the planner reads it.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Show what is good one by one.")] = False,
+) -> None:
+    """Examine this machine: what is here, what computes rightly, how fast, and whether processes reach one another.
+
+    Exit codes: 0 sound, 9 something is slow or does not repeat, 10 something is wrong.
+    """
+    from zili.diagnosis.doctor import examine
+
+    console = Console(quiet=as_json)
+    good: dict[str, int] = {}
+
+    def show(finding: Finding) -> None:
+        if finding.severity is Severity.GOOD and finding.area == "numbers" and not every:
+            good[finding.area] = good.get(finding.area, 0) + 1
+            return
+        colour = _COLOURS[finding.severity]
+        console.print(
+            f"[{colour}]{finding.severity.name.lower():<9}[/] {escape(finding.area)}: {escape(finding.name)}: "
+            f"{escape(finding.seen)}" + (f"\n          {escape(finding.fix)}" if finding.fix else ""),
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    report = examine(chip, processes, folder, show, patience)
+    severity = Severity[report["severity"].upper()]
+    if as_json:
+        typer.echo(json.dumps(report, indent=1, ensure_ascii=False))
+    else:
+        for area, count in good.items():
+            console.print(f"[green]good     [/] {area}: {count} more operations within rounding (--all lists them)")
+        console.print(f"verdict: {_VERDICTS[severity]}", highlight=False)
+    raise typer.Exit(EXIT_CODES[severity])
+
+
+_VERDICTS = {
+    Severity.GOOD: "sound",
+    Severity.FALLBACK: "sound; what falls back is named above",
+    Severity.DEGRADED: "degraded: runs will be slow or not repeat themselves",
+    Severity.BROKEN: "broken: a run would give wrong numbers or stop",
+}

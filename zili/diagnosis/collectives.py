@@ -1,0 +1,313 @@
+"""Whether processes of this machine reach one another: every collective, in groups of several sizes, with a guard.
+
+Each process is started anew and says, a line at a time, what it is about to do and what came of it. One that falls
+silent, or ends, is named with the last thing it said, and all of them are ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import combinations
+from statistics import median
+from threading import Thread
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from zili import chips
+from zili.chips.device import Device
+from zili.diagnosis.findings import Finding, Severity
+from zili.parallel.world import join, leave
+
+AREA = "collectives"
+PATIENCE = 60.0
+"""Seconds without a word from any process after which they are ended."""
+_BYTES = 4 << 20
+_ROUNDS = 5
+_SLOW = 3.0
+"""Times the median of the pairs that a process is not in, from which on it is slow; and a floor in seconds."""
+_SLOW_FLOOR = 0.02
+
+
+@dataclass
+class _Process:
+    """One worker and what it said."""
+
+    rank: int
+    handle: subprocess.Popen[str]
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    @property
+    def last(self) -> str:
+        """What it was last heard to begin."""
+        return next((line["begin"] for line in reversed(self.lines) if "begin" in line), "starting")
+
+    @property
+    def done(self) -> bool:
+        return any("done" in line for line in self.lines)
+
+
+def examine(chip: str, count: int, patience: float = PATIENCE) -> list[Finding]:
+    """Findings of `count` processes on devices of backend `chip`; ends `patience` seconds after the last word."""
+    if count < 2:
+        return [Finding(AREA, "all", Severity.FALLBACK, "one device: nothing to reach", "give --processes")]
+    workers = _start(chip, count)
+    try:
+        trouble = _watch(workers, patience)
+    finally:
+        for worker in workers:
+            if worker.handle.poll() is None:
+                worker.handle.kill()
+            worker.handle.wait()
+    return trouble or list(_findings(workers))
+
+
+def _start(chip: str, count: int) -> list[_Process]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    workers = []
+    for rank in range(count):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+        environment = {**os.environ, **{key: str(value) for key, value in place.items()}, "MASTER_ADDR": "127.0.0.1"}
+        environment.setdefault("OMP_NUM_THREADS", "1")
+        handle = subprocess.Popen(
+            [sys.executable, "-m", "zili.diagnosis.collectives", chip],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        worker = _Process(rank, handle)
+        Thread(target=_read_lines, args=(worker,), daemon=True).start()
+        Thread(target=_read_errors, args=(worker,), daemon=True).start()
+        workers.append(worker)
+    return workers
+
+
+def _read_lines(worker: _Process) -> None:
+    assert worker.handle.stdout is not None
+    for line in worker.handle.stdout:
+        if line.startswith("{"):
+            worker.lines.append(json.loads(line))
+
+
+def _read_errors(worker: _Process) -> None:
+    assert worker.handle.stderr is not None
+    worker.errors.extend(worker.handle.stderr)
+
+
+def _watch(workers: list[_Process], patience: float) -> list[Finding]:
+    """Wait for all to be done; findings about those that ended early or fell silent, or none."""
+    said, since = -1, time.monotonic()
+    while not all(worker.done for worker in workers):
+        ended = [worker for worker in workers if worker.handle.poll() is not None and not worker.done]
+        if ended:
+            time.sleep(0.5)  # the others may be ending because of the first: whoever failed by itself says why
+            return [_of_the_dead(ended)]
+        now = sum(len(worker.lines) for worker in workers)
+        if now != said:
+            said, since = now, time.monotonic()
+        elif time.monotonic() - since > patience:
+            return [_of_the_silent(workers, patience)]
+        time.sleep(0.05)
+    return []
+
+
+def _of_the_dead(ended: list[_Process]) -> Finding:
+    # Those that lost their peer say so; the one that was lost is the one that says nothing, or something else.
+    lost = [worker for worker in ended if not any("closed by peer" in line.lower() for line in worker.errors)]
+    worker = (lost or ended)[0]
+    code = worker.handle.poll()
+    assert code is not None
+    how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
+    why = next((line.strip() for line in reversed(worker.errors) if line.strip()), "without a word")
+    return Finding(
+        *(AREA, worker.last, Severity.BROKEN, f"process {worker.rank} {how} at {worker.last}: {why[:200]}"),
+        f"look at device {worker.rank}, its driver's log and the machine's memory",
+    )
+
+
+def _of_the_silent(workers: list[_Process], patience: float) -> Finding:
+    waiting = [worker for worker in workers if not worker.done]
+    # Who has handed its part over waits for the others; who has not is the one they wait for.
+    guilty = (
+        [worker for worker in waiting if "handed over" not in worker.lines[-1]]
+        if all(worker.lines for worker in waiting)
+        else [worker for worker in waiting if not worker.lines]
+    )
+    if guilty and len(guilty) < len(workers):
+        who = " and ".join(f"process {worker.rank}" for worker in guilty)
+        seen = f"{who} did not take part in {guilty[0].last} for {patience:.0f} s; the others waited"
+        fix = f"look at device {guilty[0].rank} and at what else runs on it"
+    else:
+        seen = f"all took part in {waiting[0].last}, and it did not end in {patience:.0f} s"
+        fix = "look at the links between the devices and at the collectives' library and its log"
+    return Finding(AREA, waiting[0].last, Severity.BROKEN, seen, fix)
+
+
+def _findings(workers: list[_Process]) -> Iterator[Finding]:
+    """What the processes found: wrong results, rates, and one that all others wait for."""
+    results: dict[str, list[dict[str, Any]]] = {}
+    for worker in workers:
+        for line in worker.lines:
+            if "result" in line:
+                results.setdefault(line["result"], []).append({**line, "rank": worker.rank})
+    for name, found in results.items():
+        if name.startswith("pair"):
+            continue
+        wrong = [line["rank"] for line in found if not line["right"]]
+        if wrong:
+            where = ", ".join(map(str, wrong))
+            yield Finding(
+                *(AREA, name, Severity.BROKEN, f"wrong numbers on process {where}"),
+                "do not train on it; update the collectives' library",
+            )
+            continue
+        rate = min(line["rate"] for line in found)
+        yield Finding(AREA, name, Severity.GOOD, f"{rate / 1e9:.3g} GB/s", figures={"bytes/s": rate})
+    yield from _slow(results, len(workers))
+
+
+def _slow(results: dict[str, list[dict[str, Any]]], count: int) -> Iterator[Finding]:
+    """A process is slow when every pair with it is, and the pairs without it are not."""
+    seconds = {
+        tuple(map(int, name.split()[1].split("-"))): max(line["seconds"] for line in found)
+        for name, found in results.items()
+        if name.startswith("pair")
+    }
+    for rank in range(count):
+        with_it = [taken for pair, taken in seconds.items() if rank in pair]
+        without = [taken for pair, taken in seconds.items() if rank not in pair]
+        if without and min(with_it) > max(_SLOW * median(without), _SLOW_FLOOR):
+            own, others = 1e3 * min(with_it), 1e3 * median(without)
+            yield Finding(
+                *(AREA, f"process {rank}", Severity.DEGRADED),
+                f"slow: {own:.3g} ms with each other process, {others:.3g} ms among those",
+                f"look at device {rank}: its clock, its temperature, what else runs on it, its link",
+            )
+
+
+# ---- in each process
+
+
+def _say(**what: Any) -> None:
+    print(json.dumps(what), flush=True)
+
+
+def _work(chip: str) -> None:
+    """What one process does: every kind in every group, then every pair."""
+    _say(begin="joining the others")
+    join(Device(chips.activate(chips.find_backend(chip), index=_device_index(chip))))
+    rank, world = dist.get_rank(), dist.get_world_size()
+    device = torch.device("cpu") if chip == "cpu" else torch.accelerator.current_accelerator()
+    for size in sorted({2, world}):
+        groups = [dist.new_group(list(range(start, start + size))) for start in range(0, world - size + 1, size)]
+        if rank // size < len(groups):
+            for name, kind in _KINDS.items():
+                _one(f"{name} among {size}", kind, groups[rank // size], rank % size, size, device)
+    for pair in combinations(range(world), 2) if world > 2 else []:
+        group = dist.new_group(list(pair))
+        if rank in pair:
+            _one(f"pair {pair[0]}-{pair[1]}", _all_reduce, group, pair.index(rank), 2, device, bytes_each=1 << 12)
+    _say(begin="parting")
+    dist.all_reduce(torch.zeros(1))  # the first one holds what new groups meet by, so it must not leave before
+    _say(done=True)
+    leave()
+
+
+def _device_index(chip: str) -> int:
+    return 0 if chip == "cpu" else int(os.environ["LOCAL_RANK"])
+
+
+def _one(
+    name: str,
+    kind: Callable[[Tensor, dist.ProcessGroup, int, int], Begun],
+    group: dist.ProcessGroup,
+    own: int,
+    size: int,
+    device: torch.device | None,
+    bytes_each: int = _BYTES,
+) -> None:
+    """One collective a few times: its numbers, and the fastest time."""
+    _say(begin=name)
+    right, best = True, float("inf")
+    for _ in range(_ROUNDS):
+        mine = torch.full((bytes_each // 4 // size * size,), float(own + 1), device=device)
+        started = time.perf_counter()
+        begun = kind(mine, group, own, size)
+        _say(**{"handed over": name})
+        for work in begun.works:
+            work.wait()
+        if mine.device.type != "cpu":
+            torch.accelerator.synchronize()
+        best = min(best, time.perf_counter() - started)
+        right = right and torch.equal(begun.out, begun.wanted)
+    _say(result=name, right=right, seconds=best, rate=bytes_each / best)
+
+
+class Begun(NamedTuple):
+    """A collective on its way."""
+
+    works: list[dist.Work]
+    out: Tensor
+    wanted: Tensor
+
+
+def _all_reduce(mine: Tensor, group: dist.ProcessGroup, own: int, size: int) -> Begun:
+    wanted = torch.full_like(mine, size * (size + 1) / 2)
+    return Begun([dist.all_reduce(mine, group=group, async_op=True)], mine, wanted)
+
+
+def _all_gather(mine: Tensor, group: dist.ProcessGroup, own: int, size: int) -> Begun:
+    out = mine.new_zeros(size * len(mine))
+    wanted = torch.cat([torch.full_like(mine, rank + 1) for rank in range(size)])
+    return Begun([dist.all_gather_single(out, mine, group=group, async_op=True)], out, wanted)
+
+
+def _reduce_scatter(mine: Tensor, group: dist.ProcessGroup, own: int, size: int) -> Begun:
+    out = mine.new_zeros(len(mine) // size)
+    wanted = torch.full_like(out, size * (size + 1) / 2)
+    return Begun([dist.reduce_scatter_single(out, mine, group=group, async_op=True)], out, wanted)
+
+
+def _all_to_all(mine: Tensor, group: dist.ProcessGroup, own: int, size: int) -> Begun:
+    out = torch.zeros_like(mine)
+    wanted = torch.cat([part.fill_(rank + 1) for rank, part in enumerate(torch.empty_like(mine).chunk(size))])
+    return Begun([dist.all_to_all_single(out, mine, group=group, async_op=True)], out, wanted)
+
+
+def _broadcast(mine: Tensor, group: dist.ProcessGroup, own: int, size: int) -> Begun:
+    first = dist.get_global_rank(group, 0)
+    return Begun([dist.broadcast(mine, first, group=group, async_op=True)], mine, torch.ones_like(mine))
+
+
+def _send(mine: Tensor, group: dist.ProcessGroup, own: int, size: int) -> Begun:
+    """Each to the next, in a ring."""
+    out = torch.zeros_like(mine)
+    to, source = (dist.get_global_rank(group, (own + step) % size) for step in (1, -1))
+    messages = [dist.P2POp(dist.isend, mine, to, group), dist.P2POp(dist.irecv, out, source, group)]
+    return Begun(dist.batch_isend_irecv(messages), out, torch.full_like(out, (own - 1) % size + 1))
+
+
+_KINDS = {
+    "all_reduce": _all_reduce,
+    "all_gather": _all_gather,
+    "reduce_scatter": _reduce_scatter,
+    "all_to_all": _all_to_all,
+    "broadcast": _broadcast,
+    "send and receive": _send,
+}
+
+if __name__ == "__main__":
+    _work(sys.argv[1])

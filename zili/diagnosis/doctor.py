@@ -1,0 +1,98 @@
+"""A machine and its chip, examined: what is here, what works, how fast, together, repeatably."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zili import chips
+from zili.chips.activation import Activation
+from zili.diagnosis.findings import Finding, Severity, worst
+from zili.errors import ChipError
+
+if TYPE_CHECKING:
+    from zili.chips.device import Device
+
+_MOST_PROCESSES = 8
+
+
+def examine(
+    chip: str, processes: int | None, folder: Path, show: Callable[[Finding], None], patience: float
+) -> dict[str, Any]:
+    """Every examination of backend `chip` ("auto": the one a run would take); `show` hears each finding as it is made.
+
+    Args:
+        processes: how many for the collectives; None: as many as there are devices, up to 8, two on the CPU.
+        folder: where checkpoints would go.
+        patience: seconds after which processes that fell silent are ended.
+    Returns:
+        What `zili doctor --json` prints; `findings` and `severity` among it.
+    """
+    findings: list[Finding] = []
+
+    def note(found: Iterator[Finding] | list[Finding]) -> None:
+        for finding in found:
+            findings.append(finding)
+            show(finding)
+
+    note(_here())
+    report: dict[str, Any] = {"chip": chip}
+    try:
+        selection = chips.choose(chip)
+        activation = chips.activate(selection.backend)
+    except ChipError as error:
+        note([Finding("here", chip, Severity.BROKEN, str(error))])
+    else:
+        from zili.chips.device import Device
+        from zili.diagnosis import collectives
+
+        device = Device(activation)
+        report |= _identity(activation, device)
+        note(_opened(activation, device, selection.reason))
+        note(_on_one_device(device, folder))
+        count = processes or (2 if device.type == "cpu" else min(activation.count, _MOST_PROCESSES))
+        note(collectives.examine(selection.backend.name, count, patience))
+    report["severity"] = worst(findings).name.lower()
+    report["findings"] = [{**asdict(finding), "severity": finding.severity.name.lower()} for finding in findings]
+    return report
+
+
+def _here() -> Iterator[Finding]:
+    """Drivers, plugins and versions, found without opening anything."""
+    for found in chips.detect():
+        severity = Severity.GOOD if found.here else Severity.FALLBACK
+        yield Finding("here", found.backend.name, severity, found.reason, found.fix)
+
+
+def _identity(activation: Activation, device: Device) -> dict[str, Any]:
+    return {
+        "backend": activation.backend.name,
+        "device": device.name(),
+        "model": device.chip.name if device.chip else None,
+        "devices": activation.count,
+        "versions": dict(activation.versions),
+        "environment": {setting.name: setting.value for setting in (*activation.applied, *activation.kept)},
+        "memory": device.memory(),
+    }
+
+
+def _opened(activation: Activation, device: Device, reason: str) -> Iterator[Finding]:
+    versions = ", ".join(f"{name} {version}" for name, version in activation.versions.items())
+    model = f"{device.name()}, {activation.count} in sight, {versions} ({reason})"
+    yield Finding("here", f"{activation.backend.name} opens", Severity.GOOD, model)
+    if device.chip is None and device.type != "cpu":
+        known = "its peak is unknown, so no share of it can be given"
+        yield Finding("here", "model", Severity.FALLBACK, f"{device.name()} is not in the catalog: {known}")
+    for warning in activation.warnings:
+        yield Finding("here", "environment", Severity.DEGRADED, warning, "start zili in a fresh process")
+
+
+def _on_one_device(device: Device, folder: Path) -> Iterator[Finding]:
+    from zili.diagnosis import operations, speed
+
+    yield from operations.examine(device)
+    yield from speed.examine_speed(device)
+    yield speed.examine_repeatability(device)
+    yield speed.examine_disk(folder)

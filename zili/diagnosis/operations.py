@@ -1,0 +1,149 @@
+"""Whether the operations a training step is made of give the right numbers on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zili import ops
+from zili.chips.device import Device
+from zili.diagnosis.findings import Finding, Severity
+from zili.diagnosis.yardstick import Distance, distance, examined, on_cpu
+from zili.ops.examples import example
+from zili.ops.registry import OPERATIONS, REFERENCE
+
+AREA = "numbers"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_ROWS, _COLUMNS = 256, 192
+
+
+def _inputs(*shapes: tuple[int, ...]) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    with torch.device("cpu"):
+        return [torch.randn(*shape, generator=draw) for shape in shapes]
+
+
+_ONE = ((_ROWS, _COLUMNS),)
+_TWO = ((_ROWS, _COLUMNS), (_ROWS, _COLUMNS))
+_CHOSEN = [(7 * i) % _ROWS for i in range(_ROWS)]
+
+ELEMENTARY: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
+    "add": (torch.add, _TWO),
+    "mul": (torch.mul, _TWO),
+    "div": (lambda x, y: x / (y.abs() + 0.5), _TWO),
+    "exp": (torch.exp, _ONE),
+    "log": (lambda x: (x.abs() + 0.1).log(), _ONE),
+    "rsqrt": (lambda x: (x.abs() + 0.1).rsqrt(), _ONE),
+    "sin": (torch.sin, _ONE),
+    "cos": (torch.cos, _ONE),
+    "tanh": (torch.tanh, _ONE),
+    "sigmoid": (torch.sigmoid, _ONE),
+    "silu": (F.silu, _ONE),
+    "sum": (lambda x: x.sum(-1), _ONE),
+    "mean": (lambda x: x.mean(-1), _ONE),
+    "amax": (lambda x: x.amax(-1), _ONE),
+    "cumsum": (lambda x: x.cumsum(-1), _ONE),
+    "softmax": (lambda x: x.softmax(-1), _ONE),
+    "logsumexp": (lambda x: x.logsumexp(-1), _ONE),
+    "mm": (torch.mm, ((_ROWS, 512), (512, _COLUMNS))),
+    "bmm": (torch.bmm, ((4, 64, 96), (4, 96, 80))),
+    "where": (lambda x, y: torch.where(x > 0, x, y), _TWO),
+    "cat": (lambda x, y: torch.cat((x, y), -1), _TWO),
+    "sort": (lambda x: x.sort(-1).values, _ONE),
+    "topk": (lambda x: x.topk(8, -1).values, _ONE),
+    "index_select": (lambda x: x.index_select(0, torch.tensor(_CHOSEN, device=x.device)), _ONE),
+    "embedding": (lambda x: F.embedding(torch.tensor(_CHOSEN, device=x.device), x), _ONE),
+    "cross_entropy": (lambda x: F.cross_entropy(x, torch.tensor(_CHOSEN, device=x.device) % _COLUMNS), _ONE),
+}
+"""What the family's models are made of, each with shapes of its inputs."""
+
+
+def examine(device: Device) -> Iterator[Finding]:
+    """One finding a precision and operation: forward, and backward where it has a gradient."""
+    for name, dtype in DTYPES.items():
+        problem = _missing(device, dtype)
+        if problem is not None:
+            needed = name == "fp32"
+            severity = Severity.BROKEN if needed else Severity.FALLBACK
+            yield Finding(AREA, name, severity, problem, "" if needed else "train in another precision")
+            continue
+        if name == "bf16" and not (said := device.capability("bf16")).value:
+            yield Finding(AREA, name, Severity.FALLBACK, f"computes, but {said.reason}", 'set chip.precision = "fp32"')
+        for operation, (function, shapes) in ELEMENTARY.items():
+            yield _compared(f"{operation} in {name}", function, on_cpu(_inputs(*shapes), dtype), device)
+        if name != "fp16":  # runs are in fp32 or bf16
+            yield from _own(device, name, dtype)
+
+
+def _missing(device: Device, dtype: torch.dtype) -> str | None:
+    try:
+        (torch.ones(8, 8, dtype=dtype, device=device.torch) @ torch.ones(8, 8, dtype=dtype, device=device.torch)).cpu()
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        return f"cannot be computed in: {_first_line(error)}"
+    return None
+
+
+def _own(device: Device, precision: str, dtype: torch.dtype) -> Iterator[Finding]:
+    """This house's operations, every version that runs here."""
+    for operation, reference in OPERATIONS.items():
+        arguments, keywords = example(operation, "cpu", dtype)
+
+        def called(function: Callable[..., Any], keywords: dict[str, Any] = keywords) -> Callable[..., Any]:
+            def call(*given: Any) -> Any:
+                place = next(value.device for value in given if isinstance(value, Tensor))
+                there = {
+                    key: value.to(place) if isinstance(value, Tensor) else value for key, value in keywords.items()
+                }
+                return function(*given, **there)
+
+            return call
+
+        candidates = {REFERENCE: reference} | {
+            version.name: version.function
+            for version in ops.versions(device.backend.operations)
+            if version.operation == operation and version.lacks(device.type, precision) is None
+        }
+        for name, function in candidates.items():
+            label = f"{operation} ({name}) in {precision}"
+            yield _compared(label, called(function), arguments, device, called(reference), name != REFERENCE)
+
+
+def _compared(
+    label: str,
+    function: Callable[..., Any],
+    arguments: Any,
+    device: Device,
+    reference: Callable[..., Any] | None = None,
+    replaceable: bool = False,
+) -> Finding:
+    """`function` on the device against `reference` on the CPU, in the precision of `arguments` and in fp64."""
+    reference = reference or function
+    exact = examined(reference, on_cpu(arguments, torch.float64))
+    same = examined(reference, arguments)
+    there = [value.detach().to(device.torch) if isinstance(value, Tensor) else value for value in arguments]
+    wrong = Severity.FALLBACK if replaceable else Severity.BROKEN
+    fix = "the reference runs in its place" if replaceable else "do not train on it; update the plugin or driver"
+    try:
+        found = examined(function, there)
+        device.synchronize()
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        return Finding(AREA, label, wrong, f"fails: {_first_line(error)}", fix)
+    reached: dict[str, Distance] = {}
+    for way, ours, cpus, right in zip(("forward", "backward"), found, same, exact, strict=True):
+        for i, (one, other, best) in enumerate(zip(ours, cpus, right, strict=True)):
+            reached[way if i == 0 else f"{way} {i + 1}"] = distance(one, other, best)
+    bad = {way: measured for way, measured in reached.items() if not measured.fits}
+    figures = {f"{way} ulp": measured.ulps for way, measured in reached.items()}
+    if bad:
+        way, measured = next(iter(bad.items()))
+        return Finding(AREA, label, wrong, f"{way} is {measured}", fix, figures)
+    largest = max((measured.ulps for measured in reached.values()), default=0.0)
+    return Finding(AREA, label, Severity.GOOD, f"{largest:.2g} ulp", figures=figures)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__

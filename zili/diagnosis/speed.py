@@ -1,0 +1,137 @@
+"""How fast a device computes and moves bytes, whether it repeats itself, and how fast checkpoints reach the disk."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from zili import ops
+from zili.chips.device import Device
+from zili.diagnosis.findings import Finding, Severity
+
+_SIZES = (256, 512, 1024, 2048, 4096)
+_SECONDS = 0.3
+"""For each measurement; the best of what fits."""
+_COPY = 64 << 20
+_DISK = 128 << 20
+
+
+def examine_speed(device: Device) -> Iterator[Finding]:
+    """Matrix products by size, memory, and copies between host and device."""
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        try:
+            curve = _matmul_curve(device, dtype)
+        except (RuntimeError, NotImplementedError) as error:
+            yield Finding("speed", f"matmul {name}", Severity.FALLBACK, str(error).splitlines()[0])
+            continue
+        best = max(curve.values())
+        shown = ", ".join(f"{size}: {flops / 1e12:.3g}" for size, flops in curve.items())
+        peak = _published(device, name)
+        share = f"; {100 * best / peak:.0f} % of its published peak" if peak else ""
+        figures = {f"{size} FLOP/s": flops for size, flops in curve.items()} | ({"peak FLOP/s": peak} if peak else {})
+        yield Finding("speed", f"matmul {name}", Severity.GOOD, f"TFLOP/s by size: {shown}{share}", figures=figures)
+    yield _memory(device)
+    if device.type != "cpu":
+        yield from _copies(device)
+
+
+def _best(work: Callable[[], object], device: Device) -> float:
+    """Seconds of the fastest call within the time there is."""
+    work()
+    best, end = float("inf"), time.perf_counter() + _SECONDS
+    while time.perf_counter() < end or best == float("inf"):
+        device.synchronize()
+        started = time.perf_counter()
+        work()
+        device.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def _matmul_curve(device: Device, dtype: torch.dtype) -> dict[int, float]:
+    """FLOP/s by size, up to a size that takes too long."""
+    curve: dict[int, float] = {}
+    with torch.no_grad():
+        for size in _SIZES:
+            a, b = (torch.ones(size, size, dtype=dtype, device=device.torch) for _ in range(2))
+            seconds = _best(lambda a=a, b=b: ops.linear(a, b), device)  # type: ignore[misc]
+            curve[size] = 2 * size**3 / seconds
+            if 8 * seconds > 2 * _SECONDS:
+                break
+    return curve
+
+
+def _published(device: Device, precision: str) -> float | None:
+    figure = device.chip.figure(f"{precision}_tflops") if device.chip else None
+    return figure.value * 1e12 if figure else None
+
+
+def _memory(device: Device) -> Finding:
+    a = torch.ones(_COPY // 4, device=device.torch)
+    b = torch.empty_like(a)
+    rate = 2 * _COPY / _best(lambda: torch.mul(a, 2.0, out=b), device)
+    return Finding("speed", "memory", Severity.GOOD, f"{rate / 1e9:.3g} GB/s", figures={"bytes/s": rate})
+
+
+def _copies(device: Device) -> Iterator[Finding]:
+    host = torch.ones(_COPY // 4)
+    there = host.to(device.torch)
+    for name, work in (("host to device", lambda: there.copy_(host)), ("device to host", lambda: host.copy_(there))):
+        rate = _COPY / _best(work, device)
+        yield Finding("speed", name, Severity.GOOD, f"{rate / 1e9:.3g} GB/s", figures={"bytes/s": rate})
+
+
+def examine_repeatability(device: Device) -> Finding:
+    """Whether the same sums twice give the same bits."""
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randn(4096, 64, generator=draw).to(device.torch)
+    where = torch.randint(0, 16, (4096,), generator=draw).to(device.torch)
+    matrix = torch.randn(64, 512, generator=draw).to(device.torch)
+
+    def once() -> torch.Tensor:
+        scattered = torch.zeros(16, 64, device=device.torch).index_add_(0, where, rows)
+        return torch.cat([(scattered @ matrix).flatten(), (rows.t() @ rows).flatten()]).cpu()
+
+    first = once()
+    same = all(torch.equal(first, once()) for _ in range(4))
+    said = device.capability("deterministic")
+    if same:
+        return Finding("repeatability", "sums", Severity.GOOD, "the same bits five times")
+    return Finding(
+        *("repeatability", "sums", Severity.DEGRADED, f"other bits from time to time ({said.reason})"),
+        "set chip.deterministic where exact repetition matters",
+    )
+
+
+def examine_disk(folder: Path) -> Finding:
+    """Bytes a second that are on the disk for good, as a checkpoint writes them, and read back."""
+    block = os.urandom(1 << 20)
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix="zili-doctor-") as file:
+            started = time.perf_counter()
+            for _ in range(_DISK // len(block)):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            written = _DISK / (time.perf_counter() - started)
+            file.seek(0)
+            started = time.perf_counter()
+            while file.read(len(block)):
+                pass
+            read = _DISK / (time.perf_counter() - started)
+    except OSError as error:
+        return Finding("disk", str(folder), Severity.BROKEN, f"cannot be written: {error}", "choose another --folder")
+    return Finding(
+        *(
+            "disk",
+            str(folder),
+            Severity.GOOD,
+            f"{written / 1e6:.0f} MB/s to the disk, {read / 1e6:.0f} MB/s back (cached)",
+        ),
+        figures={"written bytes/s": written, "read bytes/s": read},
+    )

@@ -1,0 +1,104 @@
+"""How far a result is from the exact one, in units of its own precision, and how far it may be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+_TIMES_THE_CPUS = 4.0
+_ULPS_MORE = 4.0
+_BIAS = 0.3
+"""Mean signed error, ulps of each element: rounding to nearest has none, cutting has half a one."""
+_ROUNDED_ONCE = 2.0
+"""Ulps: what an element is off at the most that was not summed up of many."""
+_ENOUGH = 1000
+"""Elements from which on a mean says something."""
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Of a result from the same operation in fp64 on the CPU."""
+
+    ulps: float
+    """Largest error, in units in the last place of the largest element; inf where one is nan and the other is not."""
+    expected: float
+    """What it may be: a few times what the CPU's own result in that precision has."""
+    bias: float = 0.0
+    """Mean error toward zero, in ulps of each element."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether rounding explains it."""
+        return self.ulps <= self.expected and abs(self.bias) <= _BIAS
+
+    def __str__(self) -> str:
+        lean = f", leaning toward zero by {self.bias:.2f} in the mean" if abs(self.bias) > _BIAS else ""
+        return f"{self.ulps:.3g} ulp off (up to {self.expected:.3g} is rounding){lean}"
+
+
+def distance(found: Tensor, same: Tensor, exact: Tensor | None) -> Distance:
+    """Of `found`, where the CPU has `same` in its precision, and `exact` in fp64 if there is one."""
+    found, same = found.detach().cpu(), same.detach()
+    if not found.is_floating_point():
+        wrong = 0.0 if torch.equal(found, same) else math.inf
+        return Distance(wrong, 0.0)
+    right = (same if exact is None else exact.detach()).double()
+    if not torch.equal(found.isfinite(), same.isfinite()):
+        return Distance(math.inf, 0.0)
+    finite = right.isfinite() & found.isfinite()
+    if not finite.any():
+        return Distance(0.0, 0.0)
+    right, own, cpus = right[finite], found.double()[finite], same.double()[finite]
+    ulp = torch.finfo(found.dtype).eps * float(right.abs().max().clamp(min=torch.finfo(found.dtype).tiny))
+    cpu_error = float((cpus - right).abs().max()) / ulp
+    error = float((own - right).abs().max()) / ulp
+    return Distance(error, _TIMES_THE_CPUS * cpu_error + _ULPS_MORE, _bias(own, cpus, right, found.dtype))
+
+
+def _bias(own: Tensor, cpus: Tensor, right: Tensor, dtype: torch.dtype) -> float:
+    """Mean error toward zero beyond the CPU's: of operations that round each element once, with elements enough."""
+    large = right.abs() > 1e-3 * right.abs().max()
+    if int(large.sum()) < _ENOUGH:
+        return 0.0
+    place = torch.finfo(dtype).eps * torch.exp2(right[large].abs().log2().floor())
+    if float(((cpus - right)[large].abs() / place).max()) > _ROUNDED_ONCE:
+        return 0.0
+    sign = right[large].sign()
+    return float((((cpus - own)[large] * sign) / place).clamp(-4, 4).mean())
+
+
+def on_cpu(values: Any, dtype: torch.dtype | None = None) -> Any:
+    """Copies of all tensors in `values` on the CPU, floating ones as `dtype` if one is given; other values as they are,
+    devices replaced."""
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, torch.device):
+            return torch.device("cpu")
+        if not isinstance(value, Tensor):
+            return value
+        host = value.detach().to("cpu", copy=True)
+        return host.to(dtype) if dtype is not None and host.is_floating_point() else host
+
+    return tree_map(copied, values)
+
+
+def examined(function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs of `function` and gradients of its floating arguments, which are made leaves."""
+    leaves, layout = tree_flatten(arguments)
+    leaves = [
+        leaf.detach().requires_grad_() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+        for leaf in leaves
+    ]
+    out = function(*tree_unflatten(leaves, layout))
+    outputs = [out] if isinstance(out, Tensor) else [part for part in out if isinstance(part, Tensor)]
+    differentiable = [output for output in outputs if output.requires_grad]
+    if differentiable:
+        torch.autograd.backward(differentiable, [torch.ones_like(output) for output in differentiable])
+    gradients = [leaf.grad for leaf in leaves if isinstance(leaf, Tensor) and leaf.grad is not None]
+    return outputs, gradients
