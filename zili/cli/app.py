@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from zili.cli import chat, chips, config, doctor, eval, import_export, quickstart, report, sample, train
+from zili.cli import align, chat, chips, config, doctor, eval, import_export, quickstart, report, sample, train
 from zili.errors import ZiliError
 from zili.parallel.layout import processes
 
@@ -46,6 +46,7 @@ app.command(name="import")(import_export.import_)
 app.command()(import_export.export)
 app.command()(chips.chips)
 app.command()(doctor.doctor)
+app.command()(align.align)
 app.add_typer(config.app, name="config")
 
 

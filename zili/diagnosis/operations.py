@@ -121,21 +121,12 @@ def _compared(
     replaceable: bool = False,
 ) -> Finding:
     """`function` on the device against `reference` on the CPU, in the precision of `arguments` and in fp64."""
-    reference = reference or function
-    exact = examined(reference, on_cpu(arguments, torch.float64))
-    same = examined(reference, arguments)
-    there = [value.detach().to(device.torch) if isinstance(value, Tensor) else value for value in arguments]
     wrong = Severity.FALLBACK if replaceable else Severity.BROKEN
     fix = "the reference runs in its place" if replaceable else "do not train on it; update the plugin or driver"
     try:
-        found = examined(function, there)
-        device.synchronize()
+        reached = compared(function, reference or function, arguments, device.torch)
     except (RuntimeError, NotImplementedError, TypeError) as error:
         return Finding(AREA, label, wrong, f"fails: {_first_line(error)}", fix)
-    reached: dict[str, Distance] = {}
-    for way, ours, cpus, right in zip(("forward", "backward"), found, same, exact, strict=True):
-        for i, (one, other, best) in enumerate(zip(ours, cpus, right, strict=True)):
-            reached[way if i == 0 else f"{way} {i + 1}"] = distance(one, other, best)
     bad = {way: measured for way, measured in reached.items() if not measured.fits}
     figures = {f"{way} ulp": measured.ulps for way, measured in reached.items()}
     if bad:
@@ -143,6 +134,21 @@ def _compared(
         return Finding(AREA, label, wrong, f"{way} is {measured}", fix, figures)
     largest = max((measured.ulps for measured in reached.values()), default=0.0)
     return Finding(AREA, label, Severity.GOOD, f"{largest:.2g} ulp", figures=figures)
+
+
+def compared(
+    function: Callable[..., Any], reference: Callable[..., Any], arguments: Any, device: torch.device
+) -> dict[str, Distance]:
+    """How far outputs and gradients of `function` on `device` are from those of `reference`; `arguments` on the CPU."""
+    exact = examined(reference, on_cpu(arguments, torch.float64))
+    same = examined(reference, arguments)
+    there = [value.detach().to(device) if isinstance(value, Tensor) else value for value in arguments]
+    found = examined(function, there)
+    return {
+        way if i == 0 else f"{way} {i + 1}": distance(one, other, best)
+        for way, ours, cpus, right in zip(("forward", "backward"), found, same, exact, strict=True)
+        for i, (one, other, best) in enumerate(zip(ours, cpus, right, strict=True))
+    }
 
 
 def _first_line(error: BaseException) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import math
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -70,6 +71,17 @@ _names: dict[str, str] = dict.fromkeys(OPERATIONS, REFERENCE)
 def active(operation: str) -> Callable[..., Any]:
     """The function that runs for `operation` now."""
     return _active[operation]
+
+
+@contextmanager
+def replaced(replace: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """For a while each operation that runs is `replace(name, version)`: how a diagnosis watches them."""
+    before = dict(_active)
+    _active.update({name: replace(name, version) for name, version in before.items()})
+    try:
+        yield
+    finally:
+        _active.update(before)
 
 
 def chosen() -> dict[str, str]:

@@ -38,9 +38,9 @@ class Watch(TorchDispatchMode):
         if given and (leaves_the_device or self._depends_on_values(function, arguments, keywords or {})):
             self.waits[f"{function} at {_source()}"] += 1
         elif any(not self._is_here(tensor) and tensor.numel() > 1 for tensor in made):
-            source = _source()
-            if "distributed_c10d.py" not in source:  # what Gloo does on the host with the device's bytes
-                self.elsewhere[f"{function} at {source}"] += 1
+            innermost = [Path(frame.filename).name for frame in traceback.extract_stack(limit=5)]
+            if "distributed_c10d.py" not in innermost:  # what Gloo does on the host with the device's bytes
+                self.elsewhere[f"{function} at {_source()}"] += 1
         return out
 
     def _is_here(self, leaf: object) -> bool:
@@ -58,6 +58,7 @@ class Watch(TorchDispatchMode):
 def _source() -> str:
     """The innermost line of this house that led here; else torch's, as where its thread runs the backward pass."""
     frames = [(Path(frame.filename), frame) for frame in traceback.extract_stack()[:-2]]
+    frames = [(path, frame) for path, frame in frames if frame.name != "<listcomp>"]
     own = [
         f"{path.relative_to(_HOUSE)}:{frame.lineno} {frame.name}"
         for path, frame in frames

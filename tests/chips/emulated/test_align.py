@@ -1,0 +1,117 @@
+"""`zili align` on an emulated device: a sound one is within its bands, and planted errors are found where they are."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from emulated import Fault
+from many import on_processes
+from plugins import ASCEND, CAMBRICON, Environment
+from tiny_models import Kind, Runs, slow
+
+from zili.config import RunConfig, dump_recipe
+
+PLACES: list[Any] = [
+    ("aten::index_select", 0, "forward", "embedding", "dense", "embedding"),
+    ("aten::rsqrt", 0, "forward", "layers.0.attention_norm", "dense"),
+    ("aten::addmm", 1, "forward", "layers.0.attention.key", "dense"),
+    ("aten::mm", 0, "forward", "the model", "dense"),
+    ("aten::addmm", 5, "forward", "layers.0.feed_forward.up", "dense"),
+    ("aten::silu", 2, "forward", "layers.2.feed_forward", "dense"),
+    ("aten::_softmax", 1, "forward", "layers.1.attention.core", "dense", "_safe_softmax"),
+    ("aten::sigmoid", 0, "backward", "layers.3.feed_forward", "dense"),  # silu's gradient is made of it there
+    ("aten::_softmax_backward_data", 3, "backward", "layers.0.attention.core", "dense"),
+    ("aten::embedding_dense_backward", 0, "backward", "embedding", "dense"),
+    ("aten::_fused_adamw_", 0, "optimizer", "the optimizer", "dense"),
+    ("aten::sigmoid", 1, "forward", "layers.2.feed_forward.router", "mixture"),
+    ("aten::cat", 0, "forward", "the model", "mixture"),
+    ("aten::index", 0, "forward", "layers.1.feed_forward", "mixture"),
+]
+"""Kernel, which of its calls; way, module, and operation where it is another that the kernel is for."""
+
+
+def alignment(config: RunConfig, faults: list[Fault], steps: int = 1) -> Any:
+    """What `zili align` finds with `faults` planted when the chip's own steps begin."""
+    import emulated
+
+    from zili.cli.align import _trainer
+    from zili.diagnosis import align
+
+    real: Callable[..., Any] = align._losses
+
+    def planted(trainer: Any, steps: int, shadow: Any = None) -> Any:
+        emulated.plant(*(faults if shadow is not None else []))
+        return real(trainer, steps, shadow)
+
+    align._losses = planted
+    result = align.align(config, _trainer, steps)
+    return result.losses, [str(o) for o in result.offences], [(o.way, o.module, o.operation) for o in result.offences]
+
+
+def recipe(runs: Runs, kind: Kind, *more: str) -> RunConfig:
+    plain = [f"chip.operations.{name}=reference" for name in ("linear", "attention", "grouped_matmul")]
+    return runs.recipe(kind, "chip.name=cambricon", "training.global_batch=2", *plain, *more)
+
+
+@pytest.mark.parametrize("kind", ["dense", slow("mixture")])
+def test_a_sound_device_is_within_every_band(kind: Kind, runs: Runs, with_plugins: Environment) -> None:
+    ((losses, offences, _),) = on_processes(
+        1, alignment, recipe(runs, kind), [], 2, environment=with_plugins(CAMBRICON)
+    )
+    assert offences == []
+    assert all(chip == pytest.approx(cpu, rel=1e-6) for chip, cpu in losses)
+
+
+def test_bf16_and_the_vendors_operations_are_within_their_bands(runs: Runs, with_plugins: Environment) -> None:
+    from zili.ops import ascend
+
+    fused = [f"chip.operations.{version.operation}={version.name}" for version in ascend.VERSIONS]
+    config = recipe(runs, "mixture", "chip.name=ascend", "chip.precision=bf16", *fused)
+    ((_, offences, _),) = on_processes(1, alignment, config, [], environment=with_plugins(ASCEND))
+    assert offences == []
+
+
+@pytest.fixture(scope="module")
+def found(runs: Runs, with_plugins: Environment) -> Callable[..., Any]:
+    """Results of a place, each in a process of its own."""
+
+    def one(operation: str, call: int, kind: Kind) -> Any:
+        fault = Fault(operation, "scale", 0.01, call, call + 1)
+        return on_processes(1, alignment, recipe(runs, kind), [fault], environment=with_plugins(CAMBRICON))[0]
+
+    return one
+
+
+@pytest.mark.parametrize(("kernel", "call", "way", "module", "kind", "operation"), [(*p, "")[:6] for p in PLACES])
+def test_a_planted_error_is_found_at_its_operation(
+    kernel: str, call: int, way: str, module: str, kind: Kind, operation: str, found: Callable[..., Any]
+) -> None:
+    _, described, places = found(kernel, call, kind)
+    assert [(*place[:2], place[2].split(".")[1]) for place in places] == [(way, module, operation or kernel[6:])], (
+        described
+    )
+
+
+def test_the_command(runs: Runs, with_plugins: Environment, tmp_path: Path) -> None:
+    file, page = tmp_path / "recipe.toml", tmp_path / "align.html"
+    file.write_text(dump_recipe(recipe(runs, "dense")), encoding="utf-8")
+    fault = '[{"operation": "aten::silu", "kind": "scale", "amount": 0.01}]'
+    environment = {**os.environ, **with_plugins(CAMBRICON, EMULATED_FAULTS=fault)}
+
+    def align(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "zili", "align", str(file), "--steps", "1", *words]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+
+    wrong = align("--page", str(page))
+    assert wrong.returncode == 10, wrong.stderr
+    assert "first step 1, forward of layers.0.feed_forward: aten.silu.default" in wrong.stdout
+    assert "aten.silu.default" in page.read_text(encoding="utf-8")
+    other = align("--against", "nvidia")
+    assert other.returncode == 3 and "only cpu" in other.stderr
+    assert not (runs.recipe("dense").folder.parent / "checkpoints").exists()

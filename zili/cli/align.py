@@ -1,0 +1,74 @@
+"""`zili align`: where a chip's numbers first leave the reference's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from zili.cli.options import Overrides
+from zili.config import RunConfig, load_recipe
+from zili.diagnosis.findings import EXIT_CODES, Severity
+from zili.errors import ConfigError, LayoutError
+from zili.parallel.layout import processes
+
+if TYPE_CHECKING:
+    from zili.training.trainer import Trainer
+
+_SHOWN = 12
+
+
+def align(
+    recipe: Annotated[Path, typer.Argument(help="TOML recipe, as `zili train` takes it.")],
+    against: Annotated[str, typer.Option(help="What is taken for right; only the CPU can be.")] = "cpu",
+    steps: Annotated[int, typer.Option(min=1, help="Training steps to compare.")] = 2,
+    page: Annotated[Path | None, typer.Option(help="Write an HTML report here.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train a few steps on the chip with every operation checked, and name the first one that is wrong.
+
+    Exit codes: 0 everything is within rounding, 10 something is not.
+    """
+    if against != "cpu":
+        raise ConfigError(f"--against {against}: only cpu, which every chip can be compared with in one process")
+    if processes()[1] > 1:
+        raise LayoutError("zili align runs in one process; start it without torchrun")
+    config = load_recipe(recipe, [*(overrides or []), "parallel.shards=auto"])
+
+    from zili.diagnosis.align import align as compare
+    from zili.diagnosis.align import write_page
+
+    console = Console()
+    result = compare(config, _trainer, steps)
+    for step, (chip, cpu) in enumerate(result.losses, 1):
+        difference = abs(chip - cpu) / abs(cpu)
+        console.print(f"step {step}  loss {chip:.6f} on {result.chip}, {cpu:.6f} on the CPU, {difference:.1e} apart")
+    calls = sum(seen.calls for seen in result.seen.values())
+    console.print(f"{calls:,} operations of {len(result.seen)} kinds checked, forward, backward and optimizer")
+    if result.unchecked:
+        names = ", ".join(sorted(result.unchecked))
+        console.print(f"not on the CPU, so checked as part of their operation only: {names}")
+    if page is not None:
+        write_page(result, str(recipe), page)
+        console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    if result.first is None:
+        console.print("[green]every operation is within its band[/]")
+        raise typer.Exit(EXIT_CODES[Severity.GOOD])
+    console.print(f"[bold red]first[/] {escape(str(result.first))}", highlight=False, soft_wrap=True)
+    for offence in result.offences[1:_SHOWN]:
+        console.print(f"then  {escape(str(offence))}", highlight=False, soft_wrap=True)
+    more = len(result.offences) - _SHOWN
+    if more > 0:
+        console.print(f"and {more} more" + ("" if page else "; --page FILE lists them"))
+    raise typer.Exit(EXIT_CODES[Severity.BROKEN])
+
+
+def _trainer(config: RunConfig) -> Trainer:
+    from zili.cli.launch import prepare_launch
+    from zili.training.trainer import Trainer
+
+    launch = prepare_launch(config)
+    return Trainer(launch.setup.config, launch.loader, launch.setup.device, world=launch.setup.world)

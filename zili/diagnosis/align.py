@@ -1,0 +1,113 @@
+"""Where a chip's training step first leaves the reference's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from zili.config import RunConfig
+from zili.data.prefetch import Prefetcher
+from zili.diagnosis.shadow import Alignment, Shadow
+from zili.durable import write_whole
+from zili.ops import registry
+from zili.training.trainer import Trainer
+
+Build = Callable[[RunConfig], Trainer]
+"""Makes the trainer of a recipe, on its chip."""
+
+
+def align(recipe: RunConfig, build: Build, steps: int) -> Alignment:
+    """Train `steps` steps of `recipe` on the CPU, then on its chip with every operation checked.
+
+    The chip's blocks run eagerly; vendor operations that the CPU does not have are compared with this house's
+    references, forward and backward, on the inputs of each call.
+    """
+    eager = recipe.model_copy(update={"chip": recipe.chip.model_copy(update={"compile": False})})
+    plain = dict.fromkeys(registry.OPERATIONS, registry.REFERENCE)
+    on_cpu = eager.chip.model_copy(update={"name": "cpu", "operations": plain})
+    # The chip first: autograd makes a queue for each device that is there at its first backward pass, none later.
+    trainer = build(eager)
+    versions = {name: registry.active(name) for name in registry.OPERATIONS}
+    reference = _losses(build(eager.model_copy(update={"chip": on_cpu})), steps)
+    shadow = Shadow(trainer.model, trainer.device.type)
+    vendor = trainer.device.backend.operations
+
+    def watched(name: str, _: Callable[..., Any]) -> Callable[..., Any]:
+        version = versions[name]
+        return shadow.with_reference(name, version) if version.__module__ == vendor else version
+
+    with registry.replaced(watched):
+        losses = _losses(trainer, steps, shadow)
+    return Alignment(
+        trainer.device.backend.name,
+        list(zip(losses, reference, strict=True)),
+        shadow.offences,
+        shadow.seen,
+        shadow.unchecked,
+    )
+
+
+def _losses(trainer: Trainer, steps: int, shadow: Shadow | None = None) -> list[float]:
+    """Loss of each step; with a shadow every operation is checked."""
+    trainer.parallel.train()
+    rows = trainer.world.rows(trainer.config.training.global_batch)
+    losses = []
+    with Prefetcher(trainer.loader, 0, rows, 2) as batches:
+        for step in range(1, steps + 1):
+            batch = next(batches)[1]
+            if shadow is None:
+                loss, _ = trainer.train_step(batch)
+            else:
+                shadow.step = step
+                with shadow.watching():
+                    loss, _ = trainer.train_step(batch)
+            losses.append(float(loss))
+    return losses
+
+
+def page(result: Alignment, recipe: str) -> str:
+    """An HTML page of `result`."""
+    verdict = str(result.first) if result.first else "every operation is within its band"
+    found = "".join(
+        f"<tr><td>{o.step}</td><td>{o.way}</td><td>{escape(o.module)}</td><td><code>{escape(o.operation)}</code></td>"
+        f"<td>{list(o.shape)} {o.dtype}</td><td>{escape(str(o.distance))}</td></tr>"
+        for o in result.offences[:200]
+    )
+    kinds = "".join(
+        f"<tr><td><code>{escape(name)}</code></td><td>{seen.calls}</td><td>{seen.worst:.2f}</td></tr>"
+        for name, seen in sorted(result.seen.items(), key=lambda item: -item[1].worst)
+    )
+    curve = "".join(
+        f"<tr><td>{i}</td><td>{chip:.7g}</td><td>{cpu:.7g}</td><td>{abs(chip - cpu) / abs(cpu):.1e}</td></tr>"
+        for i, (chip, cpu) in enumerate(result.losses, 1)
+    )
+    colour = "#b3261e" if result.first else "#1e7f4f"
+    unchecked = ", ".join(sorted(result.unchecked)) or "none"
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>zili align: {escape(result.chip)}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1d2430; }}
+table {{ border-collapse: collapse; margin: 1rem 0; width: 100%; }}
+td, th {{ text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #dde3ea; vertical-align: top; }}
+.verdict {{ padding: .8rem 1rem; border-left: 4px solid {colour}; background: #f5f7fa; }}
+</style>
+<h1>{escape(result.chip)} against the CPU</h1>
+<p>{escape(recipe)}</p>
+<p class="verdict">{escape(verdict)}</p>
+<h2>Loss</h2>
+<table><tr><th>step<th>{escape(result.chip)}<th>CPU<th>relative difference</tr>{curve}</table>
+<h2>Operations outside of their band: {len(result.offences)}</h2>
+<table><tr><th>step<th>way<th>module<th>operation<th>result<th>error</tr>{found}</table>
+<h2>Everything that was checked</h2>
+<p>Error as a share of what rounding explains; 1 is the edge of the band. Not checked, since the CPU has no such
+operation: {escape(unchecked)}.</p>
+<table><tr><th>operation<th>calls<th>worst</tr>{kinds}</table>
+</html>
+"""
+
+
+def write_page(result: Alignment, recipe: str, file: Path) -> None:
+    """Write `page` to `file`, whole."""
+    write_whole(file, page(result, recipe))

@@ -1,0 +1,235 @@
+"""Every operation of a training step, checked as it runs: its inputs go to the CPU too, in their precision and in fp64.
+
+Errors do not add up, since each operation begins with what the chip has: the first one outside of its band is where the
+chip leaves the reference, and every other one found is wrong by itself.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from zili.diagnosis.operations import compared
+from zili.diagnosis.yardstick import Distance, distance, on_cpu
+from zili.ops.registry import OPERATIONS
+
+_OPTIMIZER = "the optimizer"
+_WITHOUT_NUMBERS = (
+    "aten.empty",
+    "aten.new_empty",
+    "aten.detach",
+    "aten._local_scalar_dense",
+    "aten.set_",
+    "aten.resize_",
+)
+_ON_THE_CPU_TOO = ("aten", "prims", "zili")
+"""Namespaces of operations; what a vendor's has is compared a whole operation of this house at a time."""
+_OTHER_PROCESSES = ("c10d", "_c10d_functional")
+
+
+@dataclass(frozen=True)
+class Offence:
+    """An operation whose result rounding does not explain."""
+
+    step: int
+    way: str
+    """forward, backward or optimizer."""
+    module: str
+    """Name in the model; of a backward operation, that of the forward operation whose gradient it is."""
+    operation: str
+    shape: tuple[int, ...]
+    dtype: str
+    distance: Distance
+
+    def __str__(self) -> str:
+        place = f"{self.way} of {self.module}" if self.way != "optimizer" else _OPTIMIZER
+        return f"step {self.step}, {place}: {self.operation} -> {list(self.shape)} {self.dtype}: {self.distance}"
+
+
+@dataclass
+class Seen:
+    """What was checked of one kind of operation."""
+
+    calls: int = 0
+    worst: float = 0.0
+    """Largest error, as a share of what it may be."""
+
+
+class Shadow(TorchDispatchMode):
+    """Runs every operation that touches `device_type` on the CPU as well, and notes those that differ."""
+
+    def __init__(self, model: nn.Module, device_type: str) -> None:
+        super().__init__()
+        self.device_type = device_type
+        self.offences: list[Offence] = []
+        self.seen: dict[str, Seen] = {}
+        self.unchecked: set[str] = set()
+        """Operations the CPU does not have."""
+        self.step = 0
+        self._optimizing = False
+        self._names = {module: name or "the model" for name, module in model.named_modules()}
+        self._inside: list[str] = []
+        self._begun: list[tuple[int, str]] = []
+
+    @contextmanager
+    def watching(self) -> Iterator[Shadow]:
+        """Check operations, and follow which module they belong to."""
+        hooks = (
+            register_module_forward_pre_hook(lambda module, inputs: self._enter(self._names.get(module))),
+            register_module_forward_hook(lambda module, inputs, out: self._leave(self._names.get(module))),
+            register_optimizer_step_pre_hook(lambda *_: self._optimize(True)),
+            register_optimizer_step_post_hook(lambda *_: self._optimize(False)),
+        )
+        try:
+            with self:
+                yield self
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _optimize(self, now: bool) -> None:
+        self._optimizing = now
+
+    def _enter(self, name: str | None) -> None:
+        if name is not None:
+            self._inside.append(name)
+            self._mark()
+
+    def _leave(self, name: str | None) -> None:
+        if name is not None and self._inside:
+            self._inside.pop()
+            self._mark()
+
+    def _mark(self) -> None:
+        # Autograd numbers its nodes in the order of the forward pass: from here on they belong to this module.
+        self._begun.append((torch.autograd._get_sequence_nr(), self._inside[-1] if self._inside else "the loss"))
+
+    def _place(self) -> tuple[str, str]:
+        """Way and module of the operation that runs now."""
+        if self._optimizing:
+            return "optimizer", _OPTIMIZER
+        node = torch._C._current_autograd_node()
+        if node is None:
+            return "forward", self._inside[-1] if self._inside else "the loss"
+        # Marks are in the order of time, so their numbers ascend.
+        found = bisect_right(self._begun, node._sequence_nr(), key=lambda mark: mark[0]) - 1
+        return "backward", self._begun[found][1] if found >= 0 else "the loss"
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        keywords = keywords or {}
+        if self._has_no_numbers(function, (arguments, keywords)):
+            return function(*arguments, **keywords)
+        if function.namespace not in _ON_THE_CPU_TOO:
+            self.unchecked.add(str(function))
+            return function(*arguments, **keywords)
+        same, exact = on_cpu((arguments, keywords)), on_cpu((arguments, keywords), torch.float64)
+        out = function(*arguments, **keywords)
+        try:
+            same_out = function(*same[0], **same[1])
+        except (NotImplementedError, RuntimeError):
+            self.unchecked.add(str(function))
+            return out
+        try:
+            exact_out = function(*exact[0], **exact[1])
+        except (NotImplementedError, RuntimeError):
+            exact, exact_out = same, same_out
+        results = zip(
+            *(_results(function, *call) for call in ((arguments, out), (same[0], same_out), (exact[0], exact_out))),
+            strict=True,
+        )
+        for found, cpus, right in results:
+            self._judge(function, found, cpus, right)
+        return out
+
+    def with_reference(self, operation: str, version: Callable[..., Any]) -> Callable[..., Any]:
+        """`version` of one of this house's operations, compared with the reference at each call, forward and backward.
+
+        For `zili.ops.registry.replaced`: the CPU has no kernel of a vendor's fused operation to compare with.
+        """
+        reference = OPERATIONS[operation]
+
+        def called(*arguments: Any, **keywords: Any) -> Any:
+            place = next(leaf.device for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor))
+            lowered = torch.is_autocast_enabled(place.type)
+            # Where the chip lowers what it is given, the CPU does too; fp64 is left as it is by both.
+            cpus = torch.autocast("cpu", torch.get_autocast_dtype(place.type), lowered)
+            with _disable_current_modes(), torch.enable_grad(), cpus:
+                host, host_keywords = on_cpu((arguments, keywords))
+                reached = compared(
+                    lambda *given: version(*given, **keywords),
+                    lambda *given: reference(*given, **host_keywords),
+                    list(host),
+                    place,
+                )
+            _, module = self._place()
+            for way, measured in reached.items():
+                if not measured.fits:
+                    first = next(leaf for leaf in host if isinstance(leaf, Tensor))
+                    dtype, shape = str(first.dtype).removeprefix("torch."), tuple(first.shape)
+                    what = f"zili.{operation}"
+                    self.offences.append(Offence(self.step, way.split()[0], module, what, shape, dtype, measured))
+            return version(*arguments, **keywords)
+
+        return called
+
+    def _has_no_numbers(self, function: Any, given: Any) -> bool:
+        """Whether there is nothing to compare: no tensor of the device, only a view, random, or of other processes."""
+        name = str(function)
+        if not any(isinstance(leaf, Tensor) and leaf.device.type == self.device_type for leaf in tree_leaves(given)):
+            return True
+        if name.startswith((*_WITHOUT_NUMBERS, *_OTHER_PROCESSES)) or function.is_view:
+            return True
+        return torch.Tag.nondeterministic_seeded in function.tags
+
+    def _judge(self, function: Any, found: Tensor, same: Tensor, exact: Tensor) -> None:
+        measured = distance(found, same, exact)
+        way, module = self._place()
+        kind = self.seen.setdefault(f"{function} {str(found.dtype).removeprefix('torch.')}", Seen())
+        kind.calls += 1
+        kind.worst = max(kind.worst, measured.ulps / measured.expected if measured.expected else measured.ulps)
+        if not measured.fits:
+            dtype = str(found.dtype).removeprefix("torch.")
+            self.offences.append(Offence(self.step, way, module, str(function), tuple(found.shape), dtype, measured))
+
+
+def _results(function: Any, arguments: Any, out: Any) -> list[Tensor]:
+    """What an operation wrote: the arguments it changed, and its outputs."""
+    changed = [
+        argument
+        for given, argument in zip(function._schema.arguments, arguments, strict=False)
+        if given.alias_info is not None and given.alias_info.is_write
+    ]
+    # A sort's indices may differ where its values tie.
+    outputs = [] if changed else (list(out[:1]) if _ranks(function) else [out])
+    return [leaf for leaf in tree_leaves((changed, outputs)) if isinstance(leaf, Tensor)]
+
+
+def _ranks(function: Callable[..., Any]) -> bool:
+    return str(function).startswith(("aten.sort", "aten.topk", "aten.max.dim", "aten.min.dim"))
+
+
+@dataclass
+class Alignment:
+    """What `zili align` found."""
+
+    chip: str
+    losses: list[tuple[float, float]]
+    """Of each step, the chip's and the CPU's."""
+    offences: list[Offence]
+    seen: dict[str, Seen] = field(default_factory=dict)
+    unchecked: set[str] = field(default_factory=set)
+
+    @property
+    def first(self) -> Offence | None:
+        """Where the chip first leaves the reference."""
+        return self.offences[0] if self.offences else None
