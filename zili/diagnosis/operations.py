@@ -144,8 +144,12 @@ def compared(
     same = examined(reference, arguments)
     there = [value.detach().to(device) if isinstance(value, Tensor) else value for value in arguments]
     found = examined(function, there)
+    precisions = [value.dtype for value in arguments if isinstance(value, Tensor) and value.is_floating_point()]
+    if torch.is_autocast_enabled("cpu"):
+        precisions.append(torch.get_autocast_dtype("cpu"))
+    coarsest = max(precisions, key=lambda dtype: torch.finfo(dtype).eps)
     return {
-        way if i == 0 else f"{way} {i + 1}": distance(one, other, best)
+        way if i == 0 else f"{way} {i + 1}": distance(one, other, best, coarsest)
         for way, ours, cpus, right in zip(("forward", "backward"), found, same, exact, strict=True)
         for i, (one, other, best) in enumerate(zip(ours, cpus, right, strict=True))
     }
