@@ -11,6 +11,8 @@ class ZiliError(Exception):
     exit_code = 1
     agreed = False
     """Whether every process of the run raises it, so that one of them is enough to say it."""
+    alone = False
+    """Whether it concerns this process and perhaps no other, so that it must say it itself."""
 
 
 class ConfigError(ZiliError):

@@ -143,10 +143,12 @@ def _open_device(torch: Any, backend: Backend, index: int) -> tuple[torch.device
         reason = found.reason if not found.here else "torch sees no device"
         raise ChipError(f"chip {backend.name} is not here: {reason}; {found.fix or backend.install}")
     if not 0 <= index < count:
-        raise ChipError(
+        error = ChipError(
             f"chip {backend.name}: device {index} asked for, {count} in sight (0..{count - 1}); start fewer "
             f"processes a node or widen {backend.visible_devices}"
         )
+        error.alone = True
+        raise error
     torch.accelerator.set_device_index(index)
     return torch.device(backend.device_type, index), count
 

@@ -101,7 +101,9 @@ def _is_heard(error: ZiliError) -> bool:
     rank, _, here = _place()
     if error.agreed:
         return rank == 0
-    return _joined() or here == 0  # before they join, the processes of a machine have read the same recipe
+    return (
+        _joined() or error.alone or here == 0
+    )  # before they join, the processes of a machine have read the same recipe
 
 
 def _who() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -24,6 +25,7 @@ from zili.chips import (
 from zili.chips.backend import nearest
 from zili.chips.catalog import CONFIDENCE, Figure, chip_names, identify
 from zili.chips.presence import presence
+from zili.chips.skeleton import write_skeleton
 from zili.errors import ChipError
 
 _COLUMNS = {
@@ -38,10 +40,28 @@ _ABSENT = "not published"
 
 
 def chips(
-    name: Annotated[str | None, typer.Argument(help="One backend or chip in detail.")] = None,
+    name: Annotated[str | None, typer.Argument(help="One backend or chip in detail; `new`: begin a plugin.")] = None,
+    new_name: Annotated[str | None, typer.Argument(help="After `new`: what `chip.name` is to take.")] = None,
+    *,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    folder: Annotated[Path | None, typer.Option(help="Of `new`: where; zili-NAME if not given.")] = None,
+    device_type: Annotated[str | None, typer.Option(help="Of `new`: torch's name for the device.")] = None,
+    collectives: Annotated[str | None, typer.Option(help="Of `new`: its torch.distributed backend.")] = None,
+    plugin: Annotated[str | None, typer.Option(help="Of `new`: module that teaches torch the device.")] = None,
 ) -> None:
-    """List the chips that are here and the chips that are known. Imports no torch, opens no device."""
+    """List the chips that are here and the chips that are known. Imports no torch, opens no device.
+
+    `zili chips new NAME` writes a plugin package for another vendor's chip.
+    """
+    if (name == "new") != (new_name is not None):
+        raise typer.BadParameter("`zili chips new NAME`, or `zili chips [NAME]`")
+    if new_name is not None:
+        where = folder or Path(f"zili-{new_name}")
+        module = plugin or f"torch_{new_name}"
+        for path in write_skeleton(new_name, where, device_type or new_name, collectives or f"{new_name}ccl", module):
+            typer.echo(path)
+        typer.echo(f"Next: pip install --editable {where}, then zili chips {new_name}; docs/new_chip.md has the way")
+        return
     if as_json:
         typer.echo(json.dumps(_as_data(name), indent=2, ensure_ascii=False))
         return

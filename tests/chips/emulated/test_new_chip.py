@@ -1,0 +1,46 @@
+"""A plugin made by `zili chips new` for a device that Zili has never heard of passes its own tests and trains."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from many import on_processes, train
+from plugins import Environment, Vendor
+from tiny_models import BOUND, Layout, Row, Runs
+
+ACME = Vendor("acme", "torch_acme", "acme", "acmeccl", "ACME-1")
+LAYOUT = Layout("shards=2")
+
+
+def test_an_afternoon(runs: Runs, with_plugins: Environment, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    folder = tmp_path / "zili-acme"
+    made = subprocess.run(
+        [sys.executable, "-m", "zili", "chips", "new", "acme", "--folder", str(folder)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "zili_acme.py" in made.stdout and "docs/new_chip.md" in made.stdout
+    # What `pip install --editable` would do, without asking the package index for setuptools.
+    info = folder / "zili_acme-0.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: zili-acme\nVersion: 0.1\n")
+    (info / "entry_points.txt").write_text("[zili.backends]\nacme = zili_acme:BACKEND\n")
+    variables = with_plugins(ACME)
+    variables["PYTHONPATH"] = os.pathsep.join((str(folder), variables["PYTHONPATH"]))
+    tested = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder / "tests")],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert "3 passed" in tested.stdout, tested.stdout
+    config = runs.recipe("dense", *LAYOUT.overrides, "chip.name=acme", "training.steps=5", "chip.precision=fp32")
+    curve = on_processes(2, train, config, environment=variables)[0]
+    Row.of("shards=2 on acme", 2, "dense", runs.alone("dense", "training.steps=5"), curve, BOUND).check(request)
