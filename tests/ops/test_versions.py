@@ -5,10 +5,11 @@ import torch
 from torch import Tensor
 
 from zili import ops
-from zili.errors import ConfigError
+from zili.errors import ChipError, ConfigError
 from zili.ops import product, reference
 from zili.ops.blocked_attention import BLOCK, blocked_attention
 from zili.ops.chunked_cross_entropy import chunked_linear_cross_entropy
+from zili.ops.versions import Version
 
 
 @pytest.fixture(autouse=True, params=["plain", "onednn"])
@@ -154,3 +155,24 @@ def test_an_evaluation_makes_no_weight_gradient(monkeypatch):
     weight = torch.randn(5, 8, requires_grad=True)
     with torch.no_grad():
         chunked_linear_cross_entropy(torch.randn(3, 8), weight, torch.tensor([0, 1, 2]))
+
+
+def test_without_liger_the_references_run_and_the_reason_is_given():
+    assert [version.lacks("cuda", "bf16") for version in ops.versions("zili.ops.nvidia")[:2]] == (
+        ["liger-kernel is not installed"] * 2
+    )
+
+
+def test_a_vendors_module_that_cannot_be_imported_is_named():
+    with pytest.raises(ChipError, match=r"no_such_operations, cannot be imported.*repair its package"):
+        ops.choose("cpu", "fp32", {}, vendor="no_such_operations")
+
+
+def test_a_version_is_compared_with_the_reference_before_it_is_taken(monkeypatch, restored):
+    wrong = Version("swiglu", "wrong", lambda gate, up: reference.swiglu(gate, up) * 1.01, lambda *_: None)
+    fails = Version("rms_norm", "fails", lambda *_: torch.ones(1, 2) @ torch.ones(3, 1), lambda *_: None)
+    monkeypatch.setattr("zili.ops.registry.VERSIONS", (wrong, fails))
+    found = {operation: (name, reason) for operation, name, reason in ops.choose("cpu", "fp32", {})}
+    assert found["swiglu"][0] == found["rms_norm"][0] == "reference"
+    assert "wrong: differs from the reference by 1.0e-02" in found["swiglu"][1]
+    assert found["rms_norm"][1].startswith("fails: failed (mat1 and mat2")

@@ -69,6 +69,7 @@ NVIDIA = Backend(
         Variable("CUDA_LAUNCH_BLOCKING", None, "debugging: every kernel waits"),
         Variable("NCCL_DEBUG", None, "NCCL's log level"),
     ),
+    operations="zili.ops.nvidia",
     capabilities={
         "bf16": bf16,
         "bf16_reduce": Capability(True, "ncclBfloat16", "documented"),

@@ -38,8 +38,10 @@ class Distance:
         return self.ulps <= self.expected and abs(self.bias) <= _BIAS
 
     def __str__(self) -> str:
-        lean = f", leaning toward zero by {self.bias:.2f} in the mean" if abs(self.bias) > _BIAS else ""
-        return f"{self.ulps:.3g} ulp off (up to {self.expected:.3g} is rounding){lean}"
+        off = f"{self.ulps:.3g} ulp off (up to {self.expected:.3g} is rounding)"
+        if self.ulps > self.expected or abs(self.bias) <= _BIAS:
+            return off
+        return f"{off}, in the mean {abs(self.bias):.2f} ulp {'toward' if self.bias > 0 else 'away from'} zero"
 
 
 def distance(found: Tensor, same: Tensor, exact: Tensor | None, unit: torch.dtype | None = None) -> Distance:
