@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from zili.diagnosis.findings import EXIT_CODES, Finding, Severity
+from zili.diagnosis.findings import AREAS, EXIT_CODES, Finding, Severity
 
 _COLOURS = {
     Severity.GOOD: "green",
@@ -27,6 +27,9 @@ def doctor(
     ] = None,
     folder: Annotated[Path, typer.Option(help="Where checkpoints would go: its disk is timed.")] = Path(),
     patience: Annotated[float, typer.Option(min=1, help="Seconds of silence after which processes are ended.")] = 60.0,
+    only: Annotated[
+        list[str] | None, typer.Option(help=f"Examine this alone; may be given again: {', '.join(AREAS)}.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; the planner reads it.")] = False,
     every: Annotated[bool, typer.Option("--all", help="Show what is good one by one.")] = False,
 ) -> None:
@@ -36,6 +39,8 @@ def doctor(
     """
     from zili.diagnosis.doctor import examine
 
+    if unknown := set(only or []) - set(AREAS):
+        raise typer.BadParameter(f"--only {', '.join(sorted(unknown))}: there are {', '.join(AREAS)}")
     console = Console(quiet=as_json)
     good: dict[str, int] = {}
 
@@ -51,7 +56,7 @@ def doctor(
             soft_wrap=True,
         )
 
-    report = examine(chip, processes, folder, show, patience)
+    report = examine(chip, processes, folder, show, patience, only or AREAS)
     severity = Severity[report["severity"].upper()]
     if as_json:
         typer.echo(json.dumps(report, indent=1, ensure_ascii=False))

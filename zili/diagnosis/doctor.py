@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zili import chips
 from zili.chips.activation import Activation
-from zili.diagnosis.findings import Finding, Severity, worst
+from zili.diagnosis.findings import AREAS, Finding, Severity, worst
 from zili.errors import ChipError
 
 if TYPE_CHECKING:
@@ -19,14 +19,20 @@ _MOST_PROCESSES = 8
 
 
 def examine(
-    chip: str, processes: int | None, folder: Path, show: Callable[[Finding], None], patience: float
+    chip: str,
+    processes: int | None,
+    folder: Path,
+    show: Callable[[Finding], None],
+    patience: float,
+    areas: Collection[str] = AREAS,
 ) -> dict[str, Any]:
-    """Every examination of backend `chip` ("auto": the one a run would take); `show` hears each finding as it is made.
+    """Examine backend `chip` ("auto": the one a run would take); `show` hears each finding as it is made.
 
     Args:
         processes: how many for the collectives; None: as many as there are devices, up to 8, two on the CPU.
         folder: where checkpoints would go.
         patience: seconds after which processes that fell silent are ended.
+        areas: what to examine.
     Returns:
         What `zili doctor --json` prints; `findings` and `severity` among it.
     """
@@ -51,9 +57,10 @@ def examine(
         device = Device(activation)
         report |= _identity(activation, device)
         note(_opened(activation, device, selection.reason))
-        note(_on_one_device(device, folder))
+        note(_on_one_device(device, folder, areas))
         count = processes or (2 if device.type == "cpu" else min(activation.count, _MOST_PROCESSES))
-        note(collectives.examine(selection.backend.name, count, patience))
+        if "collectives" in areas:
+            note(collectives.examine(selection.backend.name, count, patience))
     report["severity"] = worst(findings).name.lower()
     report["findings"] = [{**asdict(finding), "severity": finding.severity.name.lower()} for finding in findings]
     return report
@@ -89,10 +96,14 @@ def _opened(activation: Activation, device: Device, reason: str) -> Iterator[Fin
         yield Finding("here", "environment", Severity.DEGRADED, warning, "start zili in a fresh process")
 
 
-def _on_one_device(device: Device, folder: Path) -> Iterator[Finding]:
+def _on_one_device(device: Device, folder: Path, areas: Collection[str]) -> Iterator[Finding]:
     from zili.diagnosis import operations, speed
 
-    yield from operations.examine(device)
-    yield from speed.examine_speed(device)
-    yield speed.examine_repeatability(device)
-    yield speed.examine_disk(folder)
+    if "numbers" in areas:
+        yield from operations.examine(device)
+    if "speed" in areas:
+        yield from speed.examine_speed(device)
+    if "repeatability" in areas:
+        yield speed.examine_repeatability(device)
+    if "disk" in areas:
+        yield speed.examine_disk(folder)

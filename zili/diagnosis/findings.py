@@ -19,6 +19,8 @@ class Severity(IntEnum):
     """A run would give wrong numbers, or stop."""
 
 
+AREAS = ("numbers", "speed", "repeatability", "disk", "collectives")
+"""What can be examined; what is here always is."""
 EXIT_CODES = {Severity.GOOD: 0, Severity.FALLBACK: 0, Severity.DEGRADED: 9, Severity.BROKEN: 10}
 
 
@@ -27,7 +29,7 @@ class Finding:
     """One capability, what was seen of it, and what to do."""
 
     area: str
-    """here, numbers, speed, collectives, repeatability, disk."""
+    """One of `AREAS`, or "here"."""
     name: str
     severity: Severity
     seen: str

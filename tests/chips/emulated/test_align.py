@@ -36,22 +36,25 @@ PLACES: list[Any] = [
 """Kernel, which of its calls; way, module, and operation where it is another that the kernel is for."""
 
 
-def alignment(config: RunConfig, faults: list[Fault], steps: int = 1) -> Any:
-    """What `zili align` finds with `faults` planted when the chip's own steps begin."""
+def alignments(config: RunConfig, planted: list[list[Fault]], steps: int = 1) -> list[Any]:
+    """What `zili align` finds with each of `planted`, there while the chip trains: losses, and where it went wrong."""
     import emulated
 
     from zili.cli.align import _trainer
     from zili.diagnosis import align
 
     real: Callable[..., Any] = align._losses
+    found = []
+    for faults in planted:
 
-    def planted(trainer: Any, steps: int, shadow: Any = None) -> Any:
-        emulated.plant(*(faults if shadow is not None else []))
-        return real(trainer, steps, shadow)
+        def with_faults(trainer: Any, steps: int, shadow: Any = None, faults: list[Fault] = faults) -> Any:
+            emulated.plant(*(faults if shadow is not None else []))
+            return real(trainer, steps, shadow)
 
-    align._losses = planted
-    result = align.align(config, _trainer, steps)
-    return result.losses, [str(o) for o in result.offences], [(o.way, o.module, o.operation) for o in result.offences]
+        align._losses = with_faults
+        result = align.align(config, _trainer, steps)
+        found.append((result.losses, [(o.way, o.module, o.operation) for o in result.offences], str(result.first)))
+    return found
 
 
 def recipe(runs: Runs, kind: Kind, *more: str) -> RunConfig:
@@ -61,10 +64,9 @@ def recipe(runs: Runs, kind: Kind, *more: str) -> RunConfig:
 
 @pytest.mark.parametrize("kind", ["dense", slow("mixture")])
 def test_a_sound_device_is_within_every_band(kind: Kind, runs: Runs, with_plugins: Environment) -> None:
-    ((losses, offences, _),) = on_processes(
-        1, alignment, recipe(runs, kind), [], 2, environment=with_plugins(CAMBRICON)
-    )
-    assert offences == []
+    ((found,),) = on_processes(1, alignments, recipe(runs, kind), [[]], 2, environment=with_plugins(CAMBRICON))
+    losses, offences, first = found
+    assert offences == [], first
     assert all(chip == pytest.approx(cpu, rel=1e-6) for chip, cpu in losses)
 
 
@@ -73,29 +75,29 @@ def test_bf16_and_the_vendors_operations_are_within_their_bands(runs: Runs, with
 
     fused = [f"chip.operations.{version.operation}={version.name}" for version in ascend.VERSIONS]
     config = recipe(runs, "mixture", "chip.name=ascend", "chip.precision=bf16", *fused)
-    ((_, offences, _),) = on_processes(1, alignment, config, [], environment=with_plugins(ASCEND))
-    assert offences == []
+    ((found,),) = on_processes(1, alignments, config, [[]], environment=with_plugins(ASCEND))
+    assert found[1] == [], found[2]
 
 
 @pytest.fixture(scope="module")
-def found(runs: Runs, with_plugins: Environment) -> Callable[..., Any]:
-    """Results of a place, each in a process of its own."""
-
-    def one(operation: str, call: int, kind: Kind) -> Any:
-        fault = Fault(operation, "scale", 0.01, call, call + 1)
-        return on_processes(1, alignment, recipe(runs, kind), [fault], environment=with_plugins(CAMBRICON))[0]
-
-    return one
+def found(runs: Runs, with_plugins: Environment) -> dict[tuple[str, int, Kind], Any]:
+    """Results of every place, those of one model in one process."""
+    results = {}
+    for kind in ("dense", "mixture"):
+        places = [(place[0], place[1]) for place in PLACES if place[4] == kind]
+        planted = [[Fault(kernel, "scale", 0.01, call, call + 1)] for kernel, call in places]
+        (own,) = on_processes(1, alignments, recipe(runs, kind), planted, environment=with_plugins(CAMBRICON))
+        results |= {(*place, kind): result for place, result in zip(places, own, strict=True)}
+    return results
 
 
 @pytest.mark.parametrize(("kernel", "call", "way", "module", "kind", "operation"), [(*p, "")[:6] for p in PLACES])
-def test_a_planted_error_is_found_at_its_operation(
-    kernel: str, call: int, way: str, module: str, kind: Kind, operation: str, found: Callable[..., Any]
+def test_a_planted_error_is_found_at_its_operation_and_nowhere_else(
+    kernel: str, call: int, way: str, module: str, kind: Kind, operation: str, found: dict[Any, Any]
 ) -> None:
-    _, described, places = found(kernel, call, kind)
-    assert [(*place[:2], place[2].split(".")[1]) for place in places] == [(way, module, operation or kernel[6:])], (
-        described
-    )
+    _, offences, first = found[kernel, call, kind]
+    places = [(way, module, operation.split(".")[1]) for way, module, operation in offences]
+    assert places == [(way, module, operation or kernel[6:])], first
 
 
 def test_the_command(runs: Runs, with_plugins: Environment, tmp_path: Path) -> None:
