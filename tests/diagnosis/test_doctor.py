@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from zili.diagnosis.yardstick import distance
+from zili.ops.yardstick import distance
 
 
 def doctor(*words: str) -> subprocess.CompletedProcess[str]:
@@ -61,3 +61,6 @@ def test_distances_are_in_units_of_the_precision() -> None:
     nan[0, 0] = torch.nan
     assert not distance(nan, same, exact).fits
     assert not distance(torch.tensor([1, 2]), torch.tensor([1, 3]), None).fits
+    inf = torch.tensor([torch.inf, 1.0])
+    assert distance(inf, inf, None).fits and not distance(-inf * -1, torch.tensor([-torch.inf, 1.0]), None).fits
+    assert not distance(torch.tensor([torch.nan, 1.0]), torch.tensor([-torch.inf, 1.0]), None).fits

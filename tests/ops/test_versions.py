@@ -158,9 +158,7 @@ def test_an_evaluation_makes_no_weight_gradient(monkeypatch):
 
 
 def test_without_liger_the_references_run_and_the_reason_is_given():
-    assert [version.lacks("cuda", "bf16") for version in ops.versions("zili.ops.nvidia")[:2]] == (
-        ["liger-kernel is not installed"] * 2
-    )
+    assert ops.versions("zili.ops.nvidia")[0].lacks("cuda", "bf16") == "liger-kernel is not installed"
 
 
 def test_a_vendors_module_that_cannot_be_imported_is_named():
@@ -168,11 +166,20 @@ def test_a_vendors_module_that_cannot_be_imported_is_named():
         ops.choose("cpu", "fp32", {}, vendor="no_such_operations")
 
 
+def off_by_one(x: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+    rows, places = reference.permute(x, experts)
+    return rows, (places + 1) % len(places)
+
+
 def test_a_version_is_compared_with_the_reference_before_it_is_taken(monkeypatch, restored):
     wrong = Version("swiglu", "wrong", lambda gate, up: reference.swiglu(gate, up) * 1.01, lambda *_: None)
     fails = Version("rms_norm", "fails", lambda *_: torch.ones(1, 2) @ torch.ones(3, 1), lambda *_: None)
-    monkeypatch.setattr("zili.ops.registry.VERSIONS", (wrong, fails))
+    ungraded = Version("add_rms_norm", "ungraded", torch.no_grad()(reference.add_rms_norm), lambda *_: None)
+    shifted = Version("permute", "shifted", off_by_one, lambda *_: None)
+    monkeypatch.setattr("zili.ops.registry.VERSIONS", (wrong, fails, ungraded, shifted))
     found = {operation: (name, reason) for operation, name, reason in ops.choose("cpu", "fp32", {})}
-    assert found["swiglu"][0] == found["rms_norm"][0] == "reference"
-    assert "wrong: differs from the reference by 1.0e-02" in found["swiglu"][1]
+    assert {name for name, _ in found.values()} == {"reference"}
+    assert "wrong: differs from the reference: forward is" in found["swiglu"][1]
+    assert "ungraded: failed (0 gradients where the reference has 3)" in found["add_rms_norm"][1]
+    assert "shifted: differs from the reference: forward 2 is inf" in found["permute"][1]
     assert found["rms_norm"][1].startswith("fails: failed (mat1 and mat2")

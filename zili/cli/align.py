@@ -36,7 +36,7 @@ def align(
         raise ConfigError(f"--against {against}: only cpu, which every chip can be compared with in one process")
     if processes()[1] > 1:
         raise LayoutError("zili align runs in one process; start it without torchrun")
-    config = load_recipe(recipe, [*(overrides or []), "parallel.shards=auto"])
+    config = load_recipe(recipe, overrides or [])
 
     from zili.diagnosis.align import align as compare
     from zili.diagnosis.align import write_page
@@ -50,7 +50,7 @@ def align(
     console.print(f"{calls:,} operations of {len(result.seen)} kinds checked, forward, backward and optimizer")
     if result.unchecked:
         names = ", ".join(sorted(result.unchecked))
-        console.print(f"not on the CPU, so checked as part of their operation only: {names}")
+        console.print(f"not compared by themselves (random, a vendor's own, or not on the CPU): {names}")
     if page is not None:
         write_page(result, str(recipe), page)
         console.print(f"report: {page}", highlight=False, soft_wrap=True)

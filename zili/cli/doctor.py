@@ -30,7 +30,7 @@ def doctor(
     only: Annotated[
         list[str] | None, typer.Option(help=f"Examine this alone; may be given again: {', '.join(AREAS)}.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; the planner reads it.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     every: Annotated[bool, typer.Option("--all", help="Show what is good one by one.")] = False,
 ) -> None:
     """Examine this machine: what is here, what computes rightly, how fast, and whether processes reach one another.

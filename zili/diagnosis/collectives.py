@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import combinations
 from statistics import median
@@ -61,25 +62,30 @@ def examine(chip: str, count: int, patience: float = PATIENCE) -> list[Finding]:
     """Findings of `count` processes on devices of backend `chip`; ends `patience` seconds after the last word."""
     if count < 2:
         return [Finding(AREA, "all", Severity.FALLBACK, "one device: nothing to reach", "give --processes")]
-    workers = _start(chip, count)
+    workers: list[_Process] = []
     try:
+        _start(chip, count, workers)
         trouble = _watch(workers, patience)
     finally:
         for worker in workers:
             if worker.handle.poll() is None:
                 worker.handle.kill()
-            worker.handle.wait()
+        for worker in workers:
+            with suppress(subprocess.TimeoutExpired):  # a driver may keep a process that was killed
+                worker.handle.wait(5)
     return trouble or list(_findings(workers))
 
 
-def _start(chip: str, count: int) -> list[_Process]:
+def _start(chip: str, count: int, workers: list[_Process]) -> None:
+    """Start `count` processes, each into `workers` as it starts."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    workers = []
+    # What a launcher above told this process about its own group is not for them.
+    own = {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC_")}
     for rank in range(count):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
-        environment = {**os.environ, **{key: str(value) for key, value in place.items()}, "MASTER_ADDR": "127.0.0.1"}
+        environment = {**own, **{key: str(value) for key, value in place.items()}, "MASTER_ADDR": "127.0.0.1"}
         environment.setdefault("OMP_NUM_THREADS", "1")
         handle = subprocess.Popen(
             [sys.executable, "-m", "zili.diagnosis.collectives", chip],
@@ -92,7 +98,6 @@ def _start(chip: str, count: int) -> list[_Process]:
         Thread(target=_read_lines, args=(worker,), daemon=True).start()
         Thread(target=_read_errors, args=(worker,), daemon=True).start()
         workers.append(worker)
-    return workers
 
 
 def _read_lines(worker: _Process) -> None:
@@ -126,7 +131,7 @@ def _watch(workers: list[_Process], patience: float) -> list[Finding]:
 
 def _of_the_dead(ended: list[_Process]) -> Finding:
     # Those that lost their peer say so; the one that was lost is the one that says nothing, or something else.
-    lost = [worker for worker in ended if not any("closed by peer" in line.lower() for line in worker.errors)]
+    lost = [worker for worker in ended if not any("by peer" in line.lower() for line in worker.errors)]
     worker = (lost or ended)[0]
     code = worker.handle.poll()
     assert code is not None
@@ -140,12 +145,11 @@ def _of_the_dead(ended: list[_Process]) -> Finding:
 
 def _of_the_silent(workers: list[_Process], patience: float) -> Finding:
     waiting = [worker for worker in workers if not worker.done]
-    # Who has handed its part over waits for the others; who has not is the one they wait for.
-    guilty = (
-        [worker for worker in waiting if "handed over" not in worker.lines[-1]]
-        if all(worker.lines for worker in waiting)
-        else [worker for worker in waiting if not worker.lines]
-    )
+    # Who has handed its part over waits for the others. Of those that have not, the ones furthest behind hold up the
+    # rest: others may have gone on to make their next group, which they too are waited for in.
+    behind = [worker for worker in waiting if not worker.lines or "begin" in worker.lines[-1]]
+    furthest = min((sum("begin" in line for line in worker.lines) for worker in behind), default=0)
+    guilty = [worker for worker in behind if sum("begin" in line for line in worker.lines) == furthest]
     if guilty and len(guilty) < len(workers):
         who = " and ".join(f"process {worker.rank}" for worker in guilty)
         seen = f"{who} did not take part in {guilty[0].last} for {patience:.0f} s; the others waited"
@@ -212,11 +216,13 @@ def _work(chip: str) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     device = torch.device("cpu") if chip == "cpu" else torch.accelerator.current_accelerator()
     for size in sorted({2, world}):
+        _say(begin=f"making groups of {size}")
         groups = [dist.new_group(list(range(start, start + size))) for start in range(0, world - size + 1, size)]
         if rank // size < len(groups):
             for name, kind in _KINDS.items():
                 _one(f"{name} among {size}", kind, groups[rank // size], rank % size, size, device)
     for pair in combinations(range(world), 2) if world > 2 else []:
+        _say(begin=f"making pair {pair[0]}-{pair[1]}")
         group = dist.new_group(list(pair))
         if rank in pair:
             _one(f"pair {pair[0]}-{pair[1]}", _all_reduce, group, pair.index(rank), 2, device, bytes_each=1 << 12)
@@ -240,9 +246,9 @@ def _one(
     bytes_each: int = _BYTES,
 ) -> None:
     """One collective a few times: its numbers, and the fastest time."""
-    _say(begin=name)
     right, best = True, float("inf")
     for _ in range(_ROUNDS):
+        _say(begin=name)
         mine = torch.full((bytes_each // 4 // size * size,), float(own + 1), device=device)
         started = time.perf_counter()
         begun = kind(mine, group, own, size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import inf, isfinite
 
 import torch
 
@@ -49,7 +50,7 @@ def _trains(backend: Backend, device: Device) -> Finding:
     """A few steps of a small model, from the same weights on the same tokens, against the CPU's."""
     ops.choose("cpu", "fp32", dict.fromkeys(ops.chosen(), "reference"))
     here, there = _losses(torch.device("cpu")), _losses(device.torch)
-    apart = max(abs(one - other) / one for one, other in zip(here, there, strict=True))
+    apart = max(abs(one - other) / one if isfinite(other) else inf for one, other in zip(here, there, strict=True))
     seen = f"losses of {_STEPS} steps within {apart:.1e} of the CPU's"
     if apart > _CLOSE:
         return _wrong("training", backend.name, seen, "zili align RECIPE names the first operation that is wrong")

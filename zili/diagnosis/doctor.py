@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,12 +98,18 @@ def _opened(activation: Activation, device: Device, reason: str) -> Iterator[Fin
 
 def _on_one_device(device: Device, folder: Path, areas: Collection[str]) -> Iterator[Finding]:
     from zili.diagnosis import operations, speed
+    from zili.ops.yardstick import first_line
 
-    if "numbers" in areas:
-        yield from operations.examine(device)
-    if "speed" in areas:
-        yield from speed.examine_speed(device)
-    if "repeatability" in areas:
-        yield speed.examine_repeatability(device)
-    if "disk" in areas:
-        yield speed.examine_disk(folder)
+    examinations: dict[str, Callable[[], Iterable[Finding]]] = {
+        "numbers": lambda: operations.examine(device),
+        "speed": lambda: speed.examine_speed(device),
+        "repeatability": lambda: [speed.examine_repeatability(device)],
+        "disk": lambda: [speed.examine_disk(folder)],
+    }
+    for area, examination in examinations.items():
+        if area not in areas:
+            continue
+        try:
+            yield from examination()
+        except Exception as error:  # one missing kernel must not cost the rest of the report
+            yield Finding(area, "all", Severity.BROKEN, f"stopped: {first_line(error)}", "update the plugin or driver")

@@ -12,9 +12,9 @@ from torch import Tensor
 from zili import ops
 from zili.chips.device import Device
 from zili.diagnosis.findings import Finding, Severity
-from zili.diagnosis.yardstick import Distance, distance, examined, on_cpu
-from zili.ops.examples import example
-from zili.ops.registry import OPERATIONS, REFERENCE
+from zili.ops.examples import Example, example
+from zili.ops.registry import OPERATIONS
+from zili.ops.yardstick import compared, first_line, on_cpu
 
 AREA = "numbers"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -67,14 +67,17 @@ def examine(device: Device) -> Iterator[Finding]:
     for name, dtype in DTYPES.items():
         problem = _missing(device, dtype)
         if problem is not None:
-            needed = name == "fp32"
-            severity = Severity.BROKEN if needed else Severity.FALLBACK
-            yield Finding(AREA, name, severity, problem, "" if needed else "train in another precision")
+            severity = Severity.BROKEN if name == "fp32" else Severity.FALLBACK
+            yield Finding(AREA, name, severity, problem, "" if name == "fp32" else "train in another precision")
             continue
-        if name == "bf16" and not (said := device.capability("bf16")).value:
+        needed = name == "fp32"
+        if name == "bf16" and (said := device.capability("bf16")).value:
+            needed = True
+        elif name == "bf16":
             yield Finding(AREA, name, Severity.FALLBACK, f"computes, but {said.reason}", 'set chip.precision = "fp32"')
         for operation, (function, shapes) in ELEMENTARY.items():
-            yield _compared(f"{operation} in {name}", function, on_cpu(_inputs(*shapes), dtype), device)
+            inputs = Example(tuple(on_cpu(_inputs(*shapes), dtype)), {})
+            yield _compared(f"{operation} in {name}", function, inputs, device, needed=needed)
         if name != "fp16":  # runs are in fp32 or bf16
             yield from _own(device, name, dtype)
 
@@ -83,50 +86,41 @@ def _missing(device: Device, dtype: torch.dtype) -> str | None:
     try:
         (torch.ones(8, 8, dtype=dtype, device=device.torch) @ torch.ones(8, 8, dtype=dtype, device=device.torch)).cpu()
     except (RuntimeError, NotImplementedError, TypeError) as error:
-        return f"cannot be computed in: {_first_line(error)}"
+        return f"cannot be computed in: {first_line(error)}"
     return None
 
 
 def _own(device: Device, precision: str, dtype: torch.dtype) -> Iterator[Finding]:
     """This house's operations, every version that runs here."""
     for operation, reference in OPERATIONS.items():
-        arguments, keywords = example(operation, "cpu", dtype)
-
-        def called(function: Callable[..., Any], keywords: dict[str, Any] = keywords) -> Callable[..., Any]:
-            def call(*given: Any) -> Any:
-                place = next(value.device for value in given if isinstance(value, Tensor))
-                there = {
-                    key: value.to(place) if isinstance(value, Tensor) else value for key, value in keywords.items()
-                }
-                return function(*given, **there)
-
-            return call
-
-        candidates = {REFERENCE: reference} | {
-            version.name: version.function
-            for version in ops.versions(device.backend.operations)
-            if version.operation == operation and version.lacks(device.type, precision) is None
-        }
-        for name, function in candidates.items():
-            label = f"{operation} ({name}) in {precision}"
-            yield _compared(label, called(function), arguments, device, called(reference), name != REFERENCE)
+        inputs = example(operation, "cpu", dtype)
+        yield _compared(f"{operation} (reference) in {precision}", reference, inputs, device)
+        for version in ops.versions(device.backend.operations):
+            if version.operation == operation and version.lacks(device.type, precision) is None:
+                label = f"{operation} ({version.name}) in {precision}"
+                yield _compared(label, version.function, inputs, device, reference)
 
 
 def _compared(
     label: str,
     function: Callable[..., Any],
-    arguments: Any,
+    inputs: Example,
     device: Device,
     reference: Callable[..., Any] | None = None,
-    replaceable: bool = False,
+    needed: bool = True,
 ) -> Finding:
-    """`function` on the device against `reference` on the CPU, in the precision of `arguments` and in fp64."""
+    """`function` on the device against `reference` on the CPU, if another, in the precision of `inputs` and in fp64.
+
+    A wrong version of an operation is not taken, by this same rule (`zili.ops.registry`); nor is a precision that runs
+    do not use.
+    """
+    replaceable = reference is not None or not needed
     wrong = Severity.FALLBACK if replaceable else Severity.BROKEN
-    fix = "the reference runs in its place" if replaceable else "do not train on it; update the plugin or driver"
+    fix = "not used: another way is taken" if replaceable else "do not train on it; update the plugin or driver"
     try:
-        reached = compared(function, reference or function, arguments, device.torch)
-    except (RuntimeError, NotImplementedError, TypeError) as error:
-        return Finding(AREA, label, wrong, f"fails: {_first_line(error)}", fix)
+        reached = compared(function, reference or function, *inputs, device.torch)
+    except Exception as error:  # a vendor's kernel may raise anything
+        return Finding(AREA, label, wrong, f"fails: {first_line(error)}", fix)
     bad = {way: measured for way, measured in reached.items() if not measured.fits}
     figures = {f"{way} ulp": measured.ulps for way, measured in reached.items()}
     if bad:
@@ -134,26 +128,3 @@ def _compared(
         return Finding(AREA, label, wrong, f"{way} is {measured}", fix, figures)
     largest = max((measured.ulps for measured in reached.values()), default=0.0)
     return Finding(AREA, label, Severity.GOOD, f"{largest:.2g} ulp", figures=figures)
-
-
-def compared(
-    function: Callable[..., Any], reference: Callable[..., Any], arguments: Any, device: torch.device
-) -> dict[str, Distance]:
-    """How far outputs and gradients of `function` on `device` are from those of `reference`; `arguments` on the CPU."""
-    exact = examined(reference, on_cpu(arguments, torch.float64))
-    same = examined(reference, arguments)
-    there = [value.detach().to(device) if isinstance(value, Tensor) else value for value in arguments]
-    found = examined(function, there)
-    precisions = [value.dtype for value in arguments if isinstance(value, Tensor) and value.is_floating_point()]
-    if torch.is_autocast_enabled("cpu"):
-        precisions.append(torch.get_autocast_dtype("cpu"))
-    coarsest = max(precisions, key=lambda dtype: torch.finfo(dtype).eps)
-    return {
-        way if i == 0 else f"{way} {i + 1}": distance(one, other, best, coarsest)
-        for way, ours, cpus, right in zip(("forward", "backward"), found, same, exact, strict=True)
-        for i, (one, other, best) in enumerate(zip(ours, cpus, right, strict=True))
-    }
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__

@@ -10,18 +10,19 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from zili.diagnosis.operations import compared
-from zili.diagnosis.yardstick import Distance, distance, on_cpu
 from zili.ops.registry import OPERATIONS
+from zili.ops.yardstick import Distance, compared, distance, on_cpu
 
 _OPTIMIZER = "the optimizer"
 _WITHOUT_NUMBERS = (
@@ -74,7 +75,7 @@ class Shadow(TorchDispatchMode):
         self.offences: list[Offence] = []
         self.seen: dict[str, Seen] = {}
         self.unchecked: set[str] = set()
-        """Operations the CPU does not have."""
+        """Operations that were not compared: random ones, a vendor's own, and what the CPU does not have."""
         self.step = 0
         self._optimizing = False
         self._names = {module: name or "the model" for name, module in model.named_modules()}
@@ -86,10 +87,14 @@ class Shadow(TorchDispatchMode):
         """Check operations, and follow which module they belong to."""
         hooks = (
             register_module_forward_pre_hook(lambda module, inputs: self._enter(self._names.get(module))),
-            register_module_forward_hook(lambda module, inputs, out: self._leave(self._names.get(module))),
+            register_module_forward_hook(
+                lambda module, inputs, out: self._leave(self._names.get(module)), always_call=True
+            ),
             register_optimizer_step_pre_hook(lambda *_: self._optimize(True)),
             register_optimizer_step_post_hook(lambda *_: self._optimize(False)),
         )
+        self._inside.clear()
+        self._begun.clear()
         try:
             with self:
                 yield self
@@ -129,19 +134,37 @@ class Shadow(TorchDispatchMode):
         keywords = keywords or {}
         if self._has_no_numbers(function, (arguments, keywords)):
             return function(*arguments, **keywords)
-        if function.namespace not in _ON_THE_CPU_TOO:
+        if _is_random(function, arguments, keywords) or function.namespace not in _ON_THE_CPU_TOO:
             self.unchecked.add(str(function))
             return function(*arguments, **keywords)
+        lists = [i for i, argument in enumerate(arguments) if _is_list_of_tensors(argument)]
+        if not lists or not any(part in str(function) for part in ("_foreach_", "_fused_ad")):
+            return self._checked(function, arguments, keywords)
+        # An optimizer's step over all parameters, one after the other: the host need not hold copies of all.
+        length = len(arguments[lists[0]])
+        alone = [
+            [
+                argument[i : i + 1] if isinstance(argument, list | tuple) and len(argument) == length else argument
+                for argument in arguments
+            ]
+            for i in range(length)
+        ]
+        outs = [self._checked(function, own, keywords) for own in alone]
+        return [out[0] for out in outs] if outs and outs[0] is not None else None
+
+    def _checked(self, function: Any, arguments: Any, keywords: Any) -> Any:
+        """The operation's result, compared with the CPU's."""
         same, exact = on_cpu((arguments, keywords)), on_cpu((arguments, keywords), torch.float64)
         out = function(*arguments, **keywords)
+        on_the_cpu = partial(_attention, function) if _is_attention(function) else function
         try:
-            same_out = function(*same[0], **same[1])
-        except (NotImplementedError, RuntimeError):
+            same_out = on_the_cpu(*same[0], **same[1])
+        except (NotImplementedError, RuntimeError, TypeError):
             self.unchecked.add(str(function))
             return out
         try:
-            exact_out = function(*exact[0], **exact[1])
-        except (NotImplementedError, RuntimeError):
+            exact_out = on_the_cpu(*exact[0], **exact[1])
+        except (NotImplementedError, RuntimeError, TypeError):
             exact, exact_out = same, same_out
         results = zip(
             *(_results(function, *call) for call in ((arguments, out), (same[0], same_out), (exact[0], exact_out))),
@@ -165,17 +188,12 @@ class Shadow(TorchDispatchMode):
             cpus = torch.autocast("cpu", torch.get_autocast_dtype(place.type), lowered)
             with _disable_current_modes(), torch.enable_grad(), cpus:
                 host, host_keywords = on_cpu((arguments, keywords))
-                reached = compared(
-                    lambda *given: version(*given, **keywords),
-                    lambda *given: reference(*given, **host_keywords),
-                    list(host),
-                    place,
-                )
+                reached = compared(version, reference, host, host_keywords, place)
             _, module = self._place()
+            first = next(leaf for leaf in host if isinstance(leaf, Tensor))
+            dtype, shape = str(first.dtype).removeprefix("torch."), tuple(first.shape)
             for way, measured in reached.items():
                 if not measured.fits:
-                    first = next(leaf for leaf in host if isinstance(leaf, Tensor))
-                    dtype, shape = str(first.dtype).removeprefix("torch."), tuple(first.shape)
                     what = f"zili.{operation}"
                     self.offences.append(Offence(self.step, way.split()[0], module, what, shape, dtype, measured))
             return version(*arguments, **keywords)
@@ -183,13 +201,11 @@ class Shadow(TorchDispatchMode):
         return called
 
     def _has_no_numbers(self, function: Any, given: Any) -> bool:
-        """Whether there is nothing to compare: no tensor of the device, only a view, random, or of other processes."""
+        """Whether there is nothing to compare: no tensor of the device, only a view, or of other processes."""
         name = str(function)
         if not any(isinstance(leaf, Tensor) and leaf.device.type == self.device_type for leaf in tree_leaves(given)):
             return True
-        if name.startswith((*_WITHOUT_NUMBERS, *_OTHER_PROCESSES)) or function.is_view:
-            return True
-        return torch.Tag.nondeterministic_seeded in function.tags
+        return function.is_view or name.startswith((*_WITHOUT_NUMBERS, *_OTHER_PROCESSES))
 
     def _judge(self, function: Any, found: Tensor, same: Tensor, exact: Tensor) -> None:
         measured = distance(found, same, exact)
@@ -202,6 +218,40 @@ class Shadow(TorchDispatchMode):
             self.offences.append(Offence(self.step, way, module, str(function), tuple(found.shape), dtype, measured))
 
 
+def _is_list_of_tensors(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(one, Tensor) for one in value)
+
+
+def _is_attention(function: Any) -> bool:
+    """Whether it is one of torch's fused attentions, forward."""
+    name = str(function)
+    return "scaled_dot_product" in name and "backward" not in name and "_math" not in name
+
+
+def _is_random(function: Any, arguments: Any, keywords: Any) -> bool:
+    """Whether it draws numbers. Fused attentions say that they may, and do with dropout alone."""
+    if torch.Tag.nondeterministic_seeded not in function.tags:
+        return False
+    if not _is_attention(function):
+        return True
+    return bool(_by_name(function, arguments, keywords).get("dropout_p", 0.0))
+
+
+def _by_name(function: Any, arguments: Any, keywords: Any) -> dict[str, Any]:
+    return dict(zip((given.name for given in function._schema.arguments), arguments, strict=False)) | keywords
+
+
+def _attention(function: Any, *arguments: Any, **keywords: Any) -> tuple[Tensor]:
+    """What each of torch's fused attentions computes."""
+    given = _by_name(function, arguments, keywords)
+    query, key, value = given["query"], given["key"], given["value"]
+    bias = given.get("attn_bias", given.get("attn_mask"))
+    causal, gqa = bool(given.get("is_causal")), query.shape[-3] != key.shape[-3]
+    return (
+        F.scaled_dot_product_attention(query, key, value, bias, 0.0, causal, scale=given.get("scale"), enable_gqa=gqa),
+    )
+
+
 def _results(function: Any, arguments: Any, out: Any) -> list[Tensor]:
     """What an operation wrote: the arguments it changed, and its outputs."""
     changed = [
@@ -209,8 +259,8 @@ def _results(function: Any, arguments: Any, out: Any) -> list[Tensor]:
         for given, argument in zip(function._schema.arguments, arguments, strict=False)
         if given.alias_info is not None and given.alias_info.is_write
     ]
-    # A sort's indices may differ where its values tie.
-    outputs = [] if changed else (list(out[:1]) if _ranks(function) else [out])
+    # A sort's indices may differ where its values tie; what a fused attention keeps for its gradient is its own affair.
+    outputs = [] if changed else (list(out[:1]) if _ranks(function) or _is_attention(function) else [out])
     return [leaf for leaf in tree_leaves((changed, outputs)) if isinstance(leaf, Tensor)]
 
 

@@ -13,6 +13,7 @@ import torch
 from zili import ops
 from zili.chips.device import Device
 from zili.diagnosis.findings import Finding, Severity
+from zili.ops.yardstick import first_line
 
 _SIZES = (256, 512, 1024, 2048, 4096)
 _SECONDS = 0.3
@@ -27,7 +28,7 @@ def examine_speed(device: Device) -> Iterator[Finding]:
         try:
             curve = _matmul_curve(device, dtype)
         except (RuntimeError, NotImplementedError) as error:
-            yield Finding("speed", f"matmul {name}", Severity.FALLBACK, str(error).splitlines()[0])
+            yield Finding("speed", f"matmul {name}", Severity.FALLBACK, first_line(error))
             continue
         best = max(curve.values())
         shown = ", ".join(f"{size}: {flops / 1e12:.3g}" for size, flops in curve.items())

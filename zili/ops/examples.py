@@ -107,7 +107,7 @@ def _unpermute(generator: torch.Generator) -> Example:
 def _linear_cross_entropy(generator: torch.Generator) -> Example:
     labels = torch.randint(0, 1024, (512,), generator=generator)
     labels[:3] = torch.tensor([0, 1023, -100])
-    return Example((_normal(generator, 512, 128), 0.1 * _normal(generator, 1024, 128), labels, 0.5), {})
+    return Example((_normal(generator, 512, 128), 0.1 * _normal(generator, 1024, 128), labels, 0.3), {})
 
 
 _MADE: dict[str, Callable[[torch.Generator], Example]] = {

@@ -30,12 +30,5 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _function("rms_norm", "LigerRMSNormFunction").apply(x, weight, eps, 0.0, "llama", False)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """`reference.swiglu`."""
-    return _function("swiglu", "LigerSiLUMulFunction").apply(gate, up)
-
-
-VERSIONS = (
-    Version("rms_norm", "liger", rms_norm, _lacks),
-    Version("swiglu", "liger", swiglu, _lacks),
-)
+# Not its SwiGLU: that overwrites its inputs with their gradients, which are another's too where blocks are recomputed.
+VERSIONS = (Version("rms_norm", "liger", rms_norm, _lacks),)

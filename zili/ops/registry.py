@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from zili.errors import ChipError, ConfigError
 from zili.ops import product, reference
@@ -18,14 +17,13 @@ from zili.ops.blocked_attention import blocked_attention
 from zili.ops.chunked_cross_entropy import chunked_linear_cross_entropy
 from zili.ops.examples import Example, example, run
 from zili.ops.versions import Version
+from zili.ops.yardstick import compared, first_line
 
 REFERENCE = "reference"
 _MARGIN = 1.02
 """A faster version must be this much faster, so that noise does not choose."""
 _ROUNDS = 9
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_CLOSE = {"fp32": 1e-4, "bf16": 0.05}
-"""How far a version may be from the reference, of the largest element: sums and roundings in another order."""
 
 
 def _on_cpu_fp32(device_type: str, precision: str) -> str | None:
@@ -127,6 +125,8 @@ def choose(
     known = versions(vendor)
     _check_names(asked, known)
     choices = []
+    _active.update(OPERATIONS)  # nothing of an earlier choice stays
+    _names.update(dict.fromkeys(OPERATIONS, REFERENCE))
     for operation in OPERATIONS:
         candidates = [version for version in known if version.operation == operation]
         if operation in asked:
@@ -182,25 +182,16 @@ def _best(candidates: list[Version], operation: str, device_type: str, precision
 
 def _compare(plain: Callable[..., Any], version: Version, device_type: str, precision: str) -> tuple[str | None, float]:
     """What speaks against `version`, if anything, and its speed over the reference's."""
-    inputs = example(version.operation, device_type, _DTYPES[precision])
+    dtype = _DTYPES[precision]
     try:
-        error = difference(run(version.function, inputs), run(plain, inputs))
-    except (RuntimeError, TypeError, NotImplementedError) as problem:
-        return f"failed ({str(problem).splitlines()[0]:.120})", 0.0
-    if not error <= _CLOSE[precision]:
-        return f"differs from the reference by {error:.1e} of the largest element", 0.0
-    ratio = _speed_ratio(plain, version.function, inputs)
+        reached = compared(version.function, plain, *example(version.operation, "cpu", dtype), device_type)
+    except Exception as problem:  # a vendor's kernel may raise anything
+        return f"failed ({first_line(problem)})", 0.0
+    for way, measured in reached.items():
+        if not measured.fits:
+            return f"differs from the reference: {way} is {measured}", 0.0
+    ratio = _speed_ratio(plain, version.function, example(version.operation, device_type, dtype))
     return (None if ratio >= _MARGIN else f"ran at {ratio:.2f}x its speed on this machine"), ratio
-
-
-def difference(found: list[Tensor], wanted: list[Tensor]) -> float:
-    """Largest difference of two lists of tensors, each relative to the largest element wanted; nan where one is."""
-    worst = 0.0
-    for one, other in zip(found, wanted, strict=True):
-        right = other.detach().cpu().double()
-        relative = (one.detach().cpu().double() - right).abs().max() / right.abs().max().clamp(min=1e-30)
-        worst = max(worst, float(relative)) if not math.isnan(relative) else math.nan
-    return worst
 
 
 def _speed_ratio(plain: Callable[..., Any], faster: Callable[..., Any], inputs: Example) -> float:

@@ -102,7 +102,8 @@ def test_a_planted_error_is_found_at_its_operation_and_nowhere_else(
 
 def test_the_command(runs: Runs, with_plugins: Environment, tmp_path: Path) -> None:
     file, page = tmp_path / "recipe.toml", tmp_path / "align.html"
-    file.write_text(dump_recipe(recipe(runs, "dense")), encoding="utf-8")
+    laid_out = recipe(runs, "dense", "parallel.tensor=2", "training.recompute=full")  # neither matters to align
+    file.write_text(dump_recipe(laid_out), encoding="utf-8")
     fault = '[{"operation": "aten::silu", "kind": "scale", "amount": 0.01}]'
     environment = {**os.environ, **with_plugins(CAMBRICON, EMULATED_FAULTS=fault)}
 
@@ -114,6 +115,8 @@ def test_the_command(runs: Runs, with_plugins: Environment, tmp_path: Path) -> N
     assert wrong.returncode == 10, wrong.stderr
     assert "first step 1, forward of layers.0.feed_forward: aten.silu.default" in wrong.stdout
     assert "aten.silu.default" in page.read_text(encoding="utf-8")
+    itself = align("--set", "chip.name=cpu")
+    assert itself.returncode == 3 and "compared with itself" in itself.stderr
     other = align("--against", "nvidia")
     assert other.returncode == 3 and "only cpu" in other.stderr
     assert not (runs.recipe("dense").folder.parent / "checkpoints").exists()

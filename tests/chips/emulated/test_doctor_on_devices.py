@@ -91,6 +91,13 @@ def test_faults_of_operations_are_found_and_named(with_plugins: Environment, tmp
     }
 
 
+def test_a_kernel_that_is_missing_does_not_cost_the_report(with_plugins: Environment, tmp_path: Path) -> None:
+    fault = {"operation": "aten::index_add", "kind": "raise"}
+    report = doctor(CAMBRICON, with_plugins, tmp_path, fault, only="repeatability")
+    (finding,) = report.bad()
+    assert finding["area"] == "repeatability" and "no kernel for aten::index_add" in finding["seen"]
+
+
 def test_a_dropped_reduction_is_found(with_plugins: Environment, tmp_path: Path) -> None:
     report = doctor(
         ASCEND,

@@ -13,6 +13,8 @@ from watch import Watch
 
 from zili.config import RunConfig
 from zili.data.prefetch import Prefetcher
+from zili.ops import ascend
+from zili.ops.registry import OPERATIONS
 
 ON_THE_HOST = ("trainer.py _average", "parallel/model.py _with_next", "parallel/context.py take")
 """Work on the batch before it is sent: it comes from the token stores, on the host."""
@@ -37,23 +39,29 @@ EXPERT_WAITS = {"parallel/expert.py there": 4 * MICRO_BATCHES // 2}
 
 
 @pytest.mark.parametrize(
-    ("kind", "layout", "waits"),
+    ("kind", "layout", "waits", "fused"),
     [
-        ("dense", "", {}),
-        ("mixture", "", {}),
-        ("mixture", "shards=2 expert=2", EXPERT_WAITS),
-        slow("dense", "shards=2", {}),
-        slow("dense", "tensor=2", {}),
-        slow("dense", "context=2", {}),
-        slow("dense", "pipeline=2", {}),
-        slow("mixture", "shards=2 pipeline=2", {}),
+        ("dense", "", {}, False),
+        ("dense", "", {"ops/ascend.py _ends": MICRO_BATCHES}, True),
+        ("mixture", "", {}, False),
+        ("mixture", "shards=2 expert=2", EXPERT_WAITS, False),
+        slow("dense", "shards=2", {}, False),
+        slow("dense", "tensor=2", {}, False),
+        slow("dense", "context=2", {}, False),
+        slow("dense", "pipeline=2", {}, False),
+        slow("mixture", "shards=2 pipeline=2", {}, False),
     ],
 )
 def test_a_step_stays_on_the_device(
-    kind: Kind, layout: str, waits: dict[str, int], runs: Runs, with_plugins: Environment
+    kind: Kind, layout: str, waits: dict[str, int], fused: bool, runs: Runs, with_plugins: Environment
 ) -> None:
     chosen = Layout(layout)
-    config = runs.recipe(kind, *chosen.overrides, f"chip.name={ASCEND.backend}")
+    plain = dict.fromkeys(OPERATIONS, "reference") | {"grouped_matmul": "grouped"}
+    plain["linear_cross_entropy"] = "chunked"
+    versions = {version.operation: version.name for version in ascend.VERSIONS} if fused else {}
+    named = [f"chip.operations.{operation}={name}" for operation, name in (plain | versions).items()]
+    precision = "bf16" if fused else "fp32"
+    config = runs.recipe(kind, *chosen.overrides, f"chip.name={ASCEND.backend}", f"chip.precision={precision}", *named)
     for found, elsewhere, operations in on_processes(
         chosen.world, watched_step, config, environment=with_plugins(ASCEND)
     ):

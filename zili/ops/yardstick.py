@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,10 +52,10 @@ def distance(found: Tensor, same: Tensor, exact: Tensor | None, unit: torch.dtyp
     """
     found, same = found.detach().cpu(), same.detach()
     if not found.is_floating_point():
-        wrong = 0.0 if torch.equal(found, same) else math.inf
+        wrong = 0.0 if torch.equal(found.to(same.dtype), same) else math.inf
         return Distance(wrong, 0.0)
     right = (same if exact is None else exact.detach()).double()
-    if not torch.equal(found.isfinite(), same.isfinite()):
+    if not torch.equal(found.isnan(), same.isnan()) or not torch.equal(_infinities(found), _infinities(same)):
         return Distance(math.inf, 0.0)
     finite = right.isfinite() & found.isfinite()
     if not finite.any():
@@ -65,6 +65,11 @@ def distance(found: Tensor, same: Tensor, exact: Tensor | None, unit: torch.dtyp
     cpu_error = float((cpus - right).abs().max()) / ulp
     error = float((own - right).abs().max()) / ulp
     return Distance(error, _TIMES_THE_CPUS * cpu_error + _ULPS_MORE, _bias(own, cpus, right, unit or found.dtype))
+
+
+def _infinities(x: Tensor) -> Tensor:
+    """1 where `x` is infinite, -1 where it is minus infinite, else 0."""
+    return x.isinf() * x.sign()
 
 
 def _bias(own: Tensor, cpus: Tensor, right: Tensor, dtype: torch.dtype) -> float:
@@ -108,6 +113,50 @@ def examined(function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[li
         torch.autograd.backward(differentiable, [_upstream(output) for output in differentiable])
     gradients = [leaf.grad for leaf in leaves if isinstance(leaf, Tensor) and leaf.grad is not None]
     return outputs, gradients
+
+
+def compared(
+    function: Callable[..., Any],
+    reference: Callable[..., Any],
+    arguments: Sequence[Any],
+    keywords: Mapping[str, Any],
+    device: torch.device | str,
+) -> dict[str, Distance]:
+    """How far outputs and gradients of `function` on `device` are from those of `reference` on the CPU.
+
+    `arguments` and `keywords` are on the CPU. Gradients of floating arguments are compared, keywords have none.
+
+    Raises:
+        ValueError: `function` has other outputs, or no gradient where the reference has one.
+    """
+
+    def with_keywords(called: Callable[..., Any], there: Any) -> Callable[..., Any]:
+        own = {key: value.to(there) if isinstance(value, Tensor) else value for key, value in keywords.items()}
+        return lambda *given: called(*given, **own)
+
+    plain = with_keywords(reference, "cpu")
+    exact = examined(plain, on_cpu(arguments, torch.float64))
+    same = examined(plain, arguments)
+    there = [value.detach().to(device) if isinstance(value, Tensor) else value for value in arguments]
+    found = examined(with_keywords(function, device), there)
+    precisions = [value.dtype for value in arguments if isinstance(value, Tensor) and value.is_floating_point()]
+    if torch.is_autocast_enabled("cpu"):
+        precisions.append(torch.get_autocast_dtype("cpu"))
+    coarsest = max(precisions, key=lambda dtype: torch.finfo(dtype).eps)
+    reached = {}
+    for way, ours, cpus, right in zip(("forward", "backward"), found, same, exact, strict=True):
+        if len(ours) != len(cpus):
+            what = "outputs" if way == "forward" else "gradients"
+            raise ValueError(f"{len(ours)} {what} where the reference has {len(cpus)}")
+        for i, (one, other, best) in enumerate(zip(ours, cpus, right, strict=True)):
+            reached[way if i == 0 else f"{way} {i + 1}"] = distance(one, other, best, coarsest)
+    return reached
+
+
+def first_line(error: BaseException) -> str:
+    """Of an error's message; its class where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__
 
 
 def _upstream(output: Tensor) -> Tensor:
