@@ -22,9 +22,9 @@ test-all: $(VENV)/.tests-installed
 
 # Huawei's wheel in an environment of its own, since it changes `import torch`; on stand-ins for CANN, nothing computed.
 test-ascend: $(VENV)-ascend/.installed
-	$(VENV)-ascend/bin/python tests/chips/torch_npu/stub_cann.py $(VENV)-ascend/cann
+	$(VENV)-ascend/bin/python tests/chips/torch_npu_wheel/stub_cann.py $(VENV)-ascend/cann
 	LD_LIBRARY_PATH=$(VENV)-ascend/cann TORCH_DEVICE_BACKEND_AUTOLOAD=0 ZILI_STUB_CANN=1 \
-		$(VENV)-ascend/bin/python -m pytest tests/chips/torch_npu
+		$(VENV)-ascend/bin/python -m pytest tests/chips/torch_npu_wheel
 
 $(VENV)-ascend/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-ascend

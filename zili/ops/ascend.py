@@ -1,7 +1,8 @@
 """Huawei's fused operations from torch_npu, each in the meaning of `reference`.
 
-Written from torch_npu 2.13's own documentation and schemas (tests/chips/torch_npu/schemas.json); not run on hardware by
-us. Every version is compared with the reference on the device when it is chosen, and not taken where it differs.
+Written from torch_npu 2.13's own documentation and schemas (tests/chips/torch_npu_wheel/schemas.json); not run on
+hardware by us. Every version is compared with the reference on the device when it is chosen, and not taken where it
+differs. Where an operation's limits do not allow a call (see each), the reference runs in its place.
 """
 
 from __future__ import annotations
@@ -71,10 +72,9 @@ def add_rms_norm(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`reference.rotate`; in fp32, as there: the operation wants one dtype of all three."""
-    wide = x.float()
     if x.shape[0] >= 1000 or x.shape[2] >= 1000 or x.shape[3] >= 896:  # its limits
         return reference.rotate(x, cos, sin)
-    return _operation("npu_rotary_mul")(wide, cos[None, :, None], sin[None, :, None]).to(x.dtype)
+    return _operation("npu_rotary_mul")(x.float(), cos[None, :, None], sin[None, :, None]).to(x.dtype)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -94,8 +94,11 @@ _last_seen: _Documents | None = None
 
 
 def _ends(document_ids: Tensor) -> list[list[int]]:
-    """Ends of the documents of each row of `[B, T]`. All layers of a micro-batch ask for the same: the host waits for
-    the device once."""
+    """Ends of the documents of each row of `[B, T]`, for which the host waits for the device.
+
+    All layers of a micro-batch ask for the same, so it waits once; with context parallelism, where each asks for a part,
+    in every layer.
+    """
     global _last_seen  # noqa: PLW0603 - the last answer, which is asked for again by the next layer
     if _last_seen is None or _last_seen.of() is not document_ids:
         is_last = torch.nn.functional.pad(document_ids[:, 1:] != document_ids[:, :-1], (0, 1), value=True)

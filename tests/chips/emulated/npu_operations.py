@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_TABLE = Path(__file__).parents[1] / "torch_npu" / "schemas.json"
+_TABLE = Path(__file__).parents[1] / "torch_npu_wheel" / "schemas.json"
 
 
 def npu_rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:

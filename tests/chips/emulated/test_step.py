@@ -16,8 +16,8 @@ from zili.data.prefetch import Prefetcher
 from zili.ops import ascend
 from zili.ops.registry import OPERATIONS
 
-ON_THE_HOST = ("trainer.py _average", "parallel/model.py _with_next", "parallel/context.py take")
-"""Work on the batch before it is sent: it comes from the token stores, on the host."""
+ON_THE_HOST = ("trainer.py _average", "parallel/model.py _with_next", "parallel/context.py take", "ops/ascend.py _ends")
+"""Work on the batch before it is sent, since it comes from the stores, on the host; and on where documents end."""
 MICRO_BATCHES = 8
 
 

@@ -32,6 +32,8 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         out = function(*arguments, **(keywords or {}))
         self.operations += 1
+        if any(frame.filename.endswith("npu_operations.py") for frame in traceback.extract_stack()):
+            return out  # what stands in for a vendor's operation, and its checks
         given = any(self._is_here(leaf) for leaf in tree_leaves((arguments, keywords)))
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         leaves_the_device = given and any(not self._is_here(tensor) for tensor in made)
