@@ -96,8 +96,8 @@ _last_seen: _Documents | None = None
 def _ends(document_ids: Tensor) -> list[list[int]]:
     """Ends of the documents of each row of `[B, T]`, for which the host waits for the device.
 
-    All layers of a micro-batch ask for the same, so it waits once; with context parallelism, where each asks for a part,
-    in every layer.
+    All layers of a micro-batch ask for the same, so it waits once; with context parallelism, where each asks for a
+    part, in every layer.
     """
     global _last_seen  # noqa: PLW0603 - the last answer, which is asked for again by the next layer
     if _last_seen is None or _last_seen.of() is not document_ids:
