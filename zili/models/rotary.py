@@ -111,6 +111,7 @@ def rotary_tables(
     base, magnitude = scaling(rotary, head_dim, length)
     kept, key = ({} if kept is None else kept), (base, positions.device)
     if key not in kept:
+        kept.clear()  # a rule whose base follows the length has another with each: only the last is asked for again
         kept[key] = frequencies(rotary, head_dim, base).to(positions.device)
     angles = torch.outer(positions.float(), kept[key])
     angles = torch.cat((angles, angles), dim=-1)

@@ -8,7 +8,7 @@ differs. Where an operation's limits do not allow a call (see each), the referen
 from __future__ import annotations
 
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -112,38 +112,44 @@ def attention(
 ) -> Tensor:
     """`reference.attention` by npu_fusion_attention, packed documents by their lengths instead of a mask."""
     queries, keys = query.shape[1], key.shape[1]
-    ends = [[keys]] * len(query) if document_ids is None else _ends(document_ids)
-    if query.dtype == torch.float32 or sum(map(len, ends)) > _MOST_DOCUMENTS:
+    if query.dtype == torch.float32:
         return reference.attention(query, key, value, document_ids=document_ids, dropout=dropout)
-    # The queries are the last positions; documents that end before them have none, and their keys are left out.
+    ends = [[keys]] * len(query) if document_ids is None else _ends(document_ids)
+    # The queries are the last positions of their rows; documents that end before them have none, and no part here.
     first = keys - queries
-    query_lengths, key_lengths, starts = [], [], []
-    for row in ends:
-        begins = [0, *row[:-1]]
-        seen = [(max(begin, first), begin, end) for begin, end in zip(begins, row, strict=True) if end > first]
-        query_lengths += [end - start for start, _, end in seen]
-        key_lengths += [end - begin for _, begin, end in seen]
-        starts.append(seen[0][1])
+    lengths = [
+        (end - max(begin, first), end - begin) for row in ends for begin, end in pairwise([0, *row]) if end > first
+    ]
+    starts = [next(begin for begin, end in pairwise([0, *row]) if end > first) for row in ends]
     if any(starts):
         key = torch.cat([part[start:] for part, start in zip(key, starts, strict=True)])
         value = torch.cat([part[start:] for part, start in zip(value, starts, strict=True)])
     else:
         key, value = key.flatten(0, 1), value.flatten(0, 1)
     side = _COMPRESSED_MASK
-    out = _operation("npu_fusion_attention")(
-        query.flatten(0, 1),
-        key,
-        value,
-        query.shape[2],
-        "TND",
-        atten_mask=torch.ones(side, side, dtype=torch.bool, device=query.device).triu(1),  # True is not seen
-        scale=query.shape[-1] ** -0.5,
-        keep_prob=1.0 - dropout,
-        actual_seq_qlen=list(accumulate(query_lengths)),
-        actual_seq_kvlen=list(accumulate(key_lengths)),
-        sparse_mode=_RIGHT_DOWN_CAUSAL,
-    )[0]
-    return out.unflatten(0, (len(query), queries))
+    mask = torch.ones(side, side, dtype=torch.bool, device=query.device).triu(1)  # True is not seen
+    outs, from_query, from_key = [], query.flatten(0, 1), key
+    for start in range(0, len(lengths), _MOST_DOCUMENTS):
+        of_queries, of_keys = zip(*lengths[start : start + _MOST_DOCUMENTS], strict=True)
+        own, from_query = from_query[: sum(of_queries)], from_query[sum(of_queries) :]
+        keys_here, from_key = from_key[: sum(of_keys)], from_key[sum(of_keys) :]
+        values_here, value = value[: sum(of_keys)], value[sum(of_keys) :]
+        outs.append(
+            _operation("npu_fusion_attention")(
+                own,
+                keys_here,
+                values_here,
+                query.shape[2],
+                "TND",
+                atten_mask=mask,
+                scale=query.shape[-1] ** -0.5,
+                keep_prob=1.0 - dropout,
+                actual_seq_qlen=list(accumulate(of_queries)),
+                actual_seq_kvlen=list(accumulate(of_keys)),
+                sparse_mode=_RIGHT_DOWN_CAUSAL,
+            )[0]
+        )
+    return torch.cat(outs).unflatten(0, (len(query), queries))
 
 
 class _GroupedMatmul(torch.autograd.Function):

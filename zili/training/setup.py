@@ -67,7 +67,8 @@ def set_up(config: RunConfig) -> Setup:
     lay_out(resolved, size)
     if not world.is_first:
         versions = {c.name.rpartition(".")[2]: c.value for c in choices if c.name.startswith("chip.operations.")}
-        ops.choose(device.type, resolved.chip.precision, versions, vendor=device.backend.operations)
+        unused = [name for name in ops.chosen() if name not in versions]
+        ops.choose(device.type, resolved.chip.precision, versions, unused, device.backend.operations)
     return Setup(resolved, device, world, (*started, *choices))
 
 
