@@ -7,10 +7,12 @@ makes such plugins.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import json
 import os
 import sys
+import tempfile
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,30 +57,39 @@ class Counts(NamedTuple):
 
 
 def build(folder: Path) -> Path:
-    """The library, built in `folder` unless it is there and its sources are unchanged; it is loaded too.
+    """The library of these sources, built into `folder` unless it is there.
+
+    Built aside and renamed: torch's own build folder keeps the lock of a build that was killed, and the next would wait
+    for it forever.
 
     Raises:
         RuntimeError: it cannot be built; the message says what is missing.
     """
     from torch.utils import cpp_extension
 
+    sources = [Path(__file__).parent / name for name in (*_SOURCES, "device.h")]
+    text = b"".join(source.read_bytes() for source in sources)
+    target = folder / f"{_MODULE}-{hashlib.sha256(text + torch.__version__.encode()).hexdigest()[:16]}.so"
+    if target.exists():
+        return target
     try:
-        cpp_extension.verify_ninja_availability()
-        cpp_extension.get_compiler_abi_compatibility_and_version(cpp_extension.get_cxx_compiler())
-        cpp_extension.load(
-            _MODULE,
-            [str(Path(__file__).parent / source) for source in _SOURCES],
-            extra_cflags=["-O1", "-DUSE_DISTRIBUTED", "-DUSE_C10D"],
-            build_directory=str(folder),
-            is_python_module=False,
-            is_standalone=False,
-        )
+        with tempfile.TemporaryDirectory(dir=folder) as aside:
+            cpp_extension.verify_ninja_availability()
+            cpp_extension.get_compiler_abi_compatibility_and_version(cpp_extension.get_cxx_compiler())
+            cpp_extension.load(
+                _MODULE,
+                [str(source) for source in sources if source.suffix == ".cpp"],
+                extra_cflags=["-O1", "-DUSE_DISTRIBUTED", "-DUSE_C10D"],
+                build_directory=aside,
+                is_python_module=False,
+            )
+            (Path(aside) / f"{_MODULE}.so").replace(target)
     except (RuntimeError, OSError) as error:
         raise RuntimeError(
             f"the emulated device cannot be built: {error}; install a C++ compiler (Debian: apt install g++) and ninja "
             "(pip install ninja)"
         ) from error
-    return folder / f"{_MODULE}.so"
+    return target
 
 
 def register(device_type: str, collectives: str, name: str, devices: int = 8, memory: int = 8 << 30) -> None:
