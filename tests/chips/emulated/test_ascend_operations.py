@@ -81,7 +81,7 @@ def test_attention_by_lengths_is_attention_by_masks(with_plugins: Environment) -
 
 @pytest.mark.parametrize(
     ("kind", "layout"),
-    [("mixture", ""), slow("dense", ""), slow("mixture", "shards=2 tensor=2 expert=2"), slow("dense", "context=2")],
+    [("dense", ""), slow("mixture", ""), slow("mixture", "shards=2 tensor=2 expert=2"), slow("dense", "context=2")],
 )
 def test_training_with_all_of_them(
     kind: Kind, layout: str, runs: Runs, with_plugins: Environment, request: pytest.FixtureRequest

@@ -98,6 +98,7 @@ def test_a_kernel_that_is_missing_does_not_cost_the_report(with_plugins: Environ
     assert finding["area"] == "repeatability" and "no kernel for aten::index_add" in finding["seen"]
 
 
+@pytest.mark.slow
 def test_a_dropped_reduction_is_found(with_plugins: Environment, tmp_path: Path) -> None:
     report = doctor(
         ASCEND,

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import pytest
 from many import Curve, on_processes, train
-from plugins import VENDORS, Environment, Vendor
+from plugins import ASCEND, CAMBRICON, UNHEARD_OF, VENDORS, Environment, Vendor
 from tiny_models import BOUND, Kind, Layout, Row, Runs, slow
 
 from zili.config import RunConfig
 from zili.ops.registry import OPERATIONS
 
-PLAIN = ("training.steps=8", *(f"chip.operations.{operation}=reference" for operation in OPERATIONS))
+PLAIN = ("training.steps=5", *(f"chip.operations.{operation}=reference" for operation in OPERATIONS))
 CORE: dict[int, list[tuple[Kind, str]]] = {
     1: [("dense", ""), ("mixture", "")],
     2: [
@@ -33,7 +33,11 @@ def train_all(configs: Sequence[RunConfig]) -> list[Curve]:
 
 @pytest.mark.parametrize(
     ("vendor", "world"),
-    [(vendor, 1) for vendor in VENDORS] + [(vendor, 2) for vendor in VENDORS] + [slow(vendor, 4) for vendor in VENDORS],
+    [
+        *((vendor, 1) for vendor in VENDORS),
+        *((ASCEND, 2), (UNHEARD_OF, 2), slow(CAMBRICON, 2)),
+        *(slow(vendor, 4) for vendor in VENDORS),
+    ],
     ids=str,
 )
 def test_a_device_has_the_cpus_curve(
