@@ -101,9 +101,8 @@ def _is_heard(error: ZiliError) -> bool:
     rank, _, here = _place()
     if error.agreed:
         return rank == 0
-    return (
-        _joined() or error.alone or here == 0
-    )  # before they join, the processes of a machine have read the same recipe
+    # Before they join, the processes of a machine have read the same recipe, and the first of them says what is wrong.
+    return _joined() or error.alone or here == 0
 
 
 def _who() -> str:
