@@ -88,8 +88,8 @@ def place(given: tuple[Any, ...]) -> Any:
 @pytest.fixture(scope="module")
 def found(runs: Runs, with_plugins: Environment, request: pytest.FixtureRequest) -> dict[tuple[str, int, Kind], Any]:
     """Results of the places asked for, those of one model in one process."""
-    asked = [item for item in request.session.items if found.__name__ in item.fixturenames and item.path == request.path]
     results = {}
+    asked = [item for item in request.session.items if item.path == request.path and "found" in item.fixturenames]
     for kind in sorted({item.callspec.params["kind"] for item in asked}):
         places = [(place[0], place[1]) for place in PLACES if place[4] == kind]
         planted = [[Fault(kernel, "scale", 0.01, call, call + 1)] for kernel, call in places]
