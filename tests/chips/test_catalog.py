@@ -76,7 +76,7 @@ def test_models_that_differ_from_their_backend():
     overrides = {chip.name: {key: o.value for key, o in chip.overrides().items()} for chip in CHIPS}
     assert overrides["ascend-910a"]["bf16"] is False
     assert overrides["ascend-910a"]["inf_nan"] is False
-    assert overrides["ascend-950dt"] == {"fp8": True, "fsdp2": False}
+    assert overrides["ascend-950dt"] == {"fsdp2": False}
     assert not overrides["ascend-910b2"]
 
 

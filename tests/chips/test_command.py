@@ -58,4 +58,4 @@ def test_json_leaves_unpublished_figures_out():
     assert set(known["mlu590"]) == {"memory_gb", "chips_per_node"}
     one = json.loads(run("cpu", "--json"))
     assert one["here"] is True
-    assert one["capabilities"]["premul_sum"]["value"] is False
+    assert one["capabilities"]["fsdp2"]["value"] is True

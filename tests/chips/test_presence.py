@@ -5,7 +5,7 @@ import pytest
 
 import zili.chips.presence as presence_module
 from zili.chips import choose, detect, find_backend, registry
-from zili.chips.presence import presence
+from zili.chips.presence import installed_versions, presence
 from zili.errors import ChipError
 
 TORCH = importlib.metadata.version("torch").split("+")[0]
@@ -127,3 +127,20 @@ def test_a_name_is_taken_at_its_word_once_its_software_is_here(card, monkeypatch
     card.plug_in()
     monkeypatch.setattr(presence_module, "find_backend", lambda name: card.backend)
     assert choose("ascend") == (card.backend, "asked for"), "only activation knows: WSL has no device files"
+
+
+def test_driver_and_runtime_say_what_version_they_are(monkeypatch, tmp_path):
+    (tmp_path / "x86_64-linux").mkdir()
+    (tmp_path / "x86_64-linux" / "ascend_toolkit_install.info").write_text("package_name=toolkit\nversion=8.2.RC1\n")
+    monkeypatch.setenv("ASCEND_TOOLKIT_HOME", str(tmp_path))
+    assert installed_versions(find_backend("ascend"))["CANN"] == "8.2.RC1"
+    (tmp_path / "version.txt").write_text("Neuware Version 3.15.4\n")
+    monkeypatch.setenv("NEUWARE_HOME", str(tmp_path))
+    assert installed_versions(find_backend("cambricon")) == {"Neuware": "3.15.4"}
+    monkeypatch.setenv("NEUWARE_HOME", str(tmp_path / "nowhere"))
+    assert installed_versions(find_backend("cambricon")) == {}
+    proc = tmp_path / "nvidia"
+    proc.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  560.35.03  Release Build\n")
+    (file,) = find_backend("nvidia").version_files
+    monkeypatch.setattr(presence_module.os.path, "expandvars", lambda path: path.replace(file.paths[0], str(proc)))
+    assert installed_versions(find_backend("nvidia")) == {"driver": "560.35.03"}

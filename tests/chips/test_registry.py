@@ -67,16 +67,12 @@ def test_only_the_cpu_claims_to_have_been_run():
 
 def test_capabilities_are_asked_for_by_name():
     backend = Backend(name="x", device_type="x", collectives="x")
-    assert not backend.capability("fp8").value
-    assert "does not state" in backend.capability("fp8").reason
-    changed = {"fp8": Capability(True, "this model has it")}
-    assert backend.capability("fp8", changed).value
+    assert not backend.capability("fsdp2").value
+    assert "does not state" in backend.capability("fsdp2").reason
+    changed = {"fsdp2": Capability(True, "this model has it")}
+    assert backend.capability("fsdp2", changed).value
     with pytest.raises(ChipError, match="did you mean bf16"):
         backend.capability("bf61")
-
-
-def test_only_nccl_scales_before_it_sums():
-    assert [name for name in NAMES if find_backend(name).capability("premul_sum").value] == ["nvidia"]
 
 
 def test_a_package_adds_a_backend(install):

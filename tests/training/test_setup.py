@@ -11,6 +11,7 @@ from tiny_run import Recipe, train
 from zili import ops
 from zili.config import Choice
 from zili.errors import ChipError, ConfigError
+from zili.parallel.layout import Layout
 from zili.training import setup
 from zili.training.setup import Setup, activation_bytes, set_up
 
@@ -153,3 +154,53 @@ def test_a_run_that_moves_to_another_precision_chooses_anew(recipe: Recipe) -> N
     train(recipe())
     result = set_up(recipe("chip.precision=bf16"))
     assert chosen(result, "chip.operations.linear_cross_entropy").value == "chunked"
+
+
+def test_what_falls_back_is_said_and_what_is_not_used_is_not(recipe: Recipe) -> None:
+    lacks = [f"chip.capabilities.{name}=false" for name in ("fused_adamw", "bf16_reduce", "fsdp2")]
+    result = set_up(recipe(*PLAIN, *lacks))
+    said = [str(choice) for choice in result.choices if "capabilities" in choice.name]
+    assert said == [
+        "chip.capabilities.fused_adamw = false: as the recipe says (chip.capabilities); "
+        "AdamW updates by its loop of operations"
+    ]
+    assert [choice for choice in set_up(recipe(*PLAIN)).choices if "capabilities" in choice.name] == []
+
+
+def test_an_operation_that_needs_what_the_chip_lacks_is_not_tried(recipe: Recipe) -> None:
+    mixture = "model.mixture={experts=4,top_k=2,ffn_hidden_size=32}"
+    result = set_up(recipe(*PLAIN, mixture, "chip.capabilities.grouped_matmul=false"))
+    choice = chosen(result, "chip.operations.grouped_matmul")
+    assert choice.value == "reference" and choice.reason == "grouped: as the recipe says (chip.capabilities)"
+
+
+def test_a_capability_that_does_not_exist_is_refused_with_the_nearest(recipe: Recipe) -> None:
+    with pytest.raises(ChipError, match="no capability is named 'fsdp'; did you mean fsdp2"):
+        set_up(recipe("chip.capabilities.fsdp=false"))
+
+
+def test_weights_that_stay_whole_count_whole(recipe: Recipe) -> None:
+    config = recipe(*PLAIN)
+    state = setup.training_state_bytes(config.model, optimizer="adamw").total
+    layout = Layout(shards=4, tensor=2)
+    cut, whole = (set_up(recipe(*PLAIN, f"chip.capabilities.fsdp2={can}")).device for can in ("true", "false"))
+    assert setup._state_bytes(config, layout, cut) == state // 8
+    assert setup._state_bytes(config, layout, whole) == state // 2
+
+
+def test_deterministic_runs_refuse_a_chip_that_cannot(recipe: Recipe) -> None:
+    with pytest.raises(ChipError, match=r"does not repeat bit by bit.*unset chip.deterministic"):
+        set_up(recipe("chip.deterministic=true", "chip.capabilities.deterministic=false"))
+
+
+def test_a_deterministic_run_trains_and_repeats(recipe: Recipe) -> None:
+    mixture = "model.mixture={experts=4,top_k=2,ffn_hidden_size=32}"
+    config = recipe("chip.deterministic=true", mixture)
+    try:
+        set_up(config)
+        assert torch.are_deterministic_algorithms_enabled()
+        first, second = (train(config.model_copy(update={"folder": config.folder / name})) for name in "ab")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for (name, one), (_, other) in zip(first.model.named_parameters(), second.model.named_parameters(), strict=True):
+        assert torch.equal(one, other), name

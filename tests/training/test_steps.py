@@ -16,6 +16,7 @@ from zili.config import RunConfig
 from zili.errors import ZiliError
 from zili.training.checkpoints import list_checkpoints
 from zili.training.pacing import seconds_per_step
+from zili.training.trainer import is_sound
 
 
 def losses(config: RunConfig) -> list[float]:
@@ -168,3 +169,21 @@ def test_pacing_times_steps_and_leaves_nothing(recipe: Recipe, monkeypatch: pyte
     trainer = open_trainer(recipe())
     assert 0 < seconds_per_step(trainer.config, trainer.loader, trainer.device) < 5
     assert not trainer.config.folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "sound", "sound_where_overflow_saturates"),
+    [
+        (2.5, 0.7, True, True),
+        (math.nan, 0.7, False, False),
+        (2.5, math.inf, False, False),
+        (2.5, torch.finfo(torch.float32).max ** 0.5 / 4096, True, False),  # a sum of squares that could not grow
+        (0.0, 0.7, True, False),  # nan, that became zero
+        (2.5, 0.0, True, False),
+    ],
+)
+def test_a_step_that_overflowed_is_known_by_its_numbers(
+    loss: float, norm: float, sound: bool, sound_where_overflow_saturates: bool
+) -> None:
+    assert is_sound(loss, norm, saturates=False) is sound
+    assert is_sound(loss, norm, saturates=True) is sound_where_overflow_saturates

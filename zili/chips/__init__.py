@@ -1,7 +1,7 @@
 """Backends and chip figures. Importing this does not import torch; only `activate` and `Device` do."""
 
 from zili.chips.activation import Activation, Setting, activate, apply_environment
-from zili.chips.backend import CAPABILITIES, Backend, Capability, Variable
+from zili.chips.backend import CAPABILITIES, Backend, Capability, Variable, VersionFile
 from zili.chips.catalog import Chip, catalog, find_chip
 from zili.chips.device import Device
 from zili.chips.presence import Presence, Selection, choose, detect
@@ -18,6 +18,7 @@ __all__ = [
     "Selection",
     "Setting",
     "Variable",
+    "VersionFile",
     "activate",
     "apply_environment",
     "catalog",

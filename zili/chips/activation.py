@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zili.chips.backend import Backend, Variable
-from zili.chips.presence import presence
+from zili.chips.presence import installed_versions, presence
 from zili.errors import ChipError
 
 if TYPE_CHECKING:
@@ -59,7 +59,8 @@ def activate(backend: Backend, *, index: int = 0, deterministic: bool = False) -
     """Set the environment, import torch and the plugin, and make device `index` the current one.
 
     Call it before anything imports torch: variables that are read at import would otherwise come too late.
-    That is not an error, since torch may be there for other reasons; `Activation.warnings` names them.
+    That is not an error, since torch may be there for other reasons; `Activation.warnings` names them. With
+    `deterministic`, operations of this process repeat bit by bit from now on, or raise.
 
     Raises:
         ChipError: the plugin cannot be imported, the device is not there, or another accelerator is in use.
@@ -69,6 +70,8 @@ def activate(backend: Backend, *, index: int = 0, deterministic: bool = False) -
     warnings = _late_warning(late, applied) if late else ()
     torch = _import_torch()
     _import_plugin(torch, backend)
+    if deterministic:  # before the device is used: torch_npu heeds only the first setting in a thread
+        torch.use_deterministic_algorithms(True)
     device, count = _open_device(torch, backend, index)
     process = backend.process_setup() if backend.process_setup else None
     return Activation(backend, device, count, applied, kept, process, _versions(backend, torch), warnings)
@@ -167,4 +170,4 @@ def _versions(backend: Backend, torch: Any) -> dict[str, str]:
             versions[backend.plugin] = importlib.metadata.version(backend.plugin)
         except importlib.metadata.PackageNotFoundError:
             versions[backend.plugin] = str(getattr(sys.modules[backend.plugin], "__version__", "unknown"))
-    return versions
+    return versions | installed_versions(backend)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zili.chips.backend import Backend, Capability, Variable
+from zili.chips.backend import Backend, Capability, Variable, VersionFile
 
 ASCEND = Backend(
     name="ascend",
@@ -15,6 +15,18 @@ ASCEND = Backend(
     device_nodes="/dev/davinci[0-9]*",
     runtime_library="libascendcl.so",
     runtime_fix="source CANN's set_env.sh in this shell (usually under /usr/local/Ascend)",
+    version_files=(
+        # The files torch_npu's get_cann_version names for the driver, and CANN's installation guide for the toolkit.
+        VersionFile("driver", ("/usr/local/Ascend/driver/version.info",)),
+        VersionFile(
+            "CANN",
+            (
+                "$ASCEND_TOOLKIT_HOME/*-linux/ascend_toolkit_install.info",
+                "/usr/local/Ascend/cann/*-linux/ascend_toolkit_install.info",
+                "/usr/local/Ascend/ascend-toolkit/latest/*-linux/ascend_toolkit_install.info",
+            ),
+        ),
+    ),
     visible_devices="ASCEND_RT_VISIBLE_DEVICES",
     environment=(
         Variable("TASK_QUEUE_ENABLE", "1", "torch_npu's default; 2 is faster and takes more memory"),
@@ -41,11 +53,9 @@ ASCEND = Backend(
     capabilities={
         "bf16": Capability(True, "A2 (910B) and newer", "documented"),
         "bf16_reduce": Capability(True, "listed for A2 in CANN 7.0's HCCL documents", "documented"),
-        "fp8": Capability(False, "the 910 generation has no fp8 units", "documented"),
         "fsdp2": Capability(True, "torch_npu's table of native interfaces: A2 and A3", "documented"),
         "fused_adamw": Capability(True, "torch's own, listed for plugin devices; shapes checked with the real wheel"),
         "compile": Capability(False, "torch_npu has compilers of its own; none tried here"),
-        "premul_sum": Capability(False, "HCCL refuses ReduceOp.PREMUL_SUM", "documented"),
         "deterministic": Capability(True, "only the first setting in a thread counts (torch_npu)", "documented"),
         "grouped_matmul": Capability(False, "only its shape function was seen to run; torch_npu has its own op"),
         "inf_nan": Capability(True, "A2 and newer, unless INF_NAN_MODE_ENABLE=0", "documented"),

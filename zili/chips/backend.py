@@ -8,26 +8,45 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from zili.errors import ChipError
 
-CAPABILITIES: Mapping[str, str] = {
-    "bf16": "matrix products in bfloat16 at the speed of its matrix units",
-    "bf16_reduce": "collectives that sum bfloat16",
-    "fp8": "matrix products in 8-bit floating point",
-    "fsdp2": "torch.distributed.fsdp.fully_shard",
-    "fused_adamw": "torch.optim.AdamW(fused=True)",
-    "compile": "torch.compile with the default compiler",
-    "premul_sum": "collectives that scale before they sum (FSDP2's gradient divide factor)",
-    "deterministic": "bitwise repeatable steps under torch.use_deterministic_algorithms",
-    "grouped_matmul": "torch.nn.functional.grouped_mm, forward and backward",
-    "inf_nan": "overflow becomes inf or nan; without it overflow saturates and checks for nan are blind",
-}
-"""Every capability that may be asked for, and what a yes promises."""
 
-Evidence = Literal["run", "documented", "assumed"]
-"""How we know: run by us on that chip; stated in a named public source; or concluded, and to be checked."""
+class Meaning(NamedTuple):
+    """What is behind the name of a capability."""
+
+    promise: str
+    """What a yes promises."""
+    otherwise: str
+    """What a run does without it."""
+
+
+CAPABILITIES: Mapping[str, Meaning] = {
+    "bf16": Meaning("matrix products in bfloat16 at the speed of its matrix units", "runs are in fp32"),
+    "bf16_reduce": Meaning("collectives that sum bfloat16", "sums between processes travel in fp32"),
+    "fsdp2": Meaning(
+        "torch.distributed.fsdp.fully_shard",
+        "parallel.shards and context do not cut weights, which stay whole on each process; gradients are summed after "
+        "the backward pass",
+    ),
+    "fused_adamw": Meaning("torch.optim.AdamW(fused=True)", "AdamW updates by its loop of operations"),
+    "compile": Meaning("torch.compile with the default compiler", "blocks run eagerly"),
+    "deterministic": Meaning(
+        "bitwise repeatable steps under torch.use_deterministic_algorithms", "chip.deterministic is refused"
+    ),
+    "grouped_matmul": Meaning(
+        "torch.nn.functional.grouped_mm, forward and backward", "experts are multiplied one after the other"
+    ),
+    "inf_nan": Meaning(
+        "overflow becomes inf or nan", "a loss or gradient norm that is huge, or exactly zero, ends a run as nan would"
+    ),
+}
+"""Every capability that code asks for."""
+
+Evidence = Literal["run", "documented", "assumed", "recipe"]
+"""How we know: run by us on that chip; stated in a named public source; concluded, and to be checked; or the user's
+word, in the recipe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +70,18 @@ class Variable:
     """Set only in deterministic mode, because it costs speed."""
     older_names: tuple[str, ...] = ()
     """A user who set one of these has made the choice already; setting ours would override it."""
+
+
+@dataclass(frozen=True, slots=True)
+class VersionFile:
+    """A file in which an installation says what version it is."""
+
+    what: str
+    """Of what: the driver, the runtime."""
+    paths: tuple[str, ...]
+    """Globs, variables of the environment in them; the first that is there counts."""
+    pattern: str = r"(?im)^version\s*=\s*(\S+)"
+    """Regular expression whose first group is the version."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +109,8 @@ class Backend:
     """Shared library that must be found before the plugin can be imported."""
     runtime_fix: str = ""
     """What to do where the runtime library is not found."""
+    version_files: tuple[VersionFile, ...] = ()
+    """Where driver and runtime say what version they are."""
     visible_devices: str | None = None
     """Variable that limits the devices a process sees; the launcher sets it."""
     environment: tuple[Variable, ...] = ()
@@ -95,12 +128,17 @@ class Backend:
         Raises:
             ChipError: no capability of that name exists.
         """
-        if name not in CAPABILITIES:
-            raise ChipError(f"no capability is named {name!r}{nearest(name, CAPABILITIES)}")
+        check_capability(name)
         known = (overrides or {}).get(name) or self.capabilities.get(name)
         if known is None:
             return Capability(False, f"the record of {self.name} does not state it")
         return known if isinstance(known, Capability) else known()
+
+
+def check_capability(name: str) -> None:
+    """Raises ChipError where no capability is named so."""
+    if name not in CAPABILITIES:
+        raise ChipError(f"no capability is named {name!r}{nearest(name, CAPABILITIES)}")
 
 
 def nearest(wanted: str, known: Iterable[str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zili.chips.backend import Backend, Capability, Variable
+from zili.chips.backend import Backend, Capability, Variable, VersionFile
 
 CAMBRICON = Backend(
     name="cambricon",
@@ -17,6 +17,9 @@ CAMBRICON = Backend(
     device_nodes="/dev/cambricon_dev[0-9]*",
     runtime_library="libcnrt.so",
     runtime_fix="add $NEUWARE_HOME/lib64 to LD_LIBRARY_PATH (Neuware is usually under /usr/local/neuware)",
+    version_files=(
+        VersionFile("Neuware", ("$NEUWARE_HOME/version.txt", "/usr/local/neuware/version.txt"), r"(\d+\.\d+\.\d+)"),
+    ),
     visible_devices="MLU_VISIBLE_DEVICES",
     environment=(
         Variable("ENABLE_FALLBACK_TO_CPU", "0", "an operation the device lacks fails instead of running slowly"),
@@ -29,11 +32,9 @@ CAMBRICON = Backend(
     capabilities={
         "bf16": Capability(True, "listed for MLU370", "documented"),
         "bf16_reduce": Capability(True, "no public statement"),
-        "fp8": Capability(False, "no public statement"),
         "fsdp2": Capability(True, "stock PyTorch, ran on an emulated device; no public report on hardware"),
         "fused_adamw": Capability(True, "torch's own is listed for plugin devices; torch_mlu has kernels for it"),
         "compile": Capability(False, "no public statement for this torch"),
-        "premul_sum": Capability(False, "no public statement; a plain sum always works"),
         "deterministic": Capability(False, "no public statement"),
         "grouped_matmul": Capability(False, "no public statement"),
         "inf_nan": Capability(True, "no public statement"),

@@ -93,11 +93,9 @@ CPU = Backend(
     capabilities={
         "bf16": bf16_units,
         "bf16_reduce": Capability(True, "Gloo all_reduce and reduce_scatter, 2 processes", "run"),
-        "fp8": Capability(False, "no fp8 units"),
         "fsdp2": Capability(True, "trains on Gloo; needs a plain sum for gradients", "run"),
         "fused_adamw": Capability(True, "about 4x faster than the loop", "run"),
         "compile": compiler,
-        "premul_sum": Capability(False, "Gloo refuses ReduceOp.PREMUL_SUM", "run"),
         "deterministic": Capability(True, "same thread count, same bits", "run"),
         "grouped_matmul": Capability(True, "fp32 and bf16; rows aligned to 16 bytes", "run"),
         "inf_nan": Capability(True, "IEEE 754", "run"),

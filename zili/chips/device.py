@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from zili.chips.activation import Activation
-from zili.chips.backend import Backend, Capability
+from zili.chips.backend import CAPABILITIES, Backend, Capability, check_capability
 from zili.chips.catalog import Chip, identify
 from zili.chips.cpu import cpu_name
 
@@ -23,13 +23,22 @@ class Device:
     `torch.get_device_module`, whose modules all mirror one interface.
     """
 
-    def __init__(self, activation: Activation) -> None:
+    def __init__(self, activation: Activation, capabilities: Mapping[str, bool] | None = None) -> None:
+        """`capabilities`: what the recipe knows better than the records (`chip.capabilities`).
+
+        Raises:
+            ChipError: no capability of that name exists.
+        """
         import torch
 
         self.backend: Backend = activation.backend
         self.torch: torch.device = activation.device
         self._module: Any = torch.get_device_module(activation.device)
         self.chip: Chip | None = identify(self.name())
+        self._overrides = self.chip.overrides() if self.chip else {}
+        for name, value in (capabilities or {}).items():
+            check_capability(name)
+            self._overrides[name] = Capability(value, "as the recipe says (chip.capabilities)", "recipe")
 
     @property
     def type(self) -> str:
@@ -43,12 +52,17 @@ class Device:
         return str(ask(self.torch.index)) if ask else self.type
 
     def capability(self, name: str) -> Capability:
-        """The backend's answer, or the chip model's own where the catalog states one.
+        """The backend's answer, or the chip model's own where the catalog states one, or the recipe's.
 
         Raises:
             ChipError: no capability of that name exists.
         """
-        return self.backend.capability(name, self.chip.overrides() if self.chip else None)
+        return self.backend.capability(name, self._overrides)
+
+    def lacking(self) -> dict[str, str]:
+        """Capabilities it does not have, each with the reason."""
+        answers = {name: self.capability(name) for name in CAPABILITIES}
+        return {name: answer.reason for name, answer in answers.items() if not answer.value}
 
     def synchronize(self) -> None:
         """Wait until everything launched on the device is done."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 
-from zili.chips.backend import Backend, Capability, Variable
+from zili.chips.backend import Backend, Capability, Variable, VersionFile
 
 
 def _compute_capability() -> tuple[int, int] | None:
@@ -34,10 +34,6 @@ def bf16() -> Capability:
     return _from_generation((8, 0), "Ampere")
 
 
-def fp8() -> Capability:
-    return _from_generation((8, 9), "Ada and Hopper")
-
-
 def triton() -> Capability:
     if importlib.util.find_spec("triton"):
         return Capability(True, "Triton is installed", "documented")
@@ -52,6 +48,7 @@ NVIDIA = Backend(
     install="install torch 2.13's CUDA build (pytorch.org/get-started names the index for your driver)",
     torch_build="cuda",
     device_nodes="/dev/nvidia[0-9]*",
+    version_files=(VersionFile("driver", ("/proc/driver/nvidia/version",), r"(\d{3,}\.\d+(?:\.\d+)?)"),),
     visible_devices="CUDA_VISIBLE_DEVICES",
     environment=(
         Variable(
@@ -73,11 +70,9 @@ NVIDIA = Backend(
     capabilities={
         "bf16": bf16,
         "bf16_reduce": Capability(True, "ncclBfloat16", "documented"),
-        "fp8": fp8,
         "fsdp2": Capability(True, "the device PyTorch develops it on", "documented"),
         "fused_adamw": Capability(True, "PyTorch documentation of AdamW", "documented"),
         "compile": triton,
-        "premul_sum": Capability(True, "NCCL 2.11.1 and newer", "documented"),
         "deterministic": Capability(True, "with CUBLAS_WORKSPACE_CONFIG; some operations raise", "documented"),
         "grouped_matmul": Capability(True, "bf16 on compute capability 8.0 and newer", "documented"),
         "inf_nan": Capability(True, "IEEE 754", "documented"),

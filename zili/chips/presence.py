@@ -11,6 +11,7 @@ import importlib.util
 import os
 import re
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -81,6 +82,20 @@ def choose(name: str = "auto") -> Selection:
         return Selection(first.backend, "no other chip was found (`zili chips` says what is missing)")
     also = f"; also here: {', '.join(others)}" if others else ""
     return Selection(first.backend, f"the first chip found, {first.reason}{also}")
+
+
+def installed_versions(backend: Backend) -> dict[str, str]:
+    """What driver and runtime say of themselves, by name; those that say nothing are left out."""
+    found = {}
+    for file in backend.version_files:
+        patterns = (os.path.expandvars(pattern).lstrip("/") for pattern in file.paths)
+        paths = (path for pattern in patterns for path in sorted(Path("/").glob(pattern)))
+        with suppress(OSError):
+            if path := next(paths, None):
+                text = path.read_text(encoding="utf-8", errors="replace")
+                if match := re.search(file.pattern, text):
+                    found[file.what] = match.group(1)
+    return found
 
 
 def _missing(backend: Backend) -> tuple[str, str] | None:

@@ -108,7 +108,7 @@ def write_skeleton(name: str, folder: Path, device_type: str, collectives: str, 
     if folder.exists():
         raise ChipError(f"{folder} is there already; remove it or choose another with --folder")
     stated = "\n".join(
-        f'        "{key}": Capability(False, "not looked at yet"),  # {meaning}'
+        f'        "{key}": Capability(False, "not looked at yet"),  # {meaning.promise}'
         for key, meaning in CAPABILITIES.items()
     )
     values = {

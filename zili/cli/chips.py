@@ -24,7 +24,7 @@ from zili.chips import (
 )
 from zili.chips.backend import nearest
 from zili.chips.catalog import CONFIDENCE, Figure, chip_names, identify
-from zili.chips.presence import presence
+from zili.chips.presence import installed_versions, presence
 from zili.chips.skeleton import write_skeleton
 from zili.errors import ChipError
 
@@ -154,14 +154,17 @@ def _show_backend(console: Console, backend: Backend) -> None:
     console.print(f"[bold]{escape(backend.name)}[/]: {state}, {escape(found.reason)}")
     if found.fix:
         console.print(f"  to get it: {escape(found.fix)}")
+    for what, version in installed_versions(backend).items():
+        console.print(f"  {what} {escape(version)}")
     console.print(
         f"torch device {backend.device_type}, collectives {backend.collectives}, "
         f"plugin {backend.plugin or 'none needed'}, devices limited by {backend.visible_devices or 'nothing'}"
     )
     table = Table("capability", "", "why", "evidence", title="Capabilities", title_justify="left")
-    for name in CAPABILITIES:
+    for name, meaning in CAPABILITIES.items():
         answer = backend.capability(name)
-        table.add_row(name, _yes(answer.value), escape(answer.reason), answer.evidence)
+        why = answer.reason if answer.value else f"{answer.reason}; {meaning.otherwise}"
+        table.add_row(name, _yes(answer.value), escape(why), answer.evidence)
     console.print(table)
     table = Table("variable", "default", "why", title="Environment", title_justify="left")
     for variable in backend.environment:
@@ -200,6 +203,7 @@ def _backend_data(found: Presence) -> dict[str, Any]:
         "count": found.count,
         "reason": found.reason,
         "fix": found.fix,
+        "versions": installed_versions(backend),
         "environment": [asdict(variable) for variable in backend.environment],
         "capabilities": {key: asdict(backend.capability(key)) for key in CAPABILITIES},
     }

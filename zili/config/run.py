@@ -26,6 +26,12 @@ class ChipConfig(Section):
     """torch.compile each decoder block. Auto: where the backend supports it and a C++ compiler is found."""
     operations: dict[str, str] = Field(default_factory=dict)
     """Version of single operations by name, e.g. `linear = "reference"`; those not named are chosen at start."""
+    capabilities: dict[str, bool] = Field(default_factory=dict)
+    """What you know better of this chip than its record (`zili chips NAME`), e.g. `fsdp2 = false`: what then falls back
+    is printed at start. `zili doctor` finds out."""
+    deterministic: bool = False
+    """Steps repeat bit by bit in the same layout: operations that do not run in a slower form, or are refused. So is a
+    chip that cannot."""
     threads: NonNegativeInt = 0
     """CPU threads for one operation; 0 leaves torch's own number."""
 

@@ -1,5 +1,7 @@
 """Whether processes of this machine reach one another: every collective, in groups of several sizes, with a guard.
 
+Each also multiplies on its own device, and takes part in what a chip's record promises of many processes.
+
 Each process is started anew and says, a line at a time, what it is about to do and what came of it. One that falls
 silent, or ends, is named with the last thing it said, and all of them are ended.
 """
@@ -14,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from threading import Thread
 from typing import Any, NamedTuple
@@ -25,14 +27,21 @@ from torch import Tensor
 
 from zili import chips
 from zili.chips.device import Device
+from zili.diagnosis import capabilities
 from zili.diagnosis.findings import Finding, Severity
+from zili.ops import reference
+from zili.ops.examples import example
+from zili.ops.yardstick import compared
 from zili.parallel.world import join, leave
 
 AREA = "collectives"
 PATIENCE = 60.0
 """Seconds without a word from any process after which they are ended."""
-_BYTES = 4 << 20
+_BYTES, _FEW_BYTES = 4 << 20, 4 << 10
+"""What a process brings: so much that bandwidth decides, and so little that latency does."""
 _ROUNDS = 5
+_PRODUCT = "a product of matrices"
+_SIDE = 1024
 _SLOW = 3.0
 """Times the fastest pair, from which on the best pair of a process is slow; and a floor in seconds."""
 _SLOW_FLOOR = 0.02
@@ -72,7 +81,7 @@ def examine(chip: str, count: int, patience: float = PATIENCE) -> list[Finding]:
         for worker in workers:
             with suppress(subprocess.TimeoutExpired):  # a driver may keep a process that was killed
                 worker.handle.wait(5)
-    return trouble or list(_findings(workers))
+    return [*_findings(workers), *trouble]
 
 
 def _start(chip: str, count: int, workers: list[_Process]) -> None:
@@ -162,10 +171,16 @@ def _of_the_silent(workers: list[_Process], patience: float) -> Finding:
 def _findings(workers: list[_Process]) -> Iterator[Finding]:
     """What the processes found: wrong results, rates, and one that all others wait for."""
     results: dict[str, list[dict[str, Any]]] = {}
+    verdicts: dict[str, list[Finding]] = {}
     for worker in workers:
         for line in worker.lines:
             if "result" in line:
                 results.setdefault(line["result"], []).append({**line, "rank": worker.rank})
+            if "verdict" in line:
+                finding = Finding(**{**line["verdict"], "severity": Severity(line["verdict"]["severity"])})
+                verdicts.setdefault(finding.name, []).append(finding)
+    yield from (max(found, key=lambda finding: finding.severity) for found in verdicts.values())
+    yield from _of_devices(results.pop(_PRODUCT, []))
     for name, found in results.items():
         if name.startswith("pair"):
             continue
@@ -177,9 +192,26 @@ def _findings(workers: list[_Process]) -> Iterator[Finding]:
                 "do not train on it; update the collectives' library",
             )
             continue
-        rate = min(line["rate"] for line in found)
-        yield Finding(AREA, name, Severity.GOOD, f"{rate / 1e9:.3g} GB/s", figures={"bytes/s": rate})
+        rate, latency = min(line["rate"] for line in found), max(line["latency"] for line in found)
+        seen = f"{rate / 1e9:.3g} GB/s, {1e6 * latency:.3g} us for 4 KB"
+        yield Finding(AREA, name, Severity.GOOD, seen, figures={"bytes/s": rate, "seconds of 4 KB": latency})
     yield from _slow(results, len(workers))
+
+
+def _of_devices(found: list[dict[str, Any]]) -> Iterator[Finding]:
+    """Of the product each process computed on its own device: wrong ones, and ones that took long."""
+    fastest = max((line["rate"] for line in found), default=0.0)
+    for line in found:
+        where, fix = f"process {line['rank']}", f"look at device {line['rank']}: its clock, its temperature, its memory"
+        if not line["right"]:
+            yield Finding(AREA, where, Severity.BROKEN, "a product of matrices is wrong on it", f"{fix}; do not use it")
+        elif line["rate"] * _SLOW < fastest:
+            seen = f"slow: a product at {line['rate'] / 1e12:.3g} TFLOP/s, {fastest / 1e12:.3g} on the fastest"
+            yield Finding(AREA, where, Severity.DEGRADED, seen, fix)
+    if found:
+        rates = {f"process {line['rank']} FLOP/s": line["rate"] for line in found}
+        seen = f"{min(rates.values()) / 1e12:.3g} to {fastest / 1e12:.3g} TFLOP/s in fp32, all at once"
+        yield Finding(AREA, "each device", Severity.GOOD, seen, figures=rates)
 
 
 def _slow(results: dict[str, list[dict[str, Any]]], count: int) -> Iterator[Finding]:
@@ -211,10 +243,14 @@ def _say(**what: Any) -> None:
 
 def _work(chip: str) -> None:
     """What one process does: every kind in every group, then every pair."""
+    _say(begin="opening the device")
+    opened = Device(chips.activate(chips.find_backend(chip), index=_device_index(chip)))
+    device = opened.torch
+    _say(begin=_PRODUCT)
+    _say(result=_PRODUCT, **_product(opened))
     _say(begin="joining the others")
-    join(Device(chips.activate(chips.find_backend(chip), index=_device_index(chip))))
+    join(opened)
     rank, world = dist.get_rank(), dist.get_world_size()
-    device = torch.device("cpu") if chip == "cpu" else torch.accelerator.current_accelerator()
     for size in sorted({2, world}):
         _say(begin=f"making groups of {size}")
         groups = [dist.new_group(list(range(start, start + size))) for start in range(0, world - size + 1, size)]
@@ -225,7 +261,10 @@ def _work(chip: str) -> None:
         _say(begin=f"making pair {pair[0]}-{pair[1]}")
         group = dist.new_group(list(pair))
         if rank in pair:
-            _one(f"pair {pair[0]}-{pair[1]}", _all_reduce, group, pair.index(rank), 2, device, bytes_each=1 << 12)
+            _one(f"pair {pair[0]}-{pair[1]}", _all_reduce, group, pair.index(rank), 2, device, few=True)
+    for name, try_it in capabilities.examine_together(opened, world):
+        _say(begin=name)
+        _say(verdict=asdict(try_it()))
     _say(begin="parting")
     dist.all_reduce(torch.zeros(1))  # the first one holds what new groups meet by, so it must not leave before
     _say(done=True)
@@ -242,24 +281,41 @@ def _one(
     group: dist.ProcessGroup,
     own: int,
     size: int,
-    device: torch.device | None,
-    bytes_each: int = _BYTES,
+    device: torch.device,
+    few: bool = False,
 ) -> None:
-    """One collective a few times: its numbers, and the fastest time."""
-    right, best = True, float("inf")
+    """One collective a few times, with little and unless `few` with much: its numbers, and the fastest times."""
+    right, best = True, {}
+    for bytes_each in (_FEW_BYTES,) if few else (_FEW_BYTES, _BYTES):
+        best[bytes_each] = float("inf")
+        for _ in range(_ROUNDS):
+            _say(begin=name)
+            mine = torch.full((bytes_each // 4 // size * size,), float(own + 1), device=device)
+            started = time.perf_counter()
+            begun = kind(mine, group, own, size)
+            _say(**{"handed over": name})
+            for work in begun.works:
+                work.wait()
+            if device.type != "cpu":
+                torch.accelerator.synchronize()
+            best[bytes_each] = min(best[bytes_each], time.perf_counter() - started)
+            right = right and torch.equal(begun.out, begun.wanted())
+    most = max(best)
+    _say(result=name, right=right, seconds=best[most], rate=most / best[most], latency=best[_FEW_BYTES])
+
+
+def _product(device: Device) -> dict[str, Any]:
+    """Whether this process's device multiplies rightly, and FLOP/s of a product, all devices being at work."""
+    found = compared(reference.linear, reference.linear, *example("linear", "cpu", torch.float32), device.torch)
+    a = torch.ones(_SIDE, _SIDE, device=device.torch)
+    best = float("inf")
     for _ in range(_ROUNDS):
-        _say(begin=name)
-        mine = torch.full((bytes_each // 4 // size * size,), float(own + 1), device=device)
+        device.synchronize()
         started = time.perf_counter()
-        begun = kind(mine, group, own, size)
-        _say(**{"handed over": name})
-        for work in begun.works:
-            work.wait()
-        if mine.device.type != "cpu":
-            torch.accelerator.synchronize()
+        a @ a
+        device.synchronize()
         best = min(best, time.perf_counter() - started)
-        right = right and torch.equal(begun.out, begun.wanted())
-    _say(result=name, right=right, seconds=best, rate=bytes_each / best)
+    return {"right": all(measured.fits for measured in found.values()), "rate": 2 * _SIDE**3 / best}
 
 
 class Begun(NamedTuple):

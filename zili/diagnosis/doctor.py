@@ -61,6 +61,7 @@ def examine(
         count = processes or (2 if device.type == "cpu" else min(activation.count, _MOST_PROCESSES))
         if "collectives" in areas:
             note(collectives.examine(selection.backend.name, count, patience))
+        report["capabilities"] = _capabilities(device, findings)
     report["severity"] = worst(findings).name.lower()
     report["findings"] = [{**asdict(finding), "severity": finding.severity.name.lower()} for finding in findings]
     return report
@@ -96,12 +97,23 @@ def _opened(activation: Activation, device: Device, reason: str) -> Iterator[Fin
         yield Finding("here", "environment", Severity.DEGRADED, warning, "start zili in a fresh process")
 
 
+def _capabilities(device: Device, findings: list[Finding]) -> dict[str, Any]:
+    """Of every capability what the record says, and whether it was seen to work; None where it was not tried."""
+    tried = {finding.name: finding for finding in findings if finding.area == "capabilities"}
+    answers = {name: device.capability(name) for name in chips.CAPABILITIES}
+    return {
+        name: {"record": answer.value, "works": bool(tried[name].figures["works"]) if name in tried else None}
+        for name, answer in answers.items()
+    }
+
+
 def _on_one_device(device: Device, folder: Path, areas: Collection[str]) -> Iterator[Finding]:
-    from zili.diagnosis import operations, speed
+    from zili.diagnosis import capabilities, operations, speed
     from zili.ops.yardstick import first_line
 
     examinations: dict[str, Callable[[], Iterable[Finding]]] = {
         "numbers": lambda: operations.examine(device),
+        "capabilities": lambda: capabilities.examine(device),
         "speed": lambda: speed.examine_speed(device),
         "repeatability": lambda: [speed.examine_repeatability(device)],
         "disk": lambda: [speed.examine_disk(folder)],

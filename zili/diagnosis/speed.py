@@ -105,7 +105,7 @@ def examine_repeatability(device: Device) -> Finding:
         return Finding("repeatability", "sums", Severity.GOOD, "the same bits five times")
     return Finding(
         *("repeatability", "sums", Severity.DEGRADED, f"other bits from time to time ({said.reason})"),
-        "set chip.deterministic where exact repetition matters",
+        "set chip.deterministic = true where exact repetition matters",
     )
 
 

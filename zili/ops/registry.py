@@ -20,6 +20,7 @@ from zili.ops.versions import Version
 from zili.ops.yardstick import compared, first_line
 
 REFERENCE = "reference"
+_NOTHING: Mapping[str, str] = {}
 _MARGIN = 1.02
 """A faster version must be this much faster, so that noise does not choose."""
 _ROUNDS = 9
@@ -43,13 +44,13 @@ def _anywhere(device_type: str, precision: str) -> str | None:
 VERSIONS = (
     Version("linear", "onednn", product.linear, _on_cpu_fp32),
     Version("attention", "blocked", blocked_attention, _on_cpu_fp32),
-    Version("grouped_matmul", "grouped", product.grouped, _has_grouped),
+    Version("grouped_matmul", "grouped", product.grouped, _has_grouped, needs="grouped_matmul"),
     Version(
         "linear_cross_entropy",
         "chunked",
         chunked_linear_cross_entropy,
         _anywhere,
-        "logits are never whole in memory",
+        reason="logits are never whole in memory",
     ),
 )
 OPERATIONS: Mapping[str, Callable[..., Any]] = {
@@ -109,6 +110,7 @@ def choose(
     asked: Mapping[str, str],
     unused: Collection[str] = (),
     vendor: str | None = None,
+    lacking: Mapping[str, str] = _NOTHING,
 ) -> list[tuple[str, str, str]]:
     """Set every operation's version; returns (operation, version, reason) of each that has more than one.
 
@@ -118,6 +120,7 @@ def choose(
         asked: version by operation, as the recipe or a resumed checkpoint names it.
         unused: operations that the model does not need: no choice of theirs is of interest.
         vendor: module with the versions of the chip's vendor (`Backend.operations`).
+        lacking: capabilities the chip does not have, with the reason (`Device.lacking`).
     Raises:
         ConfigError: an operation or version of that name does not exist, or it cannot run here.
         ChipError: the vendor's module cannot be imported.
@@ -132,7 +135,7 @@ def choose(
         if operation in asked:
             name, function, reason = _asked_for(candidates, asked[operation], operation, device_type, precision)
         elif candidates and operation not in unused:
-            name, function, reason = _best(candidates, operation, device_type, precision)
+            name, function, reason = _best(candidates, operation, device_type, precision, lacking)
         else:
             continue
         _active[operation], _names[operation] = function, name
@@ -165,11 +168,13 @@ def _asked_for(candidates: list[Version], name: str, operation: str, device_type
     return name, version.function, "asked for"
 
 
-def _best(candidates: list[Version], operation: str, device_type: str, precision: str) -> Selected:
+def _best(
+    candidates: list[Version], operation: str, device_type: str, precision: str, lacking: Mapping[str, str]
+) -> Selected:
     """The first version that runs, agrees with the reference and is faster; else the reference, and why."""
     plain, refused = OPERATIONS[operation], []
     for version in candidates:
-        problem = version.lacks(device_type, precision)
+        problem = version.lacks(device_type, precision) or lacking.get(version.needs)
         if problem is None and version.reason:
             return version.name, version.function, version.reason
         if problem is None:

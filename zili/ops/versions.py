@@ -16,5 +16,7 @@ class Version:
     function: Callable[..., Any]
     lacks: Callable[[str, str], str | None]
     """Device type and precision to what is missing for it to run there; None: nothing."""
+    needs: str = ""
+    """Capability without which it is not taken, but for the recipe's asking; empty: none."""
     reason: str = ""
     """Why it is taken wherever it runs; empty: it is timed against the reference, and taken where it is faster."""

@@ -33,7 +33,7 @@ def _build(config: RunConfig, world: World, dtype: torch.dtype, layers: range) -
         part = Decoder(config.model, layers)
     part.recompute = config.training.recompute
     if layout.tensor > 1:
-        apply_tensor_parallel(part, world.mesh("tensor"))
+        apply_tensor_parallel(part, world)
     if config.model.mixture is not None and world.size > 1:
         apply_expert_parallel(part, world)
     if layout.context > 1:
@@ -42,7 +42,7 @@ def _build(config: RunConfig, world: World, dtype: torch.dtype, layers: range) -
         for block in part.layers:
             # One graph serves every block of the same shape, so the first costs the time of all.
             block.compile(dynamic=False)
-    if world.size > 1:
+    if world.sharded:
         apply_sharding(part, world, dtype)
     return part
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -10,14 +10,22 @@ import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
 
-def gather(x: Tensor, dimension: int, group: dist.ProcessGroup) -> Tensor:
+class Peers(NamedTuple):
+    """Processes that share something, and how they add up."""
+
+    group: dist.ProcessGroup
+    sums_bf16: bool = True
+    """Whether their collectives sum bfloat16; else such sums travel in fp32."""
+
+
+def gather(x: Tensor, dimension: int, peers: Peers) -> Tensor:
     """The parts of all processes joined along `dimension`; backward, gradients are summed and each gets its part."""
-    return _Gather.apply(x, dimension, group)
+    return _Gather.apply(x, dimension, peers)
 
 
-def scatter_sum(x: Tensor, dimension: int, group: dist.ProcessGroup) -> Tensor:
+def scatter_sum(x: Tensor, dimension: int, peers: Peers) -> Tensor:
     """The sum over all processes, of which each gets its part of `dimension`; backward, gradients are joined."""
-    return _ScatterSum.apply(x, dimension, group)
+    return _ScatterSum.apply(x, dimension, peers)
 
 
 def gathered(x: Tensor, dimension: int, group: dist.ProcessGroup) -> Tensor:
@@ -27,32 +35,33 @@ def gathered(x: Tensor, dimension: int, group: dist.ProcessGroup) -> Tensor:
     return parts if dimension == 0 else torch.cat(parts.chunk(dist.get_world_size(group)), dimension)
 
 
-def _scattered(x: Tensor, dimension: int, group: dist.ProcessGroup) -> Tensor:
+def _scattered(x: Tensor, dimension: int, peers: Peers) -> Tensor:
     if dimension != 0:
-        x = torch.cat(x.chunk(dist.get_world_size(group), dimension))
-    return funcol.wait_tensor(funcol.reduce_scatter_single(x.contiguous(), "sum", 0, group))
+        x = torch.cat(x.chunk(dist.get_world_size(peers.group), dimension))
+    travelling = x.float() if x.dtype == torch.bfloat16 and not peers.sums_bf16 else x
+    return funcol.wait_tensor(funcol.reduce_scatter_single(travelling.contiguous(), "sum", 0, peers.group)).to(x.dtype)
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dimension: int, group: dist.ProcessGroup) -> Tensor:
-        ctx.dimension, ctx.group = dimension, group
-        return gathered(x, dimension, group)
+    def forward(ctx: Any, x: Tensor, dimension: int, peers: Peers) -> Tensor:
+        ctx.dimension, ctx.peers = dimension, peers
+        return gathered(x, dimension, peers.group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _scattered(grad, ctx.dimension, ctx.group), None, None
+        return _scattered(grad, ctx.dimension, ctx.peers), None, None
 
 
 class _ScatterSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dimension: int, group: dist.ProcessGroup) -> Tensor:
-        ctx.dimension, ctx.group = dimension, group
-        return _scattered(x, dimension, group)
+    def forward(ctx: Any, x: Tensor, dimension: int, peers: Peers) -> Tensor:
+        ctx.dimension, ctx.peers = dimension, peers
+        return _scattered(x, dimension, peers)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return gathered(grad, ctx.dimension, ctx.group), None, None
+        return gathered(grad, ctx.dimension, ctx.peers.group), None, None
 
 
 class AllSum(torch.autograd.Function):

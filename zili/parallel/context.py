@@ -12,7 +12,6 @@ many pieces and a process has one from the front and its mirror image from the b
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from zili.models.attention import CausalAttention
@@ -33,7 +32,7 @@ class ContextPart:
 
     def __init__(self, world: World) -> None:
         self.size, self.rank = world.layout.context, world.context_rank
-        self.group: dist.ProcessGroup = world.mesh("context").get_group()
+        self.peers = world.peers("context")
 
     def pieces(self, length: int) -> tuple[range, range]:
         """Positions of this process in rows of `length` tokens, in two runs."""
@@ -49,7 +48,7 @@ class ContextPart:
 
     def gather(self, x: Tensor) -> Tensor:
         """`[B, S / size, ...]` -> `[B, S, ...]`, in the order of positions."""
-        parts = gather(x, 1, self.group).chunk(2 * self.size, 1)
+        parts = gather(x, 1, self.peers).chunk(2 * self.size, 1)
         # Each process's two pieces lie side by side; the second ones run backwards.
         return torch.cat((*parts[0::2], *reversed(parts[1::2])), 1)
 

@@ -2,21 +2,29 @@
 
 Gradients are summed, never averaged: the trainer divides once by the number of targets of the whole batch. So no
 divide factor is needed, nor the scaled reductions (PREMUL_SUM) that only NCCL has.
+
+On a chip without FSDP2 every process keeps its weights whole, and gradients are summed once a step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from zili.models.decoder import Decoder
 from zili.models.layers import local
 from zili.models.mixture import Experts
 from zili.parallel.world import World
+
+_BUCKET = 64 << 20
+"""Bytes of gradients that are summed by one call."""
 
 
 def apply_sharding(model: Decoder, world: World, dtype: torch.dtype) -> None:
@@ -59,3 +67,41 @@ def reduce_gradients(model: nn.Module, now: bool) -> None:
     """Whether the next backward pass reduces gradients over processes, or adds them up where they are."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(now)
+
+
+@torch.no_grad()
+def sum_gradients(model: nn.Module, world: World) -> None:
+    """Add up the gradients of all processes that hold the same weights: what FSDP2 does where it shards a model."""
+    experts = {id(p) for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
+    shared: dict[str, list[Tensor]] = {"weights": [], "expert_weights": []}
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            continue
+        if isinstance(parameter, DTensor) and isinstance(parameter.grad, DTensor):
+            # What tensor-parallel processes hold whole has terms of its gradient in each.
+            parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
+        own = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+        shared["expert_weights" if id(parameter) in experts else "weights"].append(own)
+    for name, gradients in shared.items():
+        for bucket in _buckets(gradients):
+            _sum(bucket, world.mesh(name))
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        bucket.append(tensor)
+        if sum(each.nbytes for each in bucket) >= _BUCKET:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket
+
+
+def _sum(tensors: list[Tensor], mesh: DeviceMesh) -> None:
+    """Add up `tensors` over all processes of `mesh`, in place."""
+    together = torch.cat([tensor.flatten() for tensor in tensors])
+    for dimension in range(mesh.ndim):
+        dist.all_reduce(together, group=mesh.get_group(dimension))
+    parts = together.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])

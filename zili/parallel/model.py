@@ -17,7 +17,7 @@ from zili.models.decoder import Decoder
 from zili.ops import IGNORE_INDEX
 from zili.parallel.apply import build_parts
 from zili.parallel.context import ContextPart
-from zili.parallel.data import reduce_gradients
+from zili.parallel.data import reduce_gradients, sum_gradients
 from zili.parallel.pipeline import Pipeline
 from zili.parallel.world import World
 
@@ -76,6 +76,7 @@ class ParallelModel:
         if self._pipeline is not None:
             with self.autocast():
                 loss = self._pipeline.loss_sum(inputs, labels, documents, backward=True)
+            self._sum_gradients()
             self._join_embeddings()
             return self._once(loss)
         total = torch.zeros((), device=inputs.device)
@@ -87,7 +88,13 @@ class ParallelModel:
                 loss = self.parts[0].loss_sum(ids, targets, document_ids=ids_of_documents)
             loss.backward()
             total += loss.detach()
+        self._sum_gradients()
         return self._once(total)
+
+    def _sum_gradients(self) -> None:
+        if self.world.size > 1 and not self.world.sharded:
+            for part in self.parts:
+                sum_gradients(part, self.world)
 
     def loss_sum(self, input_ids: Tensor, labels: Tensor, *, document_ids: Tensor | None = None) -> Tensor:
         """Sum of the losses of whole rows `[B, S]`, which every process gives alike: each computes its share.
@@ -178,12 +185,11 @@ class ParallelModel:
 
     def copies(self, parameter: Tensor) -> float:
         """How many processes hold each element of `parameter`."""
-        if not isinstance(parameter, DTensor):
-            return 1
         pieces = 1
-        for dimension, placement in enumerate(parameter.placements):
-            # Asked this way round: what torch makes of two cuts of one dimension is no Shard to `is_shard`.
-            pieces *= 1 if placement.is_replicate() else parameter.device_mesh.size(dimension)
+        if isinstance(parameter, DTensor):
+            for dimension, placement in enumerate(parameter.placements):
+                # Asked this way round: what torch makes of two cuts of one dimension is no Shard to `is_shard`.
+                pieces *= 1 if placement.is_replicate() else parameter.device_mesh.size(dimension)
         return self.world.size / self.world.layout.pipeline / pieces
 
     @torch.no_grad()

@@ -16,13 +16,13 @@ from typing import NamedTuple
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
 from zili.models.decoder import Decoder
 from zili.models.layers import Seam
 from zili.models.mixture import Experts
-from zili.parallel.collectives import AllSum, gather, scatter_sum
+from zili.parallel.collectives import AllSum, Peers, gather, scatter_sum
+from zili.parallel.world import World
 
 ROWS, COLUMNS, WHOLE = Shard(0), Shard(1), Replicate()
 _SEQUENCE = 1
@@ -32,25 +32,25 @@ _SEQUENCE = 1
 class GatherTokens(Seam):
     """Some tokens of each sequence in, all of them out."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, peers: Peers) -> None:
         super().__init__()
-        self.group = group
+        self.peers = peers
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, S / t, D]` -> `[B, S, D]`."""
-        return gather(x, _SEQUENCE, self.group)
+        return gather(x, _SEQUENCE, self.peers)
 
 
 class ScatterSum(Seam):
     """Terms of every token in, the sum of some tokens out."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, peers: Peers) -> None:
         super().__init__()
-        self.group = group
+        self.peers = peers
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, S, D]` -> `[B, S / t, D]`."""
-        return scatter_sum(x, _SEQUENCE, self.group)
+        return scatter_sum(x, _SEQUENCE, self.peers)
 
 
 class Rule(NamedTuple):
@@ -102,9 +102,9 @@ class VocabularyRows:
         return funcol.wait_tensor(funcol.all_reduce(x, "max", self._group))
 
 
-def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
-    """Cut `model`, still on the meta device, over `mesh` (one dimension)."""
-    group, rank = mesh.get_group(), mesh.get_local_rank()
+def apply_tensor_parallel(model: Decoder, world: World) -> None:
+    """Cut `model`, still on the meta device, over the processes that share matrices."""
+    mesh, peers = world.mesh("tensor"), world.peers("tensor")
     for name, module in list(model.named_modules()):
         if isinstance(module, Experts):
             continue  # they are whole here: `expert` parallelism shares them, among these processes too
@@ -116,9 +116,9 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
         for key in SEAM_NAMES:
             kind = next((kind for pattern, kind in SEAMS.items() if fnmatchcase(f"{name}.{key}", pattern)), None)
             if kind is not None and hasattr(module, key):
-                setattr(module, key, kind(group))
-    first = rank * (model.config.vocab_size // mesh.size())
+                setattr(module, key, kind(peers))
+    first = mesh.get_local_rank() * (model.config.vocab_size // mesh.size())
     if model.embedding is not None:
         model.embedding.first_row = first
     if model.norm is not None:
-        model.vocabulary = VocabularyRows(first, group)
+        model.vocabulary = VocabularyRows(first, peers.group)

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from zili import errors
 from zili.chips.device import Device
 from zili.errors import ZiliError
+from zili.parallel.collectives import Peers
 from zili.parallel.layout import Layout, processes
 
 Result = TypeVar("Result")
@@ -103,6 +104,15 @@ class World:
     @property
     def size(self) -> int:
         return self.layout.world
+
+    @property
+    def sharded(self) -> bool:
+        """Whether weights are cut for storage; else each process holds those of its stage and matrices whole."""
+        return self.size > 1 and self.device.capability("fsdp2").value
+
+    def peers(self, mesh: str) -> Peers:
+        """This process and those it shares `mesh` with, for collectives with gradients."""
+        return Peers(self.mesh(mesh).get_group(), self.device.capability("bf16_reduce").value)
 
     @property
     def is_first(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from zili.config.run import OptimizerConfig
@@ -14,13 +15,17 @@ BASE_RATE = "base_lr"
 
 
 def build_optimizers(
-    named: list[tuple[str, nn.Parameter]], config: OptimizerConfig, dtype: torch.dtype = torch.float32
+    named: list[tuple[str, nn.Parameter]],
+    config: OptimizerConfig,
+    dtype: torch.dtype = torch.float32,
+    fused: bool = True,
 ) -> list[Optimizer]:
     """One AdamW over everything, or a Muon and an AdamW that share the parameters out.
 
     Muon takes the matrices of the blocks, experts' among them; embeddings, head, routers, norms and biases stay with
     AdamW, as in Jordan's description (2024, "Muon: an optimizer for hidden layers"). Its update is scaled to AdamW's
     size so that both share learning rate and decay, and its iteration runs in `dtype`, the precision of the run.
+    `fused`: AdamW in one kernel, where torch has one for the device.
     """
     named = [(name, p) for name, p in named if p.requires_grad]
     hidden = [p for name, p in named if p.ndim >= 2 and name.startswith("layers.") and ".router." not in name]
@@ -30,7 +35,7 @@ def build_optimizers(
         optimizers.append(Muon(hidden, dtype=dtype, **rates))
         taken = {id(p) for p in hidden}
         named = [(name, p) for name, p in named if id(p) not in taken]
-    optimizers.append(_adamw([p for _, p in named], config))
+    optimizers.append(_adamw([p for _, p in named], config, fused))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group[BASE_RATE] = group["lr"]
@@ -44,16 +49,20 @@ def set_learning_rate(optimizers: list[Optimizer], share: float) -> None:
             group["lr"] = group[BASE_RATE] * share
 
 
-def _adamw(parameters: list[nn.Parameter], config: OptimizerConfig) -> AdamW:
-    matrices = [p for p in parameters if p.ndim >= 2]
-    vectors = [p for p in parameters if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+def _adamw(parameters: list[nn.Parameter], config: OptimizerConfig, fused: bool) -> AdamW:
+    groups = [
+        {"params": alike, "weight_decay": config.weight_decay if matrices else 0.0}
+        for matrices in (True, False)
+        # A fused kernel takes no DTensors beside plain tensors: where weights are whole, only some of them are cut.
+        for cut in (True, False)
+        if (alike := [p for p in parameters if (p.ndim >= 2) is matrices and isinstance(p, DTensor) is cut])
+    ]
     return AdamW(
-        [group for group in groups if group["params"]],
+        groups,
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,
-        fused=_fused_everywhere(parameters),
+        fused=fused and _fused_everywhere(parameters),
     )
 
 

@@ -50,14 +50,16 @@ def set_up(config: RunConfig) -> Setup:
     _, size, here = processes()
     layout = lay_out(config, size)
     selection = chips.choose(config.chip.name)
-    activation = chips.activate(selection.backend, index=here)
+    activation = chips.activate(selection.backend, index=here, deterministic=config.chip.deterministic)
 
     import torch
 
     from zili import ops
     from zili.parallel.world import World, join
 
-    device = Device(activation)
+    device = Device(activation, config.chip.capabilities)
+    if config.chip.deterministic and not (can := device.capability("deterministic")).value:
+        raise ChipError(f"{device.name()} does not repeat bit by bit ({can.reason}); unset chip.deterministic")
     if config.chip.threads:
         torch.set_num_threads(config.chip.threads)
     join(device)
@@ -87,12 +89,13 @@ def _resolve(config: RunConfig, layout: Layout, device: Device) -> tuple[RunConf
     ]
     if config.parallel.shards == "auto":
         choices.append(Choice("parallel.shards", str(layout.shards), f"what is left of {layout.world} processes"))
+    choices += _fallbacks(layout, device, precision)
     unused = () if config.model.mixture else OF_EXPERTS
     own, kept = config.chip.operations, _kept_operations(previous, device, precision)
     asked, vendor = {**kept, **own}, device.backend.operations
     choices += [
         Choice(f"chip.operations.{name}", version, _KEPT if name in kept.keys() - own else why)
-        for name, version, why in ops.choose(device.type, precision, asked, unused, vendor)
+        for name, version, why in ops.choose(device.type, precision, asked, unused, vendor, device.lacking())
     ]
     chip = config.chip.model_copy(update={"name": device.backend.name, "precision": precision, "compile": compiled})
     training = config.training.model_copy(update={"micro_batch": micro})
@@ -100,6 +103,21 @@ def _resolve(config: RunConfig, layout: Layout, device: Device) -> tuple[RunConf
         update={"shards": layout.shards, "stages_per_process": config.parallel.stages_each}
     )
     return config.model_copy(update={"chip": chip, "training": training, "parallel": parallel}), choices
+
+
+def _fallbacks(layout: Layout, device: Device, precision: Precision) -> list[Choice]:
+    """What this run does otherwise because the chip lacks it; precision, compile and operations say so themselves."""
+    concerned = {
+        "fsdp2": layout.world > 1 and layout.weight_shards * layout.replicas > 1,
+        "bf16_reduce": precision == "bf16" and layout.tensor * layout.context > 1,
+        "fused_adamw": True,
+        "inf_nan": True,
+    }
+    return [
+        Choice(f"chip.capabilities.{name}", "false", f"{reason}; {chips.CAPABILITIES[name].otherwise}")
+        for name, reason in device.lacking().items()
+        if concerned.get(name)
+    ]
 
 
 def _environment(activation: chips.Activation) -> list[Choice]:
@@ -165,7 +183,7 @@ def _compile(chip: ChipConfig, device: Device, previous: RunState | None) -> tup
 
 def _micro_batch(config: RunConfig, layout: Layout, device: Device, previous: RunState | None) -> tuple[int, str]:
     """The run's own or the largest divisor of a process's batch that fits; refuses when not even one sample does."""
-    state = _state_bytes(config, layout)
+    state = _state_bytes(config, layout, device)
     sample = activation_bytes(config) // (layout.context * layout.tensor)
     room = _free_bytes(device)
     asked = config.training.micro_batch
@@ -192,9 +210,11 @@ def _micro_batch(config: RunConfig, layout: Layout, device: Device, previous: Ru
     return micro, f"about {(state + micro * sample) / _GIB:.1f} GiB of {free}"
 
 
-def _state_bytes(config: RunConfig, layout: Layout) -> int:
+def _state_bytes(config: RunConfig, layout: Layout, device: Device) -> int:
     """Weights, gradients and optimizer state of one process, bytes: a part of each that all dimensions cut."""
     state = training_state_bytes(config.model, optimizer=config.optimizer.name).total
+    if not device.capability("fsdp2").value:
+        return state // (max(layout.tensor, layout.expert) * layout.pipeline)
     return state // (layout.weight_shards * layout.tensor * layout.pipeline)
 
 

@@ -34,6 +34,9 @@ from zili.training.schedules import learning_rate_share
 from zili.training.throughput import matmul_peak
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_OVERFLOWN = 1e9
+"""A norm is the root of a sum of squares, over the targets of a batch: a sum stuck at fp32's largest number, 3.4e38,
+gives more than this for any batch of less than 18 billion targets."""
 _DATA_ORDER = ("seed", "training.global_batch", "training.sequence_length", "data.sources")
 
 
@@ -62,7 +65,8 @@ class Trainer:
         assert config.chip.precision != "auto", "the configuration is resolved"
         self._dtype = DTYPES[config.chip.precision]
         self.parallel = ParallelModel(config, self.world, self._dtype)
-        self.optimizers = build_optimizers(list(self.parallel.named_parameters()), config.optimizer, self._dtype)
+        fused = device.capability("fused_adamw").value
+        self.optimizers = build_optimizers(list(self.parallel.named_parameters()), config.optimizer, self._dtype, fused)
         self.matmul_peak = matmul_peak(device, self._dtype)
         keep, asynchronous = config.checkpoint.keep, config.checkpoint.asynchronous
         self._saver = Saver(self.checkpoint_folder, self.world, keep=keep, asynchronous=asynchronous)
@@ -251,7 +255,7 @@ class Trainer:
         )
 
     def _refuse_non_finite(self, loss: Tensor, norm: Tensor) -> None:
-        if math.isfinite(loss) and math.isfinite(norm):
+        if is_sound(float(loss), float(norm), saturates=not self.device.capability("inf_nan").value):
             return
         self._saver.wait()
         kept = checkpoints.list_checkpoints(self.checkpoint_folder)
@@ -276,6 +280,16 @@ class Trainer:
                 "restore it, or give the run another folder"
             )
         return state
+
+
+def is_sound(loss: float, norm: float, *, saturates: bool) -> bool:
+    """Whether a mean loss and a gradient norm are those of a step that computed, not of one that overflowed.
+
+    Where a chip `saturates`, inf became its largest number and nan became zero.
+    """
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        return False
+    return not saturates or (0 < loss < _OVERFLOWN and 0 < norm < _OVERFLOWN)
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any], keys: Iterable[str]) -> str:
