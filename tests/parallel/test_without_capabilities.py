@@ -1,0 +1,95 @@
+"""What a run does on a chip that lacks something gives the same curve, and is said at start."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from many import on_processes, open_trainer, train
+from tiny_models import BOUND, STEPS, Kind, Layout, Row, Runs, slow
+
+from zili.cli.launch import prepare_launch
+from zili.config import RunConfig
+from zili.parallel.collectives import Peers, gather, scatter_sum
+
+WHOLE = "chip.capabilities.fsdp2=false"
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    [
+        (Layout("shards=2"), "dense"),
+        slow(Layout("replicas=2 shards=2"), "dense"),
+        slow(Layout("shards=2 context=2"), "dense"),
+        slow(Layout("shards=2 tensor=2"), "dense"),
+        slow(Layout("shards=2 pipeline=2 schedule=zero_bubble"), "dense"),
+        slow(Layout("shards=2 expert=2"), "mixture"),
+        slow(Layout("replicas=2 tensor=2"), "mixture"),
+        (Layout("tensor=2 expert=2"), "mixture"),
+        slow(Layout("shards=2 pipeline=2 expert=2"), "mixture"),
+        slow(Layout("replicas=2 shards=2 tensor=2 expert=2"), "mixture"),
+    ],
+)
+def test_without_fsdp2_weights_stay_whole(
+    layout: Layout, kind: Kind, runs: Runs, request: pytest.FixtureRequest
+) -> None:
+    curve = runs.on(layout, kind, WHOLE)
+    Row.of(f"{layout}, whole weights", layout.world, kind, runs.alone(kind), curve, BOUND).check(request)
+
+
+def parts_and_lines(config: RunConfig) -> tuple[list[str], list[str]]:
+    """Kinds of parameters that this process holds, and what is said about capabilities."""
+    trainer = open_trainer(config)
+    held = sorted({type(parameter).__name__ for parameter in trainer.parallel.parameters()})
+    launch = prepare_launch(config)
+    return held, [str(choice) for choice in launch.setup.choices if "capabilities" in choice.name]
+
+
+def test_it_is_said_at_start(runs: Runs) -> None:
+    held, lines = on_processes(2, parts_and_lines, runs.recipe("dense", "parallel.shards=2", WHOLE))[0]
+    assert held == ["Parameter"], "nothing is cut"
+    (line,) = lines
+    assert line.startswith("chip.capabilities.fsdp2 = false: as the recipe says") and "stay whole" in line
+    held, lines = on_processes(2, parts_and_lines, runs.recipe("dense", "parallel.shards=2"))[0]
+    assert held == ["DTensor"] and lines == []
+
+
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_without_fsdp2_and_back(runs: Runs, request: pytest.FixtureRequest) -> None:
+    config = runs.recipe("mixture", "parallel.shards=2", "parallel.expert=2")
+    whole = runs.recipe("mixture", "parallel.shards=1", "parallel.tensor=2", "parallel.expert=2", WHOLE)
+    whole = whole.model_copy(update={"folder": config.folder})
+    curve = on_processes(2, train, config, 6)[0]
+    for part in (on_processes(2, train, whole, 12)[0], on_processes(2, train, config)[0]):
+        curve.losses += part.losses
+        curve.norms += part.norms
+    assert len(curve.losses) == STEPS
+    Row.of("sharded, whole, sharded", 2, "mixture", runs.alone("mixture"), curve, BOUND).check(request)
+
+
+def sums_that_travel(sums_bf16: bool) -> list[torch.dtype]:
+    """In what the sums of a bf16 `gather` and `scatter_sum`, forward and backward, go from process to process."""
+    dist.init_process_group("gloo")
+    assert dist.group.WORLD is not None
+    peers, seen = Peers(dist.group.WORLD, sums_bf16), []
+    real = funcol.reduce_scatter_single
+
+    def watched(x: torch.Tensor, *rest: object) -> torch.Tensor:
+        seen.append(x.dtype)
+        return real(x, *rest)
+
+    with mock.patch.object(funcol, "reduce_scatter_single", watched):
+        for collective in (gather, scatter_sum):
+            x = torch.ones(2, 4, dtype=torch.bfloat16, requires_grad=True)
+            y = collective(x, 1, peers)
+            y.sum().backward()
+            assert y.dtype == torch.bfloat16 and x.grad is not None and x.grad.dtype == torch.bfloat16
+    return seen
+
+
+@pytest.mark.parametrize(("can", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_bf16_is_summed_in_fp32_where_collectives_cannot(can: bool, dtype: torch.dtype) -> None:
+    assert on_processes(2, sums_that_travel, can) == [[dtype, dtype]] * 2
