@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import inf, isfinite
 
 from zili import chips, ops
 from zili.chips import CAPABILITIES
@@ -47,8 +46,8 @@ def check_processes(name: str, count: int = 2, patience: float = collectives.PAT
 def _trains(backend: Backend, device: Device) -> Finding:
     """A few steps of a small model, from the same weights on the same tokens, against the CPU's."""
     ops.choose("cpu", "fp32", dict.fromkeys(ops.chosen(), "reference"))
-    here, there = small_model.losses("cpu", _STEPS), small_model.losses(device.torch, _STEPS)
-    apart = max(abs(one - other) / one if isfinite(other) else inf for one, other in zip(here, there, strict=True))
+    cpus, chips_own = small_model.losses("cpu", _STEPS), small_model.losses(device.torch, _STEPS)
+    apart = small_model.largest_difference(chips_own, cpus)
     seen = f"losses of {_STEPS} steps within {apart:.1e} of the CPU's"
     if apart > _CLOSE:
         return _wrong("training", backend.name, seen, "zili align RECIPE names the first operation that is wrong")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from math import inf, isfinite
 
 import torch
 from torch import Tensor
@@ -57,6 +58,12 @@ def one_step_sharded(world: World) -> tuple[float, float]:
     ids, labels = (rows[world.rank : world.rank + 1].to(world.device.torch) for rows in next(_batches(world.size)))
     loss, squared = world.sum(torch.tensor(_step(model, ids, labels))).tolist()
     return loss, squared
+
+
+def largest_difference(found: Iterable[float], wanted: Iterable[float]) -> float:
+    """Relative; inf where one of `found` is no finite number."""
+    pairs = zip(found, wanted, strict=True)
+    return max(abs(ours - cpus) / abs(cpus) if isfinite(ours) else inf for ours, cpus in pairs)
 
 
 def _step(model: Decoder, ids: Tensor, labels: Tensor) -> tuple[float, float]:

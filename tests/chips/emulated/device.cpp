@@ -1,6 +1,6 @@
 // An accelerator that does not exist: a PrivateUse1 device whose memory is host memory and whose operations run on the
 // CPU's kernels, over aliases of the same bytes. Its numbers are the CPU's, bit for bit; what it finds is code that
-// forgets which device it is on. It counts what costs time on a real chip, and faults can be planted in it.
+// forgets which device it is on. It counts what the host waits for, and faults can be planted in it.
 //
 // Not emulated: asynchronous streams, a generator of its own (it draws from the CPU's), pinned memory.
 #include "device.h"
@@ -15,6 +15,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <utility>
 
 namespace emulated {
@@ -31,9 +32,9 @@ thread_local c10::DeviceIndex current = 0;
 c10::DeviceIndex devices = 1;
 int64_t capacity = 0;  // bytes of one device
 
-void count(std::map<std::string, int64_t>& of, const std::string& what) {
+void count_wait() {
   std::lock_guard<std::mutex> hold(counts_lock);
-  of[what]++;
+  counts.waits++;
 }
 
 void account(int64_t bytes) {
@@ -217,6 +218,7 @@ namespace {
 void spoil(const Tensor& host, const Fault& fault) {
   if (!host.defined() || !host.is_floating_point() || !host.numel()) return;
   if (fault.kind == "scale") host.mul_(1 + fault.amount);
+  if (fault.kind == "saturate") host.copy_(at::nan_to_num(host));  // inf to the largest number, nan to zero
   if (fault.kind == "round") {  // keeps `amount` bits of each mantissa, by cutting
     const auto bits = static_cast<int>(fault.amount);
     auto [mantissa, exponent] = at::frexp(host.to(at::kDouble));
@@ -286,7 +288,6 @@ void change_tensors(c10::IValue& value, Change change) {
 void on_the_cpus_kernel(const c10::OperatorHandle& operation, Stack* stack) {
   const auto& schema = operation.schema();
   const std::string name = operation.operator_name().name;
-  count(counts.operations, c10::toString(operation.operator_name()));
   const Fault* fault = fault_of(name);
   TORCH_CHECK(!fault || fault->kind != "raise", "the emulated device has no kernel for ", name);
 
@@ -344,7 +345,7 @@ Tensor empty_strided(
 
 Tensor copy_from(const Tensor& from, const Tensor& to, bool) {
   const bool from_here = from.device().type() == kDevice, to_here = to.device().type() == kDevice;
-  if (from_here != to_here) count(counts.copies, from_here ? "to host" : "to device");
+  if (from_here && !to_here) count_wait();
   (to_here ? on_host(to) : to).copy_(from_here ? on_host(from) : from);
   return to;
 }
@@ -355,7 +356,7 @@ Tensor copy_from_and_resize(const Tensor& from, const Tensor& to) {
 }
 
 at::Scalar item(const Tensor& tensor) {
-  count(counts.copies, "item");
+  count_wait();
   return on_host(tensor).item();
 }
 

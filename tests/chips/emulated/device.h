@@ -3,7 +3,6 @@
 
 #include <ATen/ATen.h>
 
-#include <map>
 #include <mutex>
 #include <string>
 #include <thread>
@@ -13,13 +12,11 @@ namespace emulated {
 
 constexpr auto kDevice = c10::DeviceType::PrivateUse1;
 
-// What costs time on a real chip, since the start or the last reset.
+// Since the start or the last reset.
 struct Counts {
-  std::map<std::string, int64_t> operations;   // by name and overload
-  std::map<std::string, int64_t> copies;       // "to host", "to device", "item"
-  std::map<std::string, int64_t> collectives;  // by name
-  int64_t live = 0;                            // bytes allocated now
-  int64_t peak = 0;                            // bytes allocated at the most
+  int64_t waits = 0;  // values and copies that the host asked for
+  int64_t live = 0;   // bytes allocated now
+  int64_t peak = 0;   // bytes allocated at the most
 };
 extern Counts counts;
 extern std::mutex counts_lock;
@@ -27,7 +24,7 @@ extern std::mutex counts_lock;
 // What an operation or a collective does wrong, from its call number `first` up to `last`.
 struct Fault {
   std::string operation;  // "aten::mm", or the name of a collective
-  std::string kind;       // "scale", "round", "raise"; of a collective "drop", "slow", "die"
+  std::string kind;       // "scale", "round", "saturate", "raise"; of a collective "drop", "slow", "die"
   double amount;          // the scale's distance from 1, bits kept, or seconds
   int64_t first;
   int64_t last;

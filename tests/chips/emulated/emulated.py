@@ -36,8 +36,8 @@ class Fault(NamedTuple):
     operation: str
     """`aten::mm`, whatever its overload; or `all_reduce` and the like."""
     kind: str
-    """`scale` (times 1 + amount), `round` (cuts mantissas to `amount` bits), `raise`; of collectives `drop`, `slow`
-    (by `amount` seconds), `die`."""
+    """`scale` (times 1 + amount), `round` (cuts mantissas to `amount` bits), `saturate` (inf is the largest number and
+    nan zero), `raise`; of collectives `drop`, `slow` (by `amount` seconds), `die`."""
     amount: float = 0.0
     first: int = 0
     last: int = 1 << 62
@@ -46,11 +46,8 @@ class Fault(NamedTuple):
 class Counts(NamedTuple):
     """What the device did since `reset`."""
 
-    operations: dict[str, int]
-    """By name and overload."""
-    copies: dict[str, int]
-    """`to host`, `to device`, `item`."""
-    collectives: dict[str, int]
+    waits: int
+    """Values and copies that the host asked for."""
     live: int
     """Bytes allocated now."""
     peak: int

@@ -54,7 +54,8 @@ BACKEND = Backend(
     plugin="torch_xyz",
     plugin_pairs=True,
     capabilities=dict.fromkeys(
-        ("fsdp2", "fused_adamw", "bf16_reduce", "grouped_matmul", "inf_nan"), Capability(True, "emulated")
+        ("fsdp2", "fused_adamw", "bf16_reduce", "grouped_matmul", "inf_nan", "deterministic"),
+        Capability(True, "emulated"),
     ),
 )
 """,

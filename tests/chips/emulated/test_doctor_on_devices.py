@@ -62,7 +62,11 @@ def test_a_sound_device(vendor: Vendor, with_plugins: Environment, tmp_path: Pat
     assert report.bad() == [] and report.code == 0
     assert (report["backend"], report["device"], report["devices"]) == (vendor.backend, vendor.chip, 8)
     areas = {finding["area"] for finding in report["findings"]}
-    assert areas == {"here", "numbers", "speed", "repeatability", "disk", "collectives"}
+    assert areas == {"here", "numbers", "capabilities", "speed", "repeatability", "disk", "collectives"}
+    tried = report["capabilities"]
+    assert tried.pop("compile")["works"] is False, "torch compiles for no device it does not know"
+    assert tried.pop("bf16")["works"] in (True, False), "whether the CPU below is faster in bf16"
+    assert len(tried) == 6 and all(found["works"] is True for found in tried.values()), tried
     figures = {finding["name"]: finding["figures"] for finding in report["findings"]}
     assert figures["matmul fp32"]["1024 FLOP/s"] > 1e9 and figures["memory"]["bytes/s"] > 1e8
     kinds = [name for name in figures if name.endswith("among 2")]
@@ -96,6 +100,35 @@ def test_a_kernel_that_is_missing_does_not_cost_the_report(with_plugins: Environ
     report = doctor(CAMBRICON, with_plugins, tmp_path, fault, only="repeatability")
     (finding,) = report.bad()
     assert finding["area"] == "repeatability" and "no kernel for aten::index_add" in finding["seen"]
+
+
+def test_what_the_record_promises_and_the_chip_does_not_keep_is_found(
+    with_plugins: Environment, tmp_path: Path
+) -> None:
+    report = doctor(
+        *(CAMBRICON, with_plugins, tmp_path),
+        {"operation": "aten::_fused_adamw_", "kind": "raise"},
+        *({"operation": f"aten::{name}", "kind": "saturate"} for name in ("mul", "mm", "exp", "div")),
+        {"operation": "aten::_grouped_mm", "kind": "raise"},  # the record promises none
+        only="capabilities",
+    )
+    assert report.code == 10
+    found = {finding["name"]: finding for finding in report["findings"] if finding["area"] == "capabilities"}
+    assert {name for name, finding in found.items() if finding["severity"] == "broken"} == {"fused_adamw", "inf_nan"}
+    assert "no kernel for aten::_fused_adamw_" in found["fused_adamw"]["seen"]
+    assert "set chip.capabilities.fused_adamw = false: AdamW updates by its loop" in found["fused_adamw"]["fix"]
+    assert "3e38 * 10, a product of 3e38, exp(100), 0 / 0: finite" in found["inf_nan"]["seen"]
+    assert (
+        found["grouped_matmul"]["severity"] == "fallback" and "one after the other" in found["grouped_matmul"]["seen"]
+    )
+
+
+def test_what_fails_only_among_many_is_found(with_plugins: Environment, tmp_path: Path) -> None:
+    fault = {"operation": "reduce_scatter", "kind": "drop"}
+    report = doctor(CAMBRICON, with_plugins, tmp_path, fault, only="collectives", patience=6)
+    bad = {finding["name"]: finding["fix"] for finding in report.bad()}
+    assert bad.keys() == {"reduce_scatter among 2", "bf16_reduce", "fsdp2"}
+    assert "chip.capabilities.fsdp2 = false: parallel.shards" in bad["fsdp2"]
 
 
 @pytest.mark.slow

@@ -52,6 +52,8 @@ class Watch(TorchDispatchMode):
     def _depends_on_values(function: Any, arguments: Any, keywords: dict[str, Any]) -> bool:
         if torch.Tag.data_dependent_output in function.tags:
             return True
+        if function is torch.ops.aten._grouped_mm.default:
+            return True  # a device without a kernel of its own has torch's, which reads the ends of groups on the host
         if function is torch.ops.aten.index.Tensor:
             return any(index is not None and index.dtype == torch.bool for index in arguments[1])
         return torch.Tag.dynamic_output_shape in function.tags and keywords.get("output_size") is None
