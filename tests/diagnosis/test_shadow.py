@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -24,7 +27,35 @@ def watched(module: nn.Module, x: torch.Tensor) -> Shadow:
 def test_torchs_fused_attention_is_compared() -> None:
     shadow = watched(Attends(), torch.randn(2, 4, 16, 8, requires_grad=True))
     assert any("flash_attention_for_cpu.default" in name for name in shadow.seen), shadow.seen
+    (gradients,) = (seen for name, seen in shadow.seen.items() if name.startswith("gradients of"))
+    assert gradients.calls == 3 and gradients.worst < 1
     assert shadow.offences == []
+
+
+def test_a_wrong_gradient_of_a_fused_attention_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = F.scaled_dot_product_attention, []
+
+    class Off(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            return grad * 1.01
+
+    def off(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+        calls.append(query)
+        # The chip is called after the CPU in both precisions; only its keys have a wrong gradient.
+        return real(query, Off.apply(key) if query.requires_grad and len(calls) % 3 == 0 else key, value, *rest, **more)
+
+    x = torch.randn(2, 4, 16, 8)
+    shadow = Shadow(nn.Identity(), "cpu")
+    function = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    monkeypatch.setattr(F, "scaled_dot_product_attention", off)
+    shadow._judge_gradients(function, {"query": x, "key": x, "value": x, "is_causal": True})
+    (offence,) = shadow.offences
+    assert offence.way == "backward" and offence.operation == f"gradients of {function}"
 
 
 def test_what_draws_random_numbers_is_listed_as_not_compared() -> None:

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from zili.diagnosis.findings import AREAS, EXIT_CODES, Finding, Severity
+from zili.errors import LayoutError
+from zili.parallel.layout import processes as processes_started
 
 _COLOURS = {
     Severity.GOOD: "green",
@@ -41,6 +43,8 @@ def doctor(
 
     if unknown := set(only or []) - set(AREAS):
         raise typer.BadParameter(f"--only {', '.join(sorted(unknown))}: there are {', '.join(AREAS)}")
+    if processes_started()[1] > 1:
+        raise LayoutError("zili doctor starts the processes it needs: run it by itself, without torchrun")
     console = Console(quiet=as_json)
     good: dict[str, int] = {}
 

@@ -98,6 +98,7 @@ def _start(chip: str, count: int, workers: list[_Process]) -> None:
         handle = subprocess.Popen(
             [sys.executable, "-m", "zili.diagnosis.collectives", chip],
             env=environment,
+            stdin=subprocess.PIPE,  # closed when this process ends, however that is
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -241,8 +242,15 @@ def _say(**what: Any) -> None:
     print(json.dumps(what), flush=True)
 
 
+def _end_with_the_first() -> None:
+    """End this process when the one that started it is gone: nobody would end it where it hangs."""
+    sys.stdin.read()
+    os._exit(1)
+
+
 def _work(chip: str) -> None:
     """What one process does: every kind in every group, then every pair."""
+    Thread(target=_end_with_the_first, daemon=True).start()
     _say(begin="opening the device")
     opened = Device(chips.activate(chips.find_backend(chip), index=_device_index(chip)))
     device = opened.torch

@@ -172,7 +172,27 @@ class Shadow(TorchDispatchMode):
         )
         for found, cpus, right in results:
             self._judge(function, found, cpus, right)
+        if _is_attention(function):
+            self._judge_gradients(function, _by_name(function, arguments, keywords))
         return out
+
+    def _judge_gradients(self, function: Any, given: dict[str, Any]) -> None:
+        """Of one of torch's fused attentions: what it keeps for its backward pass is its own affair, so that the CPU
+        cannot take that pass over; it is done once more from the beginning."""
+        inputs = [given[name] for name in ("query", "key", "value")]
+        others, place = {key: value for key, value in given.items() if key not in ("query", "key", "value")}, inputs[0]
+
+        def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            own = {key: value.to(query.device) if isinstance(value, Tensor) else value for key, value in others.items()}
+            return _attention(function, query, key, value, **own)[0]
+
+        # Below autograd, where operations are seen, nothing is differentiated unless it is asked for.
+        above = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+        with _disable_current_modes(), above, torch.enable_grad():
+            reached = compared(attention, attention, on_cpu(inputs), {}, place.device)
+        for way, measured in reached.items():
+            if way.startswith("backward"):
+                self._note(f"gradients of {function}", "backward", self._place()[1], place, measured)
 
     def with_reference(self, operation: str, version: Callable[..., Any]) -> Callable[..., Any]:
         """`version` of one of this house's operations, compared with the reference at each call, forward and backward.
@@ -191,11 +211,8 @@ class Shadow(TorchDispatchMode):
                 reached = compared(version, reference, host, host_keywords, place)
             _, module = self._place()
             first = next(leaf for leaf in host if isinstance(leaf, Tensor))
-            dtype, shape = str(first.dtype).removeprefix("torch."), tuple(first.shape)
             for way, measured in reached.items():
-                if not measured.fits:
-                    what = f"zili.{operation}"
-                    self.offences.append(Offence(self.step, way.split()[0], module, what, shape, dtype, measured))
+                self._note(f"zili.{operation}", way.split()[0], module, first, measured)
             return version(*arguments, **keywords)
 
         return called
@@ -208,14 +225,15 @@ class Shadow(TorchDispatchMode):
         return function.is_view or name.startswith((*_WITHOUT_NUMBERS, *_OTHER_PROCESSES))
 
     def _judge(self, function: Any, found: Tensor, same: Tensor, exact: Tensor) -> None:
-        measured = distance(found, same, exact)
-        way, module = self._place()
-        kind = self.seen.setdefault(f"{function} {str(found.dtype).removeprefix('torch.')}", Seen())
+        self._note(str(function), *self._place(), found, distance(found, same, exact))
+
+    def _note(self, operation: str, way: str, module: str, result: Tensor, measured: Distance) -> None:
+        dtype = str(result.dtype).removeprefix("torch.")
+        kind = self.seen.setdefault(f"{operation} {dtype}", Seen())
         kind.calls += 1
         kind.worst = max(kind.worst, measured.ulps / measured.expected if measured.expected else measured.ulps)
         if not measured.fits:
-            dtype = str(found.dtype).removeprefix("torch.")
-            self.offences.append(Offence(self.step, way, module, str(function), tuple(found.shape), dtype, measured))
+            self.offences.append(Offence(self.step, way, module, operation, tuple(result.shape), dtype, measured))
 
 
 def _is_list_of_tensors(value: Any) -> bool:

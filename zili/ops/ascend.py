@@ -7,6 +7,7 @@ differs. Where an operation's limits do not allow a call (see each), the referen
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -65,6 +66,11 @@ class _AddRMSNorm(torch.autograd.Function):
         return by_total, by_total, by_weight.to(weight.dtype), None
 
 
+def _beyond(operation: str, limit: str) -> None:
+    """Say, once, that an operation has met its limit."""
+    warnings.warn(f"{operation} {limit}: the reference runs instead", RuntimeWarning, stacklevel=2)
+
+
 def add_rms_norm(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`reference.add_rms_norm`: one pass over both addends."""
     return _AddRMSNorm.apply(x, branch.to(x.dtype), weight.to(x.dtype), eps)
@@ -72,7 +78,8 @@ def add_rms_norm(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`reference.rotate`; in fp32, as there: the operation wants one dtype of all three."""
-    if x.shape[0] >= 1000 or x.shape[2] >= 1000 or x.shape[3] >= 896:  # its limits
+    if x.shape[0] >= 1000 or x.shape[2] >= 1000 or x.shape[3] >= 896:
+        _beyond("npu_rotary_mul", f"takes less than 1000 rows, 1000 heads and 896 elements, not {list(x.shape)}")
         return reference.rotate(x, cos, sin)
     return _operation("npu_rotary_mul")(x.float(), cos[None, :, None], sin[None, :, None]).to(x.dtype)
 
@@ -180,7 +187,9 @@ def grouped_matmul(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weights = x.to(dtype), weights.to(dtype)
-    if not len(x) or len(weights) == 1:  # a list of one group is refused
+    if len(weights) == 1:
+        _beyond("npu_grouped_matmul", "refuses one group alone")
+    if not len(x) or len(weights) == 1:
         return reference.grouped_matmul(x, weights, ends)
     return _GroupedMatmul.apply(x, weights, ends.long())
 
@@ -234,7 +243,8 @@ def linear_cross_entropy(
     """`reference.linear_cross_entropy` without logits in memory; needs CANN 9."""
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    if hidden.dtype == torch.float32 or len(weight) < 128:  # what it takes
+    if hidden.dtype == torch.float32 or len(weight) < 128:
+        _beyond("npu_fused_linear_online_max_sum", f"takes no {hidden.dtype} rows or {len(weight)} tokens")
         return reference.linear_cross_entropy(hidden, weight, labels, multiplier, part)
     scaled = hidden if multiplier == 1.0 else hidden * multiplier
     return _OnlineCrossEntropy.apply(scaled, weight, labels, part or reference.Whole())

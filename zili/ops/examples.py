@@ -26,8 +26,17 @@ class _Table(NamedTuple):
 
 def example(operation: str, device: str | torch.device, dtype: torch.dtype) -> Example:
     """The same numbers on every device: made on the host, rounded to `dtype`, and sent."""
+    return _placed(_MADE[operation], device, dtype)
+
+
+def examples(operation: str, dtype: torch.dtype) -> list[Example]:
+    """Everything to compare versions on, on the CPU: that example, and what is called otherwise by some models."""
+    return [_placed(make, "cpu", dtype) for make in (_MADE[operation], *_FURTHER.get(operation, ()))]
+
+
+def _placed(make: Callable[[torch.Generator], Example], device: str | torch.device, dtype: torch.dtype) -> Example:
     with torch.device("cpu"):
-        arguments, keywords = _MADE[operation](torch.Generator().manual_seed(0))
+        arguments, keywords = make(torch.Generator().manual_seed(0))
 
     def there(value: Any) -> Any:
         if isinstance(value, _Table):
@@ -85,6 +94,20 @@ def _attention(generator: torch.Generator) -> Example:
     return Example(tuple(heads), {"document_ids": documents})
 
 
+def _latent_attention(generator: torch.Generator) -> Example:
+    """Values are narrower than keys."""
+    query, key = (_normal(generator, 2, 128, 4, 48) for _ in range(2))
+    return Example((query, key, _normal(generator, 2, 128, 4, 32)), {})
+
+
+def _later_attention(generator: torch.Generator) -> Example:
+    """The queries are the last positions alone, as of a process that has a part of each row."""
+    query, key, value = (_normal(generator, 2, length, 4, 64) for length in (64, 192, 192))
+    documents = torch.zeros(2, 192, dtype=torch.int32)
+    documents[0, 100:], documents[1, 150:] = 1, 1
+    return Example((query, key, value), {"document_ids": documents})
+
+
 def _grouped_matmul(generator: torch.Generator) -> Example:
     ends = torch.tensor([64, 64, 192, 256, 320, 384, 500, 512], dtype=torch.int32)
     return Example((_normal(generator, 512, 256), _normal(generator, _EXPERTS, 128, 256), ends), {})
@@ -110,6 +133,9 @@ def _linear_cross_entropy(generator: torch.Generator) -> Example:
     return Example((_normal(generator, 512, 128), 0.1 * _normal(generator, 1024, 128), labels, 0.3), {})
 
 
+_FURTHER: dict[str, tuple[Callable[[torch.Generator], Example], ...]] = {
+    "attention": (_latent_attention, _later_attention),
+}
 _MADE: dict[str, Callable[[torch.Generator], Example]] = {
     "linear": _linear,
     "rms_norm": _rms_norm,

@@ -1,8 +1,9 @@
 """Liger Kernel's fused operations (`pip install liger-kernel`, 0.8 read), where it is installed; else torch's own.
 
 Not run by us: there is no NVIDIA device here. A version is compared with the reference on the device when it is chosen,
-and not taken where it differs, fails or is no faster. Attention is torch's `scaled_dot_product_attention`, which brings
-its flash kernels, and blocks are compiled where Triton is.
+and not taken where it differs, fails or is no faster, nor where blocks are compiled, since torch fuses it there.
+Attention is torch's `scaled_dot_product_attention`, which brings its flash kernels, and blocks are compiled where
+Triton is.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from zili.ops.versions import Version
+from zili.ops.versions import EAGER, Version
 
 
 def _lacks(device_type: str, precision: str) -> str | None:
@@ -31,4 +32,4 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 # Not its SwiGLU: that overwrites its inputs with their gradients, which are another's too where blocks are recomputed.
-VERSIONS = (Version("rms_norm", "liger", rms_norm, _lacks),)
+VERSIONS = (Version("rms_norm", "liger", rms_norm, _lacks, needs=EAGER),)

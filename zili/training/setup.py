@@ -77,6 +77,7 @@ def set_up(config: RunConfig) -> Setup:
 def _resolve(config: RunConfig, layout: Layout, device: Device) -> tuple[RunConfig, list[Choice]]:
     from zili import ops
     from zili.ops.registry import OF_EXPERTS
+    from zili.ops.versions import EAGER
 
     precision, why_precision = _precision(config.chip, device)
     previous = _previous(config, device, precision)
@@ -91,11 +92,12 @@ def _resolve(config: RunConfig, layout: Layout, device: Device) -> tuple[RunConf
         choices.append(Choice("parallel.shards", str(layout.shards), f"what is left of {layout.world} processes"))
     choices += _fallbacks(layout, device, precision)
     unused = () if config.model.mixture else OF_EXPERTS
+    lacking = device.lacking() | ({EAGER: "blocks are compiled, which fuses it"} if compiled else {})
     own, kept = config.chip.operations, _kept_operations(previous, device, precision)
     asked, vendor = {**kept, **own}, device.backend.operations
     choices += [
         Choice(f"chip.operations.{name}", version, _KEPT if name in kept.keys() - own else why)
-        for name, version, why in ops.choose(device.type, precision, asked, unused, vendor, device.lacking())
+        for name, version, why in ops.choose(device.type, precision, asked, unused, vendor, lacking)
     ]
     chip = config.chip.model_copy(update={"name": device.backend.name, "precision": precision, "compile": compiled})
     training = config.training.model_copy(update={"micro_batch": micro})
