@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -37,13 +38,17 @@ class Seen(NamedTuple):
 def examine(device: Device) -> Iterator[Finding]:
     """A verdict on every capability that one device can show."""
     for name, probe in _ON_ONE.items():
-        yield verdict(device, name, _tried(lambda probe=probe: probe(device)))  # type: ignore[misc]
+        yield verdict(device, name, _tried(partial(probe, device)))
 
 
 def examine_together(device: Device, count: int) -> Iterator[tuple[str, Callable[[], Finding]]]:
     """Of those that take `count` processes, each by name and how to get its verdict; all processes take part."""
     for name, probe in _TOGETHER.items():
-        yield name, lambda name=name, probe=probe: verdict(device, name, _tried(lambda: probe(device, count)))  # type: ignore[misc]
+        yield name, partial(_verdict_together, device, name, partial(probe, device, count))
+
+
+def _verdict_together(device: Device, name: str, probe: Callable[[], Seen]) -> Finding:
+    return verdict(device, name, _tried(probe))
 
 
 def _tried(probe: Callable[[], Seen]) -> Seen:
@@ -81,7 +86,7 @@ def _bf16(device: Device) -> Seen:
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.ones(1024, 1024, dtype=dtype, device=device.torch)
-        seconds[dtype] = min(_seconds(lambda a=a: a @ a, device) for _ in range(5))  # type: ignore[misc]
+        seconds[dtype] = min(_seconds(partial(torch.mm, a, a), device) for _ in range(5))
     ratio = seconds[torch.float32] / seconds[torch.bfloat16]
     return Seen(True, f"products are right, at {ratio:.2g} times the speed of fp32", slow=ratio < 1)
 
