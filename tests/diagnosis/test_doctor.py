@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +18,14 @@ import torch
 from zili.ops.yardstick import distance
 
 
-def doctor(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "zili", "doctor", "--chip", "cpu", *words]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=180, env=dict(os.environ))
+COMMAND = [sys.executable, "-m", "zili", "doctor", "--chip", "cpu"]
+
+
+def doctor(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **variables}
+    return subprocess.run(
+        [*COMMAND, *words], capture_output=True, text=True, check=False, timeout=180, env=environment
+    )
 
 
 def test_this_machine(tmp_path: Path) -> None:
@@ -30,7 +39,7 @@ def test_this_machine(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_not_there_is_said(tmp_path: Path) -> None:
-    finished = doctor("--folder", str(tmp_path / "nowhere"), "--processes", "1")
+    finished = doctor("--folder", str(tmp_path / "nowhere"), "--only", "disk")
     assert finished.returncode == 10
     assert "cannot be written" in finished.stdout and "verdict: broken" in finished.stdout
 
@@ -40,6 +49,62 @@ def test_a_chip_that_is_not_here() -> None:
         pytest.skip("the chip is here")
     finished = doctor("--chip", "nvidia")
     assert finished.returncode == 10 and "built without cuda" in finished.stdout and "Traceback" not in finished.stderr
+
+
+def test_it_is_not_for_torchrun() -> None:
+    finished = doctor(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0")
+    assert finished.returncode == 7 and "run it by itself, without torchrun" in finished.stderr
+
+
+def until(look: Callable[[], Any], seconds: float = 30) -> Any:
+    """What `look` gives as soon as it is true."""
+    end = time.monotonic() + seconds
+    while not (found := look()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads processes from Linux's /proc")
+def test_its_processes_end_when_it_is_killed(tmp_path: Path) -> None:
+    command = [*COMMAND, "--processes", "2", "--only", "collectives", "--folder", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as started:
+        children = Path(f"/proc/{started.pid}/task/{started.pid}/children")
+
+        def workers() -> list[int]:
+            found = list(map(int, children.read_text().split()))
+            return found if len(found) == 2 else []
+
+        first, second = until(workers)
+        os.kill(second, signal.SIGSTOP)  # the first will wait for it, and would for ever
+        try:
+            until(lambda: waits(first))
+            started.kill()
+            started.wait(10)
+            until(lambda: ended(first))
+        finally:
+            os.kill(second, signal.SIGCONT)
+        until(lambda: ended(second))
+
+
+def ended(process: int) -> bool:
+    """Whether it is gone, or a zombie nobody has asked about."""
+    try:
+        return of_process(process)[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def waits(process: int) -> bool:
+    """Whether it has started, and computes nothing for a second."""
+    before = of_process(process)[11]
+    time.sleep(1)
+    return int(before) > 100 and of_process(process)[11] == before
+
+
+def of_process(number: int) -> list[str]:
+    """Its state, ..., and as the twelfth, user time in hundredths of a second (proc(5))."""
+    return Path(f"/proc/{number}/stat").read_text().rsplit(")", 1)[1].split()
 
 
 def rounded(x: torch.Tensor, bits: int) -> torch.Tensor:

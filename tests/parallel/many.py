@@ -45,20 +45,19 @@ def on_processes(
 ) -> list[Any]:
     """`work(*arguments)` on `count` processes that torchrun might have started; the results by rank.
 
-    With an `environment` of their own they are new processes, else forks of one that has torch imported.
+    They are forks of one that has torch imported, but no plugin: those in their `environment` are theirs alone.
     Raises `AssertionError` with the traceback of the first that failed.
     """
-    context: Any = multiprocessing.get_context("forkserver" if environment is None else "spawn")
-    if environment is None:
-        context.set_forkserver_preload(["zili.training.trainer", "zili.cli.launch", "torch.utils.tensorboard"])
+    context: Any = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["zili.training.trainer", "zili.cli.launch", "torch.utils.tensorboard"])
     port = free_port()
     results: multiprocessing.Queue[Any] = context.Queue()
     processes = [
-        context.Process(target=_on_one, args=(rank, count, port, results, work, arguments)) for rank in range(count)
+        context.Process(target=_on_one, args=(rank, count, port, dict(environment or {}), results, work, arguments))
+        for rank in range(count)
     ]
-    with mock.patch.dict(os.environ, environment or {}):
-        for process in processes:
-            process.start()
+    for process in processes:
+        process.start()
     found: dict[int, Any] = {}
     end = time.monotonic() + _SECONDS
     try:
@@ -101,8 +100,17 @@ class Failed:
     trace: str
 
 
-def _on_one(rank: int, count: int, port: int, results: Any, work: Callable[..., Any], arguments: Any) -> None:
+def _on_one(
+    rank: int,
+    count: int,
+    port: int,
+    environment: Mapping[str, str],
+    results: Any,
+    work: Callable[..., Any],
+    arguments: Any,
+) -> None:
     os.environ.update(
+        environment,
         RANK=str(rank),
         WORLD_SIZE=str(count),
         LOCAL_RANK=str(rank),
@@ -110,7 +118,7 @@ def _on_one(rank: int, count: int, port: int, results: Any, work: Callable[..., 
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    # A spawned process begins with its parent's sys.path, whatever PYTHONPATH says.
+    # Python read PYTHONPATH when the process that this one is a fork of began.
     sys.path += [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder not in sys.path]
     torch.set_num_threads(1)
     try:

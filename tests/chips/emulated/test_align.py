@@ -6,16 +6,22 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet, finalize
 
 import pytest
+import torch
 from emulated import Fault
 from many import on_processes
 from plugins import ASCEND, CAMBRICON, Environment
 from tiny_models import Kind, Runs, slow
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from zili.config import RunConfig, dump_recipe
+from zili.diagnosis.shadow import Shadow
 
 PLACES: list[Any] = [
     ("aten::index_select", 0, "forward", "embedding", "dense", "embedding"),
@@ -55,6 +61,65 @@ def alignments(config: RunConfig, planted: list[list[Fault]], steps: int = 1) ->
         result = align.align(config, _trainer, steps)
         found.append((result.losses, [(o.way, o.module, o.operation) for o in result.offences], str(result.first)))
     return found
+
+
+class HostBytes(TorchDispatchMode):
+    """Bytes on the host of what operations make, while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen: WeakSet[torch.UntypedStorage] = WeakSet()
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        out = function(*arguments, **(keywords or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu":
+                self._add(leaf.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage not in self._seen:
+            self._seen.add(storage)
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            finalize(storage, self._free, storage.nbytes())
+
+    def _free(self, size: int) -> None:
+        self.live -= size
+
+
+def memory(config: RunConfig) -> tuple[int, int, int]:
+    """Largest bytes of a plain step on the device, of one that `zili align` watches, and on the host meanwhile."""
+    import emulated
+
+    from zili.cli.align import _trainer
+    from zili.diagnosis import align
+
+    peaks = []
+    host = HostBytes()
+    for watch in (nullcontext(), host):
+        trainer = _trainer(config)
+        shadow = Shadow(trainer.model, trainer.device.type) if watch is host else None
+        align._losses(trainer, 1)  # the optimizer's state is made by the first step
+        emulated.reset()
+        with watch:
+            align._losses(trainer, 1, shadow)
+        peaks.append(emulated.counts().peak)
+        del trainer
+    return *peaks, host.peak
+
+
+def test_its_memory_does_not_grow_with_the_depth(runs: Runs, with_plugins: Environment) -> None:
+    found = [
+        on_processes(1, memory, recipe(runs, "dense", f"model.layers={layers}"), environment=with_plugins(CAMBRICON))[0]
+        for layers in (2, 6)
+    ]
+    for plain, watched, _ in found:
+        assert watched <= 1.02 * plain
+    (shallow, _, host), (deep, _, host_of_deep) = found
+    assert deep > 1.5 * shallow
+    assert 0 < host_of_deep <= 1.02 * host
 
 
 def recipe(runs: Runs, kind: Kind, *more: str) -> RunConfig:

@@ -146,8 +146,8 @@ def test_a_dropped_reduction_is_found(with_plugins: Environment, tmp_path: Path)
 
 
 def test_a_slow_process_is_named(with_plugins: Environment, tmp_path: Path) -> None:
-    fault = {"operation": "all_reduce", "kind": "slow", "amount": 0.3, "rank": 2}
-    report = doctor(ASCEND, with_plugins, tmp_path, fault, only="collectives", processes=4)
+    fault = {"operation": "all_reduce", "kind": "slow", "amount": 0.1, "rank": 2}
+    report = doctor(ASCEND, with_plugins, tmp_path, fault, only="collectives", processes=3)
     assert [(finding["name"], finding["severity"]) for finding in report.bad()] == [("process 2", "degraded")]
     assert report.code == 9
 
