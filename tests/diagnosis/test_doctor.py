@@ -17,15 +17,12 @@ import torch
 
 from zili.ops.yardstick import distance
 
-
 COMMAND = [sys.executable, "-m", "zili", "doctor", "--chip", "cpu"]
 
 
 def doctor(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **variables}
-    return subprocess.run(
-        [*COMMAND, *words], capture_output=True, text=True, check=False, timeout=180, env=environment
-    )
+    return subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False, timeout=180, env=environment)
 
 
 def test_this_machine(tmp_path: Path) -> None:
