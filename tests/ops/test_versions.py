@@ -76,7 +76,7 @@ def test_blocked_attention_leaves_a_cache_to_the_reference():
 @pytest.mark.parametrize("multiplier", [1.0, 0.25])
 @pytest.mark.parametrize("ignored", [0.0, 0.3, 1.0])
 def test_chunked_linear_cross_entropy(multiplier, ignored, monkeypatch):
-    monkeypatch.setattr("zili.ops.chunked_cross_entropy._CHUNK_ELEMENTS", 1)  # chunks of 64 rows
+    monkeypatch.setattr("zili.ops.chunked_cross_entropy._CHUNK", 1)  # chunks of 64 rows
     torch.manual_seed(0)
     hidden, weight = torch.randn(150, 16), torch.randn(97, 16)
     labels = torch.randint(97, (150,))

@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 from zili.ops.product import LIBRARIES, Product, library, weight_gradient
 from zili.ops.reference import IGNORE_INDEX, VocabularyPart, Whole
 
-_CHUNK_ELEMENTS = 4 * 1024 * 1024
+_CHUNK = 4 * 1024 * 1024
 """Logits at a time: 16 MB of fp32, which stays in a CPU's last-level cache and in its allocator's reach."""
-_CHUNK_ELEMENTS_ELSEWHERE = 512 * 1024 * 1024
+_CHUNK_ELSEWHERE = 512 * 1024 * 1024
 """2 GB on an accelerator: each chunk reads and writes the whole weight gradient, so few, large ones. Not measured."""
 
 
@@ -33,16 +33,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         vocabulary: VocabularyPart | None,
         product: Product,
         needs_gradient: bool,
+        elements: int,
     ) -> Tensor:
         matrix = weight.to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_gradient else None
         grad_weight: Tensor | None = None
-        on_host = hidden.device.type == "cpu"
-        size = max(64, (_CHUNK_ELEMENTS if on_host else _CHUNK_ELEMENTS_ELSEWHERE) // len(weight))
-        one_chunk = _one_chunk
-        if vocabulary is not None or not on_host:
-            one_chunk = partial(_one_chunk_of_a_part, vocabulary or Whole())
+        size = max(64, elements // len(weight))
+        one_chunk = _one_chunk if vocabulary is None else partial(_one_chunk_of_a_part, vocabulary)
         for start in range(0, len(hidden), size):
             rows = hidden[start : start + size]
             loss, scores = one_chunk(rows, matrix, labels[start : start + size], multiplier, product)
@@ -62,7 +60,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, grad_weight * grad, None, None, None, None, None
+        return grad_hidden * grad, grad_weight * grad, *(None,) * 6
 
 
 def _one_chunk(
@@ -117,8 +115,23 @@ def chunked_linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, multiplier: float = 1.0, part: VocabularyPart | None = None
 ) -> Tensor:
     """`reference.linear_cross_entropy` without `[N, V]` logits, on any device."""
+    if hidden.device.type != "cpu":
+        return as_on_an_accelerator(hidden, weight, labels, multiplier, part)
+    return _chunked(hidden, weight, labels, multiplier, part, _CHUNK)
+
+
+def as_on_an_accelerator(
+    hidden: Tensor, weight: Tensor, labels: Tensor, multiplier: float = 1.0, part: VocabularyPart | None = None
+) -> Tensor:
+    """`chunked_linear_cross_entropy` as it runs anywhere but on the host, on any device: for rehearsals."""
+    return _chunked(hidden, weight, labels, multiplier, part or Whole(), _CHUNK_ELSEWHERE)
+
+
+def _chunked(
+    hidden: Tensor, weight: Tensor, labels: Tensor, multiplier: float, part: VocabularyPart | None, elements: int
+) -> Tensor:
     # oneDNN's product knows fp32 alone; every other dtype goes torch's way.
     product = LIBRARIES[library() if hidden.dtype == torch.float32 else "plain"]
     # Asked here: inside an autograd function gradients are off, whether the caller wants them or not.
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _ChunkedCrossEntropy.apply(hidden, weight, labels, multiplier, part, product, needs_gradient)
+    return _ChunkedCrossEntropy.apply(hidden, weight, labels, multiplier, part, product, needs_gradient, elements)

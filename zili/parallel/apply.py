@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from zili.config import RunConfig
@@ -14,7 +16,19 @@ from zili.parallel.tensor import apply_tensor_parallel
 from zili.parallel.world import World
 
 
-def build_parts(config: RunConfig, world: World, dtype: torch.dtype) -> list[Decoder]:
+Materialize = Callable[[Decoder, str, int], None]
+"""Gives a part on the meta device memory on a type of device, and what its weights begin with, from a seed."""
+
+
+def with_first_weights(part: Decoder, device_type: str, seed: int) -> None:
+    """`Materialize` of a run: every weight is drawn."""
+    part.to_empty(device=device_type)
+    part.init_weights(seed)
+
+
+def build_parts(
+    config: RunConfig, world: World, dtype: torch.dtype, materialize: Materialize = with_first_weights
+) -> list[Decoder]:
     """The stages this process has, their weights set: one, the whole model, where there is no pipeline.
 
     The order matters. Matrices are cut first, since everything after must see the parts; blocks are compiled before
@@ -22,8 +36,7 @@ def build_parts(config: RunConfig, world: World, dtype: torch.dtype) -> list[Dec
     """
     parts = [_build(config, world, dtype, layers) for layers in _layers(config, world)]
     for part in parts:
-        part.to_empty(device=world.device.type)
-        part.init_weights(config.seed)
+        materialize(part, world.device.type, config.seed)
     return parts
 
 

@@ -8,6 +8,7 @@ sends is counted first.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -38,14 +39,14 @@ class ProcessExchange(Exchange):
         super().__init__()
         self.group = group
         self.size = dist.get_world_size(group)
+        self.sizes: Callable[[Tensor, Tensor, int], tuple[list[int], list[int]]] = counted
 
     def there(self, rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Ticket]:
         by_process = counts.view(self.size, -1)
         even = [1] * self.size
         # [process that sends, expert here]
         arriving = exchanged(by_process, even, even, self.group)
-        # The host must know how much to send: the one wait of a layer, for both numbers at once.
-        sent, received = torch.stack((by_process.sum(1), arriving.sum(1))).tolist()
+        sent, received = self.sizes(by_process, arriving, len(rows))
         rows = exchange(rows, sent, received, self.group)
         # They come process by process; the products want them expert by expert.
         expert = torch.arange(arriving.shape[1], device=rows.device).repeat(self.size)
@@ -56,6 +57,13 @@ class ProcessExchange(Exchange):
         inverse = torch.empty_like(ticket.order)
         inverse[ticket.order] = torch.arange(len(inverse), device=rows.device)
         return exchange(rows[inverse], ticket.received, ticket.sent, self.group)
+
+
+def counted(by_process: Tensor, arriving: Tensor, rows: int) -> tuple[list[int], list[int]]:
+    """How many of `rows` go to each process, and come from it: sums of `by_process, arriving [processes, experts]`."""
+    # The host must know how much to send: the one wait of a layer, for both numbers at once.
+    sent, received = torch.stack((by_process.sum(1), arriving.sum(1))).tolist()
+    return sent, received
 
 
 class SumOverSequence(Seam):

@@ -15,7 +15,7 @@ from zili.config import RunConfig
 from zili.data.loader import Batch
 from zili.models.decoder import Decoder
 from zili.ops import IGNORE_INDEX
-from zili.parallel.apply import build_parts
+from zili.parallel.apply import Materialize, build_parts, with_first_weights
 from zili.parallel.context import ContextPart
 from zili.parallel.data import reduce_gradients, sum_gradients
 from zili.parallel.pipeline import Pipeline
@@ -28,13 +28,19 @@ class ParallelModel:
     Losses and gradients are sums over tokens; who divides by their number is the trainer, once, at the end.
     """
 
-    def __init__(self, config: RunConfig, world: World, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        dtype: torch.dtype,
+        materialize: Materialize = with_first_weights,
+    ) -> None:
         micro = config.training.micro_batch
         assert isinstance(micro, int), "the configuration is resolved"
         self.world = world
         self.micro_batch = micro
         self._dtype = dtype
-        self.parts: list[Decoder] = build_parts(config, world, dtype)
+        self.parts: list[Decoder] = build_parts(config, world, dtype, materialize)
         self._context = ContextPart(world) if world.layout.context > 1 else None
         self._pipeline = Pipeline(self.parts, config, world) if world.layout.pipeline > 1 else None
 

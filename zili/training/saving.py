@@ -33,8 +33,7 @@ class Saver:
         self._world = world
         self._keep = keep
         self._asynchronous = asynchronous
-        # Of its own: the messages of a save in the background must not meet those of the step.
-        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._group: dist.ProcessGroup | None = None
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -45,6 +44,9 @@ class Saver:
             CheckpointError: the disk refused, now or in the save before; nothing half-written is left.
         """
         self.wait()
+        if self._world.size > 1 and self._group is None:
+            # Of its own: the messages of a save in the background must not meet those of the step.
+            self._group = dist.new_group(backend="gloo")
         target = self.folder / f"step-{state.step:08d}"
         if not self._asynchronous:
             self._write(target, state, tensors)

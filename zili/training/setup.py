@@ -65,7 +65,7 @@ def set_up(config: RunConfig) -> Setup:
     join(device)
     world = World(layout, device)
     started = [Choice("chip.name", device.backend.name, selection.reason), *_environment(activation)]
-    resolved, choices = world.from_first(lambda: _resolve(config, layout, device))
+    resolved, choices = world.from_first(lambda: resolve(config, layout, device))
     lay_out(resolved, size)
     if not world.is_first:
         versions = {c.name.rpartition(".")[2]: c.value for c in choices if c.name.startswith("chip.operations.")}
@@ -74,7 +74,7 @@ def set_up(config: RunConfig) -> Setup:
     return Setup(resolved, device, world, (*started, *choices))
 
 
-def _resolve(config: RunConfig, layout: Layout, device: Device) -> tuple[RunConfig, list[Choice]]:
+def resolve(config: RunConfig, layout: Layout, device: Device) -> tuple[RunConfig, list[Choice]]:
     from zili import ops
     from zili.ops.registry import OF_EXPERTS
     from zili.ops.versions import EAGER

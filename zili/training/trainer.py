@@ -6,7 +6,7 @@ import math
 import platform
 import time
 from collections.abc import Iterable, Sequence
-from functools import reduce
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from zili.data.prefetch import Prefetcher
 from zili.errors import CheckpointError, TrainingError
 from zili.models.arithmetic import training_flops_per_token
 from zili.models.decoder import Decoder
+from zili.parallel.apply import Materialize, with_first_weights
 from zili.parallel.layout import Layout
 from zili.parallel.model import ParallelModel
 from zili.parallel.world import World
@@ -54,7 +55,9 @@ class Trainer:
         device: Device,
         callbacks: Sequence[Callback] = (),
         world: World | None = None,
+        materialize: Materialize = with_first_weights,
     ) -> None:
+        """`materialize` gives weights to a model that has shapes only; a rehearsal has no memory for them."""
         self.config = config
         self.loader = loader
         self.device = device
@@ -64,17 +67,16 @@ class Trainer:
         self.interrupted = False
         assert config.chip.precision != "auto", "the configuration is resolved"
         self._dtype = DTYPES[config.chip.precision]
-        self.parallel = ParallelModel(config, self.world, self._dtype)
+        self.parallel = ParallelModel(config, self.world, self._dtype, materialize)
         fused = device.capability("fused_adamw").value
         self.optimizers = build_optimizers(list(self.parallel.named_parameters()), config.optimizer, self._dtype, fused)
-        self.matmul_peak = matmul_peak(device, self._dtype)
         keep, asynchronous = config.checkpoint.keep, config.checkpoint.asynchronous
         self._saver = Saver(self.checkpoint_folder, self.world, keep=keep, asynchronous=asynchronous)
         self._saved_at: int | None = None
         self._last: tuple[Tensor, Tensor] | None = None
         self._loads: Tensor | None = None
         self._next_loss: Tensor | None = None
-        # Dropout's, after the measurement, which draws numbers too. Each process drops other elements.
+        # Dropout's: each process drops other elements.
         device.seed(config.seed + self.world.rank)
         self._flops_per_token = training_flops_per_token(config.model, config.training.sequence_length)
 
@@ -82,6 +84,11 @@ class Trainer:
     def model(self) -> Decoder:
         """The model; of a pipeline, this process's first stage."""
         return self.parallel.parts[0]
+
+    @cached_property
+    def matmul_peak(self) -> float:
+        """FLOP/s of a large matrix product here, measured when it is first asked for."""
+        return matmul_peak(self.device, self._dtype)
 
     @property
     def checkpoint_folder(self) -> Path:

@@ -1,0 +1,95 @@
+"""A process that believes itself one of N: its world, its device, its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any, TypeVar
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.pipelining.schedules import _PipelineSchedule
+from torch.distributed.pipelining.stage import InferenceMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from zili.chips.activation import Activation
+from zili.chips.backend import Backend
+from zili.chips.catalog import Chip
+from zili.chips.device import Device
+from zili.models.decoder import Decoder
+from zili.parallel.world import World
+
+Result = TypeVar("Result")
+_ENDLESS = 1 << 60
+
+
+class FakeWorld(World):
+    """The processes of a run, of which there is one: what it concludes, all conclude."""
+
+    def agree(self, work: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
+        return work()
+
+    def from_first(self, make: Callable[[], Result]) -> Result:
+        return make()
+
+
+class RehearsedDevice(Device):
+    """A device of `backend`, of the model `chip` where it is given: what it can do is theirs, its tensors the host's."""
+
+    def __init__(self, backend: Backend, chip: Chip | None, capabilities: dict[str, bool]) -> None:
+        """`capabilities` as for `Device`."""
+        self._model = chip
+        # Of the vendor's software nothing is here, so nothing of it is loaded.
+        here = replace(backend, device_type="cpu", collectives="fake", plugin=None, operations=None)
+        place = torch.device("cpu")
+        super().__init__(Activation(here, place, 1, (), (), None, {}, ()), capabilities)
+
+    def name(self) -> str:
+        return self._model.name if self._model else self.backend.name
+
+    def memory(self) -> dict[str, int]:
+        """All of the chip's, free; without end where the chip is not known."""
+        total = int(self._model.require("memory_gb") * 1e9) if self._model else _ENDLESS
+        return {"allocated": 0, "peak": 0, "free": total, "total": total}
+
+
+@contextmanager
+def as_rank(rank: int, size: int) -> Iterator[FakeTensorMode]:
+    """Be process `rank` of `size` for a while; gives the mode in which tensors have no memory."""
+    if size > 1:
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    # Stages agree by a vote whether their messages have fixed sizes, and there is nobody to vote; given their shapes,
+    # as here, all of them say yes.
+    unanimous = mock.patch.object(_PipelineSchedule, "_warmup_p2p", _all_static)
+    try:
+        with unanimous:
+            # Modules are built outside of it, where meshes count their processes with real tensors.
+            yield FakeTensorMode(allow_non_fake_inputs=True)
+    finally:
+        if size > 1:
+            dist.destroy_process_group()
+
+
+def _all_static(schedule: Any, stages: list[Any], has_backward: bool, p2p_done: bool) -> None:
+    for stage in stages:
+        stage._inference_mode = InferenceMode.STATIC
+
+
+def without_memory(mode: FakeTensorMode) -> Callable[[Decoder, str, int], None]:
+    """`zili.parallel.apply.Materialize` that allocates nothing."""
+
+    def materialize(part: Decoder, device_type: str, seed: int) -> None:
+        with mode:
+            part.to_empty(device=device_type)
+
+    return materialize
+
+
+def evenly(by_process: torch.Tensor, arriving: torch.Tensor, rows: int) -> tuple[list[int], list[int]]:
+    """`ProcessExchange.sizes` where every expert is equally wanted: nobody knows, and routers are trained to be so."""
+    size = len(by_process)
+    each = [rows // size + (process < rows % size) for process in range(size)]
+    return each, each

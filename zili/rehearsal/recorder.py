@@ -1,0 +1,260 @@
+"""What a step does, written down as it happens: memory, messages, arithmetic."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+from weakref import ref
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from zili.ops import registry
+from zili.parallel.model import plain
+
+WEIGHTS, GATHERED, GRADIENTS, OPTIMIZER = "weights", "gathered weights", "gradients", "optimizer"
+ACTIVATIONS, BACKWARD, LOGITS, MESSAGES, BATCH = "activations", "backward", "logits", "messages", "batch"
+PARTS = {
+    WEIGHTS: "this process's part of weights and buffers, fp32",
+    GRADIENTS: "of its part of the weights, and of gathered ones before they are summed",
+    OPTIMIZER: "moments of the optimizer",
+    GATHERED: "weights gathered from other processes",
+    ACTIVATIONS: "what forward passes left for their backward passes, and work of the forward pass at hand",
+    LOGITS: "made inside the loss: logits, their gradient, that of the output matrix",
+    BACKWARD: "gradients of activations, and work of the backward pass",
+    MESSAGES: "sent or received, other than weights",
+    BATCH: "token ids, labels, document numbers",
+}
+"""What memory is for, in the order in which it is shown."""
+
+_KINDS = {
+    "all_gather": ("allgather", "all_gather"),
+    "reduce_scatter": ("reduce_scatter",),
+    "all_reduce": ("allreduce", "all_reduce"),
+    "all_to_all": ("alltoall", "all_to_all"),
+    "broadcast": ("broadcast",),
+    "send": ("send",),
+    "receive": ("recv",),
+}
+_MESSAGE_SPACES = ("c10d", "_c10d_functional")
+_PARTS_OF_SPACES = {"_c10d_functional": MESSAGES, "fsdp": GATHERED}
+
+
+@dataclass(frozen=True)
+class Message:
+    """A kind of collective, as often as it happened alike."""
+
+    kind: str
+    mesh: str
+    """What its processes share: a name of `World.mesh`, or of one of its dimensions."""
+    processes: int
+    bytes: int
+    """Of the larger side, on this process: what a gather gives, what a reduction or an exchange takes, what is sent."""
+
+
+@dataclass
+class Block:
+    """Some memory, from when to when, and what for."""
+
+    part: str
+    made_by: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass
+class Recorder(TorchDispatchMode):
+    """Notes every operation below autograd. Times are numbers of operations."""
+
+    groups: dict[str, str]
+    """Name of what its processes share, by a process group's own name."""
+    now: int = 0
+    flops: Counter[str] = field(default_factory=Counter)
+    """Of matrix products and attention, forward and backward, by phase."""
+    operations: Counter[str] = field(default_factory=Counter)
+    messages: Counter[Message] = field(default_factory=Counter)
+    changes: list[tuple[int, int, int]] = field(default_factory=list)
+    """Time, number of the block, bytes more or less."""
+    blocks: list[Block] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._numbers: dict[int, int] = {}
+        self._sizes: dict[int, int] = {}
+        self._held: dict[int, ref[torch.UntypedStorage]] = {}
+        self._optimizing = False
+        self._in_loss = False
+        self._asked_for_shapes = False
+
+    # ---- memory
+
+    def is_for(self, part: str, tensors: Iterable[Tensor]) -> None:
+        """Say what `tensors` are, whatever they looked like when they were made."""
+        for tensor in tensors:
+            self.blocks[self._number(plain(tensor), part, "before the step")].part = part
+
+    def _number(self, tensor: Tensor, part: str, made_by: str) -> int:
+        """The block of a tensor's memory; a new one where it was not known."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._numbers:
+            number = len(self.blocks)
+            self.blocks.append(Block(part, made_by, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")))
+            self._numbers[key], self._sizes[key] = number, 0
+            self._held[key] = ref(storage, lambda _: self._freed(key))
+            self._resized(key, storage.nbytes())
+        return self._numbers[key]
+
+    def _resized(self, key: int, size: int) -> None:
+        difference = size - self._sizes[key]
+        if difference:
+            self.changes.append((self.now, self._numbers[key], difference))
+        self._sizes[key] = size
+
+    def _freed(self, key: int) -> None:
+        self._resized(key, 0)
+        del self._numbers[key], self._sizes[key], self._held[key]
+
+    @contextmanager
+    def recording(self) -> Iterator[Recorder]:
+        """Record what happens inside."""
+        resize = torch.UntypedStorage.resize_
+
+        def resized(storage: torch.UntypedStorage, size: int) -> Any:
+            done = resize(storage, size)
+            if (key := storage._cdata) in self._numbers:
+                self._resized(key, storage.nbytes())
+                if size:  # FSDP2 gives and takes the memory of gathered weights so, by no operation
+                    self.blocks[self._numbers[key]].part = GATHERED
+            return done
+
+        with ExitStack() as stack:
+            stack.enter_context(mock.patch.object(torch.UntypedStorage, "resize_", resized))
+            stack.enter_context(registry.replaced(self._marked))
+            # DTensor tries out what operations do to shapes, on whole tensors that nobody has.
+            propagate = ShardingPropagator._propagate_tensor_meta_non_cached
+
+            def shapes(propagator: Any, schema: Any) -> Any:
+                self._asked_for_shapes = True
+                try:
+                    return propagate(propagator, schema)
+                finally:
+                    self._asked_for_shapes = False
+
+            stack.enter_context(mock.patch.object(ShardingPropagator, propagate.__name__, shapes))
+            for hook in (
+                register_optimizer_step_pre_hook(self._before_optimizer),
+                register_optimizer_step_post_hook(self._after_optimizer),
+            ):
+                stack.callback(hook.remove)
+            stack.enter_context(self)
+            yield self
+
+    def _before_optimizer(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._optimizing = True
+        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        self.is_for(GRADIENTS, (parameter.grad for parameter in parameters if parameter.grad is not None))
+
+    def _after_optimizer(self, *_: Any) -> None:
+        self._optimizing = False
+
+    def _marked(self, name: str, version: Callable[..., Any]) -> Callable[..., Any]:
+        """A loss during which it is known that it is one."""
+        if name != "linear_cross_entropy":
+            return version
+
+        def loss(*arguments: Any, **keywords: Any) -> Any:
+            self._in_loss = True
+            try:
+                return version(*arguments, **keywords)
+            finally:
+                self._in_loss = False
+
+        return loss
+
+    @property
+    def _phase(self) -> str:
+        if self._optimizing:
+            return "optimizer"
+        return "forward" if torch._C._current_autograd_node() is None else "backward"
+
+    def _part(self) -> str:
+        if self._in_loss:
+            return LOGITS
+        return {"forward": ACTIVATIONS, "backward": BACKWARD, "optimizer": OPTIMIZER}[self._phase]
+
+    # ---- operations
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented  # its operations on plain tensors come by here
+        keywords = keywords or {}
+        if self._asked_for_shapes or function is torch.ops.prim.device.default:
+            return function(*arguments, **keywords)
+        self.now += 1
+        if function.namespace in _MESSAGE_SPACES:
+            self._note_message(function, arguments)
+        out = function(*arguments, **keywords)
+        self.operations[str(function)] += 1
+        if (formula := flop_registry.get(function._overloadpacket)) is not None:
+            self.flops[self._phase] += formula(*arguments, **keywords, out_val=out)
+        part, name = _PARTS_OF_SPACES.get(function.namespace, self._part()), str(function)
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and not isinstance(leaf, DTensor):
+                self._number(leaf, part, name)
+        if function.namespace == "fsdp":
+            self._note_sharding(function, arguments, keywords)
+        return out
+
+    def _note_sharding(self, function: Any, arguments: Any, keywords: Any) -> None:
+        """What FSDP2 allocates is known when it is used: gathered weights, gradients that are cut and sent."""
+        name = function._schema.name
+        given = dict(zip((each.name for each in function._schema.arguments), arguments, strict=False)) | keywords
+        if name == "fsdp::all_gather_copy_in":
+            self.is_for(GATHERED, [given["all_gather_output"]])
+        elif name == "fsdp::split_with_sizes_copy":
+            self.is_for(GATHERED, given["out"])
+        elif name == "fsdp::chunk_cat":
+            self.is_for(GRADIENTS, given["tensors"])
+            self.is_for(MESSAGES, [given["out"]])
+
+    def _note_message(self, function: Any, arguments: Any) -> None:
+        name = function._schema.name.partition("::")[2].lstrip("_")
+        kind = next((kind for kind, names in _KINDS.items() if name.startswith(names)), None)
+        if kind is None:  # waiting, and what only passes a tensor on
+            return
+        tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+        for tensor in tensors:
+            block = self.blocks[self._number(tensor, MESSAGES, str(function))]
+            if block.part in (ACTIVATIONS, BACKWARD):
+                block.part = MESSAGES
+        group = _group(function, arguments)
+        size = max(tensor.nbytes for tensor in tensors)
+        if kind == "all_gather" and function.namespace == "_c10d_functional":
+            size *= group.size()
+        self.messages[Message(kind, self.groups.get(group.group_name, "world"), group.size(), size)] += 1
+
+
+def _group(function: Any, arguments: Any) -> dist.ProcessGroup:
+    """The process group among an operation's arguments: itself, or its name."""
+    for given, argument in zip(function._schema.arguments, arguments, strict=False):
+        if given.name == "group_name":
+            return argument if isinstance(argument, dist.ProcessGroup) else _named(argument)
+        if given.name == "process_group":
+            return dist.ProcessGroup.unbox(argument)
+    raise AssertionError(f"{function} names no process group")
+
+
+def _named(name: str) -> dist.ProcessGroup:
+    return dist.distributed_c10d._resolve_process_group(name)

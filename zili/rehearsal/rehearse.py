@@ -1,0 +1,177 @@
+"""One step of a recipe as one of its processes."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from zili import ops
+from zili.chips.backend import Backend
+from zili.chips.catalog import Chip
+from zili.config import RunConfig
+from zili.data.loader import Batch
+from zili.errors import ConfigError, LayoutError
+from zili.models.mixture import Experts
+from zili.ops.chunked_cross_entropy import as_on_an_accelerator
+from zili.parallel.expert import ProcessExchange
+from zili.parallel.layout import Layout, lay_out, stage_ranges, stages_of
+from zili.parallel.model import plain
+from zili.parallel.world import World
+from zili.rehearsal import recorder as recording
+from zili.rehearsal.fake_world import FakeWorld, RehearsedDevice, as_rank, evenly, without_memory
+from zili.rehearsal.recorder import Recorder
+from zili.rehearsal.report import Rehearsal, memory
+from zili.training.setup import resolve
+from zili.training.trainer import Trainer
+
+
+def stage_ranks(config: RunConfig, world: int) -> list[int]:
+    """The first process of each place in the pipeline: what the others of that place do is the same."""
+    layout = lay_out(config, world)
+    return [place * (world // layout.pipeline) for place in range(layout.pipeline)]
+
+
+def rehearse(
+    config: RunConfig,
+    world: int,
+    rank: int = 0,
+    *,
+    backend: Backend,
+    chip: Chip | None = None,
+    micro_batches: int | None = None,
+) -> Rehearsal:
+    """One step of `config`, optimizer included, as process `rank` of `world` on devices of `backend`.
+
+    It has `micro_batches` of the step's, by default as many as memory depends on; memory is that of every step after
+    the first, which begins with the optimizer's moments there. Blocks run eagerly.
+
+    Raises:
+        LayoutError: the layout does not fit the world, the model or the batch, or there is no such process.
+        ConfigError: the micro-batch is left to us and not one sample fits.
+    """
+    started = time.perf_counter()
+    layout = lay_out(config, world)
+    if not 0 <= rank < world:
+        raise LayoutError(f"process {rank} of {world}: give 0 to {world - 1}")
+    with as_rank(rank, world) as mode:
+        left_to_us = config.training.micro_batch == "auto"
+        if left_to_us and chip is None:
+            raise ConfigError("training.micro_batch is left to us, and how much fits is the chip's: name it with --chip")
+        # One that is given is tried as it is: what fits is what a rehearsal finds out.
+        device = RehearsedDevice(backend, chip if left_to_us else None, config.chip.capabilities)
+        resolved, choices = resolve(_eagerly(config), layout, device)
+        lay_out(resolved, world)
+        resolved = _shortened(resolved, layout, micro_batches)
+        fake = FakeWorld(layout, device)
+        trainer = Trainer(resolved, _NoData(), device, world=fake, materialize=without_memory(mode))  # type: ignore[arg-type]
+        recorder = Recorder(_group_names(fake))
+        with mode, ops.registry.replaced(_as_on_the_chip):
+            _step(trainer, recorder)
+    peak, timeline = memory(recorder)
+    ranges = stage_ranges(config.parallel, config.model.layers)
+    numbers = stages_of(config.parallel, fake.pipeline_rank)
+    return Rehearsal(
+        rank,
+        world,
+        str(layout),
+        numbers,
+        [layer for number in numbers for layer in ranges[number]],
+        _micro_batches(resolved, layout),
+        peak,
+        timeline,
+        dict(recorder.messages),
+        dict(recorder.flops),
+        dict(recorder.operations.most_common()),
+        time.perf_counter() - started,
+        1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        [str(choice) for choice in choices],
+    )
+
+
+class _NoData:
+    """A rehearsal's batches have shapes only."""
+
+
+def _eagerly(config: RunConfig) -> RunConfig:
+    """`config` with what would be measured on the machine decided."""
+    versions = {"linear": "reference", "attention": "reference", "grouped_matmul": "grouped", **config.chip.operations}
+    chip = config.chip.model_copy(update={"compile": False, "operations": versions})
+    return config.model_copy(update={"chip": chip})
+
+
+def _shortened(config: RunConfig, layout: Layout, micro_batches: int | None) -> RunConfig:
+    """`config` with so many micro-batches in its global batch, or as many as are in flight at once."""
+    whole = _micro_batches(config, layout)
+    if micro_batches is None:
+        stages = config.parallel.stages_each
+        micro_batches = 2 if layout.pipeline == 1 else layout.pipeline * (1 if stages == 1 else 2 * stages)
+    micro = config.training.micro_batch
+    assert isinstance(micro, int), "the configuration is resolved"
+    batch = min(whole, micro_batches) * micro * layout.data
+    return config.model_copy(update={"training": config.training.model_copy(update={"global_batch": batch})})
+
+
+def _micro_batches(config: RunConfig, layout: Layout) -> int:
+    micro = config.training.micro_batch
+    assert isinstance(micro, int), "the configuration is resolved"
+    return config.training.global_batch // layout.data // micro
+
+
+def _as_on_the_chip(name: str, version: object) -> object:
+    # On the host it looks at values, and there are none.
+    if name == "linear_cross_entropy" and version is ops.registry.VERSIONS[-1].function:
+        return as_on_an_accelerator
+    return version
+
+
+def _step(trainer: Trainer, recorder: Recorder) -> None:
+    trainer.parallel.train()
+    for part in trainer.parallel.parts:
+        for module in part.modules():
+            if isinstance(module, Experts) and isinstance(module.exchange, ProcessExchange):
+                module.exchange.sizes = evenly
+    _make_optimizer_state(trainer)
+    rows = trainer.config.training.global_batch // trainer.world.layout.data
+    ids = torch.zeros(rows, trainer.config.training.sequence_length, dtype=torch.long)
+    batch = Batch(ids, ids.clone(), ids.int())
+    recorder.is_for(recording.BATCH, batch)
+    recorder.is_for(recording.WEIGHTS, (tensor for part in trainer.parallel.parts for tensor in _held(part)))
+    recorder.is_for(recording.OPTIMIZER, _state(trainer))
+    with recorder.recording():
+        trainer.train_step(batch)
+
+
+def _held(part: torch.nn.Module) -> Iterator[Tensor]:
+    yield from part.parameters()
+    yield from part.buffers()
+
+
+def _make_optimizer_state(trainer: Trainer) -> None:
+    """What the first step makes, by a step of nothing."""
+    for parameter in trainer.parallel.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for optimizer in trainer.optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _state(trainer: Trainer) -> Iterator[Tensor]:
+    for optimizer in trainer.optimizers:
+        for state in optimizer.state.values():
+            yield from (plain(value) for value in state.values() if isinstance(value, Tensor))
+
+
+def _group_names(world: World) -> dict[str, str]:
+    """What the processes of each group share; of names for the same group the first."""
+    names: dict[str, str] = {}
+    if world.size == 1:
+        return names
+    for name in ("pipeline", "tensor", "context", "expert", "weights", "expert_weights", "sequence"):
+        mesh = world.mesh(name)
+        for dimension in mesh.mesh_dim_names or ():
+            names.setdefault(mesh.get_group(dimension).group_name, dimension if mesh.ndim > 1 else name)
+    return names
