@@ -10,7 +10,20 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from zili.cli import align, chat, chips, config, doctor, eval, import_export, quickstart, report, sample, train
+from zili.cli import (
+    align,
+    chat,
+    chips,
+    config,
+    doctor,
+    eval,
+    import_export,
+    quickstart,
+    rehearse,
+    report,
+    sample,
+    train,
+)
 from zili.errors import ZiliError
 from zili.parallel.layout import processes
 
@@ -38,6 +51,7 @@ app = typer.Typer(
 )
 app.command()(quickstart.quickstart)
 app.command()(train.train)
+app.command()(rehearse.rehearse)
 app.command(name="eval")(eval.eval_)
 app.command()(sample.sample)
 app.command()(chat.chat)

@@ -15,7 +15,6 @@ from zili.parallel.layout import stage_ranges, stages_of
 from zili.parallel.tensor import apply_tensor_parallel
 from zili.parallel.world import World
 
-
 Materialize = Callable[[Decoder, str, int], None]
 """Gives a part on the meta device memory on a type of device, and what its weights begin with, from a seed."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 from unittest import mock
@@ -37,7 +37,7 @@ class FakeWorld(World):
 
 
 class RehearsedDevice(Device):
-    """A device of `backend`, of the model `chip` where it is given: what it can do is theirs, its tensors the host's."""
+    """A device of `backend`, of the model `chip` where it is given: what it can is theirs, its tensors the host's."""
 
     def __init__(self, backend: Backend, chip: Chip | None, capabilities: dict[str, bool]) -> None:
         """`capabilities` as for `Device`."""

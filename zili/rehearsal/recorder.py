@@ -256,5 +256,5 @@ def _group(function: Any, arguments: Any) -> dist.ProcessGroup:
     raise AssertionError(f"{function} names no process group")
 
 
-def _named(name: str) -> dist.ProcessGroup:
+def _named(name: Any) -> dist.ProcessGroup:
     return dist.distributed_c10d._resolve_process_group(name)

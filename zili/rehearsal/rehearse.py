@@ -9,14 +9,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from zili import ops
 from zili.chips.backend import Backend
 from zili.chips.catalog import Chip
 from zili.config import RunConfig
 from zili.data.loader import Batch
 from zili.errors import ConfigError, LayoutError
 from zili.models.mixture import Experts
-from zili.ops.chunked_cross_entropy import as_on_an_accelerator
+from zili.ops import registry
 from zili.parallel.expert import ProcessExchange
 from zili.parallel.layout import Layout, lay_out, stage_ranges, stages_of
 from zili.parallel.model import plain
@@ -25,6 +24,7 @@ from zili.rehearsal import recorder as recording
 from zili.rehearsal.fake_world import FakeWorld, RehearsedDevice, as_rank, evenly, without_memory
 from zili.rehearsal.recorder import Recorder
 from zili.rehearsal.report import Rehearsal, memory
+from zili.rehearsal.stand_ins import stand_in
 from zili.training.setup import resolve
 from zili.training.trainer import Trainer
 
@@ -60,16 +60,16 @@ def rehearse(
     with as_rank(rank, world) as mode:
         left_to_us = config.training.micro_batch == "auto"
         if left_to_us and chip is None:
-            raise ConfigError("training.micro_batch is left to us, and how much fits is the chip's: name it with --chip")
+            raise ConfigError("training.micro_batch is auto, and how much fits is the chip's to say: name it (--chip)")
         # One that is given is tried as it is: what fits is what a rehearsal finds out.
         device = RehearsedDevice(backend, chip if left_to_us else None, config.chip.capabilities)
-        resolved, choices = resolve(_eagerly(config), layout, device)
+        resolved, choices = resolve(_eagerly(config, device, backend.device_type), layout, device)
         lay_out(resolved, world)
         resolved = _shortened(resolved, layout, micro_batches)
         fake = FakeWorld(layout, device)
         trainer = Trainer(resolved, _NoData(), device, world=fake, materialize=without_memory(mode))  # type: ignore[arg-type]
         recorder = Recorder(_group_names(fake))
-        with mode, ops.registry.replaced(_as_on_the_chip):
+        with mode, registry.replaced(stand_in):
             _step(trainer, recorder)
     peak, timeline = memory(recorder)
     ranges = stage_ranges(config.parallel, config.model.layers)
@@ -96,10 +96,13 @@ class _NoData:
     """A rehearsal's batches have shapes only."""
 
 
-def _eagerly(config: RunConfig) -> RunConfig:
-    """`config` with what would be measured on the machine decided."""
+def _eagerly(config: RunConfig, device: RehearsedDevice, kind: str) -> RunConfig:
+    """`config` with decided what else would be measured on the machine, or is otherwise on the host."""
     versions = {"linear": "reference", "attention": "reference", "grouped_matmul": "grouped", **config.chip.operations}
-    chip = config.chip.model_copy(update={"compile": False, "operations": versions})
+    precision = config.chip.precision
+    if precision == "auto":
+        precision = "bf16" if device.capability("bf16").value and kind != "cpu" else "fp32"
+    chip = config.chip.model_copy(update={"compile": False, "operations": versions, "precision": precision})
     return config.model_copy(update={"chip": chip})
 
 
@@ -119,13 +122,6 @@ def _micro_batches(config: RunConfig, layout: Layout) -> int:
     micro = config.training.micro_batch
     assert isinstance(micro, int), "the configuration is resolved"
     return config.training.global_batch // layout.data // micro
-
-
-def _as_on_the_chip(name: str, version: object) -> object:
-    # On the host it looks at values, and there are none.
-    if name == "linear_cross_entropy" and version is ops.registry.VERSIONS[-1].function:
-        return as_on_an_accelerator
-    return version
 
 
 def _step(trainer: Trainer, recorder: Recorder) -> None:

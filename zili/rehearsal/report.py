@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -10,6 +10,15 @@ from typing import Any
 from zili.rehearsal.recorder import PARTS, Message, Recorder
 
 _POINTS = 400
+
+
+def size_text(size: float) -> str:
+    """`12.3 GiB`, with the unit that fits."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            break
+        size /= 1024
+    return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.4g} {unit}"
 
 
 @dataclass(frozen=True)
@@ -21,8 +30,8 @@ class Peak:
     """Number of the operation."""
     parts: dict[str, int]
     """Bytes by what they are for, all of `PARTS`."""
-    largest: list[tuple[int, str]]
-    """The largest blocks then: bytes, and what they are."""
+    largest: list[tuple[int, str, int]]
+    """The largest blocks then: bytes of one, what it is, and how many are alike."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +92,14 @@ def memory(recorder: Recorder) -> tuple[Peak, list[tuple[int, dict[str, int]]]]:
     return peak, timeline
 
 
-def _largest(recorder: Recorder, live: dict[int, int], count: int = 12) -> list[tuple[int, str]]:
-    found = sorted(((size, number) for number, size in live.items() if size), reverse=True)[:count]
-    return [(size, _said(recorder, number)) for size, number in found]
+def _largest(recorder: Recorder, live: dict[int, int], count: int = 12) -> list[tuple[int, str, int]]:
+    alike = Counter((size, _said(recorder, number)) for number, size in live.items() if size)
+    return [(size, what, times) for (size, what), times in sorted(alike.items(), key=_in_all)[:count]]
+
+
+def _in_all(alike: tuple[tuple[int, str], int]) -> int:
+    (size, _), times = alike
+    return -size * times
 
 
 def _said(recorder: Recorder, number: int) -> str:

@@ -445,6 +445,8 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("set_.source_Storage", set_storage);
   m.impl("set_.source_Tensor", set_tensor);
   m.impl("_fused_sdp_choice", plain_attention);
+  // Torch's formula would stand in for it; every vendor has the kernel.
+  m.impl("silu_backward", torch::CppFunction::makeFromBoxedFunction<&on_the_cpus_kernel>());
 }
 
 TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) { m.fallback(torch::CppFunction::makeFallthrough()); }

@@ -31,7 +31,7 @@ PLACES: list[Any] = [
     ("aten::addmm", 5, "forward", "layers.0.feed_forward.up", "dense"),
     ("aten::silu", 2, "forward", "layers.2.feed_forward", "dense"),
     ("aten::_softmax", 1, "forward", "layers.1.attention.core", "dense", "_safe_softmax"),
-    ("aten::sigmoid", 0, "backward", "layers.3.feed_forward", "dense"),  # silu's gradient is made of it there
+    ("aten::silu_backward", 0, "backward", "layers.3.feed_forward", "dense"),
     ("aten::_softmax_backward_data", 3, "backward", "layers.0.attention.core", "dense"),
     ("aten::embedding_dense_backward", 0, "backward", "embedding", "dense"),
     ("aten::_fused_adamw_", 0, "optimizer", "the optimizer", "dense"),

@@ -1,0 +1,156 @@
+"""`zili rehearse`: a step of a recipe as one of many processes, on this machine, without memory."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from zili import chips
+from zili.chips.catalog import Chip, find_chip
+from zili.cli.options import Overrides
+from zili.config import RunConfig, load_recipe
+from zili.durable import write_whole
+from zili.errors import ConfigError, LayoutError, ZiliError
+from zili.parallel.layout import lay_out, processes
+
+if TYPE_CHECKING:
+    from zili.rehearsal import Rehearsal
+
+
+def rehearse(
+    recipe: Annotated[Path, typer.Argument(help="TOML recipe, as `zili train` takes it.")],
+    count: Annotated[int, typer.Option("--chips", min=1, help="Processes in all, one a chip.")],
+    rank: Annotated[int, typer.Option(min=0, help="Which of them to be.")] = 0,
+    all_stages: Annotated[
+        bool, typer.Option("--all-stages", help="One process of each place in the pipeline.")
+    ] = False,
+    chip: Annotated[str | None, typer.Option(help="Model of the chips, as `zili chips` lists them.")] = None,
+    micro_batches: Annotated[
+        int | None, typer.Option(min=1, help="In the step; by default as many as memory depends on.")
+    ] = None,
+    as_json: Annotated[Path | None, typer.Option("--json", help="Write everything here, as JSON.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Write an HTML page here.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Run one step of the real trainer as one of many processes, without them and without memory: what does it take?
+
+    Exit codes: 0 it runs (and fits, where --chip is given), 7 it does not.
+    """
+    if processes()[1] > 1:
+        raise LayoutError("zili rehearse is every process by itself: run it without torchrun")
+    config = load_recipe(recipe, overrides or [])
+    lay_out(config, count)
+    model = find_chip(chip) if chip else None
+    ranks = _ranks(config, count, rank, all_stages)
+    found = _rehearsed(partial(_as_one, config, count, model, micro_batches), ranks)
+    console = Console()
+    _show(found, console)
+    capacity = int(model.require("memory_gb") * 1e9) if model else None
+    if as_json is not None:
+        write_whole(as_json, json.dumps([one.as_json() for one in found], indent=1) + "\n")
+    if page is not None:
+        from zili.rehearsal.page import page as drawn
+
+        write_whole(page, drawn(found, f"{recipe.name} on {count:,} {model.name if model else 'chips'}", capacity))
+        console.print(f"page: {page}", highlight=False, soft_wrap=True)
+    _refuse_what_does_not_fit(found, model, capacity, console)
+
+
+def _ranks(config: RunConfig, count: int, rank: int, all_stages: bool) -> list[int]:
+    if not all_stages:
+        return [rank]
+    from zili.rehearsal import stage_ranks
+
+    return stage_ranks(config, count)
+
+
+def _rehearsed(as_one: partial[Rehearsal], ranks: Sequence[int]) -> list[Rehearsal]:
+    if len(ranks) == 1:
+        return [as_one(ranks[0])]
+    # Each in a process of its own: there is one process group to a process, and there are cores.
+    with ProcessPoolExecutor(min(len(ranks), os.cpu_count() or 1), get_context("spawn"), max_tasks_per_child=1) as pool:
+        return list(pool.map(as_one, ranks))
+
+
+def _as_one(config: RunConfig, count: int, model: Chip | None, micro_batches: int | None, rank: int) -> Rehearsal:
+    chips.activate(chips.find_backend("cpu"))
+    from zili.rehearsal import rehearse as run
+
+    try:
+        return run(config, count, rank, backend=_backend(config, model), chip=model, micro_batches=micro_batches)
+    except ZiliError as error:
+        raise type(error)(f"process {rank} of {count}: {error}") from error
+
+
+def _backend(config: RunConfig, model: Chip | None) -> chips.Backend:
+    if model is not None:
+        if model.backend is None:
+            raise ConfigError(f"{model.name} is in the catalog for planning only: no backend drives it")
+        return chips.find_backend(model.backend)
+    return (
+        chips.choose(config.chip.name).backend if config.chip.name == "auto" else chips.find_backend(config.chip.name)
+    )
+
+
+def _show(found: Sequence[Rehearsal], console: Console) -> None:
+    from zili.rehearsal.page import imbalance
+    from zili.rehearsal.report import size_text
+
+    first = found[0]
+    console.print(f"{first.layout}, {first.micro_batches} micro-batches in the step", highlight=False)
+    for choice in first.choices:
+        console.print(f"  {choice}", highlight=False, markup=False, soft_wrap=True)
+    table = Table(box=None, pad_edge=False)
+    for name in ("process", "layers", "peak", "of it"):
+        table.add_column(name, justify="right" if name in ("process", "peak") else "left", overflow="fold")
+    for one in found:
+        parts = sorted(((size, part) for part, size in one.peak.parts.items() if size), reverse=True)
+        text = ", ".join(f"{part} {size_text(size)}" for size, part in parts)
+        table.add_row(str(one.rank), f"{one.layers[0]}-{one.layers[-1]}", size_text(one.peak.bytes), text)
+    console.print(table)
+    for one in found if len(found) == 1 else ():
+        for message, times in sorted(one.messages.items(), key=lambda item: -item[0].bytes * item[1]):
+            console.print(
+                f"  {message.kind} among {message.processes} ({message.mesh}): {times} of {size_text(message.bytes)}",
+                highlight=False,
+            )
+    for one in found:
+        flops = ", ".join(f"{phase} {count / 1e12:,.2f}" for phase, count in one.flops.items())
+        console.print(
+            f"process {one.rank}: TFLOP {flops}; {sum(one.operations.values()):,} operations; rehearsed in "
+            f"{one.seconds:.1f} s with {size_text(one.resident_bytes)}",
+            highlight=False,
+        )
+    if len(found) > 1:
+        memory, work = ([one.peak.bytes for one in found], [sum(one.flops.values()) for one in found])
+        console.print(
+            f"most over mean: memory {imbalance(memory):.3f}, arithmetic {imbalance(work):.3f}", highlight=False
+        )
+
+
+def _refuse_what_does_not_fit(
+    found: Sequence[Rehearsal], model: Chip | None, capacity: int | None, console: Console
+) -> None:
+    from zili.rehearsal.report import size_text
+
+    if capacity is None or model is None:
+        return
+    worst = max(found, key=lambda one: one.peak.bytes)
+    if worst.peak.bytes > capacity:
+        raise LayoutError(
+            f"process {worst.rank} does not fit: {size_text(worst.peak.bytes)} at its peak, {model.name} has "
+            f'{size_text(capacity)}; set training.recompute = "full", a smaller micro_batch, or more shards, tensor or '
+            "pipeline"
+        )
+    left = size_text(capacity - worst.peak.bytes)
+    console.print(f"fits {model.name}: {left} left for its runtime and its collectives", highlight=False)
