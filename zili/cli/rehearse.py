@@ -104,7 +104,7 @@ def _backend(config: RunConfig, model: Chip | None) -> chips.Backend:
 
 def _show(found: Sequence[Rehearsal], console: Console) -> None:
     from zili.rehearsal.page import imbalance
-    from zili.rehearsal.report import size_text
+    from zili.rehearsal.report import ranges_text, size_text
 
     first = found[0]
     console.print(f"{first.layout}, {first.micro_batches} micro-batches in the step", highlight=False)
@@ -116,7 +116,7 @@ def _show(found: Sequence[Rehearsal], console: Console) -> None:
     for one in found:
         parts = sorted(((size, part) for part, size in one.peak.parts.items() if size), reverse=True)
         text = ", ".join(f"{part} {size_text(size)}" for size, part in parts)
-        table.add_row(str(one.rank), f"{one.layers[0]}-{one.layers[-1]}", size_text(one.peak.bytes), text)
+        table.add_row(str(one.rank), ranges_text(one.layers), size_text(one.peak.bytes), text)
     console.print(table)
     for one in found if len(found) == 1 else ():
         for message, times in sorted(one.messages.items(), key=lambda item: -item[0].bytes * item[1]):

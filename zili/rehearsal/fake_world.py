@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.pipelining.schedules import _PipelineSchedule
+from torch.distributed.pipelining import schedules
 from torch.distributed.pipelining.stage import InferenceMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -24,6 +24,8 @@ from zili.parallel.world import World
 
 Result = TypeVar("Result")
 _ENDLESS = 1 << 60
+_taken = False
+_SEND_AND_RECEIVE = schedules._batch_p2p
 
 
 class FakeWorld(World):
@@ -58,19 +60,42 @@ class RehearsedDevice(Device):
 
 @contextmanager
 def as_rank(rank: int, size: int) -> Iterator[FakeTensorMode]:
-    """Be process `rank` of `size` for a while; gives the mode in which tensors have no memory."""
+    """Be process `rank` of `size` for a while; gives the mode in which tensors have no memory.
+
+    Once a process: torch keeps what it knows of meshes, and another world's would be taken for the same.
+    """
+    global _taken  # noqa: PLW0603
     if size > 1:
+        if _taken:
+            raise RuntimeError("this process was one of a world before; rehearse each process in a new one")
+        _taken = True
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     # Stages agree by a vote whether their messages have fixed sizes, and there is nobody to vote; given their shapes,
     # as here, all of them say yes.
-    unanimous = mock.patch.object(_PipelineSchedule, "_warmup_p2p", _all_static)
+    unanimous = mock.patch.object(schedules._PipelineSchedule, "_warmup_p2p", _all_static)
     try:
-        with unanimous:
+        with unanimous, mock.patch.object(schedules, "_batch_p2p", _held_until_waited_for):
             # Modules are built outside of it, where meshes count their processes with real tensors.
             yield FakeTensorMode(allow_non_fake_inputs=True)
     finally:
         if size > 1:
             dist.destroy_process_group()
+
+
+class _Messages:
+    """Messages on their way, which hold what they are of; those of a fake group hold nothing."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def wait(self) -> bool:
+        self._tensors = []
+        return True
+
+
+def _held_until_waited_for(messages: list[dist.P2POp], desc: str | None = None) -> list[_Messages]:
+    _SEND_AND_RECEIVE(messages, desc)
+    return [_Messages([message.tensor for message in messages])] if messages else []
 
 
 def _all_static(schedule: Any, stages: list[Any], has_backward: bool, p2p_done: bool) -> None:

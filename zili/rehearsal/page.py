@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from zili.rehearsal.recorder import PARTS
-from zili.rehearsal.report import Rehearsal, size_text
+from zili.rehearsal.report import Rehearsal, ranges_text, size_text
 
 _WIDTH, _HEIGHT = 1000, 260
 _COLOURS = ("#38506e", "#b3552e", "#8a7f6d", "#7d97b5", "#c99a2e", "#7b4b73", "#d8a48f", "#4f8a7c", "#c4c8cc")
@@ -42,7 +42,7 @@ def _overview(rehearsals: Sequence[Rehearsal], capacity: int | None) -> str:
     if len(rehearsals) == 1:
         return ""
     rows = "".join(
-        f"<tr><td class=n>{r.rank}<td>{_numbers(r.stages)}<td>{_numbers(r.layers)}<td class=n>{size_text(r.peak.bytes)}"
+        f"<tr><td class=n>{r.rank}<td>{ranges_text(r.stages)}<td>{ranges_text(r.layers)}<td class=n>{size_text(r.peak.bytes)}"
         f"<td class=n>{sum(r.flops.values()) / 1e12:,.1f}</tr>"
         for r in rehearsals
     )
@@ -56,17 +56,6 @@ arithmetic {imbalance([sum(r.flops.values()) for r in rehearsals]):.3f}{room}.</
 def imbalance(values: Sequence[float]) -> float:
     """The largest over the mean."""
     return max(values) * len(values) / sum(values)
-
-
-def _numbers(numbers: Sequence[int]) -> str:
-    """`0-11`, or `0-3, 12-15`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def _section(rehearsal: Rehearsal, capacity: int | None) -> str:
@@ -87,7 +76,7 @@ def _section(rehearsal: Rehearsal, capacity: int | None) -> str:
         for m, n in sorted(rehearsal.messages.items(), key=lambda item: -item[0].bytes * item[1])
     )
     flops = ", ".join(f"{phase} {count / 1e12:,.2f}" for phase, count in rehearsal.flops.items())
-    return f"""<h2>Process {rehearsal.rank}: layers {_numbers(rehearsal.layers)}, peak {size_text(peak.bytes)}</h2>
+    return f"""<h2>Process {rehearsal.rank}: layers {ranges_text(rehearsal.layers)}, peak {size_text(peak.bytes)}</h2>
 {_drawing(rehearsal, capacity)}
 <table><tr><th>at the peak<th class=n>bytes<th></tr>{parts}</table>
 <p>TFLOP of matrix products and attention: {flops}. {sum(rehearsal.operations.values()):,} operations.</p>

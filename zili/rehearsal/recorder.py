@@ -18,7 +18,12 @@ from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import (
+    flop_registry,
+    register_flop_formula,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 from zili.ops import registry
 from zili.parallel.model import plain
@@ -49,6 +54,25 @@ _KINDS = {
 }
 _MESSAGE_SPACES = ("c10d", "_c10d_functional")
 _PARTS_OF_SPACES = {"_c10d_functional": MESSAGES, "fsdp": GATHERED}
+
+
+# torch has formulas for the kernels of NVIDIA's chips, and none for these.
+@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)
+def _attention_backward_flops(
+    grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any
+) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)
+
+
+@register_flop_formula(torch.ops.aten._grouped_mm)
+def _grouped_flops(rows: torch.Size, others: torch.Size, *_: Any, **__: Any) -> int:
+    """Rows, cut into groups, by a matrix each; or, of weights' gradients, a product for each group of rows."""
+    return 2 * rows[0] * rows[1] * others[-1]
 
 
 @dataclass(frozen=True)

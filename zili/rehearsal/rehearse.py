@@ -24,7 +24,7 @@ from zili.rehearsal import recorder as recording
 from zili.rehearsal.fake_world import FakeWorld, RehearsedDevice, as_rank, evenly, without_memory
 from zili.rehearsal.recorder import Recorder
 from zili.rehearsal.report import Rehearsal, memory
-from zili.rehearsal.stand_ins import stand_in
+from zili.rehearsal.stand_ins import FUSED, stand_in
 from zili.training.setup import resolve
 from zili.training.trainer import Trainer
 
@@ -58,6 +58,9 @@ def rehearse(
     if not 0 <= rank < world:
         raise LayoutError(f"process {rank} of {world}: give 0 to {world - 1}")
     with as_rank(rank, world) as mode:
+        # The host's attention is none that a chip has.
+        asked = config.chip.operations.get("attention")
+        attention = asked or (registry.REFERENCE if backend.device_type == "cpu" else FUSED)
         left_to_us = config.training.micro_batch == "auto"
         if left_to_us and chip is None:
             raise ConfigError("training.micro_batch is auto, and how much fits is the chip's to say: name it (--chip)")
@@ -69,7 +72,7 @@ def rehearse(
         fake = FakeWorld(layout, device)
         trainer = Trainer(resolved, _NoData(), device, world=fake, materialize=without_memory(mode))  # type: ignore[arg-type]
         recorder = Recorder(_group_names(fake))
-        with mode, registry.replaced(stand_in):
+        with mode, registry.replaced(stand_in(attention)):
             _step(trainer, recorder)
     peak, timeline = memory(recorder)
     ranges = stage_ranges(config.parallel, config.model.layers)
@@ -88,7 +91,7 @@ def rehearse(
         dict(recorder.operations.most_common()),
         time.perf_counter() - started,
         1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        [str(choice) for choice in choices],
+        [str(choice) for choice in choices if "operations" not in choice.name] + [f"attention = {attention}"],
     )
 
 

@@ -7,9 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
-from zili.ops import product
+from zili.ops import product, reference
 from zili.ops.chunked_cross_entropy import as_on_an_accelerator, chunked_linear_cross_entropy
+
+FUSED = "fused"
+"""The stand-in for a chip's attention, beside the names of `chip.operations.attention`."""
 
 
 class _Grouped(torch.autograd.Function):
@@ -23,9 +27,9 @@ class _Grouped(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, weights = ctx.saved_tensors
-        one = grad.t() @ x  # as many products as over all experts
-        del one
-        return grad @ weights[0], torch.empty_like(weights)
+        grad_x = grad @ weights[0]
+        grad.t() @ x  # as many products as over all experts, which are not kept
+        return grad_x, torch.empty_like(weights)
 
 
 def grouped(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
@@ -35,6 +39,66 @@ def grouped(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     return _Grouped.apply(x, weights)
 
 
+# ---- attention by one kernel: what every vendor has, and the host has not
+
+
+@torch.library.custom_op("zili::rehearsed_attention", mutates_args=())
+def _attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    raise NotImplementedError("only shapes are computed")
+
+
+@_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    batch, length, heads, _ = query.shape
+    # The logarithm of each query's sum is kept, with which scores are made again backward.
+    sums = query.new_empty(batch, heads, length, dtype=torch.float32)
+    return query.new_empty(batch, length, heads, value.shape[-1]), sums
+
+
+@torch.library.custom_op("zili::rehearsed_attention_backward", mutates_args=())
+def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    raise NotImplementedError("only shapes are computed")
+
+
+@_attention_backward.register_fake
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value, _, _ = ctx.saved_tensors
+    return torch.ops.zili.rehearsed_attention_backward(grad, query, key, value)
+
+
+_attention.register_autograd(_gradients, setup_context=_save)
+
+
+def _heads_first(shape: torch.Size) -> tuple[int, ...]:
+    return shape[0], shape[2], shape[1], shape[3]
+
+
+@register_flop_formula(torch.ops.zili.rehearsed_attention)
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, **_: Any) -> int:
+    return sdpa_flop_count(*map(_heads_first, (query, key, value)))
+
+
+@register_flop_formula(torch.ops.zili.rehearsed_attention_backward)
+def _backward_flops(grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, **_: Any) -> int:
+    return sdpa_backward_flop_count(*map(_heads_first, (grad, query, key, value)))
+
+
+def fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, document_ids: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
+    """`zili.ops.reference.attention` as a kernel that takes the lengths of documents and makes no mask."""
+    return torch.ops.zili.rehearsed_attention(query, key, value)[0]
+
+
 STAND_INS: dict[Callable[..., Any], Callable[..., Any]] = {
     # On the host it looks at values, and there are none.
     chunked_linear_cross_entropy: as_on_an_accelerator,
@@ -42,6 +106,7 @@ STAND_INS: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 
-def stand_in(operation: str, version: Callable[..., Any]) -> Callable[..., Any]:
-    """What is rehearsed in place of `version`; for `zili.ops.registry.replaced`."""
-    return STAND_INS.get(version, version)
+def stand_in(attention: str) -> Callable[[str, Callable[..., Any]], Callable[..., Any]]:
+    """What is rehearsed in place of a version; for `zili.ops.registry.replaced`."""
+    stands = STAND_INS | ({reference.attention: fused_attention} if attention == FUSED else {})
+    return lambda operation, version: stands.get(version, version)
