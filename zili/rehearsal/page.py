@@ -42,8 +42,8 @@ def _overview(rehearsals: Sequence[Rehearsal], capacity: int | None) -> str:
     if len(rehearsals) == 1:
         return ""
     rows = "".join(
-        f"<tr><td class=n>{r.rank}<td>{ranges_text(r.stages)}<td>{ranges_text(r.layers)}<td class=n>{size_text(r.peak.bytes)}"
-        f"<td class=n>{sum(r.flops.values()) / 1e12:,.1f}</tr>"
+        f"<tr><td class=n>{r.rank}<td>{ranges_text(r.stages)}<td>{ranges_text(r.layers)}"
+        f"<td class=n>{size_text(r.peak.bytes)}<td class=n>{sum(r.flops.values()) / 1e12:,.1f}</tr>"
         for r in rehearsals
     )
     room = f"; the chip has {size_text(capacity)}" if capacity else ""

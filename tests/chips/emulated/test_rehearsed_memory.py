@@ -109,7 +109,8 @@ def test_it_is_what_the_allocator_gives(
     for number, (kind, layout, more) in enumerate(layouts):
         for rank in sorted({0, world - 1}):
             (said,) = on_processes(1, rehearsed, configs[number], world, rank)
-            off = said / given[rank][number] - 1
-            case = f"{kind}, {layout}, {' '.join(more)}: process {rank}: {said:,} bytes said, {given[rank][number]:,} given"
+            truth = given[rank][number]
+            off = said / truth - 1
+            case = f"{kind}, {layout}, {' '.join(more)}: process {rank}: {said:,} bytes said, {truth:,} given"
             record_property(case, f"{off:.2%}")
             assert abs(off) <= WITHIN, case
