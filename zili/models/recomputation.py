@@ -14,16 +14,15 @@ Recompute = Literal["none", "selective", "full"]
 
 _KEPT = frozenset(
     (
-        *("aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm"),
-        *("aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_for_cpu"),
-        *("aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_fused_attention_overrideable"),
-        *("zili::linear", "zili::blocked_attention"),
+        *("aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm", "zili::linear"),
         # What came from other processes: asking for it again would cost more than keeping it.
         *("_c10d_functional::all_gather_into_tensor", "_c10d_functional::reduce_scatter_tensor"),
         *("_c10d_functional::all_to_all_single", "_c10d_functional::wait_tensor"),
     )
 )
-"""Operations whose results are dear: matrix products, attention, collectives (Korthikanti et al. 2022, section 5)."""
+"""Operations whose results are dear: matrix products, collectives (Korthikanti et al. 2022, section 5)."""
+_KEPT_BY_NAME = ("attention", "grouped_matmul")
+"""Dear too, by a part of their names: each vendor has kernels of its own for them."""
 
 
 def recomputed(block: nn.Module, how: Recompute, *arguments: Any) -> Tensor:
@@ -35,5 +34,6 @@ def recomputed(block: nn.Module, how: Recompute, *arguments: Any) -> Tensor:
 
 
 def _policy(context: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
-    kept = isinstance(operation, torch._ops.OpOverload) and operation.name().split(".")[0] in _KEPT
+    name = operation.name().split(".")[0] if isinstance(operation, torch._ops.OpOverload) else ""
+    kept = name in _KEPT or any(part in name for part in _KEPT_BY_NAME)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

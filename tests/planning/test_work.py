@@ -1,0 +1,48 @@
+"""The planner's FLOPs are those of the real trainer, rehearsed: exactly."""
+
+from __future__ import annotations
+
+import pytest
+from many import on_processes
+from tiny_models import Kind, Layout, tiny_recipe
+
+from zili import chips
+from zili.config import RunConfig
+from zili.parallel.layout import lay_out
+from zili.planning.job import Job
+from zili.planning.work import flops
+
+CASES: list[tuple[Kind, int, str, tuple[str, ...]]] = [
+    ("dense", 1, "", ()),
+    ("dense", 1, "", ("training.recompute=full",)),
+    ("dense", 1, "", ("training.recompute=selective",)),
+    ("dense", 4, "tensor=2 context=2", ("chip.precision=bf16",)),
+    ("dense", 8, "context=4 shards=2", ("training.recompute=full",)),
+    ("dense", 16, "pipeline=4 shards=2 tensor=2", ()),
+    ("dense", 8, "pipeline=2 shards=4 schedule=interleaved", ("training.recompute=full",)),
+    ("mixture", 1, "", ()),
+    ("mixture", 8, "shards=4 tensor=2 expert=8", ("chip.precision=bf16",)),
+    ("mixture", 8, "pipeline=2 shards=2 context=2 expert=4", ("training.recompute=full",)),
+    ("tele-flm-1t", 4, "shards=2 tensor=2", ()),
+    ("zili-1t-a32b", 8, "pipeline=2 shards=2 tensor=2 expert=4", ("training.recompute=full",)),
+]
+
+
+def executed(config: RunConfig, world: int, rank: int) -> dict[str, int]:
+    from zili.rehearsal import rehearse
+
+    return rehearse(config, world, rank, backend=chips.find_backend("ascend"), micro_batches=64).flops
+
+
+@pytest.mark.parametrize(("kind", "world", "layout", "more"), CASES)
+def test_they_are_those_that_are_executed(
+    kind: Kind, world: int, layout: str, more: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    config = tiny_recipe(kind, folder, folder / "run", *Layout(layout).overrides, "training.global_batch=32", *more)
+    chip = config.chip.model_copy(update={"operations": {}})  # attention by one kernel, as chips have it
+    config = config.model_copy(update={"chip": chip})
+    laid_out = lay_out(config, world)
+    for place in {0, laid_out.pipeline - 1}:
+        (found,) = on_processes(1, executed, config, world, place * (world // laid_out.pipeline))
+        assert flops(Job(config, laid_out, place)) == found, f"place {place}"

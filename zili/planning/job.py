@@ -1,0 +1,87 @@
+"""A step of a model on many chips, with nothing left open."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from zili.config import RunConfig
+from zili.config.model import ModelConfig
+from zili.models.arithmetic import Shape, layer_shapes
+from zili.parallel.layout import Layout, stage_ranges, stages_of
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe on a layout, seen from one process's place in the pipeline."""
+
+    config: RunConfig
+    """Resolved: micro-batch and precision are chosen."""
+    layout: Layout
+    place: int = 0
+    """Which process of its pipeline."""
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.config.model
+
+    @property
+    def micro_batch(self) -> int:
+        micro = self.config.training.micro_batch
+        assert isinstance(micro, int), "the configuration is resolved"
+        return micro
+
+    @property
+    def micro_batches(self) -> int:
+        """Of one process in a step."""
+        return self.config.training.global_batch // self.layout.data // self.micro_batch
+
+    @property
+    def sequence(self) -> int:
+        return self.config.training.sequence_length
+
+    @property
+    def lowered(self) -> bool:
+        """Whether matrix products are in bf16."""
+        return self.config.chip.precision == "bf16"
+
+    @property
+    def product_bytes(self) -> int:
+        """Of an element of what matrix products take and give."""
+        return 2 if self.lowered else 4
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch between a gather and a sum: a context's share of each row."""
+        return self.micro_batch * self.sequence // self.layout.context
+
+    @property
+    def own_tokens(self) -> int:
+        """Of a micro-batch outside of them: of that, a tensor-parallel process's share."""
+        return self.tokens // self.layout.tensor
+
+    @cached_property
+    def stages(self) -> tuple[range, ...]:
+        """Layers of each stage that this process has."""
+        ranges = stage_ranges(self.config.parallel, self.model.layers)
+        return tuple(ranges[number] for number in stages_of(self.config.parallel, self.place))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """All of them; multi-token prediction's block counts as one more, behind the last."""
+        more = (self.model.layers,) if self.has_last and self.model.mtp_layers else ()
+        return (*(layer for stage in self.stages for layer in stage), *more)
+
+    @property
+    def has_first(self) -> bool:
+        """Whether it has the embedding that ids go through."""
+        return any(stage.start == 0 for stage in self.stages)
+
+    @property
+    def has_last(self) -> bool:
+        """Whether it has the loss."""
+        return any(stage.stop == self.model.layers for stage in self.stages)
+
+    def shapes(self, layer: int) -> dict[str, Shape]:
+        """Tensors of a layer, whole."""
+        return layer_shapes(self.model, layer)
