@@ -49,7 +49,7 @@ def on_processes(
     Raises `AssertionError` with the traceback of the first that failed.
     """
     context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["zili.training.trainer", "zili.cli.launch", "torch.utils.tensorboard"])
+    context.set_forkserver_preload(["zili.rehearsal", "zili.cli.launch", "torch.utils.tensorboard"])
     port = free_port()
     results: multiprocessing.Queue[Any] = context.Queue()
     processes = [

@@ -39,10 +39,15 @@ def test_they_are_those_that_are_executed(
     kind: Kind, world: int, layout: str, more: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.getbasetemp()
-    config = tiny_recipe(kind, folder, folder / "run", *Layout(layout).overrides, "training.global_batch=32", *more)
-    chip = config.chip.model_copy(update={"operations": {}})  # attention by one kernel, as chips have it
-    config = config.model_copy(update={"chip": chip})
-    laid_out = lay_out(config, world)
+    wide = tiny_recipe(kind, folder, folder / "run", *Layout(layout).overrides, "training.global_batch=64", *more)
+    laid_out = lay_out(wide, world)
+    batch = 2 * laid_out.data * laid_out.pipeline  # as few micro-batches of two as the pipeline takes
+    config = wide.model_copy(
+        update={
+            "training": wide.training.model_copy(update={"global_batch": batch}),
+            "chip": wide.chip.model_copy(update={"operations": {}}),  # attention by one kernel, as chips have it
+        }
+    )
     for place in {0, laid_out.pipeline - 1}:
         (found,) = on_processes(1, executed, config, world, place * (world // laid_out.pipeline))
         assert flops(Job(config, laid_out, place)) == found, f"place {place}"

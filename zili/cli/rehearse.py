@@ -26,6 +26,9 @@ from zili.parallel.layout import lay_out, processes
 if TYPE_CHECKING:
     from zili.rehearsal import Rehearsal
 
+_SHOWN = 4
+"""Parts of memory shown of each process; JSON and page have all."""
+
 
 def rehearse(
     recipe: Annotated[Path, typer.Argument(help="TOML recipe, as `zili train` takes it.")],
@@ -115,7 +118,7 @@ def _show(found: Sequence[Rehearsal], console: Console) -> None:
         table.add_column(name, justify="right" if name in ("process", "peak") else "left", overflow="fold")
     for one in found:
         parts = sorted(((size, part) for part, size in one.peak.parts.items() if size), reverse=True)
-        text = ", ".join(f"{part} {size_text(size)}" for size, part in parts)
+        text = ", ".join(f"{part} {size_text(size)}" for size, part in parts[:_SHOWN])
         table.add_row(str(one.rank), ranges_text(one.layers), size_text(one.peak.bytes), text)
     console.print(table)
     for one in found if len(found) == 1 else ():

@@ -1,0 +1,78 @@
+"""`zili rehearse` as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_models import tiny_recipe
+
+from zili.config import dump_recipe
+
+_ONE_ROW = ("--set", "training.micro_batch=1")
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def rehearse(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "zili", "rehearse", *words]
+    environment = {**os.environ, **variables}
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=environment)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    file = tmp_path / "recipe.toml"
+    file.write_text(dump_recipe(tiny_recipe("dense", tmp_path, tmp_path / "run")), encoding="utf-8")
+    return file
+
+
+def test_all_stages_with_json_and_page(file: Path, tmp_path: Path) -> None:
+    out, page = tmp_path / "out.json", tmp_path / "page.html"
+    finished = rehearse(
+        *(str(file), "--chips", "8", "--all-stages", "--chip", "ascend-910b2", "--json", str(out), "--page", str(page)),
+        *("--set", "parallel.pipeline=2", "--set", "parallel.tensor=2"),
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "pipeline 2 x shards 2 x tensor 2" in finished.stdout and "fits ascend-910b2" in finished.stdout
+    first, last = json.loads(out.read_text())
+    assert (first["rank"], first["layers"], last["rank"], last["layers"]) == (0, [0, 1], 4, [2, 3])
+    for one in (first, last):
+        assert sum(one["peak"]["parts"].values()) == one["peak"]["bytes"] > 0
+        assert max(sum(parts.values()) for _, parts in one["timeline"]) == one["peak"]["bytes"]
+    sent = [message for message in first["messages"] if message["kind"] == "send"]
+    # To the next stage, a micro-batch's hidden states in fp32: two rows of 64 tokens, half of them here, 64 wide.
+    assert [(m["mesh"], m["bytes"], m["count"]) for m in sent] == [("pipeline", 2 * 32 * 64 * 4, 2)]
+    text = page.read_text(encoding="utf-8")
+    assert "Process 4: layers 2-3" in text and "<svg" in text and "ascend-910b2" in text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--chips", "8", "--set", "parallel.tensor=3"], 7, "8 processes cannot be divided by"),
+        (["--chips", "4", "--rank", "4"], 7, "process 4 of 4: give 0 to 3"),
+        (["--chips", "4", "--chip", "no-such"], 6, "no chip is named 'no-such'"),
+        (["--chips", "0"], 2, "greater than or equal to 1"),
+        (["--chips", "2", "--set", 'training.micro_batch="auto"'], 3, "name it (--chip)"),
+        (
+            ["--chips", "4", "--set", "parallel.pipeline=4", "--set", "training.micro_batch=8"],
+            7,
+            "as many micro-batches",
+        ),
+    ],
+)
+def test_what_cannot_be_is_said(words: list[str], code: int, said: str, file: Path) -> None:
+    finished = rehearse(str(file), *words)
+    assert finished.returncode == code and said in finished.stderr, (finished.returncode, finished.stderr)
+    assert "Traceback" not in finished.stderr
+
+
+def test_what_does_not_fit_is_said_with_the_process() -> None:
+    finished = rehearse(str(RECIPES / "telechat2-3b.toml"), "--chips", "1", "--chip", "ascend-910b4", *_ONE_ROW)
+    assert finished.returncode == 7, finished.stderr
+    assert "process 0 does not fit" in finished.stderr and "ascend-910b4 has 29.8 GiB" in finished.stderr
