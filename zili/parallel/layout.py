@@ -69,6 +69,13 @@ class Layout:
         """Processes over which one expert is cut for storage."""
         return self.shards * self.context * self.tensor // self.expert
 
+    @property
+    def world_name(self) -> str:
+        """What all processes share: the dimension that all of them are in, where there is one."""
+        sizes = {"pipeline": self.pipeline, "tensor": self.tensor, "context": self.context, "expert": self.expert}
+        sizes |= {"replicas": self.replicas, "weight_shards": self.weight_shards, "expert_shards": self.expert_shards}
+        return next((name for name, size in sizes.items() if size == self.world), "world")
+
     def __str__(self) -> str:
         named = {**{name: getattr(self, name) for name in DIMENSIONS}, "expert": self.expert}
         return " x ".join(f"{name} {size}" for name, size in named.items() if size > 1) or "one process"
@@ -116,6 +123,12 @@ def _problems(config: RunConfig, layout: Layout) -> Iterator[str]:
         yield (
             "parallel.schedule zbv puts the first and the last stage into one process, which cannot hold the embedding "
             "that both of them need (model.tied_embeddings, model.mtp_layers); take zero_bubble"
+        )
+    twice = config.parallel.schedule in ("zero_bubble", "zbv")
+    if layout.pipeline > 1 and twice and training.recompute == "selective":
+        yield (
+            f"parallel.schedule {config.parallel.schedule} goes through the backward pass of a block twice, and what "
+            'training.recompute "selective" keeps is there for one; take "full" or "none", or schedule interleaved'
         )
     if layout.tensor > 1:
         for name in ("heads", "kv_heads", "ffn_hidden_size", "vocab_size"):

@@ -11,9 +11,7 @@ Weights become DTensors, which say what part of which whole a process holds. Ari
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
@@ -22,10 +20,10 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 from zili.models.decoder import Decoder
 from zili.models.layers import Seam
 from zili.models.mixture import Experts
-from zili.parallel.collectives import AllSum, Peers, gather, scatter_sum
+from zili.parallel.collectives import AllSum, Peers, as_products_take_it, gather, scatter_sum
+from zili.parallel.cuts import cut_of
 from zili.parallel.world import World
 
-ROWS, COLUMNS, WHOLE = Shard(0), Shard(1), Replicate()
 _SEQUENCE = 1
 """Dimension of the tokens in `[B, S, D]`."""
 
@@ -39,10 +37,7 @@ class GatherTokens(Seam):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, S / t, D]` -> `[B, S, D]`."""
-        if torch.is_autocast_enabled(x.device.type):
-            # The product after it would lower what arrives; lowered before, half as much travels.
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return gather(x, _SEQUENCE, self.peers)
+        return gather(as_products_take_it(x), _SEQUENCE, self.peers)
 
 
 class ScatterSum(Seam):
@@ -56,30 +51,6 @@ class ScatterSum(Seam):
         """`[B, S, D]` -> `[B, S / t, D]`."""
         return scatter_sum(x, _SEQUENCE, self.peers)
 
-
-class Rule(NamedTuple):
-    """How the parameters of the modules that match a name are cut."""
-
-    modules: str
-    weight: Placement
-    bias: Placement = WHOLE
-
-
-PARAMETERS = (
-    Rule("embedding", ROWS),
-    Rule("head", ROWS),
-    Rule("*.attention.query", ROWS, ROWS),
-    Rule("*.attention.key", ROWS, ROWS),
-    Rule("*.attention.value", ROWS, ROWS),
-    Rule("*.attention.query_up", ROWS),
-    Rule("*.attention.key_value_up", ROWS),
-    Rule("*.attention.output", COLUMNS),
-    Rule("*.feed_forward.gate", ROWS, ROWS),
-    Rule("*.feed_forward.up", ROWS, ROWS),
-    Rule("*.feed_forward.down", COLUMNS),
-    Rule("*", WHOLE),
-)
-"""The first that matches holds. What is whole acts on some of the tokens, so its gradients are terms of a sum."""
 
 SEAMS: dict[str, type[GatherTokens | ScatterSum]] = {
     "*.attention.enter": GatherTokens,
@@ -112,9 +83,9 @@ def apply_tensor_parallel(model: Decoder, world: World) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, Experts):
             continue  # they are whole here: `expert` parallelism shares them, among these processes too
-        rule = next(rule for rule in PARAMETERS if fnmatchcase(name, rule.modules))
         for key, parameter in list(module.named_parameters(recurse=False)):
-            placement = rule.bias if key == "bias" else rule.weight
+            dimension = cut_of(name, key)
+            placement: Placement = Replicate() if dimension is None else Shard(dimension)
             cut = distribute_tensor(parameter, mesh, [placement], src_data_rank=None)
             module.register_parameter(key, nn.Parameter(cut))
         for key in SEAM_NAMES:

@@ -60,11 +60,16 @@ class Job:
         """Of a micro-batch outside of them: of that, a tensor-parallel process's share."""
         return self.tokens // self.layout.tensor
 
+    @property
+    def stage_numbers(self) -> list[int]:
+        """Numbers of the pipeline's stages that this process has."""
+        return stages_of(self.config.parallel, self.place)
+
     @cached_property
     def stages(self) -> tuple[range, ...]:
         """Layers of each stage that this process has."""
         ranges = stage_ranges(self.config.parallel, self.model.layers)
-        return tuple(ranges[number] for number in stages_of(self.config.parallel, self.place))
+        return tuple(ranges[number] for number in self.stage_numbers)
 
     @property
     def layers(self) -> tuple[int, ...]:

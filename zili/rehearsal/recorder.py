@@ -27,6 +27,7 @@ from torch.utils.flop_counter import (
 
 from zili.ops import registry
 from zili.parallel.model import plain
+from zili.planning.messages import Message
 
 WEIGHTS, GATHERED, GRADIENTS, OPTIMIZER = "weights", "gathered weights", "gradients", "optimizer"
 ACTIVATIONS, BACKWARD, LOGITS, MESSAGES, BATCH = "activations", "backward", "logits", "messages", "batch"
@@ -73,18 +74,6 @@ def _attention_backward_flops(
 def _grouped_flops(rows: torch.Size, others: torch.Size, *_: Any, **__: Any) -> int:
     """Rows, cut into groups, by a matrix each; or, of weights' gradients, a product for each group of rows."""
     return 2 * rows[0] * rows[1] * others[-1]
-
-
-@dataclass(frozen=True)
-class Message:
-    """A kind of collective, as often as it happened alike."""
-
-    kind: str
-    mesh: str
-    """What its processes share: a name of `World.mesh`, or of one of its dimensions."""
-    processes: int
-    bytes: int
-    """Of the larger side, on this process: what a gather gives, what a reduction or an exchange takes, what is sent."""
 
 
 @dataclass

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from zili.chips.backend import Backend
@@ -172,5 +173,7 @@ def _group_names(world: World) -> dict[str, str]:
     for name in ("pipeline", "tensor", "context", "expert", "weights", "expert_weights", "sequence"):
         mesh = world.mesh(name)
         for dimension in mesh.mesh_dim_names or ():
-            names.setdefault(mesh.get_group(dimension).group_name, dimension if mesh.ndim > 1 else name)
+            names.setdefault(mesh.get_group(dimension).group_name, dimension)
+    assert dist.group.WORLD is not None
+    names[dist.group.WORLD.group_name] = world.layout.world_name
     return names

@@ -1,4 +1,4 @@
-"""The planner's FLOPs are those of the real trainer, rehearsed: exactly."""
+"""The planner's FLOPs and messages are those of the real trainer, rehearsed: exactly."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from zili import chips
 from zili.config import RunConfig
 from zili.parallel.layout import lay_out
 from zili.planning.job import Job
+from zili.planning.messages import Message, messages
 from zili.planning.work import flops
 
 CASES: list[tuple[Kind, int, str, tuple[str, ...]]] = [
@@ -23,15 +24,20 @@ CASES: list[tuple[Kind, int, str, tuple[str, ...]]] = [
     ("mixture", 1, "", ()),
     ("mixture", 8, "shards=4 tensor=2 expert=8", ("chip.precision=bf16",)),
     ("mixture", 8, "pipeline=2 shards=2 context=2 expert=4", ("training.recompute=full",)),
+    ("dense", 16, "replicas=2 shards=2 tensor=2 context=2", ("training.micro_batch=1", "chip.precision=bf16")),
+    ("mixture", 8, "replicas=2 shards=2 tensor=2 expert=4", ("training.micro_batch=1",)),
+    ("dense", 8, "pipeline=2 shards=2 tensor=2 schedule=zero_bubble", ()),
+    ("dense", 4, "pipeline=2 context=2 schedule=zbv", ()),
     ("tele-flm-1t", 4, "shards=2 tensor=2", ()),
     ("zili-1t-a32b", 8, "pipeline=2 shards=2 tensor=2 expert=4", ("training.recompute=full",)),
 ]
 
 
-def executed(config: RunConfig, world: int, rank: int) -> dict[str, int]:
+def executed(config: RunConfig, world: int, rank: int) -> tuple[dict[str, int], dict[Message, int]]:
     from zili.rehearsal import rehearse
 
-    return rehearse(config, world, rank, backend=chips.find_backend("ascend"), micro_batches=64).flops
+    found = rehearse(config, world, rank, backend=chips.find_backend("ascend"), micro_batches=64)
+    return found.flops, found.messages
 
 
 @pytest.mark.parametrize(("kind", "world", "layout", "more"), CASES)
@@ -49,5 +55,7 @@ def test_they_are_those_that_are_executed(
         }
     )
     for place in {0, laid_out.pipeline - 1}:
-        (found,) = on_processes(1, executed, config, world, place * (world // laid_out.pipeline))
-        assert flops(Job(config, laid_out, place)) == found, f"place {place}"
+        ((work, sent),) = on_processes(1, executed, config, world, place * (world // laid_out.pipeline))
+        job = Job(config, laid_out, place)
+        assert flops(job) == work, f"place {place}"
+        assert dict(messages(job)) == {message: n for message, n in sent.items() if message.processes > 1}

@@ -1,0 +1,39 @@
+"""Which dimension of each matrix tensor-parallel processes cut, as data. Imports no torch: planning reads it too."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+ROWS, COLUMNS, WHOLE = 0, 1, None
+
+
+class Rule(NamedTuple):
+    """How the parameters of the modules that match a name are cut: a dimension, or not."""
+
+    modules: str
+    weight: int | None
+    bias: int | None = WHOLE
+
+
+PARAMETERS = (
+    Rule("embedding", ROWS),
+    Rule("head", ROWS),
+    Rule("*.attention.query", ROWS, ROWS),
+    Rule("*.attention.key", ROWS, ROWS),
+    Rule("*.attention.value", ROWS, ROWS),
+    Rule("*.attention.query_up", ROWS),
+    Rule("*.attention.key_value_up", ROWS),
+    Rule("*.attention.output", COLUMNS),
+    Rule("*.feed_forward.gate", ROWS, ROWS),
+    Rule("*.feed_forward.up", ROWS, ROWS),
+    Rule("*.feed_forward.down", COLUMNS),
+    Rule("*", WHOLE),
+)
+"""The first that matches holds. What is whole acts on some of the tokens, so its gradients are terms of a sum."""
+
+
+def cut_of(module: str, parameter: str) -> int | None:
+    """The dimension in which `parameter` ("weight" or "bias") of the module of that name is cut; None: it is whole."""
+    rule = next(rule for rule in PARAMETERS if fnmatchcase(module, rule.modules))
+    return rule.bias if parameter == "bias" else rule.weight

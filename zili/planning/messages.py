@@ -1,0 +1,167 @@
+"""What one process sends and receives in a step: every collective of `zili.parallel`, in closed form."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+from zili.planning.job import Job
+from zili.planning.weights import weight_groups
+
+_FP32 = 4
+_INT64 = 8
+_ROWS_OF_LOGITS = 512 * 1024 * 1024
+"""Elements of logits at a time (`zili.ops.chunked_cross_entropy`), and at least 64 rows."""
+_LEAST_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Message:
+    """A kind of collective, as often as it happened alike."""
+
+    kind: str
+    mesh: str
+    """What its processes share: a dimension of the meshes of `zili.parallel.world`."""
+    processes: int
+    bytes: int
+    """Of the larger side, on this process: what a gather gives, what a reduction or an exchange takes, what is sent."""
+
+
+def messages(job: Job) -> Counter[Message]:
+    """All of a step, by kind and size, of a process at the job's place; experts equally loaded."""
+    found: Counter[Message] = Counter()
+    for part in (_blocks, _ends, _stages, _weights, _whole_gradients, _figures):
+        for message, times in part(job):
+            if message.processes > 1 and times:
+                found[message] += times
+    return found
+
+
+Some = Iterator[tuple[Message, int]]
+"""Messages, and how often."""
+
+
+def _blocks(job: Job) -> Some:
+    """Inside blocks: tokens between tensor-parallel processes, keys between those of a context, rows to experts."""
+    again = job.config.training.recompute == "full"
+    for layer in job.layers:
+        forward, backward = 1 + again, 1
+        for size in _entered(job, layer):
+            yield _tensor(job, "all_gather", size), job.micro_batches * forward
+            yield _tensor(job, "reduce_scatter", size), job.micro_batches * backward
+        dense = not job.model.has_experts(layer)
+        left = job.tokens * job.model.hidden_size * job.product_bytes
+        # The last one of a block is not asked for again: nothing after it is needed for a gradient.
+        leaving = forward + (1 if dense else 0)
+        yield _tensor(job, "reduce_scatter", left), job.micro_batches * leaving
+        yield _tensor(job, "all_gather", left), job.micro_batches * (1 + dense)
+        for size in _keys_and_values(job):
+            yield Message("all_gather", "context", job.layout.context, size), job.micro_batches * forward
+            yield Message("reduce_scatter", "context", job.layout.context, size), job.micro_batches * backward
+        if not dense:
+            yield from _to_experts(job, forward)
+
+
+def _tensor(job: Job, kind: str, size: int) -> Message:
+    return Message(kind, "tensor", job.layout.tensor, size)
+
+
+def _entered(job: Job, layer: int) -> Iterator[int]:
+    """Bytes gathered before the products of a layer."""
+    latent = job.model.latent
+    width = job.model.hidden_size
+    short = width if latent is None else latent.query_rank + latent.key_value_rank + latent.rope_head_dim
+    yield job.tokens * short * job.product_bytes
+    if not job.model.has_experts(layer):
+        yield job.tokens * width * job.product_bytes
+
+
+def _keys_and_values(job: Job) -> Iterator[int]:
+    rows = job.micro_batch * job.sequence * job.model.kv_heads // job.layout.tensor * job.product_bytes
+    yield rows * job.model.head_dim
+    yield rows * job.model.value_head_dim
+
+
+def _to_experts(job: Job, forward: int) -> Some:
+    mixture, layout = job.model.mixture, job.layout
+    assert mixture is not None
+    if mixture.balance_loss:
+        together = layout.context * layout.tensor
+        counts = job.micro_batch * mixture.experts * _FP32
+        yield Message("all_reduce", "sequence", together, counts), job.micro_batches * forward
+    yield Message("all_to_all", "expert", layout.expert, mixture.experts * _INT64), job.micro_batches * forward
+    rows = job.own_tokens * mixture.top_k * job.model.hidden_size * job.product_bytes
+    # There and back, and the gradients of both.
+    yield Message("all_to_all", "expert", layout.expert, rows), job.micro_batches * 2 * (forward + 1)
+
+
+def _ends(job: Job) -> Some:
+    """Around the blocks: the embedding's rows and the loss, whose vocabulary is cut."""
+    predicts = job.has_last and job.model.mtp_layers
+    tokens = job.tokens * job.model.hidden_size * job.product_bytes
+    embedded = job.micro_batches * (job.has_first + bool(predicts))
+    yield _tensor(job, "reduce_scatter", tokens), embedded
+    yield _tensor(job, "all_gather", tokens), embedded
+    if not job.has_last:
+        return
+    losses = job.micro_batches * (1 + bool(predicts))
+    yield _tensor(job, "all_gather", tokens), losses
+    yield _tensor(job, "reduce_scatter", tokens), losses
+    at_once = max(_LEAST_ROWS, _ROWS_OF_LOGITS // (job.model.vocab_size // job.layout.tensor))
+    for start in range(0, job.tokens, at_once):
+        rows = min(at_once, job.tokens - start)
+        yield _tensor(job, "all_reduce", rows * _FP32), losses
+        yield _tensor(job, "all_reduce", 2 * rows * _FP32), losses
+
+
+def _stages(job: Job) -> Some:
+    """Between the stages of a pipeline: hidden states one way, their gradients the other."""
+    size = job.own_tokens * job.model.hidden_size * _FP32
+    last = job.config.parallel.stages - 1
+    numbers = job.stage_numbers
+    for number in numbers:
+        for other in (number - 1, number + 1):
+            if 0 <= other <= last and other not in numbers:
+                for kind in ("send", "receive"):
+                    yield Message(kind, "pipeline", job.layout.pipeline, size), job.micro_batches
+    shared = job.model.tied_embeddings or job.model.mtp_layers
+    if shared and job.layout.pipeline > 1 and (job.has_first or job.has_last):
+        rows = -(-job.model.vocab_size // job.layout.tensor // job.layout.weight_shards)
+        for kind in ("send", "receive"):
+            yield Message(kind, "pipeline", job.layout.pipeline, rows * job.model.hidden_size * _FP32), 1
+
+
+def _weights(job: Job) -> Some:
+    """Weights gathered for use, gradients summed and cut; then summed over replicas."""
+    layout = job.layout
+    for group in weight_groups(job):
+        mesh = "expert_shards" if group.of_experts else "weight_shards"
+        shards = getattr(layout, mesh)
+        size = group.pieces(shards) * shards
+        # A pipeline gathers once a step; else a block lets go after each forward pass.
+        gathers = 1 if layout.pipeline > 1 else job.micro_batches * (1 if group.stays else 2)
+        yield Message("all_gather", mesh, shards, size * job.product_bytes), gathers
+        yield Message("reduce_scatter", mesh, shards, size * _FP32), 1
+        yield Message("all_reduce", "replicas", layout.replicas, size // shards * _FP32), 1
+
+
+def _whole_gradients(job: Job) -> Some:
+    """What tensor-parallel processes hold whole has terms of its gradient in each."""
+    # Gradients of several micro-batches are added up in fp32 first.
+    bytes_each = _FP32 if job.micro_batches > 1 else job.product_bytes
+    for group in weight_groups(job):
+        for _, shape, cut in () if group.of_experts else group.parameters:
+            if cut is None:
+                yield _tensor(job, "all_reduce", prod(shape) * bytes_each), 1
+
+
+def _figures(job: Job) -> Some:
+    """Sums over the world: loss, targets, norm; and what experts were given."""
+    world, name = job.layout.world, job.layout.world_name
+    yield Message("all_reduce", name, world, 4 * _FP32), 1
+    mixture = job.model.mixture
+    if mixture is not None:
+        layers = job.model.layers + job.model.mtp_layers
+        yield Message("all_reduce", name, world, layers * mixture.experts * _FP32), 1

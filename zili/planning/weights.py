@@ -1,0 +1,92 @@
+"""Which weights one process has, how they are cut, and which are gathered together: `zili.parallel` as arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
+
+from zili.models.arithmetic import Shape, parameter_shapes
+from zili.parallel.cuts import cut_of
+from zili.planning.job import Job
+
+
+class Parameter(NamedTuple):
+    """A weight."""
+
+    name: str
+    shape: Shape
+    """Of what this process would hold if weights were not sharded."""
+    cut: int | None
+    """In which dimension tensor- or expert-parallel processes cut it; None: it is whole."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Weights that are gathered together."""
+
+    parameters: tuple[Parameter, ...]
+    of_experts: bool = False
+    stays: bool = False
+    """Whether it is kept from the forward to the backward pass, also where blocks are not."""
+
+    @property
+    def elements(self) -> int:
+        """Of all its weights, before sharding."""
+        return sum(prod(parameter.shape) for parameter in self.parameters)
+
+    def pieces(self, shards: int) -> int:
+        """Elements of one of `shards`: each weight is cut along its first dimension, the last pieces filled up; stacks
+        of too few experts inside each matrix."""
+        return sum(_piece(parameter.shape, shards) for parameter in self.parameters)
+
+
+def _piece(shape: Shape, shards: int) -> int:
+    first, *rest = shape
+    if len(shape) == 3 and first % shards and min(rest) % shards == 0:
+        return first * rest[0] // shards * rest[1]
+    return -(-first // shards) * prod(rest)
+
+
+def weight_groups(job: Job) -> Iterator[Group]:
+    """Every group of this process, as `zili.parallel.data.apply_sharding` makes them."""
+    shapes = parameter_shapes(job.model)
+    for layer in (layer for stage in job.stages for layer in stage):
+        yield from _split(job, {name: shape for name, shape in shapes.items() if name.startswith(f"layers.{layer}.")})
+    for stage in job.stages:
+        names = [*_first(job, stage), *_last(job, stage)]
+        if names:
+            yield Group(tuple(_parameter(job, name, shapes[name]) for name in names), stays=True)
+        if stage.stop == job.model.layers and job.model.mtp_layers:
+            yield from _split(job, {name: shape for name, shape in shapes.items() if name.startswith("next_tokens.")})
+
+
+def _first(job: Job, stage: range) -> list[str]:
+    at_the_end = stage.stop == job.model.layers and bool(job.model.tied_embeddings or job.model.mtp_layers)
+    return ["embedding.weight"] if stage.start == 0 or at_the_end else []
+
+
+def _last(job: Job, stage: range) -> list[str]:
+    if stage.stop != job.model.layers:
+        return []
+    return ["norm.weight"] if job.model.tied_embeddings else ["norm.weight", "head.weight"]
+
+
+def _split(job: Job, shapes: dict[str, Shape]) -> Iterator[Group]:
+    """A block's weights, and those of its experts, who are shared by other processes."""
+    parameters = [_parameter(job, name, shape) for name, shape in shapes.items() if not name.endswith("expert_bias")]
+    experts = tuple(parameter for parameter in parameters if ".experts." in parameter.name)
+    if experts:
+        yield Group(experts, of_experts=True)
+    yield Group(tuple(parameter for parameter in parameters if ".experts." not in parameter.name))
+
+
+def _parameter(job: Job, name: str, shape: Shape) -> Parameter:
+    if ".experts." in name:
+        return Parameter(name, (shape[0] // job.layout.expert, *shape[1:]), 0)
+    module, _, key = name.rpartition(".")
+    cut = cut_of(module, key)
+    if cut is None:
+        return Parameter(name, shape, None)
+    return Parameter(name, tuple(n // job.layout.tensor if i == cut else n for i, n in enumerate(shape)), cut)
