@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from zili import ops
 from zili.config.model import ModelConfig
 from zili.models.cache import CacheEntry
-from zili.models.layers import Linear, RMSNorm, Seam
+from zili.models.layers import Entrance, Linear, RMSNorm
 
 
 class CausalAttention(nn.Module):
@@ -32,7 +32,7 @@ class Attention(nn.Module):
         query, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.head_dim = config.head_dim
         self.dropout = config.attention_dropout
-        self.enter = Seam()
+        self.enter = Entrance()
         self.query = Linear(config.hidden_size, query, bias=config.qkv_bias)
         self.key = Linear(config.hidden_size, kv, bias=config.qkv_bias)
         self.value = Linear(config.hidden_size, kv, bias=config.qkv_bias)
@@ -81,7 +81,7 @@ class LatentAttention(nn.Module):
         self.query_norm = RMSNorm(latent.query_rank, config.norm_eps)
         self.key_value_down = Linear(hidden, latent.key_value_rank + latent.rope_head_dim, bias=bias)
         self.key_value_norm = RMSNorm(latent.key_value_rank, config.norm_eps)
-        self.enter = Seam()
+        self.enter = Entrance()
         self.query_up = Linear(latent.query_rank, config.heads * config.head_dim, bias=False)
         self.key_value_up = Linear(
             latent.key_value_rank, config.heads * (self.plain_dim + latent.value_head_dim), bias=False

@@ -13,7 +13,7 @@ from zili.config.model import ModelConfig
 from zili.models.attention import attention_of
 from zili.models.cache import CacheEntry, KeyValueCache
 from zili.models.initialization import fill, initial_value
-from zili.models.layers import Embedding, Linear, RMSNorm, Seam, local
+from zili.models.layers import Embedding, Entrance, Linear, RMSNorm, local
 from zili.models.mixture import Mixture, Router, feed_forward_of
 from zili.models.recomputation import Recompute, recomputed
 from zili.models.rotary import Kept, rotary_tables
@@ -119,7 +119,7 @@ class Decoder(nn.Module):
         self.embedding = Embedding(config.vocab_size, config.hidden_size) if embeds else None
         self.layers = Blocks(config, part)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps) if last else None
-        self.gather = Seam()
+        self.gather = Entrance()
         """Before the output matrix, which is cut by rows of the vocabulary and so needs every token."""
         separate = last and not config.tied_embeddings
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False) if separate else None

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from zili import ops
 from zili.config.model import ModelConfig
-from zili.models.layers import Linear, Seam
+from zili.models.layers import Entrance, Linear
 
 
 class FeedForward(nn.Module):
@@ -15,7 +15,7 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         hidden, ffn = config.hidden_size, config.ffn_hidden_size
-        self.enter = Seam()
+        self.enter = Entrance()
         self.gate = Linear(hidden, ffn, bias=config.gate_up_bias)
         self.up = Linear(hidden, ffn, bias=config.gate_up_bias)
         self.down = Linear(ffn, hidden, bias=config.ffn_down_bias)

@@ -25,6 +25,18 @@ class Seam(nn.Module):
         return x
 
 
+def lowered(x: Tensor) -> Tensor:
+    """`x` in the dtype in which products take it under autocast: lowered once, not by each product for itself."""
+    return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+
+
+class Entrance(Seam):
+    """The seam before products that share their input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return lowered(x)
+
+
 def local(parameter: Tensor) -> Tensor:
     """This process's part of a parameter, as a plain tensor.
 

@@ -16,7 +16,7 @@ from zili import ops
 from zili.config.mixture import MixtureConfig
 from zili.config.model import ModelConfig
 from zili.models.feed_forward import FeedForward
-from zili.models.layers import Seam, local
+from zili.models.layers import Seam, local, lowered
 
 
 class Routes(NamedTuple):
@@ -158,7 +158,7 @@ class Mixture(nn.Module):
         return out if self.shared is None else out + self.shared(x)
 
     def _routed(self, x: Tensor, routes: Routes, counts: Tensor) -> Tensor:
-        rows, places = ops.permute(x.flatten(0, 1), routes.experts.flatten(0, 1))
+        rows, places = ops.permute(lowered(x).flatten(0, 1), routes.experts.flatten(0, 1))
         out = ops.unpermute(self.experts(rows, counts), places, routes.weights.flatten(0, 1))
         return out.to(x.dtype).view(x.shape)
 

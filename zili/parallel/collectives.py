@@ -18,11 +18,6 @@ class Peers(NamedTuple):
     """Whether their collectives sum bfloat16; else such sums travel in fp32."""
 
 
-def as_products_take_it(x: Tensor) -> Tensor:
-    """`x` in the dtype in which the product after a collective would take it: lowered before, half as much travels."""
-    return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
-
-
 def gather(x: Tensor, dimension: int, peers: Peers) -> Tensor:
     """The parts of all processes joined along `dimension`; backward, gradients are summed and each gets its part."""
     return _Gather.apply(x, dimension, peers)

@@ -19,7 +19,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from zili.models.decoder import Decoder
 from zili.models.layers import Seam
 from zili.models.mixture import Exchange, Experts, Router
-from zili.parallel.collectives import as_products_take_it, exchange, exchanged
+from zili.parallel.collectives import exchange, exchanged
 from zili.parallel.world import World
 
 
@@ -47,7 +47,7 @@ class ProcessExchange(Exchange):
         # [process that sends, expert here]
         arriving = exchanged(by_process, even, even, self.group)
         sent, received = self.sizes(by_process, arriving, len(rows))
-        rows = exchange(as_products_take_it(rows), sent, received, self.group)
+        rows = exchange(rows, sent, received, self.group)
         # They come process by process; the products want them expert by expert.
         expert = torch.arange(arriving.shape[1], device=rows.device).repeat(self.size)
         order = expert.repeat_interleave(arriving.flatten(), output_size=sum(received)).argsort(stable=True)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
 from zili.models.decoder import Decoder
-from zili.models.layers import Seam
+from zili.models.layers import Seam, lowered
 from zili.models.mixture import Experts
-from zili.parallel.collectives import AllSum, Peers, as_products_take_it, gather, scatter_sum
+from zili.parallel.collectives import AllSum, Peers, gather, scatter_sum
 from zili.parallel.cuts import cut_of
 from zili.parallel.world import World
 
@@ -37,7 +37,7 @@ class GatherTokens(Seam):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, S / t, D]` -> `[B, S, D]`."""
-        return gather(as_products_take_it(x), _SEQUENCE, self.peers)
+        return gather(lowered(x), _SEQUENCE, self.peers)
 
 
 class ScatterSum(Seam):
