@@ -57,6 +57,8 @@ def test_all_stages_with_json_and_page(file: Path, tmp_path: Path) -> None:
         (["--chips", "8", "--set", "parallel.tensor=3"], 7, "8 processes cannot be divided by"),
         (["--chips", "4", "--rank", "4"], 7, "process 4 of 4: give 0 to 3"),
         (["--chips", "4", "--chip", "no-such"], 6, "no chip is named 'no-such'"),
+        (["--chips", "4", "--all-stages", "--rank", "1"], 2, "leave out --rank"),
+        (["--chips", "4", "--page", "/no/such/page.html"], 3, "there is no folder /no/such"),
         (["--chips", "0"], 2, "greater than or equal to 1"),
         (["--chips", "2", "--set", 'training.micro_batch="auto"'], 3, "name it (--chip)"),
         (

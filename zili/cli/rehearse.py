@@ -51,6 +51,11 @@ def rehearse(
     """
     if processes()[1] > 1:
         raise LayoutError("zili rehearse is every process by itself: run it without torchrun")
+    if all_stages and rank:
+        raise typer.BadParameter("--all-stages is every place's first process; leave out --rank")
+    for file in (as_json, page):
+        if file is not None and not file.parent.is_dir():
+            raise ConfigError(f"{file} cannot be written: there is no folder {file.parent}")
     config = load_recipe(recipe, overrides or [])
     lay_out(config, count)
     model = find_chip(chip) if chip else None

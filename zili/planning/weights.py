@@ -31,11 +31,6 @@ class Group:
     stays: bool = False
     """Whether it is kept from the forward to the backward pass, also where blocks are not."""
 
-    @property
-    def elements(self) -> int:
-        """Of all its weights, before sharding."""
-        return sum(prod(parameter.shape) for parameter in self.parameters)
-
     def pieces(self, shards: int) -> int:
         """Elements of one of `shards`: each weight is cut along its first dimension, the last pieces filled up; stacks
         of too few experts inside each matrix."""

@@ -18,9 +18,10 @@ from zili.errors import ConfigError, LayoutError
 from zili.models.mixture import Experts
 from zili.ops import registry
 from zili.parallel.expert import ProcessExchange
-from zili.parallel.layout import Layout, lay_out, stage_ranges, stages_of
+from zili.parallel.layout import Layout, lay_out
 from zili.parallel.model import plain
 from zili.parallel.world import World
+from zili.planning.job import Job
 from zili.rehearsal import recorder as recording
 from zili.rehearsal.fake_world import FakeWorld, RehearsedDevice, as_rank, evenly, without_memory
 from zili.rehearsal.recorder import Recorder
@@ -76,15 +77,14 @@ def rehearse(
         with mode, registry.replaced(stand_in(attention)):
             _step(trainer, recorder)
     peak, timeline = memory(recorder)
-    ranges = stage_ranges(config.parallel, config.model.layers)
-    numbers = stages_of(config.parallel, fake.pipeline_rank)
+    job = Job(resolved, layout, fake.pipeline_rank)
     return Rehearsal(
         rank,
         world,
         str(layout),
-        numbers,
-        [layer for number in numbers for layer in ranges[number]],
-        _micro_batches(resolved, layout),
+        job.stage_numbers,
+        [layer for stage in job.stages for layer in stage],
+        job.micro_batches,
         peak,
         timeline,
         dict(recorder.messages),
@@ -112,20 +112,12 @@ def _eagerly(config: RunConfig, device: RehearsedDevice, kind: str) -> RunConfig
 
 def _shortened(config: RunConfig, layout: Layout, micro_batches: int | None) -> RunConfig:
     """`config` with so many micro-batches in its global batch, or as many as are in flight at once."""
-    whole = _micro_batches(config, layout)
+    job = Job(config, layout)
     if micro_batches is None:
         stages = config.parallel.stages_each
         micro_batches = 2 if layout.pipeline == 1 else layout.pipeline * (1 if stages == 1 else 2 * stages)
-    micro = config.training.micro_batch
-    assert isinstance(micro, int), "the configuration is resolved"
-    batch = min(whole, micro_batches) * micro * layout.data
+    batch = min(job.micro_batches, micro_batches) * job.micro_batch * layout.data
     return config.model_copy(update={"training": config.training.model_copy(update={"global_batch": batch})})
-
-
-def _micro_batches(config: RunConfig, layout: Layout) -> int:
-    micro = config.training.micro_batch
-    assert isinstance(micro, int), "the configuration is resolved"
-    return config.training.global_batch // layout.data // micro
 
 
 def _step(trainer: Trainer, recorder: Recorder) -> None:
