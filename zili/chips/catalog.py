@@ -53,6 +53,8 @@ class Figures(Section):
     link_gb_s: PositiveFloat | None = None
     """To the other chips of the node, both directions together, all links of one chip."""
     chips_per_node: PositiveInt | None = None
+    link_domain: PositiveInt | None = None
+    """Chips that reach one another by those links, where it is more than a node."""
     internode_gbit_s: PositiveFloat | None = None
     """10^9 bits a second out of the node, for one chip."""
     watts: PositiveFloat | None = None
@@ -70,6 +72,8 @@ class Chip(Figures):
 
     name: str
     vendor: str
+    family: str | None = None
+    """Chips whose kernels behave alike: the planner's efficiencies are of a family."""
     backend: str | None = None
     """Backend that drives it; None where this house has no record (planning only)."""
     aliases: tuple[str, ...] = ()
