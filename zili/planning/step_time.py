@@ -140,14 +140,12 @@ def step_time(run: Run, machine: Machine, rates: Rates) -> StepTime:
 def bubble_share(run: Run) -> float:
     """Of the others' forward and backward passes, what a process of a pipeline waits for at a step's ends.
 
-    1F1B and interleaved: Narayanan et al. 2021, section 2.2. Zero bubble, whose weight gradients fill two thirds of
-    them: Qi et al. 2023, table 1; nearly all in the shape of a V (Qi et al. 2024).
+    1F1B and interleaved: Narayanan et al. 2021, section 2.2. The zero-bubble ones fill what is not a first forward pass
+    with gradients of weights (Qi et al. 2023, table 1). tests/planning/test_schedule.py has them simulated.
     """
     if run.pipeline == 1:
         return 0.0
-    if run.schedule == "zbv":
-        return 0.0
-    return (1 / 3 if run.schedule == "zero_bubble" else 1.0) / run.virtual
+    return (1 / 3 if run.schedule in ("zero_bubble", "zbv") else 1.0) / run.virtual
 
 
 def layer_phases(run: Run, layer: int, machine: Machine, rates: Rates) -> tuple[Phase, Phase]:

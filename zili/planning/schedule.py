@@ -1,0 +1,190 @@
+"""The order in which a pipeline's processes work, as torch's schedules have it, and how long that takes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from zili.config.parallel import Schedule
+
+Kind = Literal["forward", "backward", "inputs", "weights"]
+"""backward: both gradients at once; inputs, weights: one of them."""
+
+
+class Action(NamedTuple):
+    """What a process does with a micro-batch in one of its stages."""
+
+    kind: Kind
+    stage: int
+    micro_batch: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A schedule on so many processes, with so many stages each."""
+
+    schedule: Schedule
+    processes: int
+    virtual: int
+    micro_batches: int
+
+    @property
+    def stages(self) -> int:
+        """In all."""
+        return self.processes * self.virtual
+
+    def actions(self, process: int) -> list[Action]:
+        """Of one process, in order."""
+        if self.schedule == "1f1b":
+            return list(_one_forward_one_backward(self, process))
+        if self.schedule == "zbv":
+            return list(_shape_of_a_v(self, process))
+        return list(_interleaved(self, process, zero_bubble=self.schedule == "zero_bubble"))
+
+
+def refused(schedule: Schedule, processes: int, micro_batches: int) -> bool:
+    """Whether torch refuses the number of micro-batches: rounds of about as many as processes must be equal."""
+    if schedule in ("1f1b", "zbv"):
+        return False
+    return micro_batches % max(1, micro_batches // processes) != 0
+
+
+def _one_forward_one_backward(plan: Plan, process: int) -> Iterator[Action]:
+    """Narayanan et al. 2021, figure 4, above."""
+    ahead = min(plan.micro_batches, plan.processes - process)
+    yield from (Action("forward", process, number) for number in range(ahead))
+    for number in range(plan.micro_batches):
+        yield Action("backward", process, number)
+        if ahead + number < plan.micro_batches:
+            yield Action("forward", process, ahead + number)
+
+
+def _interleaved(plan: Plan, process: int, zero_bubble: bool) -> Iterator[Action]:
+    """Narayanan et al. 2021, figure 4, below; zero bubble: Qi et al. 2023, ZB-H1, with several stages."""
+    rounds = max(1, plan.micro_batches // plan.processes)
+    each = plan.micro_batches // rounds
+    total = plan.micro_batches * plan.virtual
+    hops = (1 if zero_bubble else 2) * (plan.processes - 1 - process)
+    ahead = min((plan.virtual - 1) * each + hops, total)
+    counts: dict[tuple[Kind, int], int] = defaultdict(int)
+
+    def act(kind: Kind, place: int) -> Action:
+        stage = place * plan.processes + process
+        counts[kind, stage] += 1
+        return Action(kind, stage, counts[kind, stage] - 1)
+
+    def back(index: int) -> int:
+        return plan.virtual - 1 - index // each % plan.virtual
+
+    weights = 0
+    for index in range(ahead + total):
+        if index < total:
+            yield act("forward", index // each % plan.virtual)
+        if index < ahead:
+            continue
+        yield act("inputs" if zero_bubble else "backward", back(index - ahead))
+        # Gradients of weights come later by as many as the process has before it.
+        if zero_bubble and index - ahead >= process:
+            yield act("weights", back(weights))
+            weights += 1
+    if zero_bubble:
+        yield from (act("weights", back(index)) for index in range(weights, total))
+
+
+def _shape_of_a_v(plan: Plan, process: int) -> Iterator[Action]:
+    """Qi et al. 2024 (2405.15362), ZB-V, in the form that torch gives it."""
+    stages = (process, plan.stages - 1 - process)
+    counts: dict[tuple[Kind, int], int] = defaultdict(int)
+
+    def act(*what: tuple[Kind, int]) -> Iterator[Action]:
+        for kind, end in what:
+            number = counts[kind, end]
+            counts[kind, end] += 1
+            if number < plan.micro_batches:
+                yield Action(kind, stages[end], number)
+
+    both: tuple[Kind, Kind] = ("inputs", "weights")
+    after = plan.processes - process
+    for _ in range(2 * after - 1):
+        yield from act(("forward", 0))
+    for _ in range(process):
+        yield from act(("forward", 1), ("forward", 0))
+    for _ in range(after):
+        yield from act(("forward", 1), *((kind, 1) for kind in both))
+    enough = max(2 * plan.processes - 1, plan.micro_batches)
+    while counts["forward", 1] < counts["forward", 0] or counts["forward", 0] < enough:
+        if counts["forward", 0] < enough:
+            yield from act(("forward", 0))
+        yield from act(*((kind, 0) for kind in both), ("forward", 1), *((kind, 1) for kind in both))
+    for _ in range(process):
+        yield from act(("inputs", 0), ("inputs", 1))
+    for _ in range(after):
+        yield from act(*((kind, 0) for kind in both))
+    for end in (1, 0):
+        while counts["weights", end] < counts["inputs", end]:
+            yield from act(("weights", end))
+
+
+class Span(NamedTuple):
+    """An action and when it runs, in seconds."""
+
+    action: Action
+    start: float
+    end: float
+
+
+def simulate(plan: Plan, seconds: Callable[[Action], float], between: float = 0.0) -> list[list[Span]]:
+    """When each process does what, if an action takes `seconds` and a message between processes `between`.
+
+    An action starts when its process is free and what it needs is there: the stage before has gone forward, the stage
+    after backward.
+    """
+    queues = [plan.actions(process) for process in range(plan.processes)]
+    home = {action.stage: process for process, queue in enumerate(queues) for action in queue}
+    done: dict[tuple[str, int, int], float] = {}
+    spans: list[list[Span]] = [[] for _ in queues]
+    places = [0] * len(queues)
+    moved = True
+    while moved:
+        moved = False
+        for process, queue in enumerate(queues):
+            while places[process] < len(queue):
+                action = queue[places[process]]
+                ready = _ready(action, plan.stages - 1, done, home, between)
+                if ready is None:
+                    break
+                free = spans[process][-1].end if spans[process] else 0.0
+                start = max(free, ready)
+                end = start + seconds(action)
+                spans[process].append(Span(action, start, end))
+                direction = "forward" if action.kind == "forward" else "backward"
+                if action.kind != "weights":
+                    done[direction, action.stage, action.micro_batch] = end
+                places[process] += 1
+                moved = True
+    return spans
+
+
+def _ready(
+    action: Action, last: int, done: dict[tuple[str, int, int], float], home: dict[int, int], between: float
+) -> float | None:
+    """When what an action needs is there; None: not known yet."""
+    if action.kind == "weights" or (action.kind == "forward" and action.stage == 0):
+        return 0.0
+    if action.kind == "forward":
+        direction, other = "forward", action.stage - 1
+    elif action.stage == last:
+        direction, other = "forward", last
+    else:
+        direction, other = "backward", action.stage + 1
+    when = done.get((direction, other, action.micro_batch))
+    if when is None:
+        return None
+    return when + (between if home[other] != home[action.stage] else 0.0)
+
+
+def makespan(spans: Sequence[Sequence[Span]]) -> float:
+    """Seconds from the first action to the last."""
+    return max(queue[-1].end for queue in spans if queue)
