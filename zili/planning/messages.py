@@ -109,11 +109,16 @@ def _ends(job: Job) -> Some:
     losses = job.micro_batches * (1 + bool(predicts))
     yield _tensor(job, "all_gather", tokens), losses
     yield _tensor(job, "reduce_scatter", tokens), losses
-    at_once = max(_LEAST_ROWS, _ROWS_OF_LOGITS // (job.model.vocab_size // job.layout.tensor))
+    at_once = rows_at_once(job)
     for start in range(0, job.tokens, at_once):
         rows = min(at_once, job.tokens - start)
         yield _tensor(job, "all_reduce", rows * _FP32), losses
         yield _tensor(job, "all_reduce", 2 * rows * _FP32), losses
+
+
+def rows_at_once(job: Job) -> int:
+    """Of logits: the loss is computed so many tokens at a time."""
+    return max(_LEAST_ROWS, _ROWS_OF_LOGITS // (job.model.vocab_size // job.layout.tensor))
 
 
 def _stages(job: Job) -> Some:

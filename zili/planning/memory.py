@@ -1,0 +1,449 @@
+"""Bytes that one process takes in a step, in closed form: the moments at which most is there.
+
+A step is a sequence of forward and backward passes over this process's stages. Between two of them lie weights, what
+the optimizer keeps, gradients so far, and what micro-batches in flight have left for their backward passes; inside one,
+what it makes and gives back. So the step is walked through pass by pass, and a backward pass layer by layer.
+A rehearsal runs the real thing; tests/planning/test_memory.py compares the two.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
+
+from zili.planning.job import Job
+from zili.planning.messages import rows_at_once
+from zili.planning.schedule import Action, Plan
+from zili.planning.weights import Group, weight_groups
+
+_FP32, _INT32, _INT64 = 4, 4, 8
+Bytes = dict[str, float]
+
+WEIGHTS, GATHERED, GRADIENTS, OPTIMIZER = "weights", "gathered weights", "gradients", "optimizer"
+ACTIVATIONS, BACKWARD, LOGITS, MESSAGES, BATCH = "activations", "backward", "logits", "messages", "batch"
+PARTS = (WEIGHTS, GRADIENTS, OPTIMIZER, GATHERED, ACTIVATIONS, LOGITS, BACKWARD, MESSAGES, BATCH)
+"""What memory is for; a rehearsal has the same names."""
+
+
+def peak_bytes(job: Job) -> Bytes:
+    """Bytes by part, at the moment at which the process at the job's place has most."""
+    step = _Step(job)
+    step.walk()
+    return step.most
+
+
+class _Gathered(NamedTuple):
+    """Weights that are gathered together."""
+
+    elements: int
+    """As products take them."""
+    stored: int
+    """Of those, this process's."""
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Bytes of a layer's share of a micro-batch, and elements of its weights."""
+
+    kept: float
+    """Left by the forward pass for the backward pass."""
+    whole: float
+    """The same without recomputation: what the backward pass begins with."""
+    worst: float
+    """More than `whole`, at the worst moment of the backward pass; gradients of weights left out."""
+    put_off: float
+    """What waits for gradients of weights, where they come later than those of activations."""
+    groups: tuple[_Gathered, ...]
+    """Its weights, in the order in which their gradients are complete."""
+    largest: int
+    """Elements of the weight whose gradient is made at the worst moment."""
+
+    @property
+    def elements(self) -> int:
+        return sum(group.elements for group in self.groups)
+
+    @property
+    def stored(self) -> int:
+        return sum(group.stored for group in self.groups)
+
+
+class _Step:
+    """What is there as a step goes on, and the moment with most."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.live: Bytes = defaultdict(float)
+        self.most: Bytes = {}
+        self._top = -1.0
+        self.alone = job.layout.world == 1
+        """One process has its weights whole: no others to gather them from, and lowered ones are kept for backward."""
+        self.pipelined = job.layout.pipeline > 1
+        self.stages = [_stage_layers(job, stage) for stage in job.stages]
+        self.ends = _ends(job)
+        self._summed = dict.fromkeys(range(len(job.stages)), False)
+        self._late = 0.0
+
+    def at(self, *more: tuple[str, float]) -> None:
+        """A moment, with `more` than what stays."""
+        total = sum(self.live.values()) + sum(size for _, size in more)
+        if total <= self._top:
+            return
+        self._top = total
+        self.most = dict(self.live)
+        for part, size in more:
+            self.most[part] = self.most.get(part, 0.0) + size
+
+    # ---- sizes
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of an element of a weight as the loss has it: gathered weights are lowered, a lone process's are not."""
+        return _FP32 if self.alone else self.job.product_bytes
+
+    @property
+    def stream(self) -> float:
+        """Hidden states of this process's tokens in a micro-batch."""
+        return _FP32 * self.job.own_tokens * self.job.model.hidden_size
+
+    def walk(self) -> None:
+        """The step."""
+        job = self.job
+        stored = sum(layer.stored for stage in self.stages for layer in stage) + sum(end.stored for end in self.ends)
+        self.live[WEIGHTS] = _FP32 * stored
+        self.live[OPTIMIZER] = _FP32 * _moments(job, stored)
+        rows = job.micro_batches * job.micro_batch * job.sequence / job.layout.context
+        self.live[BATCH] = rows * 2 * _INT64 + job.micro_batches * job.micro_batch * job.sequence * _INT32
+        if self.pipelined:
+            self._pipeline()
+        else:
+            self._one_after_another()
+        self.at()
+
+    # ---- without a pipeline
+
+    def _one_after_another(self) -> None:
+        """Micro-batches one after another; weights are gathered as they are used, gradients summed in the last."""
+        (layers,), (end,), job = self.stages, self.ends, self.job
+        if not self.alone:
+            self.live[GATHERED] = job.product_bytes * end.elements
+        # All between the first and the last are alike.
+        for number in sorted({0, min(1, job.micro_batches - 1), job.micro_batches - 1}):
+            last = number == job.micro_batches - 1
+            self._forward(0)
+            self._loss(layers[-1] if layers else None)
+            self._backward(0, summed=last and not self.alone)
+            if last and not self.alone:
+                self._sum_ends(end)
+
+    # ---- with one
+
+    def _pipeline(self) -> None:
+        """Weights are gathered once, gradients summed at the end; messages have memory from the beginning."""
+        job = self.job
+        plan = Plan(job.config.parallel.schedule, job.layout.pipeline, len(job.stages), job.micro_batches)
+        last = plan.stages - 1
+        home = {number: place for place, number in enumerate(job.stage_numbers)}
+        elements = sum(layer.elements for stage in self.stages for layer in stage)
+        elements += sum(end.elements for end in self.ends)
+        self.live[GATHERED] = job.product_bytes * elements
+        elsewhere = [n for number in home for n in (number - 1, number + 1) if 0 <= n <= last and n not in home]
+        self.live[MESSAGES] = len(elsewhere) * job.micro_batches * self.stream
+        for action in plan.actions(job.place):
+            self._act(action, home, plan)
+            if action.kind in ("backward", "weights") and action.micro_batch == job.micro_batches - 1:
+                self._sum_stage(home[action.stage])
+
+    def _act(self, action: Action, home: dict[int, int], plan: Plan) -> None:
+        """One action of the stage that is this process's `home[stage]`-th."""
+        place, last = home[action.stage], plan.stages - 1
+        if action.kind == "forward":
+            self._forward(place)
+            if action.stage == last:
+                self._loss(None)
+        elif action.kind == "weights":
+            self._weights(place)
+        else:
+            self._backward(place, summed=False, put_off=action.kind == "inputs")
+            if plan.schedule != "1f1b":
+                # What was sent, there and back, is there until the step's end.
+                ways = [n for n in (action.stage - 1, action.stage + 1) if 0 <= n <= last and n not in home]
+                self.live[MESSAGES] += len(ways) * self.stream
+
+    def _weights(self, place: int) -> None:
+        """Gradients of a stage's weights, that were put off; only now activations are given back."""
+        layers, end = self.stages[place], self.ends[place]
+        elements = sum(layer.elements for layer in layers) + end.elements
+        # Lowered ones are raised when all are there; others are added to where they stay.
+        made = sum(layer.elements for layer in layers) if self.job.lowered else 0
+        self.at((BACKWARD, self.job.product_bytes * made))
+        self.live[BACKWARD] -= sum(layer.put_off for layer in layers)
+        if self.job.stages[place].stop == self.job.model.layers:
+            tokens = self.job.tokens * self.job.model.hidden_size * self.job.product_bytes
+            self.live[BACKWARD] -= self._head_gradient
+            self.live[LOGITS] -= tokens + self._head_gradient
+        kept = self._kept(place)
+        # Where a V turns, both its stages are one process's, and torch lets go of a micro-batch one later.
+        turns = self.job.config.parallel.schedule == "zbv" and self.job.place == self.job.layout.pipeline - 1
+        self.live[ACTIVATIONS] -= self._late if turns else kept
+        self._late = kept
+        if not self._summed[place]:
+            self._summed[place] = True
+            self.live[GRADIENTS] += _FP32 * elements
+
+    def _sum_stage(self, place: int) -> None:
+        """Gradients of a stage, a group at a time: joined, summed and cut; by then its weights are given back."""
+        for layer in (self.ends[place], *self.stages[place]):
+            for group in layer.groups:
+                self.live[GATHERED] -= self.job.product_bytes * group.elements
+                self.at((MESSAGES, _FP32 * group.elements), (GRADIENTS, _FP32 * group.stored))
+                self.live[GRADIENTS] += _FP32 * (group.stored - group.elements)
+
+    # ---- passes
+
+    def _forward(self, place: int) -> None:
+        self.live[ACTIVATIONS] += self._kept(place)
+        self.at()
+
+    def _kept(self, place: int) -> float:
+        """Of a micro-batch in a stage: its layers', angles of positions, and a first part's embedded tokens."""
+        job = self.job
+        kept = sum(layer.kept for layer in self.stages[place])
+        kept += 2 * _FP32 * job.sequence / job.layout.context * job.model.rotary_dim
+        if job.stages[place].start == 0:
+            kept += self.stream
+        return kept
+
+    def _loss(self, before: _Layer | None) -> None:
+        """Norm, logits, and both gradients of the loss, which are made with it."""
+        job = self.job
+        tokens = job.tokens * job.model.hidden_size * job.product_bytes
+        matrix = job.model.vocab_size // job.layout.tensor * job.model.hidden_size
+        rows = min(job.tokens, rows_at_once(job))
+        logits = rows * job.model.vocab_size // job.layout.tensor
+        lowered = job.product_bytes if job.lowered else 0
+        self.live[ACTIVATIONS] += self.stream + tokens
+        self.live[LOGITS] += tokens
+        copy = job.product_bytes * matrix if self.alone and job.lowered else 0
+        raised = _FP32 * matrix if self.alone and job.lowered else 0
+        gathered = 0 if before is None or job.layout.weight_shards == 1 else job.product_bytes * before.elements
+        here = ((ACTIVATIONS, self.stream), (GATHERED, gathered))
+        so_far = self._head_gradient if rows < job.tokens else 0
+        self.at((LOGITS, logits * (_FP32 + lowered) + copy + so_far), *here)
+        scores = logits * job.product_bytes
+        made = job.product_bytes * matrix + self._head_gradient + raised
+        self.at((LOGITS, scores + copy + made), *here)
+        self.live[LOGITS] += self._head_gradient
+
+    def _after_loss(self, put_off: bool) -> None:
+        """The loss's own backward pass: its gradients, made with it, times that of the loss."""
+        tokens = self.job.tokens * self.job.model.hidden_size * self.job.product_bytes
+        self.at((BACKWARD, self._head_gradient + tokens))
+        self.live[BACKWARD] += self._head_gradient
+        self.live[ACTIVATIONS] -= self.stream + tokens
+        if not put_off:
+            self.live[LOGITS] -= tokens + self._head_gradient
+
+    @property
+    def _head_gradient(self) -> float:
+        """Of the output matrix."""
+        model = self.job.model
+        return self.weight_bytes * (model.vocab_size // self.job.layout.tensor) * model.hidden_size
+
+    def _backward(self, place: int, summed: bool, put_off: bool = False) -> None:
+        """Through a stage, its last layer first."""
+        job = self.job
+        ends_here = job.stages[place].stop == job.model.layers
+        if ends_here:
+            self._after_loss(put_off)
+        layers = self.stages[place]
+        new = not self._summed[place] and not put_off
+        flying = 0.0
+        for number in reversed(range(len(layers))):
+            layer = layers[number]
+            # Gathered while this one is at work; alone with its weights, a process copies them without a buffer.
+            ahead = layers[number - 1].elements if number and job.layout.weight_shards > 1 else 0
+            gathered = 0 if self.pipelined or self.alone else job.product_bytes * (layer.elements + ahead)
+            common = ((GATHERED, gathered), (MESSAGES, flying), (BACKWARD, self.stream))
+            if put_off:
+                # A norm's backward pass has several terms at once.
+                self.at((BACKWARD, layer.put_off + 5 * self.stream), *common)
+                self.live[BACKWARD] += layer.put_off
+                continue
+            self.live[ACTIVATIONS] += layer.whole - layer.kept
+            self.at((BACKWARD, layer.worst + job.product_bytes * layer.largest), *common)
+            self.live[ACTIVATIONS] -= layer.whole
+            left = layer.elements
+            for group in layer.groups:
+                # Each is given back when its gradients are complete.
+                fresh = self._fresh(group, layer, new and not summed)
+                own = 0 if self.pipelined or self.alone else job.product_bytes * (left + ahead)
+                self.at((GRADIENTS, fresh), (GATHERED, own), (MESSAGES, flying), (BACKWARD, self.stream))
+                left -= group.elements
+            if new and not (summed and job.micro_batches == 1):
+                self.live[GRADIENTS] += _FP32 * layer.elements
+            for group in layer.groups if summed else ():
+                # Added up in fp32 over micro-batches, or as they were made by the only one.
+                summand = _FP32 if job.micro_batches > 1 else job.product_bytes
+                gathered = job.product_bytes * ahead
+                flying = _FP32 * group.elements
+                made = 0 if job.micro_batches > 1 else summand * group.elements
+                arriving = _FP32 * group.stored
+                self.at((GRADIENTS, made + arriving), (GATHERED, gathered), (MESSAGES, flying), (BACKWARD, self.stream))
+                self.live[GRADIENTS] += arriving - (summand * group.elements - made)
+        if not put_off:
+            self.live[ACTIVATIONS] -= self._kept(place) - sum(layer.kept for layer in layers)
+        if new and not (summed and job.micro_batches == 1):
+            self.live[GRADIENTS] += _FP32 * self.ends[place].elements
+        if ends_here:
+            self.at()
+            self.live[BACKWARD] -= 0 if put_off else self._head_gradient
+        if not put_off:
+            self._summed[place] = True
+
+    def _fresh(self, group: _Gathered, layer: _Layer, first: bool) -> float:
+        """Gradients of a micro-batch when those of a group are complete, beside those of earlier ones."""
+        if self.alone or not self.job.lowered:
+            # Each is added as it is made.
+            return _FP32 * (group.elements if first else layer.largest)
+        return group.elements * (self.job.product_bytes + (_FP32 if first else 0))
+
+    def _sum_ends(self, end: _Layer) -> None:
+        """Gradients of what lies around the blocks, which come last."""
+        several = self.job.micro_batches > 1
+        self.live[GATHERED] = 0.0
+        made = 0 if several else self.job.product_bytes * end.elements
+        self.at((MESSAGES, _FP32 * end.elements), (GRADIENTS, _FP32 * end.stored + made))
+        self.live[GRADIENTS] += _FP32 * (end.stored - (end.elements if several else 0))
+
+
+def _moments(job: Job, stored: int) -> float:
+    """Elements that the optimizer keeps: two for each weight; Muon one for those of matrices inside blocks."""
+    if job.config.optimizer.name != "muon":
+        return 2 * stored
+    blocks = [group for group in weight_groups(job) if not group.stays]
+    sizes = [(prod(p.shape), len(p.shape)) for group in blocks for p in group.parameters]
+    whole = sum(size for size, _ in sizes)
+    matrices = sum(size for size, dimensions in sizes if dimensions >= 2)
+    kept = sum(gathered.stored for gathered in _gathered(job, blocks))
+    return 2 * stored - kept * matrices / whole
+
+
+def _gathered(job: Job, groups: Sequence[Group]) -> tuple[_Gathered, ...]:
+    shards = {True: job.layout.expert_shards, False: job.layout.weight_shards}
+    sizes = (sum(prod(parameter.shape) for parameter in group.parameters) for group in groups)
+    return tuple(
+        _Gathered(size, group.pieces(shards[group.of_experts])) for size, group in zip(sizes, groups, strict=True)
+    )
+
+
+def _stage_layers(job: Job, stage: range) -> list[_Layer]:
+    found = [_layer(job, number) for number in stage]
+    if stage.stop == job.model.layers and job.model.mtp_layers:
+        found.append(_layer(job, job.model.layers))
+    return found
+
+
+def _ends(job: Job) -> list[_Layer]:
+    """What lies around the blocks, of each stage: those that have something are in the order of their groups."""
+    groups = iter([group for group in weight_groups(job) if group.stays])
+    found = []
+    for stage in job.stages:
+        own = [next(groups)] if stage.start == 0 or stage.stop == job.model.layers else []
+        found.append(_Layer(0, 0, 0, 0, _gathered(job, own), 0))
+    return found
+
+
+def _layer(job: Job, number: int) -> _Layer:
+    prefix = "next_tokens." if number == job.model.layers else f"layers.{number}."
+    groups = [group for group in weight_groups(job) if group.parameters[0].name.startswith(prefix)]
+    whole = sum(_kept_whole(job, number))
+    kept = {"none": whole, "full": _FP32 * job.own_tokens * job.model.hidden_size}.get(job.config.training.recompute)
+    if kept is None:
+        kept = _kept_selective(job, number)
+    if job.layout.world == 1 and job.lowered:
+        # Autocast lowers a lone process's weights, and keeps that for the backward pass.
+        copies = job.product_bytes * sum(prod(parameter.shape) for group in groups for parameter in group.parameters)
+        kept, whole = kept + copies, whole + copies
+    largest = max(prod(parameter.shape) for group in groups for parameter in group.parameters)
+    worst = 2 * job.product_bytes * _inner(job, number)
+    model, tensor = job.model, job.layout.tensor
+    heads = (model.heads + 2 * model.kv_heads) * model.head_dim / tensor
+    put_off = job.product_bytes * (2 * _inner(job, number) + job.tokens * (heads + 2 * model.hidden_size))
+    put_off += 2 * _FP32 * job.own_tokens * model.hidden_size
+    return _Layer(kept, whole, worst, put_off, _gathered(job, groups), largest)
+
+
+def _inner(job: Job, number: int) -> float:
+    """Elements between the two products of a feed-forward layer."""
+    mixture = job.model.mixture
+    if mixture is not None and job.model.has_experts(number):
+        return job.own_tokens * (mixture.top_k + mixture.shared_experts) * mixture.ffn_hidden_size
+    return job.tokens * job.model.ffn_hidden_size / job.layout.tensor
+
+
+def _kept_whole(job: Job, number: int) -> Iterator[float]:
+    """What a layer's forward pass leaves, piece by piece."""
+    model, own, tokens, size = job.model, job.own_tokens, job.tokens, job.product_bytes
+    hidden = model.hidden_size
+    # Both sums of the residual stream, and what both norms divided.
+    yield 4 * _FP32 * own * hidden + 2 * _FP32 * own
+    yield from _kept_attention(job)
+    mixture = model.mixture
+    if mixture is None or not model.has_experts(number):
+        yield size * tokens * hidden
+        yield 4 * size * _inner(job, number)
+        return
+    # The router's input in fp32, the same lowered for experts, and its scores.
+    yield (_FP32 + 2 * (size if job.lowered else 0)) * own * hidden + 2 * _FP32 * own * mixture.experts
+    rows = own * mixture.top_k
+    # Rows in their experts' order, and what came back.
+    yield 2 * size * rows * hidden + 2 * _INT64 * rows
+    yield 4 * size * _inner(job, number)
+
+
+def _kept_attention(job: Job) -> Iterator[float]:
+    model, own, tokens, size, tensor = job.model, job.own_tokens, job.tokens, job.product_bytes, job.layout.tensor
+    latent, heads, head = model.latent, job.model.heads / tensor, model.head_dim
+    keys = tokens if job.layout.context == 1 else job.micro_batch * job.sequence
+    if latent is None:
+        yield size * tokens * model.hidden_size
+        yield size * tokens * heads * head  # queries
+        yield size * keys * model.kv_heads / tensor * (head + model.value_head_dim)
+    else:
+        short = latent.query_rank + latent.key_value_rank
+        yield size * own * model.hidden_size
+        yield (_FP32 + size) * own * short + _FP32 * own * 2
+        yield size * tokens * (short + latent.rope_head_dim)
+        yield size * tokens * heads * head  # queries
+        plain = head - latent.rope_head_dim
+        yield size * keys * heads * (head + plain + model.value_head_dim)
+    yield size * tokens * heads * model.value_head_dim + _FP32 * tokens * heads
+
+
+def _kept_selective(job: Job, number: int) -> float:
+    """Of a layer's forward pass the results of products and attention, and what came from other processes."""
+    model, own, tokens, size = job.model, job.own_tokens, job.tokens, job.product_bytes
+    tensor, context, latent, mixture = job.layout.tensor, job.layout.context, model.latent, model.mixture
+    heads, hidden = model.heads / tensor, model.hidden_size
+    kept = _FP32 * own * hidden + size * tokens * heads * model.value_head_dim + _FP32 * tokens * heads
+    kept += size * tokens * hidden + (size * own * hidden if tensor > 1 else 0)  # the attention's output
+    if latent is None:
+        keys = model.kv_heads / tensor * (model.head_dim + model.value_head_dim)
+        kept += size * tokens * (heads * model.head_dim + keys)
+        kept += size * tokens * hidden if tensor > 1 else 0
+    else:
+        keys = heads * (model.head_dim + model.value_head_dim)
+        short = latent.query_rank + latent.key_value_rank + latent.rope_head_dim
+        kept += size * own * short + (size * tokens * short if tensor > 1 else 0)
+        kept += size * tokens * heads * (2 * model.head_dim - latent.rope_head_dim + model.value_head_dim)
+    kept += size * job.micro_batch * job.sequence * keys if context > 1 else 0
+    if mixture is None or not model.has_experts(number):
+        kept += 2 * size * _inner(job, number) + size * tokens * hidden
+        return kept + (size * (tokens + own) * hidden if tensor > 1 else 0)
+    rows = own * mixture.top_k
+    kept += size * (2 * _inner(job, number) + (rows + (own if mixture.shared_experts else 0)) * hidden)
+    kept += 2 * size * rows * hidden if job.layout.expert > 1 else 0
+    return kept + _FP32 * own * mixture.experts
