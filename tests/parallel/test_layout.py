@@ -101,10 +101,10 @@ REFUSED: dict[str, tuple[str, int, tuple[str, ...]]] = {
         2,
         ("zbv", "model.tied_embeddings", "take zero_bubble"),
     ),
-    "two backward passes of what is kept for one": (
-        "pipeline=2 schedule=zero_bubble training.recompute=selective",
+    "recomputation for half a backward pass": (
+        "pipeline=2 schedule=zero_bubble training.recompute=full",
         2,
-        ("zero_bubble", 'training.recompute "selective"', '"full" or "none"'),
+        ("zero_bubble", 'training.recompute "full"', 'more memory than "none"'),
     ),
     "a V with multi-token prediction": ("pipeline=2 schedule=zbv model.mtp_layers=1", 2, ("zbv", "model.mtp_layers")),
 }

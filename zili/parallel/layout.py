@@ -124,11 +124,12 @@ def _problems(config: RunConfig, layout: Layout) -> Iterator[str]:
             "parallel.schedule zbv puts the first and the last stage into one process, which cannot hold the embedding "
             "that both of them need (model.tied_embeddings, model.mtp_layers); take zero_bubble"
         )
-    twice = config.parallel.schedule in ("zero_bubble", "zbv")
-    if layout.pipeline > 1 and twice and training.recompute == "selective":
+    halves = config.parallel.schedule in ("zero_bubble", "zbv")
+    if layout.pipeline > 1 and halves and training.recompute != "none":
         yield (
-            f"parallel.schedule {config.parallel.schedule} goes through the backward pass of a block twice, and what "
-            'training.recompute "selective" keeps is there for one; take "full" or "none", or schedule interleaved'
+            f"parallel.schedule {config.parallel.schedule} cuts the backward pass of a block in two, and what "
+            f'training.recompute "{training.recompute}" makes again for the first half stays until the second: more '
+            'memory than "none" takes; take "none", or schedule interleaved'
         )
     if layout.tensor > 1:
         for name in ("heads", "kv_heads", "ffn_hidden_size", "vocab_size"):

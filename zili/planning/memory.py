@@ -17,7 +17,7 @@ from typing import NamedTuple
 from zili.planning.job import Job
 from zili.planning.messages import rows_at_once
 from zili.planning.schedule import Action, Plan
-from zili.planning.weights import Group, weight_groups
+from zili.planning.weights import Group, end_groups, layer_groups, weight_groups
 
 _FP32, _INT32, _INT64 = 4, 4, 8
 Bytes = dict[str, float]
@@ -81,8 +81,9 @@ class _Step:
         self.alone = job.layout.world == 1
         """One process has its weights whole: no others to gather them from, and lowered ones are kept for backward."""
         self.pipelined = job.layout.pipeline > 1
-        self.stages = [_stage_layers(job, stage) for stage in job.stages]
-        self.ends = _ends(job)
+        known: dict[bool, _Layer] = {}
+        self.stages = [_stage_layers(job, stage, known) for stage in job.stages]
+        self.ends = [_ends(job, stage) for stage in job.stages]
         self._summed = dict.fromkeys(range(len(job.stages)), False)
         self._late = 0.0
 
@@ -143,7 +144,8 @@ class _Step:
     def _pipeline(self) -> None:
         """Weights are gathered once, gradients summed at the end; messages have memory from the beginning."""
         job = self.job
-        plan = Plan(job.config.parallel.schedule, job.layout.pipeline, len(job.stages), job.micro_batches)
+        count = _enough(job)
+        plan = Plan(job.config.parallel.schedule, job.layout.pipeline, len(job.stages), count)
         last = plan.stages - 1
         home = {number: place for place, number in enumerate(job.stage_numbers)}
         elements = sum(layer.elements for stage in self.stages for layer in stage)
@@ -151,9 +153,12 @@ class _Step:
         self.live[GATHERED] = job.product_bytes * elements
         elsewhere = [n for number in home for n in (number - 1, number + 1) if 0 <= n <= last and n not in home]
         self.live[MESSAGES] = len(elsewhere) * job.micro_batches * self.stream
+        if plan.schedule != "1f1b":
+            # What more micro-batches would have sent by the time that matters.
+            self.live[MESSAGES] += len(elsewhere) * (job.micro_batches - count) * self.stream
         for action in plan.actions(job.place):
             self._act(action, home, plan)
-            if action.kind in ("backward", "weights") and action.micro_batch == job.micro_batches - 1:
+            if action.kind in ("backward", "weights") and action.micro_batch == count - 1:
                 self._sum_stage(home[action.stage])
 
     def _act(self, action: Action, home: dict[int, int], plan: Plan) -> None:
@@ -319,6 +324,22 @@ class _Step:
         self.live[GRADIENTS] += _FP32 * (end.stored - (end.elements if several else 0))
 
 
+def _enough(job: Job) -> int:
+    """Micro-batches after which a pipeline only repeats itself: four rounds of them."""
+    rounds = 4 * job.layout.pipeline
+    even = job.config.parallel.schedule in ("1f1b", "zbv") or job.micro_batches % job.layout.pipeline == 0
+    return rounds if even and job.micro_batches > rounds else job.micro_batches
+
+
+def kept_bytes(job: Job) -> float:
+    """What the mean layer keeps of a micro-batch from its forward to its backward pass."""
+    dense = job.model.layers if job.model.mixture is None else job.model.mixture.dense_layers
+    with_experts = job.model.layers - dense
+    kept = dense * _layer(job, 0).kept if dense else 0.0
+    kept += with_experts * _layer(job, job.model.layers - 1).kept if with_experts else 0.0
+    return kept / job.model.layers
+
+
 def _moments(job: Job, stored: int) -> float:
     """Elements that the optimizer keeps: two for each weight; Muon one for those of matrices inside blocks."""
     if job.config.optimizer.name != "muon":
@@ -339,26 +360,24 @@ def _gathered(job: Job, groups: Sequence[Group]) -> tuple[_Gathered, ...]:
     )
 
 
-def _stage_layers(job: Job, stage: range) -> list[_Layer]:
-    found = [_layer(job, number) for number in stage]
+def _stage_layers(job: Job, stage: range, known: dict[bool, _Layer]) -> list[_Layer]:
+    """The layers of a stage; `known` has one of each kind, those with experts and those without."""
+    for number in stage:
+        kind = job.model.has_experts(number)
+        if kind not in known:
+            known[kind] = _layer(job, number)
+    found = [known[job.model.has_experts(number)] for number in stage]
     if stage.stop == job.model.layers and job.model.mtp_layers:
         found.append(_layer(job, job.model.layers))
     return found
 
 
-def _ends(job: Job) -> list[_Layer]:
-    """What lies around the blocks, of each stage: those that have something are in the order of their groups."""
-    groups = iter([group for group in weight_groups(job) if group.stays])
-    found = []
-    for stage in job.stages:
-        own = [next(groups)] if stage.start == 0 or stage.stop == job.model.layers else []
-        found.append(_Layer(0, 0, 0, 0, _gathered(job, own), 0))
-    return found
+def _ends(job: Job, stage: range) -> _Layer:
+    return _Layer(0, 0, 0, 0, _gathered(job, tuple(end_groups(job, stage))), 0)
 
 
 def _layer(job: Job, number: int) -> _Layer:
-    prefix = "next_tokens." if number == job.model.layers else f"layers.{number}."
-    groups = [group for group in weight_groups(job) if group.parameters[0].name.startswith(prefix)]
+    groups = tuple(layer_groups(job, number))
     whole = sum(_kept_whole(job, number))
     kept = {"none": whole, "full": _FP32 * job.own_tokens * job.model.hidden_size}.get(job.config.training.recompute)
     if kept is None:

@@ -117,24 +117,39 @@ def all_to_all(size: float, count: int, machine: Machine, rates: Rates) -> float
     return inside + size * (count - inner) / count / (machine.network * rates.network)
 
 
-def step_time(run: Run, machine: Machine, rates: Rates) -> StepTime:
-    """Seconds of one step of `run`, by what takes them."""
+class Work(NamedTuple):
+    """Forward and backward of a micro-batch in all layers, and at the head, whichever process does them.
+
+    It depends on the model, micro-batch, tensor, context, expert, recompute, precision and software alone.
+    """
+
+    layers: Phase
+    head: Phase
+
+
+def work(run: Run, machine: Machine, rates: Rates) -> Work:
+    """Of one micro-batch of `run`."""
     layers = Phase()
     for layer, times in kinds_of_layers(run.model):
         forward, backward = layer_phases(run, layer, machine, rates)
         layers = layers.plus(forward.plus(backward), times)
-    head = head_phase(run, machine, rates)
+    return Work(layers, head_phase(run, machine, rates))
+
+
+def step_time(run: Run, machine: Machine, rates: Rates, known: Work | None = None) -> StepTime:
+    """Seconds of one step of `run`, by what takes them; `known` is its `work`, where that was computed before."""
+    layers, head = known or work(run, machine, rates)
     busiest = _busiest(run, layers, head)
     longest, together = sum(busiest), sum(layers) + sum(head)
     between = _between_stages(run, machine, rates)
     idle = together - longest + (run.pipeline - 1) * between
-    work = busiest.by(run.micro_batches)
-    data = _data(run, machine, rates, longest, sum(work))
+    total = busiest.by(run.micro_batches)
+    data = _data(run, machine, rates, longest, sum(total))
     plain, experts = local_parameters(run.model, run.tensor, run.pipeline, run.expert)
     optimizer = _STATE_BYTES * (plain + experts) / run.state_shards / (machine.memory * rates.memory)
     rest = (run.micro_batches * between, idle * bubble_share(run), data, optimizer)
-    waiting = rates.waiting * log2(max(run.chips, 8) / 8) * (sum(work) + sum(rest))
-    return StepTime(*work, *rest, waiting)
+    waiting = rates.waiting * log2(max(run.chips, 8) / 8) * (sum(total) + sum(rest))
+    return StepTime(*total, *rest, waiting)
 
 
 def bubble_share(run: Run) -> float:
@@ -294,9 +309,10 @@ def _data(run: Run, machine: Machine, rates: Rates, longest: float, work: float)
     """Seconds of gathering weights and reducing gradients that arithmetic does not hide."""
     plain, experts = local_parameters(run.model, run.tensor, run.pipeline, run.expert)
     together = run.data * run.context
-    seconds = _exchanged(run, plain, together, run.tensor, machine, rates)
+    seconds = _exchanged(run, plain, together, run.weight_shards, run.tensor, machine, rates)
     if experts:
-        seconds += _exchanged(run, experts, max(1, together * run.tensor // run.expert), run.expert, machine, rates)
+        count, shards = (max(1, n * run.tensor // run.expert) for n in (together, run.weight_shards))
+        seconds += _exchanged(run, experts, count, shards, run.expert, machine, rates)
     if not run.software.hides_gradients:
         return seconds
     # Once a step only the last backward pass is beside it; weights gathered for each use have all of the work.
@@ -304,16 +320,20 @@ def _data(run: Run, machine: Machine, rates: Rates, longest: float, work: float)
     return seconds - rates.hide_data * min(seconds, work if each else longest * 2 / 3)
 
 
-def _exchanged(run: Run, parameters: float, count: int, apart: int, machine: Machine, rates: Rates) -> float:
-    """Seconds that weights and gradients of so many parameters travel in a step, among `count` processes."""
+def _exchanged(
+    run: Run, parameters: float, count: int, shards: int, apart: int, machine: Machine, rates: Rates
+) -> float:
+    """Seconds that weights and gradients of so many parameters travel in a step, among `count` processes, of which
+    `shards` cut them for storage."""
     rings = run.model.layers / run.pipeline
     weights, gradients = _BF16 * parameters, _FP32 * parameters
     if run.weight_shards == 1:
         # Summing without cutting takes as long, but in a tree, which does not wait for every hop.
         rings = rings if run.state_shards >= count else 0.0
         return sum(collective(size, count, apart, machine, rates, rings) for size in (weights, gradients))
-    shards = min(count, run.weight_shards)
+    shards = min(count, shards)
     gather, scatter = (collective(size, shards, apart, machine, rates, rings) for size in (weights, gradients))
-    each = gather + scatter if run.kept_gathered else run.micro_batches * (2 * gather + scatter)
+    # Gathered for each forward and each backward pass, or once; gradients are scattered once.
+    gathers = gather if run.kept_gathered else run.micro_batches * 2 * gather
     # Replicas add what is left of the gradients: scattered and gathered again.
-    return each + 2 * collective(gradients / shards, count // shards, apart * shards, machine, rates)
+    return gathers + scatter + 2 * collective(gradients / shards, count // shards, apart * shards, machine, rates)

@@ -46,15 +46,32 @@ def _piece(shape: Shape, shards: int) -> int:
 
 def weight_groups(job: Job) -> Iterator[Group]:
     """Every group of this process, as `zili.parallel.data.apply_sharding` makes them."""
-    shapes = parameter_shapes(job.model)
     for layer in (layer for stage in job.stages for layer in stage):
-        yield from _split(job, {name: shape for name, shape in shapes.items() if name.startswith(f"layers.{layer}.")})
+        yield from layer_groups(job, layer)
     for stage in job.stages:
-        names = [*_first(job, stage), *_last(job, stage)]
-        if names:
-            yield Group(tuple(_parameter(job, name, shapes[name]) for name in names), stays=True)
+        yield from end_groups(job, stage)
         if stage.stop == job.model.layers and job.model.mtp_layers:
-            yield from _split(job, {name: shape for name, shape in shapes.items() if name.startswith("next_tokens.")})
+            yield from layer_groups(job, job.model.layers)
+
+
+def layer_groups(job: Job, number: int) -> Iterator[Group]:
+    """Those of a layer; of multi-token prediction's, which counts as one more, everything that is its own."""
+    if number < job.model.layers:
+        shapes = {f"layers.{number}.{name}": shape for name, shape in job.shapes(number).items()}
+    else:
+        every = parameter_shapes(job.model)
+        shapes = {name: shape for name, shape in every.items() if name.startswith("next_tokens.")}
+    yield from _split(job, shapes)
+
+
+def end_groups(job: Job, stage: range) -> Iterator[Group]:
+    """What lies around the blocks of a stage: one group, or none."""
+    model = job.model
+    rows = {"embedding.weight": (model.vocab_size, model.hidden_size), "norm.weight": (model.hidden_size,)}
+    rows["head.weight"] = rows["embedding.weight"]
+    names = [*_first(job, stage), *_last(job, stage)]
+    if names:
+        yield Group(tuple(_parameter(job, name, rows[name]) for name in names), stays=True)
 
 
 def _first(job: Job, stage: range) -> list[str]:

@@ -1,0 +1,357 @@
+"""Every legal layout of a model on so many chips, from the fastest that fits on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from zili.config import RunConfig
+from zili.config.parallel import ParallelConfig, Schedule
+from zili.errors import LayoutError
+from zili.parallel.layout import DIMENSIONS, Layout, lay_out
+from zili.planning.job import Job
+from zili.planning.machine import Machine
+from zili.planning.memory import Bytes, kept_bytes, peak_bytes
+from zili.planning.rates import Rates
+from zili.planning.run import Recompute, Run
+from zili.planning.schedule import refused
+from zili.planning.step_time import StepTime, Work, local_parameters, step_time, work
+
+RESERVED = 0.06
+"""Share of a chip's memory that its runtime, its collectives' buffers and gaps between blocks take."""
+_MOST_CONTEXT, _MOST_MICRO, _MOST_VIRTUAL, _MOST_TENSOR = 8, 4, 6, 16
+_EXPERT = (1, 8, 32, 64, 128)
+_RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
+_TRIED, _TRIED_OF_A_CHOICE = 300, 12
+"""Layouts whose memory is computed, the fastest first, before the search looks for others."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout, with what it takes."""
+
+    config: RunConfig
+    """The recipe with it."""
+    layout: Layout
+    time: StepTime
+
+    @cached_property
+    def run(self) -> Run:
+        return run_of(self.config, self.layout)
+
+    @cached_property
+    def memory(self) -> Bytes:
+        """Bytes by part, of the process with most: the first or the last of its pipeline."""
+        places = sorted({0, self.layout.pipeline - 1})
+        found = [peak_bytes(Job(self.config, self.layout, place)) for place in places]
+        return max(found, key=lambda parts: sum(parts.values()))
+
+    @cached_property
+    def bytes(self) -> float:
+        return sum(self.memory.values())
+
+    def fits(self, machine: Machine) -> bool:
+        """Whether it does, beside what the chip's runtime takes."""
+        return machine.capacity is None or self.bytes <= usable(machine)
+
+
+def usable(machine: Machine) -> float:
+    """Bytes of a chip's memory that training can have."""
+    assert machine.capacity is not None
+    return (1 - RESERVED) * machine.capacity
+
+
+def run_of(config: RunConfig, layout: Layout) -> Run:
+    """A recipe on a layout as a run, in this house's software."""
+    parallel, training = config.parallel, config.training
+    micro = training.micro_batch
+    return Run(
+        model=config.model,
+        sequence=training.sequence_length,
+        global_batch=training.global_batch,
+        micro_batch=1 if micro == "auto" else micro,
+        data=layout.data,
+        tensor=layout.tensor,
+        context=layout.context,
+        pipeline=layout.pipeline,
+        virtual=parallel.stages_each,
+        expert=layout.expert,
+        weight_shards=layout.weight_shards,
+        state_shards=layout.weight_shards,
+        kept_gathered=layout.pipeline > 1,
+        recompute=training.recompute,
+        schedule=parallel.schedule,
+    )
+
+
+def predicted(config: RunConfig, world: int, machine: Machine, rates: Rates) -> Candidate:
+    """What a recipe's own layout takes.
+
+    Raises:
+        LayoutError: it cannot be run on so many.
+    """
+    layout = lay_out(config, world)
+    return Candidate(config, layout, step_time(run_of(config, layout), machine, rates))
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Why the best layout with some choice is not the best of all."""
+
+    choice: str
+    candidate: Candidate
+    why: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found."""
+
+    best: tuple[Candidate, ...]
+    """The fastest that fit; none: nothing does."""
+    losses: tuple[Loss, ...]
+    searched: int
+    smallest: Candidate
+    """Of those whose memory was computed the one that takes least."""
+
+
+def search(config: RunConfig, world: int, machine: Machine, rates: Rates, *, count: int = 5) -> Found:
+    """The fastest layouts of `config`'s model and batch on `world` chips that fit them, no two alike but for shards.
+
+    Raises:
+        LayoutError: no layout divides `world`; the message has the nearest number that one does.
+    """
+    options = sorted(_options(config, world, machine, rates), key=_Option.order)
+    if not options:
+        raise LayoutError(_nearest(config, world))
+    room = _Room(config, machine)
+    best: dict[tuple[object, ...], Candidate] = {}
+    tried = 0
+    for option in options:
+        if len(best) == count or tried == _TRIED:
+            break
+        if option.alike in best or not room.may_have(option):
+            continue
+        tried += 1
+        candidate = option.candidate(config)
+        if candidate.fits(machine):
+            best[option.alike] = candidate
+    ranked = tuple(best.values())
+    losses = tuple(_losses(ranked[0], options, room)) if ranked else ()
+    smallest = min(options, key=room.least).candidate(config)
+    return Found(ranked, losses, len(options), smallest)
+
+
+class _Room:
+    """How much memory an option takes at least: what would not fit is left out before it is walked through."""
+
+    def __init__(self, config: RunConfig, machine: Machine) -> None:
+        self.config, self.machine = config, machine
+        self._kept: dict[tuple[object, ...], float] = {}
+        self._parameters: dict[tuple[int, int, int], tuple[float, float]] = {}
+
+    def may_have(self, option: _Option) -> bool:
+        """Whether it may fit."""
+        return self.machine.capacity is None or self.least(option) <= usable(self.machine)
+
+    def least(self, option: _Option) -> float:
+        """Bytes of weights, gradients, moments, and what micro-batches in flight keep."""
+        run = option.run
+        cut = (run.tensor, run.pipeline, run.expert)
+        if cut not in self._parameters:
+            self._parameters[cut] = local_parameters(run.model, *cut)
+        plain, experts = self._parameters[cut]
+        shards = max(1.0, run.weight_shards * run.tensor / run.expert)
+        states = 12 * (plain / run.weight_shards + experts / shards)
+        whole = 6 if run.kept_gathered else 4 if run.micro_batches > 1 else 0
+        flight = min(run.micro_batches, run.pipeline)
+        return states + whole * (plain + experts) + flight * run.model.layers / run.pipeline * self._keeps(option)
+
+    def _keeps(self, option: _Option) -> float:
+        run = option.run
+        key = (run.tensor, run.context, run.expert, run.micro_batch, run.recompute)
+        if key not in self._kept:
+            candidate = option.candidate(self.config)
+            self._kept[key] = kept_bytes(Job(candidate.config, candidate.layout))
+        return self._kept[key]
+
+
+@dataclass(frozen=True)
+class _Option:
+    """A layout that is legal, and its seconds."""
+
+    run: Run
+    shards: int
+    time: StepTime
+    seconds: float
+
+    def order(self) -> tuple[float, int]:
+        """The fastest first; of those as fast to three digits, the one that shares weights most widely."""
+        return float(f"{self.seconds:.3g}"), -self.shards
+
+    @property
+    def alike(self) -> tuple[object, ...]:
+        """All but its shards."""
+        run = self.run
+        cut = (run.tensor, run.context, run.pipeline, run.expert, run.schedule, run.virtual)
+        return (*cut, run.micro_batch, run.recompute)
+
+    def candidate(self, config: RunConfig) -> Candidate:
+        """With the recipe it makes."""
+        run = self.run
+        layout = Layout(run.pipeline, run.data // self.shards, self.shards, run.context, run.tensor, run.expert)
+        sizes = {name: getattr(layout, name) for name in (*DIMENSIONS, "expert")}
+        stages: int | Literal["auto"] = run.virtual if run.virtual > 1 else "auto"
+        parallel = ParallelConfig(**sizes, schedule=run.schedule, stages_per_process=stages)
+        chosen = {"micro_batch": run.micro_batch, "recompute": run.recompute}
+        training = config.training.model_copy(update=chosen)
+        return Candidate(config.model_copy(update={"parallel": parallel, "training": training}), layout, self.time)
+
+
+def _divisors(number: int, most: int | None = None) -> list[int]:
+    return [n for n in range(1, min(number, most or number) + 1) if number % n == 0]
+
+
+def _options(config: RunConfig, world: int, machine: Machine, rates: Rates) -> Iterator[_Option]:
+    model, training = config.model, config.training
+    known: dict[tuple[object, ...], Work] = {}
+    for tensor, context, pipeline in _cuts(config, world, machine):
+        data = world // (tensor * context * pipeline)
+        own = training.global_batch // data
+        if training.global_batch % data or own == 0:
+            continue
+        for shards, expert in _shares(config, data, tensor, context, machine):
+            for micro in _divisors(own, _MOST_MICRO):
+                count = own // micro
+                for schedule, virtual in _schedules(config, pipeline, count):
+                    for recompute in _RECOMPUTE if schedule not in ("zero_bubble", "zbv") else ("none",):
+                        run = Run(
+                            model=model,
+                            sequence=training.sequence_length,
+                            global_batch=training.global_batch,
+                            micro_batch=micro,
+                            data=data,
+                            tensor=tensor,
+                            context=context,
+                            pipeline=pipeline,
+                            virtual=virtual,
+                            expert=expert,
+                            weight_shards=shards * context,
+                            state_shards=shards * context,
+                            kept_gathered=pipeline > 1,
+                            recompute=recompute,
+                            schedule=schedule,
+                        )
+                        key = (micro, tensor, context, expert, recompute)
+                        if key not in known:
+                            known[key] = work(run, machine, rates)
+                        time = step_time(run, machine, rates, known[key])
+                        yield _Option(run, shards, time, time.total)
+
+
+def _cuts(config: RunConfig, world: int, machine: Machine) -> Iterator[tuple[int, int, int]]:
+    """Tensor, context and pipeline sizes that divide the model, the sequence and the chips."""
+    model, length = config.model, config.training.sequence_length
+    for tensor in _divisors(world, min(_MOST_TENSOR, max(8, machine.domain))):
+        sizes = (model.heads, model.kv_heads, model.ffn_hidden_size, model.vocab_size)
+        if any(size % tensor for size in sizes):
+            continue
+        for context in _divisors(world // tensor, _MOST_CONTEXT):
+            if (context > 1 and length % (2 * context)) or length // context % tensor:
+                continue
+            for pipeline in _divisors(world // (tensor * context), model.layers):
+                yield tensor, context, pipeline
+
+
+def _shares(config: RunConfig, data: int, tensor: int, context: int, machine: Machine) -> Iterator[tuple[int, int]]:
+    """Shards of weights, and of experts. Of the many that divide: what stays in a domain, some more, and all."""
+    mixture = config.model.mixture
+    inside = max(1, machine.domain // (tensor * context))
+    wanted = {1, inside, 2 * inside, 4 * inside, 8 * inside, 16 * inside, data}
+    if mixture is not None:
+        # Experts take most of the memory, and are shared first: few copies of them are ever the best.
+        wanted = {4 * inside, 16 * inside, data}
+    for shards in sorted({max(n for n in _divisors(data) if n <= want) for want in wanted}):
+        group = shards * context * tensor
+        experts = [1] if mixture is None else [n for n in _divisors(mixture.experts) if group % n == 0]
+        for expert in sorted({max(n for n in experts if n <= most) for most in _EXPERT}):
+            yield shards, expert
+
+
+def _schedules(config: RunConfig, pipeline: int, count: int) -> Iterator[tuple[Schedule, int]]:
+    if pipeline == 1:
+        yield "1f1b", 1
+        return
+    if count < pipeline:
+        return
+    model = config.model
+    yield "1f1b", 1
+    for virtual in range(2, _MOST_VIRTUAL + 1):
+        if pipeline * virtual > model.layers or refused("interleaved", pipeline, count):
+            break
+        yield "interleaved", virtual
+    # Zero bubble runs a mixture's own gradients twice, and V keeps the embedding apart.
+    if 2 * pipeline <= model.layers and model.mixture is None and not refused("zero_bubble", pipeline, count):
+        yield "zero_bubble", 2
+        if not (model.tied_embeddings or model.mtp_layers):
+            yield "zbv", 2
+
+
+def _nearest(config: RunConfig, world: int) -> str:
+    """What to say where nothing divides: the nearest numbers of chips that something does."""
+    batch = config.training.global_batch
+
+    def possible(chips: int) -> bool:
+        cuts = _cuts(config, chips, _ANY)
+        return any(batch % (chips // (t * c * p)) == 0 and batch // (chips // (t * c * p)) >= p for t, c, p in cuts)
+
+    below = next((n for n in range(world - 1, 0, -1) if possible(n)), None)
+    above = next((n for n in range(world + 1, 2 * world + 1) if possible(n)), None)
+    near = " or ".join(str(n) for n in (below, above) if n is not None)
+    return (
+        f"no layout divides {world:,} chips, {config.model.layers} layers, {config.model.heads} heads and a global "
+        f"batch of {batch:,} sequences; the nearest that work are {near} chips"
+    )
+
+
+_ANY = Machine(1.0, 1.0, 1.0, 1.0, 8, 1.0)
+
+
+def _losses(best: Candidate, options: Sequence[_Option], room: _Room) -> Iterator[Loss]:
+    """For each choice that the best layout did not make: the fastest with it, and why that is not the best."""
+    choices: dict[tuple[str, object], list[_Option]] = {}
+    for option in options:
+        for name in ("tensor", "context", "pipeline", "expert", "schedule", "recompute"):
+            value = getattr(option.run, name)
+            if value != getattr(best.run, name):
+                choices.setdefault((name, value), []).append(option)
+    for (name, value), those in choices.items():
+        yield _loss(f"{name} {value}", those, best, room)
+
+
+def _loss(choice: str, those: Sequence[_Option], best: Candidate, room: _Room) -> Loss:
+    """`those` have made it, the fastest first."""
+    tried: list[float] = []
+    for option in those:
+        if len(tried) == _TRIED_OF_A_CHOICE:
+            break
+        if room.may_have(option):
+            candidate = option.candidate(room.config)
+            tried.append(candidate.bytes)
+            if candidate.fits(room.machine):
+                return Loss(choice, candidate, _slower(candidate, best))
+    ratio = those[0].seconds / best.time.total - 1
+    speed = f"{ratio:.0%} slower" if ratio > 0 else f"{-ratio:.0%} faster"
+    if tried:
+        why = f"its {len(tried)} fastest do not fit: {min(tried) / 2**30:.0f} GiB and more, {speed} at best"
+    else:
+        why = f"does not fit: {min(map(room.least, those)) / 2**30:.0f} GiB and more, {speed} at best"
+    return Loss(choice, those[0].candidate(room.config), why)
+
+
+def _slower(candidate: Candidate, best: Candidate) -> str:
+    more = {name: seconds - getattr(best.time, name) for name, seconds in vars(candidate.time).items()}
+    part = max(more, key=lambda name: more[name])
+    return f"{candidate.time.total / best.time.total - 1:.1%} slower: {part} +{more[part]:.2f} s"
