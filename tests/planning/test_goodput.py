@@ -1,0 +1,95 @@
+"""Failures and goodput: published clusters, and a simulation beside the closed form."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from zili.planning.goodput import (
+    DAY,
+    Failures,
+    best_interval,
+    effective_share,
+    goodput,
+    linear_share,
+    mean_between,
+    simulated_share,
+)
+
+LLAMA3 = Failures(detection=180, replacement=300, reload=120, warm_up=300, checkpoint=2, drain=0, spares=1)
+"""u0 = 15 min, w = 2 s."""
+
+
+def test_llama_3_trained_nine_tenths_of_its_time() -> None:
+    """Llama 3 (2407.21783, section 3.3.4): one interruption in 3.1 h on 16,384 chips, more than 90 % effective."""
+    found = goodput(16_384, LLAMA3)
+    assert found.mean_between / 3600 == pytest.approx(3.1, abs=0.05)
+    assert found.share == pytest.approx(0.90, abs=0.01)
+
+
+@pytest.mark.parametrize(("chips", "hours"), [(16_384, 1.8), (131_072, 0.23)])
+def test_research_super_cluster(chips: int, hours: float) -> None:
+    """RSC-1 (2410.21680, section 4): 6.50 failures in 1,000 node-days, projected."""
+    failures = Failures(per_chip_day=6.5e-3 / 8)
+    assert mean_between(chips, failures) / 3600 == pytest.approx(hours, rel=0.03)
+
+
+def test_small_jobs_fail_for_reasons_of_their_own() -> None:
+    """RSC-1 measured 7.9 h at 1,024 chips, where the rate a chip alone gives 28.9 h."""
+    alone = Failures(per_chip_day=6.5e-3 / 8)
+    assert mean_between(1024, alone) / 3600 == pytest.approx(28.9, rel=0.01)
+    assert mean_between(1024, Failures(per_chip_day=6.5e-3 / 8, per_day=2.2)) / 3600 == pytest.approx(7.9, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("chips", "restart", "checkpoint", "share"),
+    [
+        (1_024, 900, 60, 0.969), (4_096, 900, 60, 0.930), (10_240, 900, 60, 0.873), (16_384, 900, 2, 0.901),
+        (10_240, 120, 2, 0.978), (51_200, 900, 2, 0.72), (102_400, 120, 2, 0.888),
+    ],
+)  # fmt: skip
+def test_the_linear_form_gives_the_published_table(chips: int, restart: float, checkpoint: float, share: float) -> None:
+    """Meta's closed form at Young's interval, as tabulated in the planner's facts."""
+    between = mean_between(chips, Failures())
+    interval = (2 * checkpoint * between) ** 0.5
+    assert linear_share(interval, between, restart, checkpoint) == pytest.approx(share, abs=0.006)
+
+
+@pytest.mark.parametrize("chips", [1_024, 16_384, 51_200, 200_000])
+def test_simulation_and_closed_form_agree(chips: int) -> None:
+    found = goodput(chips, LLAMA3)
+    simulated = simulated_share(
+        chips, LLAMA3, found.interval, seconds=20_000 * found.mean_between, dice=random.Random(1)
+    )
+    assert simulated == pytest.approx(found.share, abs=0.01)
+
+
+def test_the_interval_is_the_best() -> None:
+    between = mean_between(16_384, LLAMA3)
+    best = best_interval(between, 60.0)
+    shares = [effective_share(best * factor, between, LLAMA3.restart, 60.0) for factor in (0.7, 1.0, 1.4)]
+    assert shares[1] == max(shares)
+
+
+def test_the_linear_form_fails_where_failures_are_frequent() -> None:
+    """At 102,400 chips and a quarter of an hour to restart it says 32 to 46 %; at twice that, less than nothing."""
+    between = mean_between(409_600, Failures())
+    assert linear_share(60, between, 900, 2) < 0 < effective_share(60, between, 900, 2)
+
+
+def test_what_is_lost_adds_up_and_names_the_restart() -> None:
+    found = goodput(51_200, LLAMA3)
+    assert sum(found.lost.values()) == pytest.approx(1 - found.share)
+    assert found.first_to_improve in ("replacement", "warm-up")
+    assert goodput(51_200, Failures(checkpoint=120, spares=1)).first_to_improve == "checkpoints"
+
+
+def test_without_spares_a_failure_waits_for_a_chip() -> None:
+    with_spares, without = (goodput(10_240, Failures(spares=share)) for share in (0.02, 0.0))
+    assert without.share < with_spares.share - 0.2
+    assert without.first_to_improve == "waiting for spares"
+
+
+def test_a_month_at_ten_thousand_chips() -> None:
+    assert goodput(10_240, LLAMA3).interruptions(30 * DAY) == pytest.approx(10_240 * 4.7e-4 * 30)
