@@ -18,6 +18,7 @@ from zili.cli import (
     doctor,
     eval,
     import_export,
+    plan,
     quickstart,
     rehearse,
     report,
@@ -51,6 +52,7 @@ app = typer.Typer(
 )
 app.command()(quickstart.quickstart)
 app.command()(train.train)
+app.command()(plan.plan)
 app.command()(rehearse.rehearse)
 app.command(name="eval")(eval.eval_)
 app.command()(sample.sample)

@@ -22,10 +22,15 @@ from zili.planning.run import Precision, Recompute, Run, Software
 
 Cells = Mapping[str, str | None]
 
+_LARGEST = {"layers": 10_000, "experts": 100_000}
+"""Beyond these a cell is a mistake: arithmetic goes through layers one by one."""
+
 _FUSED_ATTENTION = 2206
 """Year and month of an arXiv number: fused attention was published in May 2022 (2205.14135)."""
 _TUNED = ("mlcommons", "AI-Hypercomputer", "aeeeeeep/ModelLink", "Korthikanti", "Megatron-LM SC21", "Nemotron", "PaLM")
 """Beginnings of sources in which a chip's vendor tuned the recipe, beside those that begin with the vendor's name."""
+_WITHOUT_SEQUENCE_PARALLEL = ("FlagOpen/FlagPerf",)
+"""Sources whose memory with tensor parallelism is that of runs without it."""
 _LATENT = LatentConfig(query_rank=1536, key_value_rank=512, rope_head_dim=64, value_head_dim=128)
 """Of the published models with latent attention (DeepSeek-V2 section 2.1.2, V3 section 4.2)."""
 
@@ -78,6 +83,8 @@ class _Reader:
         text = self.text(name)
         value = self.number(name)
         if value is not None and value == int(value):
+            if value > _LARGEST.get(name, 10**9):
+                raise Unpredictable(f"{name} is {text!r}, more than makes sense")
             return int(value)
         if text and not text.startswith(">") and value is None and not _says_in_words(text):
             raise Unpredictable(f"{name} is {text!r}, not a positive number")
@@ -280,10 +287,12 @@ def _software(reader: _Reader, chip: Chip) -> Software:
     # A vendor's repositories bear its name or that of its software, as `chips` has it.
     vendors = source.startswith((*_TUNED, chip.vendor)) or source.lower().startswith(f"{chip.backend}/")
     tuned = vendors or megascale
+    says_so = "SP" in reader.text("recompute")
     overlap = re.search(r"mc2|async ?tp|tp/pp overlap", notes.lower()) is not None
     return Software(
         fused_attention=not early and not biased,
-        sequence_parallel=not early or "SP" in reader.text("recompute"),
+        sequence_parallel=(not early and not source.startswith(_WITHOUT_SEQUENCE_PARALLEL)) or says_so,
+        early="fp16" in reader.text("precision"),
         hides_gradients=not reader.text("zero_stage").startswith("0"),
         hides_tensor=overlap or (tuned and not early),
         tuned=tuned,

@@ -27,6 +27,8 @@ class Software:
     """Gradients and weights travel beside the arithmetic."""
     hides_tensor: bool = False
     """Tokens travel between tensor-parallel processes beside the products that need them."""
+    early: bool = False
+    """From before bf16: gradients stay in 16 bits."""
     tuned: bool = False
     """The chip's vendor wrote the recipe, with fused kernels for it."""
 

@@ -41,6 +41,14 @@ class Candidate:
     def run(self) -> Run:
         return run_of(self.config, self.layout)
 
+    @property
+    def text(self) -> str:
+        """In a line."""
+        run, stages = self.run, self.run.virtual
+        schedule = f", {run.schedule}" + (f" of {stages} stages" if stages > 1 else "") if run.pipeline > 1 else ""
+        again = f", recompute {run.recompute}" if run.recompute != "none" else ""
+        return f"{self.layout}{schedule}, {run.micro_batches:.0f} micro-batches of {run.micro_batch}{again}"
+
     @cached_property
     def memory(self) -> Bytes:
         """Bytes by part, of the process with most: the first or the last of its pipeline."""

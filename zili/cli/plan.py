@@ -1,0 +1,265 @@
+"""`zili plan`: a model on chips that are not there: layout, speed with its error, memory, days, money, failures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from zili.chips.catalog import find_chip
+from zili.cli.options import Overrides
+from zili.config import RunConfig, build_config, dump_recipe, load_recipe
+from zili.config.presets import load_preset
+from zili.durable import write_whole
+from zili.errors import ConfigError, ZiliError
+from zili.planning.goodput import LLAMA3_RATE, Failures
+from zili.planning.plan import MFU, Plan, Setting, make_plan, setting_config, usual_batch
+
+_SHOWN_LOSSES = 8
+
+
+def plan(
+    model: Annotated[str | None, typer.Argument(help="Preset (`zili config presets`) or TOML recipe.")] = None,
+    chip: Annotated[str | None, typer.Option(help="Model of the chips, as `zili chips` lists them.")] = None,
+    chips: Annotated[int | None, typer.Option(min=1, help="How many.")] = None,
+    tokens: Annotated[float | None, typer.Option(min=1, help="To train on; of a recipe its own.")] = None,
+    sequence: Annotated[int | None, typer.Option(min=1, help="Tokens of a sequence.")] = None,
+    global_batch: Annotated[int | None, typer.Option(min=1, help="Sequences of a step.")] = None,
+    compare: Annotated[
+        str | None, typer.Option(help="Other chips too: names, each with :COUNT where it differs, with commas.")
+    ] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            help='Predict this one: "tensor=8 pipeline=8 schedule=interleaved micro_batch=1 recompute=full"; '
+            '"recipe" for the recipe\'s own.'
+        ),
+    ] = None,
+    doctor: Annotated[
+        Path | None, typer.Option(help="Report of `zili doctor --json` from such a chip: measured speeds.")
+    ] = None,
+    peak_tflops: Annotated[float | None, typer.Option(min=0.001, help="Peak in bf16, where none is published.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Of a chip-hour.")] = None,
+    failures: Annotated[float, typer.Option(min=0, help="Interruptions a chip-day.")] = LLAMA3_RATE,
+    failures_per_day: Annotated[float, typer.Option(min=0, help="Those that do not grow with the chips.")] = 0.0,
+    restart_minutes: Annotated[float | None, typer.Option(min=0, help="From an interruption to training.")] = None,
+    checkpoint_seconds: Annotated[float, typer.Option(min=0.01, help="That one keeps the run.")] = 2.0,
+    spares: Annotated[float, typer.Option(min=0, max=1, help="Chips kept ready, as a share.")] = 0.02,
+    write: Annotated[Path | None, typer.Option(help="Write the best layout as a recipe for `zili train`.")] = None,
+    as_json: Annotated[Path | None, typer.Option("--json", help="Write everything here, as JSON.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Write an HTML page here.")] = None,
+    runs: Annotated[Path | None, typer.Option(help="Predict the rows of this table of published runs instead.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where --runs writes its table.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Search every layout of a model on chips, and say what the best takes: time with its error, memory, days, money.
+
+    Exit codes: 0 done, 3 not understood, 6 the chip's peak is not known, 7 nothing divides or fits.
+    """
+    for file in (write, as_json, page, out):
+        if file is not None and not file.parent.is_dir():
+            raise ConfigError(f"{file} cannot be written: there is no folder {file.parent}")
+    console = Console()
+    if runs is not None:
+        _predict_runs(runs, out, chip, console)
+        return
+    if model is None or chip is None or chips is None:
+        raise typer.BadParameter("give a model, --chip and --chips (or --runs and --out)")
+    config, tokens = _config(model, chips, tokens, sequence, global_batch, overrides or [])
+    risk = Failures(per_chip_day=failures, per_day=failures_per_day, checkpoint=checkpoint_seconds, spares=spares)
+    if restart_minutes is not None:
+        risk = _with_restart(risk, 60 * restart_minutes)
+    setting = Setting(config, tokens, risk, price, _report(doctor), peak_tflops)
+    if layout is not None and layout != "recipe":
+        setting = replace(setting, config=_with_layout(config, layout))
+    made = make_plan(setting, find_chip(chip), chips, given=layout is not None)
+    _show(made, console)
+    others = [made, *_others(compare, setting, chips, console)] if compare else [made]
+    if compare:
+        _show_comparison(others, console)
+    if write is not None:
+        write_whole(write, _recipe(made))
+        console.print(f"recipe: {write}", highlight=False, soft_wrap=True)
+    if as_json is not None:
+        everything = made.as_json() | ({"compared": [one.as_json() for one in others]} if compare else {})
+        write_whole(as_json, json.dumps(everything, indent=1) + "\n")
+    if page is not None:
+        from zili.planning.page import page as drawn
+
+        write_whole(page, drawn(others, f"{config.name} on {chips:,} {made.chip.name}"))
+        console.print(f"page: {page}", highlight=False, soft_wrap=True)
+
+
+def _config(
+    model: str, chips: int, tokens: float | None, sequence: int | None, batch: int | None, overrides: Sequence[str]
+) -> tuple[RunConfig, float]:
+    """The recipe, or one for a preset, and how many tokens it is for."""
+    if model.endswith(".toml"):
+        given = [f"training.sequence_length={sequence}"] if sequence else []
+        given += [f"training.global_batch={batch}"] if batch else []
+        config = load_recipe(Path(model), [*overrides, *given])
+        if config.chip.precision == "fp32":
+            raise ConfigError("a plan is for products in bf16, and the recipe asks for fp32; set chip.precision")
+        training = config.training
+        planned = tokens or float(training.steps * training.global_batch * training.sequence_length)
+        chip = config.chip.model_copy(update={"precision": "bf16"})
+        fixed = {"micro_batch": 1} if training.micro_batch == "auto" else {}
+        return config.model_copy(update={"chip": chip, "training": training.model_copy(update=fixed)}), planned
+    table = load_preset(model)
+    length = sequence or min(4096, int(table.get("max_length", 4096)))
+    wanted = tokens or 1e12
+    config = setting_config(table, length, batch or usual_batch(chips, length), wanted, f"{model}-{chips}")
+    if overrides:
+        config = build_config(config.model_dump(mode="json", exclude_none=True), overrides, origin="the plan")
+    return config, wanted
+
+
+def _with_layout(config: RunConfig, text: str) -> RunConfig:
+    """`config` with "tensor=8 pipeline=4 recompute=full": what is not named is as it is by default."""
+    inside = {"micro_batch": "training", "recompute": "training"}
+    overrides = []
+    for part in text.replace(",", " ").split():
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ConfigError(f"--layout {part!r}: write it as tensor=8 pipeline=4 recompute=full")
+        overrides.append(f"{inside.get(key, 'parallel')}.{key}={value}")
+    table = config.model_dump(mode="json", exclude_none=True)
+    table["parallel"] = {}
+    return build_config(table, overrides, origin="--layout")
+
+
+def _with_restart(risk: Failures, seconds: float) -> Failures:
+    """The same parts of a restart, adding up to `seconds`."""
+    factor = seconds / risk.restart
+    parts = {name: factor * getattr(risk, name) for name in ("detection", "replacement", "reload", "warm_up")}
+    return replace(risk, **parts)
+
+
+def _report(path: Path | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the report {path}: {error}") from error
+    if not isinstance(report, dict):
+        raise ConfigError(f"{path} is not a report of `zili doctor --json`")
+    return report
+
+
+def _others(compare: str, setting: Setting, chips: int, console: Console) -> list[Plan]:
+    """The same model on other chips; one that does not work is said and left out."""
+    found = []
+    for text in filter(None, (part.strip() for part in compare.split(","))):
+        name, colon, count = text.partition(":")
+        if colon and not (count.isdigit() and int(count)):
+            raise ConfigError(f"--compare {text!r}: write it as {name}:2048")
+        try:
+            # Measured on the first chip, and its peak, if they were given, are not the others'.
+            other = replace(setting, doctor=None, peak_tflops=None)
+            found.append(make_plan(other, find_chip(name), int(count) if colon else chips))
+        except ZiliError as error:
+            console.print(f"{text}: {error}", highlight=False, markup=False, soft_wrap=True)
+    return found
+
+
+def _recipe(made: Plan) -> str:
+    best = made.best
+    head = (
+        f"# {made.chips:,} {made.chip.name}, by `zili plan`: {best.layout}\n"
+        f"# {made.seconds(best)[0]:.2f} s a step predicted, {best.bytes / 2**30:.1f} GiB a chip. "
+        "Where the data lies is yours to say.\n"
+    )
+    return head + dump_recipe(best.config)
+
+
+# ---- what is shown
+
+
+def _show(made: Plan, console: Console) -> None:
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    best, config = made.best, made.setting.config
+    run = best.run
+    say(
+        f"{config.name}: {run.global_batch:,} sequences of {run.sequence:,} a step ({run.tokens / 1e6:.1f} M tokens), "
+        f"{made.setting.tokens / 1e12:.3g} T tokens, on {made.chips:,} {made.chip.name}; "
+        f"{made.found.searched:,} layouts looked at"
+    )
+    for note in made.notes:
+        say(f"  {note}")
+    table = Table(box=None, pad_edge=False)
+    for name in ("", "s a step", "from", "to", "tokens/s", "MFU", "GiB"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for number, candidate in enumerate(made.found.best, 1):
+        say(f"{number}: {candidate.text}")
+        table.add_row(
+            str(number),
+            *(f"{value:.4g}" for value in made.seconds(candidate)),
+            f"{made.tokens_per_s(candidate):,.0f}",
+            f"{100 * made.mfu(candidate):.1f} %",
+            f"{candidate.bytes / 2**30:.1f}",
+        )
+    console.print(table)
+    say(f"from, to: nine of ten published runs were within. MFU: {MFU}")
+    say("seconds: " + _parts(vars(best.time), 1, "s"))
+    say("memory: " + _parts(best.memory, 2**30, "GiB"))
+    for loss in made.found.losses[:_SHOWN_LOSSES]:
+        say(f"  {loss.choice}: {loss.why}")
+    good = made.goodput
+    say(
+        f"failures: one in {good.mean_between / 3600:.1f} h, {made.interruptions:,.0f} in all; a checkpoint "
+        f"({made.checkpoint_bytes / 1e12:.2f} TB) every {good.interval / 60:.1f} min, {100 * good.share:.1f} % of the "
+        f"time trains; first to improve: {good.first_to_improve}"
+    )
+    energy = made.megawatt_hours
+    say(
+        f"{made.days:,.1f} days, {made.chip_hours:,.0f} chip-hours"
+        + (f", {energy:,.0f} MWh (an estimate)" if energy else "")
+        + (f", {made.cost:,.0f} at {made.setting.price:g} a chip-hour" if made.cost is not None else "")
+    )
+
+
+def _parts(parts: dict[str, float], unit: float, name: str) -> str:
+    ranked = sorted(((size, part) for part, size in parts.items() if size >= unit / 200), reverse=True)
+    return ", ".join(f"{part} {size / unit:.2f}" for size, part in ranked) + f" {name}"
+
+
+def _show_comparison(plans: Sequence[Plan], console: Console) -> None:
+    table = Table(box=None, pad_edge=False)
+    for name in ("chip", "chips", "s a step", "from", "to", "tokens/s each", "MFU", "GiB", "days"):
+        table.add_column(name, justify="left" if name == "chip" else "right", no_wrap=True)
+    for made in plans:
+        table.add_row(
+            made.chip.name,
+            f"{made.chips:,}",
+            *(f"{value:.3g}" for value in made.seconds(made.best)),
+            f"{made.tokens_per_s(made.best) / made.chips:,.0f}",
+            f"{100 * made.mfu(made.best):.1f} %",
+            f"{made.best.bytes / 2**30:.1f}",
+            f"{made.days:,.1f}",
+        )
+    console.print(table)
+    for made in plans:
+        console.print(f"{made.chip.name}: {made.best.text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _predict_runs(runs: Path, out: Path | None, chip: str | None, console: Console) -> None:
+    from zili.planning.runs import predict_table
+
+    if out is None:
+        raise typer.BadParameter("--runs needs --out")
+    try:
+        text = runs.read_text(encoding="utf-8-sig", errors="replace")
+    except OSError as error:
+        raise ConfigError(f"cannot read the table {runs}: {error}") from error
+    table, said = predict_table(text, find_chip(chip) if chip else None)
+    write_whole(out, table)
+    console.print(f"{said}: {out}", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,226 @@
+"""A plan: a model on chips, with its best layouts, their time with its error, memory, days, money and failures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import ceil, log2
+from typing import Any
+
+from zili.chips.catalog import Chip
+from zili.config import RunConfig, build_config
+from zili.errors import LayoutError
+from zili.models.arithmetic import count_parameters
+from zili.planning.goodput import DAY, Failures, Goodput, goodput
+from zili.planning.machine import Machine, machine, with_measurements
+from zili.planning.rates import Band, Rates, band_of, families, rates_of
+from zili.planning.search import Candidate, Found, predicted, search, usable
+
+_TOKENS_A_STEP = 16 * 1024**2
+"""Of a step where no batch is given: what large published runs have."""
+_IDLE, _BUSY, _OVERHEAD = 0.25, 0.9, 1.3
+"""Power of an idle and of a busy chip as a share of its rating, and of a site over its chips': usual, not measured."""
+_STATE_BYTES = 12
+"""Of a parameter in a checkpoint: weight and both moments in fp32."""
+
+MFU = (
+    "6 N + 3 L S H (d + d_v) FLOPs a token, over the chip's bf16 peak: N parameters in matrices that a token goes "
+    "through, the head included; a causal row counts half; what is computed again does not count"
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the same plan on other chips shares."""
+
+    config: RunConfig
+    """Model, batch and sequence; layout and micro-batch are what is looked for."""
+    tokens: float
+    """To train on."""
+    failures: Failures
+    price: float | None = None
+    """Of a chip-hour."""
+    doctor: Mapping[str, Any] | None = None
+    """A report of `zili doctor --json`, measured on one of the chips."""
+    peak_tflops: float | None = None
+    """In bf16, where it is not published or not believed."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model on so many chips of one kind."""
+
+    setting: Setting
+    chip: Chip
+    chips: int
+    machine: Machine
+    rates: Rates
+    found: Found
+    band: Band
+    goodput: Goodput
+    notes: tuple[str, ...]
+    """What was assumed, and why."""
+
+    @property
+    def best(self) -> Candidate:
+        """The fastest layout that fits; the first of those asked for."""
+        return self.found.best[0]
+
+    def seconds(self, candidate: Candidate) -> tuple[float, float, float]:
+        """Of a step: predicted, and the ends of its band."""
+        total = candidate.time.total
+        return total, total * self.band.low, total * self.band.high
+
+    def tokens_per_s(self, candidate: Candidate) -> float:
+        """On all chips, while they train."""
+        return candidate.run.tokens / candidate.time.total
+
+    def mfu(self, candidate: Candidate) -> float:
+        """By the definition `MFU`."""
+        return candidate.run.model_flops / self.chips / candidate.time.total / self.machine.peak
+
+    @property
+    def days(self) -> float:
+        """To train on all tokens, interruptions included."""
+        return self.setting.tokens / self.tokens_per_s(self.best) / self.goodput.share / DAY
+
+    @property
+    def chip_hours(self) -> float:
+        return self.days * 24 * self.chips
+
+    @property
+    def cost(self) -> float | None:
+        """In the currency of the price."""
+        return None if self.setting.price is None else self.chip_hours * self.setting.price
+
+    @property
+    def megawatt_hours(self) -> float | None:
+        """An estimate: chips at nine tenths of their rating while they train, a quarter while not, and the site."""
+        if self.chip.watts is None:
+            return None
+        mean = _IDLE + (_BUSY - _IDLE) * self.goodput.share
+        return self.chip_hours * self.chip.watts * mean * _OVERHEAD / 1e6
+
+    @property
+    def interruptions(self) -> float:
+        return self.goodput.interruptions(self.days * DAY)
+
+    @property
+    def checkpoint_bytes(self) -> float:
+        count = count_parameters(self.setting.config.model)
+        return _STATE_BYTES * (count.total + count.next_tokens)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, for a file."""
+        return {
+            "chip": self.chip.name,
+            "chips": self.chips,
+            "tokens": self.setting.tokens,
+            "mfu_definition": MFU,
+            "layouts": [self._layout_json(candidate) for candidate in self.found.best],
+            "searched": self.found.searched,
+            "others": [{"choice": loss.choice, "why": loss.why} for loss in self.found.losses],
+            "days": self.days,
+            "chip_hours": self.chip_hours,
+            "cost": self.cost,
+            "megawatt_hours_estimate": self.megawatt_hours,
+            "goodput": asdict(self.goodput)
+            | {"interruptions": self.interruptions, "improve_first": self.goodput.first_to_improve},
+            "checkpoint_bytes": self.checkpoint_bytes,
+            "notes": list(self.notes),
+        }
+
+    def _layout_json(self, candidate: Candidate) -> dict[str, Any]:
+        seconds, low, high = self.seconds(candidate)
+        parallel, training = candidate.config.parallel, candidate.config.training
+        return {
+            "layout": asdict(candidate.layout),
+            "schedule": parallel.schedule,
+            "stages_per_process": parallel.stages_each,
+            "micro_batch": training.micro_batch,
+            "micro_batches": candidate.run.micro_batches,
+            "recompute": training.recompute,
+            "step_seconds": seconds,
+            "step_seconds_band": [low, high],
+            "seconds_by_part": vars(candidate.time),
+            "tokens_per_s": self.tokens_per_s(candidate),
+            "mfu": self.mfu(candidate),
+            "memory_bytes": candidate.bytes,
+            "memory_bytes_by_part": candidate.memory,
+        }
+
+
+def make_plan(setting: Setting, chip: Chip, chips: int, *, given: bool = False) -> Plan:
+    """The best layouts of a setting on `chips` of `chip`; `given`: the setting's own layout instead.
+
+    Raises:
+        ChipError: the chip's peak is not known.
+        LayoutError: no layout divides the chips, or none fits; the message says what would.
+    """
+    place = machine(chip, peak_tflops=setting.peak_tflops)
+    notes = [f"{text}: usual, {chip.name}'s is not published" for text in place.assumed]
+    if setting.doctor is not None:
+        place, measured = with_measurements(place, setting.doctor)
+        notes += [f"measured: {text}" for text in measured]
+    rates = rates_of(chip.family)
+    if chip.family not in families():
+        notes.append(f"no published runs on {chip.name} or its like: common efficiencies, and a wide band")
+    if given:
+        candidate = predicted(setting.config, chips, place, rates)
+        found = Found((candidate,), (), 1, candidate)
+    else:
+        found = search(setting.config, chips, place, rates)
+    if not found.best or (given and not found.best[0].fits(place)):
+        raise LayoutError(_does_not_fit(setting, chip, chips, place, rates, found, given))
+    band = band_of(found.best[0].run, chip.family)
+    return Plan(setting, chip, chips, place, rates, found, band, goodput(chips, setting.failures), tuple(notes))
+
+
+def _does_not_fit(
+    setting: Setting, chip: Chip, chips: int, place: Machine, rates: Rates, found: Found, given: bool
+) -> str:
+    least = found.smallest
+    has = f"{chip.name} has {usable(place) / 2**30:.1f} GiB beside its runtime"
+    if given:
+        return (
+            f"this layout takes {least.bytes / 2**30:.1f} GiB a chip, and {has}; leave out --layout to have one found"
+        )
+    more = chips
+    for _ in range(12):
+        more *= 2
+        try:
+            if search(setting.config, more, place, rates, count=1).best:
+                return (
+                    f"no layout fits {chips:,} chips: the least that one takes is {least.bytes / 2**30:.1f} GiB, and "
+                    f"{has}; {more:,} chips have room for it"
+                )
+        except LayoutError:
+            continue
+    return f"no layout fits: {least.bytes / 2**30:.1f} GiB at least, and {has}"
+
+
+def usual_batch(chips: int, sequence: int) -> int:
+    """Sequences of a step that layouts on `chips` divide: about 16 Mi tokens, and every odd factor of the chips."""
+    odd = chips
+    while odd % 2 == 0:
+        odd //= 2
+    wanted = _TOKENS_A_STEP / sequence
+    return odd * 2 ** max(0, ceil(log2(wanted / odd)))
+
+
+def setting_config(model: Mapping[str, Any], sequence: int, global_batch: int, tokens: float, name: str) -> RunConfig:
+    """A recipe for a model by itself: where its data lies is for the user to say."""
+    table = {
+        "name": name,
+        "folder": f"runs/{name}",
+        "model": {**model, "max_length": max(sequence, int(model.get("max_length", sequence)))},
+        "data": {"sources": [{"store": "data/corpus"}], "tokenizer": "data/tokenizer"},
+        "training": {
+            "steps": max(1, ceil(tokens / (global_batch * sequence))),
+            "sequence_length": sequence,
+            "global_batch": global_batch,
+            "micro_batch": 1,
+        },
+        "chip": {"precision": "bf16"},
+    }
+    return build_config(table, origin="the plan")
