@@ -25,6 +25,7 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from zili.planning.published import Row, Unpredictable, read_row
+from zili.planning.published_memory import memory_gib
 from zili.planning.rates import Rates
 from zili.planning.step_time import step_time
 
@@ -105,6 +106,7 @@ def main() -> None:
     bands = bands_of(cases, unseen)
     print("bands:", ", ".join(f"{name} +-{100 * (math.exp(width) - 1):.0f} %" for name, width in bands.items()))
     rank_correlation(cases, seen, unseen)
+    memory(arguments.runs)
     if arguments.write:
         CALIBRATION.write_text(as_toml(fitted, found, bands, cases, unseen), encoding="utf-8")
         print(f"written: {CALIBRATION.name}")
@@ -257,6 +259,19 @@ def rank_correlation(cases: Sequence[Case], seen: np.ndarray, unseen: np.ndarray
         print(
             f"rank correlation {group[1][:48]}, {group[2]}: {len(index)} layouts, {shown[0]} fitted, {shown[1]} unseen"
         )
+
+
+def memory(path: Path) -> None:
+    """Errors of memory, where a row has it. Three numbers of `zili.planning.published_memory` were set to these rows."""
+    errors = []
+    for cells in csv.DictReader(path.open(encoding="utf-8")):
+        try:
+            published, row = float(cells["memory_GB_per_chip"]), read_row(cells)
+        except (ValueError, Unpredictable):
+            continue
+        said = memory_gib(row.run, cells["memory_def"]) * (2**30 / 1e9 if cells["memory_def"].startswith("GB ") else 1)
+        errors.append(abs(said / published - 1))
+    print(f"memory: {len(errors)} rows, median {100 * median(errors):.1f} %, mean {100 * mean(errors):.1f} %")
 
 
 def spearman(left: Sequence[float], right: Sequence[float]) -> float:

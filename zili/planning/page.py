@@ -9,10 +9,9 @@ from zili.planning.machine import Machine
 from zili.planning.memory import PARTS
 from zili.planning.plan import MFU, Plan
 from zili.planning.rates import Rates
-from zili.planning.schedule import Plan as Schedule
-from zili.planning.schedule import Span, makespan, simulate
+from zili.planning.schedule import Span, makespan
 from zili.planning.search import Candidate, usable
-from zili.planning.step_time import work
+from zili.planning.timeline import timeline
 
 _COLOURS = (
     "#38506e",
@@ -116,15 +115,10 @@ def _timeline(candidate: Candidate, machine: Machine, rates: Rates) -> str:
         return ""
     # As many micro-batches as show every phase; the rest only lengthens the middle.
     count = int(min(run.micro_batches, 3 * run.pipeline))
-    layers, head = work(run, machine, rates)
-    stage = sum(layers) / run.pipeline / run.virtual
-    shares = {"forward": 1 / 3, "backward": 2 / 3, "inputs": 1 / 3, "weights": 1 / 3}
-    schedule = Schedule(run.schedule, run.pipeline, run.virtual, count)
-    last = schedule.stages - 1
-    spans = simulate(schedule, lambda a: shares[a.kind] * (stage + (sum(head) if a.stage == last else 0.0)))
+    spans = timeline(candidate.config, candidate.layout, machine, rates, count)
     end = makespan(spans)
     busy = sum(span.end - span.start for queue in spans for span in queue) / end / run.pipeline
-    rows = "".join(_row(queue, index, end, schedule.processes) for index, queue in enumerate(spans))
+    rows = "".join(_row(queue, index, end, run.pipeline) for index, queue in enumerate(spans))
     height = _ROW * len(spans)
     keys = "".join(
         f'<span class=key><i class=key style="background:{_KINDS[kind]}"></i>{text}</span>'
@@ -158,7 +152,7 @@ def _failures(plan: Plan) -> str:
 <p>One interruption in {good.mean_between / 3600:.1f} h, {plan.interruptions:,.0f} in all. With a checkpoint
 ({plan.checkpoint_bytes / 1e12:.2f} TB) every {good.interval / 60:.1f} minutes {100 * good.share:.1f} % of the time
 trains. To improve first: {escape(good.first_to_improve)}.</p>
-{_bar({name: 100 * share for name, share in good.lost.items()}, "% of the time", 1.0)}"""
+{_bar({name: 100 * share for name, share in good.lost.items() if share > 1e-4}, "% of the time", 1.0)}"""
 
 
 def _comparison(plans: Sequence[Plan]) -> str:

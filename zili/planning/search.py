@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -18,6 +18,7 @@ from zili.planning.rates import Rates
 from zili.planning.run import Recompute, Run
 from zili.planning.schedule import refused
 from zili.planning.step_time import StepTime, Work, local_parameters, step_time, work
+from zili.planning.timeline import played_through, run_of
 
 RESERVED = 0.06
 """Share of a chip's memory that its runtime, its collectives' buffers and gaps between blocks take."""
@@ -50,11 +51,24 @@ class Candidate:
         return f"{self.layout}{schedule}, {run.micro_batches:.0f} micro-batches of {run.micro_batch}{again}"
 
     @cached_property
+    def _places(self) -> dict[int, Bytes]:
+        return {}
+
+    def _memory_at(self, place: int) -> Bytes:
+        if place not in self._places:
+            self._places[place] = peak_bytes(Job(self.config, self.layout, place))
+        return self._places[place]
+
+    @property
+    def _fullest(self) -> list[int]:
+        """Places in a pipeline of which one has most: its ends, and what has as much in flight and a layer more."""
+        last = self.layout.pipeline - 1
+        return sorted({0, min(1, last), last // 2, last})
+
+    @cached_property
     def memory(self) -> Bytes:
-        """Bytes by part, of the process with most: the first or the last of its pipeline."""
-        places = sorted({0, self.layout.pipeline - 1})
-        found = [peak_bytes(Job(self.config, self.layout, place)) for place in places]
-        return max(found, key=lambda parts: sum(parts.values()))
+        """Bytes by part, of the process with most."""
+        return max(map(self._memory_at, self._fullest), key=lambda parts: sum(parts.values()))
 
     @cached_property
     def bytes(self) -> float:
@@ -62,36 +76,14 @@ class Candidate:
 
     def fits(self, machine: Machine) -> bool:
         """Whether it does, beside what the chip's runtime takes."""
-        return machine.capacity is None or self.bytes <= usable(machine)
+        room = float("inf") if machine.capacity is None else usable(machine)
+        return all(sum(self._memory_at(place).values()) <= room for place in self._fullest)
 
 
 def usable(machine: Machine) -> float:
     """Bytes of a chip's memory that training can have."""
     assert machine.capacity is not None
     return (1 - RESERVED) * machine.capacity
-
-
-def run_of(config: RunConfig, layout: Layout) -> Run:
-    """A recipe on a layout as a run, in this house's software."""
-    parallel, training = config.parallel, config.training
-    micro = training.micro_batch
-    return Run(
-        model=config.model,
-        sequence=training.sequence_length,
-        global_batch=training.global_batch,
-        micro_batch=1 if micro == "auto" else micro,
-        data=layout.data,
-        tensor=layout.tensor,
-        context=layout.context,
-        pipeline=layout.pipeline,
-        virtual=parallel.stages_each,
-        expert=layout.expert,
-        weight_shards=layout.weight_shards,
-        state_shards=layout.weight_shards,
-        kept_gathered=layout.pipeline > 1,
-        recompute=training.recompute,
-        schedule=parallel.schedule,
-    )
 
 
 def predicted(config: RunConfig, world: int, machine: Machine, rates: Rates) -> Candidate:
@@ -101,7 +93,8 @@ def predicted(config: RunConfig, world: int, machine: Machine, rates: Rates) -> 
         LayoutError: it cannot be run on so many.
     """
     layout = lay_out(config, world)
-    return Candidate(config, layout, step_time(run_of(config, layout), machine, rates))
+    time = step_time(run_of(config, layout), machine, rates)
+    return Candidate(config, layout, played_through(config, layout, time, machine, rates))
 
 
 @dataclass(frozen=True)
@@ -134,7 +127,7 @@ def search(config: RunConfig, world: int, machine: Machine, rates: Rates, *, cou
     options = sorted(_options(config, world, machine, rates), key=_Option.order)
     if not options:
         raise LayoutError(_nearest(config, world))
-    room = _Room(config, machine)
+    room = _Room(config, machine, rates)
     best: dict[tuple[object, ...], Candidate] = {}
     tried = 0
     for option in options:
@@ -146,7 +139,11 @@ def search(config: RunConfig, world: int, machine: Machine, rates: Rates, *, cou
         candidate = option.candidate(config)
         if candidate.fits(machine):
             best[option.alike] = candidate
-    ranked = tuple(best.values())
+    # Stages that are uneven wait for one another in ways no formula has: played through.
+    played = (
+        replace(one, time=played_through(one.config, one.layout, one.time, machine, rates)) for one in best.values()
+    )
+    ranked = tuple(sorted(played, key=lambda one: one.time.total))
     losses = tuple(_losses(ranked[0], options, room)) if ranked else ()
     smallest = min(options, key=room.least).candidate(config)
     return Found(ranked, losses, len(options), smallest)
@@ -155,10 +152,16 @@ def search(config: RunConfig, world: int, machine: Machine, rates: Rates, *, cou
 class _Room:
     """How much memory an option takes at least: what would not fit is left out before it is walked through."""
 
-    def __init__(self, config: RunConfig, machine: Machine) -> None:
-        self.config, self.machine = config, machine
+    def __init__(self, config: RunConfig, machine: Machine, rates: Rates) -> None:
+        self.config, self.machine, self.rates = config, machine, rates
         self._kept: dict[tuple[object, ...], float] = {}
         self._parameters: dict[tuple[int, int, int], tuple[float, float]] = {}
+
+    def played(self, candidate: Candidate) -> Candidate:
+        """With the time of its pipeline played through."""
+        layout = candidate.layout
+        time = played_through(candidate.config, layout, candidate.time, self.machine, self.rates)
+        return replace(candidate, time=time)
 
     def may_have(self, option: _Option) -> bool:
         """Whether it may fit."""
@@ -174,8 +177,10 @@ class _Room:
         shards = max(1.0, run.weight_shards * run.tensor / run.expert)
         states = 12 * (plain / run.weight_shards + experts / shards)
         whole = 6 if run.kept_gathered else 4 if run.micro_batches > 1 else 0
-        flight = min(run.micro_batches, run.pipeline)
-        return states + whole * (plain + experts) + flight * run.model.layers / run.pipeline * self._keeps(option)
+        stages, messages = _in_flight(run)
+        kept = stages * run.model.layers / run.pipeline / run.virtual * self._keeps(option)
+        stream = 4 * run.rows / run.tensor * run.model.hidden_size
+        return states + whole * (plain + experts) + kept + messages * stream
 
     def _keeps(self, option: _Option) -> float:
         run = option.run
@@ -184,6 +189,19 @@ class _Room:
             candidate = option.candidate(self.config)
             self._kept[key] = kept_bytes(Job(candidate.config, candidate.layout))
         return self._kept[key]
+
+
+def _in_flight(run: Run) -> tuple[float, float]:
+    """Stages' activations that a pipeline's process has at once, and messages, at least."""
+    p, v, m = run.pipeline, run.virtual, run.micro_batches
+    if p == 1:
+        return 1, 0
+    ends = 0.5 if p == 2 else 1.0
+    if run.schedule == "1f1b":
+        return min(m, p), 2 * m * ends
+    warm = {"interleaved": (v - 1) * p + 2 * (p - 1) + 1, "zero_bubble": v * p, "zbv": 2 * p}[run.schedule]
+    # Received ones have memory from the beginning, sent ones until the end.
+    return min(m * v, warm), 3 * v * m * ends
 
 
 @dataclass(frozen=True)
@@ -349,7 +367,7 @@ def _loss(choice: str, those: Sequence[_Option], best: Candidate, room: _Room) -
             candidate = option.candidate(room.config)
             tried.append(candidate.bytes)
             if candidate.fits(room.machine):
-                return Loss(choice, candidate, _slower(candidate, best))
+                return Loss(choice, candidate, _slower(room.played(candidate), best))
     ratio = those[0].seconds / best.time.total - 1
     speed = f"{ratio:.0%} slower" if ratio > 0 else f"{-ratio:.0%} faster"
     if tried:

@@ -125,23 +125,27 @@ class Work(NamedTuple):
 
     layers: Phase
     head: Phase
+    forward: float
+    """Seconds of the forward pass, of those of the layers."""
+    weights: float
+    """Of products that give gradients of weights: as long as a forward pass's."""
 
 
 def work(run: Run, machine: Machine, rates: Rates) -> Work:
     """Of one micro-batch of `run`."""
-    layers = Phase()
+    layers, ahead = Phase(), Phase()
     for layer, times in kinds_of_layers(run.model):
         forward, backward = layer_phases(run, layer, machine, rates)
-        layers = layers.plus(forward.plus(backward), times)
-    return Work(layers, head_phase(run, machine, rates))
+        layers, ahead = layers.plus(forward.plus(backward), times), ahead.plus(forward, times)
+    return Work(layers, head_phase(run, machine, rates), sum(ahead), ahead.products)
 
 
 def step_time(run: Run, machine: Machine, rates: Rates, known: Work | None = None) -> StepTime:
     """Seconds of one step of `run`, by what takes them; `known` is its `work`, where that was computed before."""
-    layers, head = known or work(run, machine, rates)
+    layers, head, *_ = known or work(run, machine, rates)
     busiest = _busiest(run, layers, head)
     longest, together = sum(busiest), sum(layers) + sum(head)
-    between = _between_stages(run, machine, rates)
+    between = between_stages(run, machine, rates)
     idle = together - longest + (run.pipeline - 1) * between
     total = busiest.by(run.micro_batches)
     data = _data(run, machine, rates, longest, sum(total))
@@ -280,7 +284,7 @@ def _busiest(run: Run, layers: Phase, head: Phase) -> Phase:
     return last if sum(last) > sum(other) else other
 
 
-def _between_stages(run: Run, machine: Machine, rates: Rates) -> float:
+def between_stages(run: Run, machine: Machine, rates: Rates) -> float:
     """Seconds of a micro-batch's hidden states and gradients, out of one process of a pipeline."""
     if run.pipeline == 1:
         return 0.0

@@ -1,0 +1,70 @@
+"""A pipeline's step played through: what each process does when, with its own layers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from zili.config import RunConfig
+from zili.parallel.layout import Layout, stage_ranges
+from zili.planning.machine import Machine
+from zili.planning.rates import Rates
+from zili.planning.run import Run
+from zili.planning.schedule import Action, Plan, Span, makespan, simulate
+from zili.planning.step_time import StepTime, between_stages, work
+
+_ROUNDS = 4
+"""Of micro-batches that are played through; those between the first and the last rounds only repeat themselves."""
+
+
+def run_of(config: RunConfig, layout: Layout) -> Run:
+    """A recipe on a layout as a run, in this house's software."""
+    parallel, training = config.parallel, config.training
+    micro = training.micro_batch
+    return Run(
+        model=config.model,
+        sequence=training.sequence_length,
+        global_batch=training.global_batch,
+        micro_batch=1 if micro == "auto" else micro,
+        data=layout.data,
+        tensor=layout.tensor,
+        context=layout.context,
+        pipeline=layout.pipeline,
+        virtual=parallel.stages_each,
+        expert=layout.expert,
+        weight_shards=layout.weight_shards,
+        state_shards=layout.weight_shards,
+        kept_gathered=layout.pipeline > 1,
+        recompute=training.recompute,
+        schedule=parallel.schedule,
+    )
+
+
+def timeline(config: RunConfig, layout: Layout, machine: Machine, rates: Rates, micro_batches: int) -> list[list[Span]]:
+    """What each process of a pipeline does when, in seconds, with so many micro-batches."""
+    run = run_of(config, layout)
+    known = work(run, machine, rates)
+    layers = [len(stage) for stage in stage_ranges(config.parallel, config.model.layers)]
+    head, whole = sum(known.head), sum(known.layers)
+    each = {"forward": known.forward, "backward": whole - known.forward, "weights": known.weights}
+    each["inputs"] = each["backward"] - known.weights
+    ends = {"forward": 1 / 3, "backward": 2 / 3, "inputs": 1 / 3, "weights": 1 / 3}
+    plan = Plan(config.parallel.schedule, layout.pipeline, config.parallel.stages_each, micro_batches)
+
+    def seconds(action: Action) -> float:
+        own = layers[action.stage] / config.model.layers * each[action.kind]
+        return own + (head * ends[action.kind] if action.stage == plan.stages - 1 else 0.0)
+
+    return simulate(plan, seconds, between_stages(run, machine, rates) / 2 / run.virtual)
+
+
+def played_through(config: RunConfig, layout: Layout, time: StepTime, machine: Machine, rates: Rates) -> StepTime:
+    """`time`, with what its processes wait for one another as their schedule has it."""
+    run = run_of(config, layout)
+    count = int(run.micro_batches)
+    if layout.pipeline == 1 or count < layout.pipeline:
+        return time
+    played = min(count, _ROUNDS * layout.pipeline + count % layout.pipeline)
+    spans = timeline(config, layout, machine, rates, played)
+    busy = time.products + time.attention + time.passes + time.tensor + time.context + time.expert + time.pipeline
+    bubble = max(0.0, makespan(spans) - busy * played / count)
+    return replace(time, bubble=bubble)
