@@ -262,7 +262,7 @@ def rank_correlation(cases: Sequence[Case], seen: np.ndarray, unseen: np.ndarray
 
 
 def memory(path: Path) -> None:
-    """Errors of memory, where a row has it. Three numbers of `zili.planning.published_memory` were set to these rows."""
+    """Errors of memory, where a row has it; three numbers of `zili.planning.published_memory` were set to these."""
     errors = []
     for cells in csv.DictReader(path.open(encoding="utf-8")):
         try:

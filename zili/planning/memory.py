@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import NamedTuple
 
@@ -61,11 +62,11 @@ class _Layer:
     largest: int
     """Elements of the weight whose gradient is made at the worst moment."""
 
-    @property
+    @cached_property
     def elements(self) -> int:
         return sum(group.elements for group in self.groups)
 
-    @property
+    @cached_property
     def stored(self) -> int:
         return sum(group.stored for group in self.groups)
 
@@ -86,6 +87,7 @@ class _Step:
         self.ends = [_ends(job, stage) for stage in job.stages]
         self._summed = dict.fromkeys(range(len(job.stages)), False)
         self._late = 0.0
+        self._kept = [self._kept_of(place) for place in range(len(job.stages))]
 
     def at(self, *more: tuple[str, float]) -> None:
         """A moment, with `more` than what stays."""
@@ -104,7 +106,7 @@ class _Step:
         """Of an element of a weight as the loss has it: gathered weights are lowered, a lone process's are not."""
         return _FP32 if self.alone else self.job.product_bytes
 
-    @property
+    @cached_property
     def stream(self) -> float:
         """Hidden states of this process's tokens in a micro-batch."""
         return _FP32 * self.job.own_tokens * self.job.model.hidden_size
@@ -189,7 +191,7 @@ class _Step:
             tokens = self.job.tokens * self.job.model.hidden_size * self.job.product_bytes
             self.live[BACKWARD] -= self._head_gradient
             self.live[LOGITS] -= tokens + self._head_gradient
-        kept = self._kept(place)
+        kept = self._kept[place]
         # Where a V turns, both its stages are one process's, and torch lets go of a micro-batch one later.
         turns = self.job.config.parallel.schedule == "zbv" and self.job.place == self.job.layout.pipeline - 1
         self.live[ACTIVATIONS] -= self._late if turns else kept
@@ -209,10 +211,10 @@ class _Step:
     # ---- passes
 
     def _forward(self, place: int) -> None:
-        self.live[ACTIVATIONS] += self._kept(place)
+        self.live[ACTIVATIONS] += self._kept[place]
         self.at()
 
-    def _kept(self, place: int) -> float:
+    def _kept_of(self, place: int) -> float:
         """Of a micro-batch in a stage: its layers', angles of positions, and a first part's embedded tokens."""
         job = self.job
         kept = sum(layer.kept for layer in self.stages[place])
@@ -251,7 +253,7 @@ class _Step:
         if not put_off:
             self.live[LOGITS] -= tokens + self._head_gradient
 
-    @property
+    @cached_property
     def _head_gradient(self) -> float:
         """Of the output matrix."""
         model = self.job.model
@@ -299,7 +301,7 @@ class _Step:
                 self.at((GRADIENTS, made + arriving), (GATHERED, gathered), (MESSAGES, flying), (BACKWARD, self.stream))
                 self.live[GRADIENTS] += arriving - (summand * group.elements - made)
         if not put_off:
-            self.live[ACTIVATIONS] -= self._kept(place) - sum(layer.kept for layer in layers)
+            self.live[ACTIVATIONS] -= self._kept[place] - sum(layer.kept for layer in layers)
         if new and not (summed and job.micro_batches == 1):
             self.live[GRADIENTS] += _FP32 * self.ends[place].elements
         if ends_here:
@@ -325,8 +327,8 @@ class _Step:
 
 
 def _enough(job: Job) -> int:
-    """Micro-batches after which a pipeline only repeats itself: four rounds of them."""
-    rounds = 4 * job.layout.pipeline
+    """Micro-batches after which a pipeline only repeats itself: three rounds of them."""
+    rounds = 3 * job.layout.pipeline
     even = job.config.parallel.schedule in ("1f1b", "zbv") or job.micro_batches % job.layout.pipeline == 0
     return rounds if even and job.micro_batches > rounds else job.micro_batches
 

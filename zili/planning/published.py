@@ -294,6 +294,8 @@ def _software(reader: _Reader, chip: Chip) -> Software:
         sequence_parallel=(not early and not source.startswith(_WITHOUT_SEQUENCE_PARALLEL)) or says_so,
         early="fp16" in reader.text("precision"),
         hides_gradients=not reader.text("zero_stage").startswith("0"),
+        # Frameworks that cut weights for storage do, to keep no whole gradients.
+        sums_each=reader.text("zero_stage").startswith(("3", "FSDP")),
         hides_tensor=overlap or (tuned and not early),
         tuned=tuned,
     )

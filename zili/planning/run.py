@@ -25,6 +25,8 @@ class Software:
     """What is between products is cut among tensor-parallel processes too (Korthikanti et al. 2022)."""
     hides_gradients: bool = True
     """Gradients and weights travel beside the arithmetic."""
+    sums_each: bool = False
+    """Gradients are summed over processes after each micro-batch, not once a step."""
     hides_tensor: bool = False
     """Tokens travel between tensor-parallel processes beside the products that need them."""
     early: bool = False

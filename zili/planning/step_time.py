@@ -173,8 +173,7 @@ def layer_phases(run: Run, layer: int, machine: Machine, rates: Rates) -> tuple[
     attention, attention_back = _attention(run, machine, rates)
     passes = _passes(run, layer, machine, rates)
     tensor = 4 * collective(_BF16 * run.rows * run.model.hidden_size, run.tensor, 1, machine, rates)
-    if run.software.hides_tensor:
-        tensor *= 1 - rates.hide_tensor
+    tensor *= _shown(run, rates)
     context, expert = _keys(run, attention, machine, rates), _rows_to_experts(run, layer, machine, rates)
     slow = 1.0 if run.software.tuned else 1 / rates.untuned
     products, attention, attention_back, passes = (
@@ -187,6 +186,11 @@ def layer_phases(run: Run, layer: int, machine: Machine, rates: Rates) -> tuple[
     elif run.recompute != "none":
         backward = backward.plus(Phase(products=products / 2 if run.recompute == "half" else 0.0, passes=passes))
     return forward, backward
+
+
+def _shown(run: Run, rates: Rates) -> float:
+    """Share of what tensor-parallel processes send that is not hidden."""
+    return 1 - rates.hide_tensor if run.software.hides_tensor else 1.0
 
 
 def _products(run: Run, layer: int, machine: Machine, rates: Rates) -> float:
@@ -270,7 +274,7 @@ def head_phase(run: Run, machine: Machine, rates: Rates) -> Phase:
     return Phase(
         products=slow * 6 * rows * run.model.hidden_size * vocabulary / rates.product_rate(machine, "bf16"),
         passes=slow * rates.logit_passes * _BF16 * rows * vocabulary / (machine.memory * rates.memory),
-        tensor=2 * collective(tokens, run.tensor, 1, machine, rates),
+        tensor=2 * collective(tokens, run.tensor, 1, machine, rates) * _shown(run, rates),
     )
 
 
@@ -337,7 +341,8 @@ def _exchanged(
         return sum(collective(size, count, apart, machine, rates, rings) for size in (weights, gradients))
     shards = min(count, shards)
     gather, scatter = (collective(size, shards, apart, machine, rates, rings) for size in (weights, gradients))
-    # Gathered for each forward and each backward pass, or once; gradients are scattered once.
+    # Gathered for each forward and each backward pass, or once; gradients are scattered once, or each time.
     gathers = gather if run.kept_gathered else run.micro_batches * 2 * gather
+    scatter *= run.micro_batches if run.software.sums_each else 1.0
     # Replicas add what is left of the gradients: scattered and gathered again.
     return gathers + scatter + 2 * collective(gradients / shards, count // shards, apart * shards, machine, rates)

@@ -1,0 +1,122 @@
+"""`zili plan` as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from conftest import Zili
+
+from zili.config import load_recipe
+from zili.parallel.layout import lay_out
+from zili.planning.job import Job
+from zili.planning.memory import peak_bytes
+
+SMALL = ("telechat2-3b", "--chip", "ascend-910b2", "--chips", "16", "--tokens", "1e11", "--global-batch", "256")
+
+
+def test_it_finds_layouts_that_fit_and_says_all_that_was_asked(zili: Zili, tmp_path: Path) -> None:
+    out, page, recipe = tmp_path / "p.json", tmp_path / "p.html", tmp_path / "p.toml"
+    wanted = ("--price", "2", "--json", out, "--page", page, "--write", recipe)
+    found = zili("plan", *SMALL, *wanted, "--compare", "a800,h20:8,mlu590")
+    assert found.code == 0, found.err
+    for text in ("tokens/s", "MFU: 6 N", "memory: ", "seconds: products", "chip-hours", "estimate", "a checkpoint"):
+        assert text in found.out
+    assert "the peak of mlu590 is not published" in found.out
+    plan = json.loads(out.read_text(encoding="utf-8"))
+    best = plan["layouts"][0]
+    low, high = best["step_seconds_band"]
+    assert low < best["step_seconds"] < high
+    assert best["step_seconds"] == pytest.approx(sum(best["seconds_by_part"].values()))
+    assert best["memory_bytes"] == pytest.approx(sum(best["memory_bytes_by_part"].values()))
+    assert best["memory_bytes"] < 64e9
+    assert plan["cost"] == pytest.approx(2 * plan["chip_hours"])
+    days = 1e11 / best["tokens_per_s"] / plan["goodput"]["share"] / 86_400
+    assert plan["days"] == pytest.approx(days)
+    assert [one["chip"] for one in plan["compared"]] == ["ascend-910b2", "a800", "h20"]
+    assert plan["compared"][2]["chips"] == 8
+    text = page.read_text(encoding="utf-8")
+    assert "Where the time of a step goes" in text and "<svg" in text and "Why not another" in text
+    # What is written can be run: it divides, and is what was said.
+    config = load_recipe(recipe)
+    layout = lay_out(config, 16)
+    assert (layout.tensor, layout.pipeline) == (best["layout"]["tensor"], best["layout"]["pipeline"])
+    places = [sum(peak_bytes(Job(config, layout, place)).values()) for place in range(layout.pipeline)]
+    assert max(places) == pytest.approx(best["memory_bytes"])
+    assert config.training.steps * 256 * 4096 == pytest.approx(1e11, rel=0.01)
+
+
+@pytest.mark.parametrize("preset", ["telechat2-115b", "zili-1t-a32b"])
+def test_ten_thousand_chips_are_searched_in_seconds(zili: Zili, preset: str) -> None:
+    """Five seconds on two quiet cores were asked for; the machine that tests may be busy."""
+    started = time.perf_counter()
+    found = zili("plan", preset, "--chip", "ascend-910b2", "--chips", "10240")
+    assert found.code == 0, found.err
+    assert time.perf_counter() - started < 20
+
+
+def test_a_given_layout(zili: Zili) -> None:
+    layout = "tensor=2 pipeline=2 schedule=interleaved micro_batch=1 recompute=full"
+    found = zili("plan", *SMALL, "--layout", layout)
+    assert found.code == 0, found.err
+    assert "1: pipeline 2 x shards 4 x tensor 2, interleaved of 2 stages" in found.out
+
+
+def test_a_recipe_s_own_layout(zili: Zili) -> None:
+    recipes = Path(__file__).parents[2] / "recipes"
+    words = ("--chip", "ascend-910b2", "--chips", "10240", "--layout", "recipe")
+    found = zili("plan", recipes / "telechat2-115b-10240.toml", *words)
+    assert found.code == 0, found.err
+    assert "pipeline 8 x replicas 10 x shards 16 x tensor 8, interleaved of 3 stages" in found.out
+
+
+def test_measured_speeds_count(zili: Zili, tmp_path: Path) -> None:
+    report = tmp_path / "doctor.json"
+    findings = [{"name": "matmul bf16", "figures": {"2048 FLOP/s": 100e12, "peak FLOP/s": 354e12}}]
+    findings += [{"name": "memory", "figures": {"bytes/s": 1.2e12}}]
+    report.write_text(json.dumps({"findings": findings}), encoding="utf-8")
+    found = zili("plan", *SMALL, "--doctor", report)
+    assert "measured: 100 TFLOP/s in bf16 products" in found.out
+    assert float(found.out.split("MFU")[1].split("%")[0].split()[-1]) < 100 * 100 / 354
+    report.write_text("{}", encoding="utf-8")
+    assert zili("plan", *SMALL, "--doctor", report).code == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("telechat2-3b", "--chip", "a800", "--chips", "0"), 2, "greater than or equal to 1"),
+        (("telechat2-3b", "--chip", "a800"), 2, "give a model, --chip and --chips"),
+        (("telechat2-3", "--chip", "a800", "--chips", "8"), 3, "did you mean 'telechat2-3b'"),
+        (("telechat2-3b", "--chip", "a80", "--chips", "8"), 6, "no chip is named 'a80'"),
+        (("telechat2-3b", "--chip", "mlu590", "--chips", "8"), 6, "the peak of mlu590 is not published"),
+        (
+            ("telechat2-3b", "--chip", "a800", "--chips", "97", "--global-batch", "64"),
+            7,
+            "nearest that work are 96 or 104",
+        ),
+        (("telechat2-115b", "--chip", "a800", "--chips", "8"), 7, "chips have room for it"),
+        ((*SMALL, "--layout", "tensor=3"), 7, "cannot be divided by"),
+        ((*SMALL, "--layout", "tensor"), 3, "write it as tensor=8"),
+        ((*SMALL, "--layout", "tensors=8"), 3, "unknown key parallel.tensors"),
+        ((*SMALL, "--compare", "h20:none"), 3, "write it as h20:2048"),
+        ((*SMALL, "--json", "/no/such/folder/p.json"), 3, "there is no folder"),
+        ((*SMALL, "--set", "model.heads=7"), 3, "heads (7) is not a multiple"),
+        (("--runs", "/no/such/file.csv", "--out", "x.csv"), 3, "cannot read the table"),
+    ],
+)
+def test_bad_input_is_one_clear_line(zili: Zili, words: tuple[str, ...], code: int, said: str) -> None:
+    found = zili("plan", *words)
+    assert found.code == code, found.err
+    assert said in " ".join((found.out + found.err).replace("│", " ").split())
+
+
+def test_a_table_of_runs(zili: Zili, tmp_path: Path) -> None:
+    table, out = tmp_path / "in.csv", tmp_path / "out.csv"
+    table.write_bytes(b"id,chip,layers\nA,H100-SXM,32\nB,\xff\xfe,x\n")
+    found = zili("plan", "--runs", table, "--out", out)
+    assert found.code == 0, found.err
+    assert "0 of 2 rows predicted" in found.out
+    assert out.read_text(encoding="utf-8").count("not predicted: ") == 2
