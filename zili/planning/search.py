@@ -24,6 +24,7 @@ RESERVED = 0.06
 """Share of a chip's memory that its runtime, its collectives' buffers and gaps between blocks take."""
 _MOST_CONTEXT, _MOST_MICRO, _MOST_VIRTUAL, _MOST_TENSOR = 8, 4, 6, 16
 _EXPERT = (1, 8, 32, 64, 128)
+"""Larger ones are not looked at, nor sizes between these: no measured run has them, and they are many."""
 _RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 _TRIED, _TRIED_OF_A_CHOICE = 300, 12
 """Layouts whose memory is computed, the fastest first, before the search looks for others."""
@@ -140,10 +141,7 @@ def search(config: RunConfig, world: int, machine: Machine, rates: Rates, *, cou
         if candidate.fits(machine):
             best[option.alike] = candidate
     # Stages that are uneven wait for one another in ways no formula has: played through.
-    played = (
-        replace(one, time=played_through(one.config, one.layout, one.time, machine, rates)) for one in best.values()
-    )
-    ranked = tuple(sorted(played, key=lambda one: one.time.total))
+    ranked = tuple(sorted(map(room.played, best.values()), key=lambda one: one.time.total))
     losses = tuple(_losses(ranked[0], options, room)) if ranked else ()
     smallest = min(options, key=room.least).candidate(config)
     return Found(ranked, losses, len(options), smallest)
@@ -241,40 +239,35 @@ def _divisors(number: int, most: int | None = None) -> list[int]:
 
 
 def _options(config: RunConfig, world: int, machine: Machine, rates: Rates) -> Iterator[_Option]:
-    model, training = config.model, config.training
+    """Every layout, with its seconds."""
     known: dict[tuple[object, ...], Work] = {}
     for tensor, context, pipeline in _cuts(config, world, machine):
         data = world // (tensor * context * pipeline)
-        own = training.global_batch // data
-        if training.global_batch % data or own == 0:
-            continue
-        for shards, expert in _shares(config, data, tensor, context, machine):
-            for micro in _divisors(own, _MOST_MICRO):
-                count = own // micro
-                for schedule, virtual in _schedules(config, pipeline, count):
-                    for recompute in _RECOMPUTE if schedule not in ("zero_bubble", "zbv") else ("none",):
-                        run = Run(
-                            model=model,
-                            sequence=training.sequence_length,
-                            global_batch=training.global_batch,
-                            micro_batch=micro,
-                            data=data,
-                            tensor=tensor,
-                            context=context,
-                            pipeline=pipeline,
-                            virtual=virtual,
-                            expert=expert,
-                            weight_shards=shards * context,
-                            state_shards=shards * context,
-                            kept_gathered=pipeline > 1,
-                            recompute=recompute,
-                            schedule=schedule,
-                        )
-                        key = (micro, tensor, context, expert, recompute)
-                        if key not in known:
-                            known[key] = work(run, machine, rates)
-                        time = step_time(run, machine, rates, known[key])
-                        yield _Option(run, shards, time, time.total)
+        for shards, expert, micro in _shares(config, data, tensor, context, machine):
+            count = config.training.global_batch // data // micro
+            for schedule, virtual, recompute in _orders(config, pipeline, count):
+                run = Run(
+                    model=config.model,
+                    sequence=config.training.sequence_length,
+                    global_batch=config.training.global_batch,
+                    micro_batch=micro,
+                    data=data,
+                    tensor=tensor,
+                    context=context,
+                    pipeline=pipeline,
+                    virtual=virtual,
+                    expert=expert,
+                    weight_shards=shards * context,
+                    state_shards=shards * context,
+                    kept_gathered=pipeline > 1,
+                    recompute=recompute,
+                    schedule=schedule,
+                )
+                key = (micro, tensor, context, expert, recompute)
+                if key not in known:
+                    known[key] = work(run, machine, rates)
+                time = step_time(run, machine, rates, known[key])
+                yield _Option(run, shards, time, time.total)
 
 
 def _cuts(config: RunConfig, world: int, machine: Machine) -> Iterator[tuple[int, int, int]]:
@@ -291,38 +284,42 @@ def _cuts(config: RunConfig, world: int, machine: Machine) -> Iterator[tuple[int
                 yield tensor, context, pipeline
 
 
-def _shares(config: RunConfig, data: int, tensor: int, context: int, machine: Machine) -> Iterator[tuple[int, int]]:
-    """Shards of weights, and of experts. Of the many that divide: what stays in a domain, some more, and all."""
-    mixture = config.model.mixture
+def _shares(
+    config: RunConfig, data: int, tensor: int, context: int, machine: Machine
+) -> Iterator[tuple[int, int, int]]:
+    """Shards of weights, of experts, and micro-batches. Of shards what stays in a domain, some more, and all."""
+    batch, mixture = config.training.global_batch, config.model.mixture
+    if batch % data:
+        return
     inside = max(1, machine.domain // (tensor * context))
-    wanted = {1, inside, 2 * inside, 4 * inside, 8 * inside, 16 * inside, data}
-    if mixture is not None:
-        # Experts take most of the memory, and are shared first: few copies of them are ever the best.
-        wanted = {4 * inside, 16 * inside, data}
+    # Experts take most of the memory, and are shared first: few copies of them are ever the best.
+    times = (1, 2, 4, 8, 16) if mixture is None else (4, 16)
+    wanted = {data, *(n * inside for n in times), *((1,) if mixture is None else ())}
     for shards in sorted({max(n for n in _divisors(data) if n <= want) for want in wanted}):
         group = shards * context * tensor
         experts = [1] if mixture is None else [n for n in _divisors(mixture.experts) if group % n == 0]
         for expert in sorted({max(n for n in experts if n <= most) for most in _EXPERT}):
-            yield shards, expert
+            for micro in _divisors(batch // data, _MOST_MICRO):
+                yield shards, expert, micro
 
 
-def _schedules(config: RunConfig, pipeline: int, count: int) -> Iterator[tuple[Schedule, int]]:
-    if pipeline == 1:
-        yield "1f1b", 1
-        return
+def _orders(config: RunConfig, pipeline: int, count: int) -> Iterator[tuple[Schedule, int, Recompute]]:
+    """Schedules of so many micro-batches, stages of a process, and what is computed again."""
     if count < pipeline:
         return
     model = config.model
-    yield "1f1b", 1
-    for virtual in range(2, _MOST_VIRTUAL + 1):
-        if pipeline * virtual > model.layers or refused("interleaved", pipeline, count):
-            break
-        yield "interleaved", virtual
-    # Zero bubble runs a mixture's own gradients twice, and V keeps the embedding apart.
-    if 2 * pipeline <= model.layers and model.mixture is None and not refused("zero_bubble", pipeline, count):
-        yield "zero_bubble", 2
-        if not (model.tied_embeddings or model.mtp_layers):
-            yield "zbv", 2
+    plain: list[tuple[Schedule, int]] = [("1f1b", 1)]
+    if pipeline > 1 and not refused("interleaved", pipeline, count):
+        most = min(_MOST_VIRTUAL, model.layers // pipeline)
+        plain += [("interleaved", virtual) for virtual in range(2, most + 1)]
+    yield from ((schedule, virtual, recompute) for schedule, virtual in plain for recompute in _RECOMPUTE)
+    # These take no recomputation, and run a mixture's own gradients twice.
+    if pipeline == 1 or 2 * pipeline > model.layers or model.mixture is not None:
+        return
+    if not refused("zero_bubble", pipeline, count):
+        yield "zero_bubble", 2, "none"
+    if not (model.tied_embeddings or model.mtp_layers):
+        yield "zbv", 2, "none"
 
 
 def _nearest(config: RunConfig, world: int) -> str:

@@ -36,6 +36,7 @@ LAYOUTS: dict[int, list[tuple[Kind, str, tuple[str, ...]]]] = {
         ("dense", "shards=2", ("chip.precision=bf16",)),
         ("dense", "replicas=2", ()),
         ("dense", "tensor=2", ()),
+        ("dense", "tensor=2", ("training.recompute=selective", "chip.precision=bf16")),
         ("dense", "context=2", ()),
         ("dense", "pipeline=2", ()),
         ("dense", "pipeline=2 schedule=interleaved", ()),
