@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,15 +23,16 @@ from zili.planning.goodput import LLAMA3_RATE, Failures
 from zili.planning.plan import MFU, Plan, Setting, make_plan, setting_config, usual_batch
 
 _SHOWN_LOSSES = 8
+_MOST_CHIPS = 1_000_000
 
 
 def plan(
     model: Annotated[str | None, typer.Argument(help="Preset (`zili config presets`) or TOML recipe.")] = None,
     chip: Annotated[str | None, typer.Option(help="Model of the chips, as `zili chips` lists them.")] = None,
-    chips: Annotated[int | None, typer.Option(min=1, help="How many.")] = None,
-    tokens: Annotated[float | None, typer.Option(min=1, help="To train on; of a recipe its own.")] = None,
-    sequence: Annotated[int | None, typer.Option(min=1, help="Tokens of a sequence.")] = None,
-    global_batch: Annotated[int | None, typer.Option(min=1, help="Sequences of a step.")] = None,
+    chips: Annotated[int | None, typer.Option(min=1, max=_MOST_CHIPS, help="How many.")] = None,
+    tokens: Annotated[float | None, typer.Option(min=1, max=1e18, help="To train on; of a recipe its own.")] = None,
+    sequence: Annotated[int | None, typer.Option(min=1, max=2**24, help="Tokens of a sequence.")] = None,
+    global_batch: Annotated[int | None, typer.Option(min=1, max=2**22, help="Sequences of a step.")] = None,
     compare: Annotated[
         str | None, typer.Option(help="Other chips too: names, each with :COUNT where it differs, with commas.")
     ] = None,
@@ -46,10 +48,14 @@ def plan(
     ] = None,
     peak_tflops: Annotated[float | None, typer.Option(min=0.001, help="Peak in bf16, where none is published.")] = None,
     price: Annotated[float | None, typer.Option(min=0, help="Of a chip-hour.")] = None,
-    failures: Annotated[float, typer.Option(min=0, help="Interruptions a chip-day.")] = LLAMA3_RATE,
-    failures_per_day: Annotated[float, typer.Option(min=0, help="Those that do not grow with the chips.")] = 0.0,
-    restart_minutes: Annotated[float | None, typer.Option(min=0, help="From an interruption to training.")] = None,
-    checkpoint_seconds: Annotated[float, typer.Option(min=0.01, help="That one keeps the run.")] = 2.0,
+    failures: Annotated[float, typer.Option(min=0, max=1, help="Interruptions a chip-day.")] = LLAMA3_RATE,
+    failures_per_day: Annotated[
+        float, typer.Option(min=0, max=1000, help="Those that do not grow with the chips.")
+    ] = 0.0,
+    restart_minutes: Annotated[
+        float | None, typer.Option(min=0, max=10_000, help="From an interruption to training.")
+    ] = None,
+    checkpoint_seconds: Annotated[float, typer.Option(min=0.01, max=86_400, help="That one keeps the run.")] = 2.0,
     spares: Annotated[float, typer.Option(min=0, max=1, help="Chips kept ready, as a share.")] = 0.02,
     write: Annotated[Path | None, typer.Option(help="Write the best layout as a recipe for `zili train`.")] = None,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write everything here, as JSON.")] = None,
@@ -58,13 +64,15 @@ def plan(
     out: Annotated[Path | None, typer.Option(help="Where --runs writes its table.")] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Search every layout of a model on chips, and say what the best takes: time with its error, memory, days, money.
+    """Search the layouts of a model on chips, and say what the best takes: time with its error, memory, days, money.
 
     Exit codes: 0 done, 3 not understood, 6 the chip's peak is not known, 7 nothing divides or fits.
     """
     for file in (write, as_json, page, out):
         if file is not None and not file.parent.is_dir():
             raise ConfigError(f"{file} cannot be written: there is no folder {file.parent}")
+        if file is not None and file.is_dir():
+            raise ConfigError(f"{file} cannot be written: it is a folder")
     console = Console()
     if runs is not None:
         _predict_runs(runs, out, chip, console)
@@ -104,24 +112,32 @@ def _config(
         given = [f"training.sequence_length={sequence}"] if sequence else []
         given += [f"training.global_batch={batch}"] if batch else []
         config = load_recipe(Path(model), [*overrides, *given])
-        if config.chip.precision == "fp32":
-            raise ConfigError("a plan is for products in bf16, and the recipe asks for fp32; set chip.precision")
         training = config.training
-        planned = tokens or float(training.steps * training.global_batch * training.sequence_length)
-        chip = config.chip.model_copy(update={"precision": "bf16"})
-        fixed = {"micro_batch": 1} if training.micro_batch == "auto" else {}
-        return config.model_copy(update={"chip": chip, "training": training.model_copy(update=fixed)}), planned
+        a_step = training.global_batch * training.sequence_length
+        if tokens:
+            steps = {"steps": max(1, ceil(tokens / a_step))}
+            config = config.model_copy(update={"training": training.model_copy(update=steps)})
+        return _in_bf16(config), tokens or float(training.steps * a_step)
     table = load_preset(model)
     length = sequence or min(4096, int(table.get("max_length", 4096)))
     wanted = tokens or 1e12
     config = setting_config(table, length, batch or usual_batch(chips, length), wanted, f"{model}-{chips}")
     if overrides:
         config = build_config(config.model_dump(mode="json", exclude_none=True), overrides, origin="the plan")
-    return config, wanted
+    return _in_bf16(config), wanted
+
+
+def _in_bf16(config: RunConfig) -> RunConfig:
+    """`config` with nothing left open that a plan needs."""
+    if config.chip.precision == "fp32":
+        raise ConfigError("a plan is for products in bf16, and chip.precision is fp32")
+    chip = config.chip.model_copy(update={"precision": "bf16"})
+    fixed = {"micro_batch": 1} if config.training.micro_batch == "auto" else {}
+    return config.model_copy(update={"chip": chip, "training": config.training.model_copy(update=fixed)})
 
 
 def _with_layout(config: RunConfig, text: str) -> RunConfig:
-    """`config` with "tensor=8 pipeline=4 recompute=full": what is not named is as it is by default."""
+    """`config` with "tensor=8 pipeline=4 recompute=full": of the layout, what is not named is as it is by default."""
     inside = {"micro_batch": "training", "recompute": "training"}
     overrides = []
     for part in text.replace(",", " ").split():
@@ -131,7 +147,8 @@ def _with_layout(config: RunConfig, text: str) -> RunConfig:
         overrides.append(f"{inside.get(key, 'parallel')}.{key}={value}")
     table = config.model_dump(mode="json", exclude_none=True)
     table["parallel"] = {}
-    return build_config(table, overrides, origin="--layout")
+    table["training"].pop("recompute", None)
+    return _in_bf16(build_config(table, overrides, origin="--layout"))
 
 
 def _with_restart(risk: Failures, seconds: float) -> Failures:
@@ -158,7 +175,7 @@ def _others(compare: str, setting: Setting, chips: int, console: Console) -> lis
     found = []
     for text in filter(None, (part.strip() for part in compare.split(","))):
         name, colon, count = text.partition(":")
-        if colon and not (count.isdigit() and int(count)):
+        if colon and not (count.isdigit() and 0 < int(count) <= _MOST_CHIPS):
             raise ConfigError(f"--compare {text!r}: write it as {name}:2048")
         try:
             # Measured on the first chip, and its peak, if they were given, are not the others'.

@@ -14,7 +14,7 @@ from math import prod
 
 from zili.config import RunConfig
 from zili.config.model import ModelConfig
-from zili.config.parallel import ParallelConfig
+from zili.config.parallel import ParallelConfig, Schedule
 from zili.errors import LayoutError
 
 DIMENSIONS = ("pipeline", "replicas", "shards", "context", "tensor")
@@ -164,6 +164,20 @@ def _batch_problems(config: RunConfig, layout: Layout) -> Iterator[str]:
             f"{micro} samples; raise training.global_batch to {layout.pipeline * micro * layout.data} or lower "
             "training.micro_batch"
         )
+    count, schedule = own // micro, config.parallel.schedule
+    if own % micro == 0 and count >= layout.pipeline > 1 and uneven_rounds(schedule, layout.pipeline, count):
+        yield (
+            f"parallel.schedule {schedule} goes through {count} micro-batches in {count // layout.pipeline} rounds, "
+            f"which must be equal; make them a multiple of {layout.pipeline} with training.global_batch or "
+            "training.micro_batch"
+        )
+
+
+def uneven_rounds(schedule: Schedule, pipeline: int, micro_batches: int) -> bool:
+    """Whether torch refuses so many micro-batches: rounds of about as many as there are processes must be equal."""
+    if schedule in ("1f1b", "zbv"):
+        return False
+    return micro_batches % max(1, micro_batches // pipeline) != 0
 
 
 def _stage_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[str]:

@@ -77,7 +77,8 @@ class Goodput:
 
 def mean_between(chips: int, failures: Failures) -> float:
     """Seconds between interruptions. Chips that fail together are one interruption."""
-    return DAY / (chips * failures.per_chip_day / failures.blast + failures.per_day)
+    rate = chips * failures.per_chip_day / failures.blast + failures.per_day
+    return DAY / rate if rate else float("inf")
 
 
 def effective_share(interval: float, between: float, restart: float, checkpoint: float) -> float:
@@ -86,7 +87,10 @@ def effective_share(interval: float, between: float, restart: float, checkpoint:
     Exact for interruptions at random, at any time, in a restart as well (Daly 2006, equation 20): an interval and its
     checkpoint must pass without one, and each costs what was done since the last, and a restart.
     """
-    return interval * exp(-restart / between) / (between * expm1((interval + checkpoint) / between))
+    if between == float("inf"):
+        return interval / (interval + checkpoint)
+    tried = (interval + checkpoint) / between
+    return interval * exp(-restart / between) / (between * expm1(tried)) if tried < 700 else 0.0
 
 
 def linear_share(interval: float, between: float, restart: float, checkpoint: float) -> float:
@@ -96,6 +100,8 @@ def linear_share(interval: float, between: float, restart: float, checkpoint: fl
 
 def best_interval(between: float, checkpoint: float, least: float = 0.0) -> float:
     """Seconds of training between checkpoints (Daly 2006, equation 37), `least` at least."""
+    if between == float("inf"):
+        return max(DAY, least)
     if checkpoint >= 2 * between:
         return max(between, least)
     ratio = checkpoint / (2 * between)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,6 +38,8 @@ class Machine:
     """Bytes of memory."""
     measured_products: float | None = None
     """FLOPs a second of the fastest bf16 product, where it was measured."""
+    measured: frozenset[str] = frozenset()
+    """Fields that are what was reached, not what is published: no efficiency comes on top."""
     assumed: tuple[str, ...] = ()
     """Figures that are neither published nor given, and what stands in for them."""
 
@@ -84,22 +86,32 @@ def with_measurements(machine: Machine, report: Mapping[str, Any]) -> tuple[Mach
     Raises:
         ConfigError: the report has no measurements.
     """
+    findings = report.get("findings")
     figures = {}
-    for finding in report.get("findings", ()):
-        if isinstance(finding, Mapping) and finding.get("figures"):
-            figures[str(finding.get("name"))] = finding["figures"]
-    found = {}
+    for finding in findings if isinstance(findings, list) else ():
+        if isinstance(finding, Mapping) and isinstance(finding.get("figures"), Mapping):
+            figures[str(finding.get("name"))] = dict(_speeds(finding["figures"]))
+    found: dict[str, Any] = {}
     products = [value for key, value in figures.get("matmul bf16", {}).items() if key.split()[0].isdigit()]
     if products:
         found["measured_products"] = max(products)
     if "bytes/s" in figures.get("memory", {}):
         found["memory"] = figures["memory"]["bytes/s"]
-    gathers = [values["bytes/s"] for name, values in figures.items() if name.startswith("all_gather among")]
+    gathers = {name: values for name, values in figures.items() if name.startswith("all_gather among")}
     if gathers:
-        found["link"] = max(gathers)
+        # Among the most: inside the node as a whole.
+        most = max(gathers, key=lambda name: int(name.split()[-1]) if name.split()[-1].isdigit() else 0)
+        found["link"] = gathers[most].get("bytes/s", machine.link)
     if not found:
         raise ConfigError("this is not a report of `zili doctor --json`: it has no measured speeds")
     units = {"measured_products": ("TFLOP/s in bf16 products", 1e12), "memory": ("GB/s of memory", 1e9)}
     units["link"] = ("GB/s between chips", 1e9)
     said = [f"{value / units[name][1]:.4g} {units[name][0]}" for name, value in found.items()]
-    return replace(machine, **found), said
+    return replace(machine, measured=frozenset(found), **found), said
+
+
+def _speeds(figures: Mapping[Any, Any]) -> Iterator[tuple[str, float]]:
+    """What is a positive finite number."""
+    for key, value in figures.items():
+        if isinstance(key, str) and key and isinstance(value, int | float) and 0 < value < float("inf"):
+            yield key, float(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import ceil, log2
@@ -9,7 +10,7 @@ from typing import Any
 
 from zili.chips.catalog import Chip
 from zili.config import RunConfig, build_config
-from zili.errors import LayoutError
+from zili.errors import ConfigError, LayoutError
 from zili.models.arithmetic import count_parameters
 from zili.planning.goodput import DAY, Failures, Goodput, goodput
 from zili.planning.machine import Machine, machine, with_measurements
@@ -22,6 +23,9 @@ _IDLE, _BUSY, _OVERHEAD = 0.25, 0.9, 1.3
 """Power of an idle and of a busy chip as a share of its rating, and of a site over its chips': usual, not measured."""
 _STATE_BYTES = 12
 """Of a parameter in a checkpoint: weight and both moments in fp32."""
+_LEAST_SHARE = 0.01
+_PATIENCE = 10.0
+"""Seconds that are spent to find out how many chips would do."""
 
 MFU = (
     "6 N + 3 L S H (d + d_v) FLOPs a token, over the chip's bf16 peak: N parameters in matrices that a token goes "
@@ -162,7 +166,9 @@ def make_plan(setting: Setting, chip: Chip, chips: int, *, given: bool = False) 
     if setting.doctor is not None:
         place, measured = with_measurements(place, setting.doctor)
         notes += [f"measured: {text}" for text in measured]
-    rates = rates_of(chip.family)
+    if place.capacity is None:
+        notes.append(f"the memory of {chip.name} is not published: whether anything fits was not looked at")
+    rates = rates_of(chip.family).on(place)
     if chip.family not in families():
         notes.append(f"no published runs on {chip.name} or its like: common efficiencies, and a wide band")
     if given:
@@ -173,7 +179,13 @@ def make_plan(setting: Setting, chip: Chip, chips: int, *, given: bool = False) 
     if not found.best or (given and not found.best[0].fits(place)):
         raise LayoutError(_does_not_fit(setting, chip, chips, place, rates, found, given))
     band = band_of(found.best[0].run, chip.family)
-    return Plan(setting, chip, chips, place, rates, found, band, goodput(chips, setting.failures), tuple(notes))
+    good = goodput(chips, setting.failures)
+    if good.share < _LEAST_SHARE:
+        raise ConfigError(
+            f"interrupted every {good.mean_between:.0f} s, with {setting.failures.restart:.0f} s to restart, "
+            f"{chips:,} chips hardly train at all; fewer chips, fewer failures or a faster restart"
+        )
+    return Plan(setting, chip, chips, place, rates, found, band, good, tuple(notes))
 
 
 def _does_not_fit(
@@ -186,7 +198,8 @@ def _does_not_fit(
             f"this layout takes {least.bytes / 2**30:.1f} GiB a chip, and {has}; leave out --layout to have one found"
         )
     more = chips
-    for _ in range(12):
+    started = time.monotonic()
+    while more < 1024 * chips and time.monotonic() - started < _PATIENCE:
         more *= 2
         try:
             if search(setting.config, more, place, rates, count=1).best:
@@ -196,7 +209,7 @@ def _does_not_fit(
                 )
         except LayoutError:
             continue
-    return f"no layout fits: {least.bytes / 2**30:.1f} GiB at least, and {has}"
+    return f"no layout fits: {least.bytes / 2**30:.1f} GiB at least, on {chips:,} chips and on {more:,}; {has}"
 
 
 def usual_batch(chips: int, sequence: int) -> int:

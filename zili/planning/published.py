@@ -120,7 +120,9 @@ def read_row(cells: Cells, chip: Chip | None = None) -> Row:
     except ChipError as error:
         if chip.bf16_tflops or chip.fp16_tflops or reader.number("peak_tflops_assumed") is None:
             raise Unpredictable(str(error)) from error
-        place = machine(chip, precision, peak_tflops=reader.number("peak_tflops_assumed"))
+        network = _network(reader.text("notes"))
+        peak = reader.number("peak_tflops_assumed")
+        place = machine(chip, precision, peak_tflops=peak, network_gbit_s=network)
     reader.assumed.extend(f"{text} (usual; not published)" for text in place.assumed)
     return Row(
         run=run,
@@ -207,6 +209,8 @@ def _run(reader: _Reader, precision: Precision, chip: Chip) -> tuple[Run, bool]:
     chips = reader.count("chips", each * reader.count("DP", max(1, expert // tensor)), "smallest of this layout")
     if chips % each:
         raise Unpredictable(f"TP {tensor} x PP {pipeline} x CP {context} does not divide {chips} chips")
+    if expert > chips:
+        raise Unpredictable(f"EP {expert} is more than {chips} chips")
     data = chips // each
     sequence = reader.count("seq_len", 4096, "usual")
     usual = 1 if pipeline > 1 else max(1, 2048 * tensor // sequence)

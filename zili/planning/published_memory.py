@@ -7,7 +7,7 @@ by schedule (Narayanan et al. 2021). What a device reports beside what tensors a
 from __future__ import annotations
 
 from zili.planning.run import Run
-from zili.planning.step_time import kinds_of_layers, local_parameters, matrices
+from zili.planning.step_time import expert_shards, kinds_of_layers, local_parameters, matrices
 
 _GIB = 2**30
 CONTEXT = 1.5
@@ -37,11 +37,12 @@ def state_bytes(run: Run) -> float:
     if run.weight_shards == 1:
         # Weights in 16 bits, gradients in fp32 or as they are made; fp32 weights and both moments, cut where they are.
         gradients = 2 if run.software.early else 4
-        return total * (2 + gradients + 12 / run.state_shards)
+        cut = plain / run.state_shards + experts / expert_shards(run, run.state_shards)
+        return total * (2 + gradients) + 12 * cut
     # fp32 weights, gradients and moments, all cut. Two layers are gathered at a time; in a pipeline all of them, and
     # gradients are added up whole.
     gathered = 6 * total if run.pipeline > 1 else 2 * 2 * total / run.model.layers
-    return 16 * total / run.weight_shards + gathered
+    return 16 * (plain / run.weight_shards + experts / expert_shards(run, run.weight_shards)) + gathered
 
 
 def activation_bytes(run: Run) -> float:

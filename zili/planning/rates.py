@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib.resources import files
 from math import exp
@@ -68,6 +68,11 @@ class Rates:
         if machine.measured_products is not None:
             return machine.measured_products * peak / machine.peak * share
         return peak * share * self.products * self._power(machine)
+
+    def on(self, machine: Machine) -> Rates:
+        """These, where the machine's figures are published; where they were measured they are what is reached."""
+        reached = {name: 1.0 for name in ("memory", "link") if name in machine.measured}
+        return replace(self, **reached)
 
     def _power(self, machine: Machine) -> float:
         """Share of the clock that the power allows; published peaks assume the full one."""

@@ -21,6 +21,7 @@ there is no prediction. Memory is in the row's own unit, GiB where it says nothi
 
 def predict_table(text: str, chip: Chip | None = None) -> tuple[str, str]:
     """The table with `COLUMNS` behind its own, and a line that says how many rows were predicted. No row fails."""
+    csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))
     reader = csv.DictReader(io.StringIO(text.replace("\0", "")), restkey="more", restval="")
     names = [name for name in reader.fieldnames or () if name not in COLUMNS]
     out = io.StringIO()

@@ -44,13 +44,6 @@ class Plan:
         return list(_interleaved(self, process, zero_bubble=self.schedule == "zero_bubble"))
 
 
-def refused(schedule: Schedule, processes: int, micro_batches: int) -> bool:
-    """Whether torch refuses the number of micro-batches: rounds of about as many as processes must be equal."""
-    if schedule in ("1f1b", "zbv"):
-        return False
-    return micro_batches % max(1, micro_batches // processes) != 0
-
-
 def _one_forward_one_backward(plan: Plan, process: int) -> Iterator[Action]:
     """Narayanan et al. 2021, figure 4, above."""
     ahead = min(plan.micro_batches, plan.processes - process)
@@ -164,6 +157,7 @@ def simulate(plan: Plan, seconds: Callable[[Action], float], between: float = 0.
                     done[direction, action.stage, action.micro_batch] = end
                 places[process] += 1
                 moved = True
+    assert all(place == len(queue) for place, queue in zip(places, queues, strict=True)), "everybody waits"
     return spans
 
 

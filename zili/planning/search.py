@@ -1,22 +1,22 @@
-"""Every legal layout of a model on so many chips, from the fastest that fits on."""
+"""Layouts of a model on so many chips: the legal ones, of sizes that runs have used, the fastest that fit first."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
+from math import isqrt
 from typing import Literal
 
 from zili.config import RunConfig
 from zili.config.parallel import ParallelConfig, Schedule
 from zili.errors import LayoutError
-from zili.parallel.layout import DIMENSIONS, Layout, lay_out
+from zili.parallel.layout import DIMENSIONS, Layout, lay_out, uneven_rounds
 from zili.planning.job import Job
 from zili.planning.machine import Machine
 from zili.planning.memory import Bytes, kept_bytes, peak_bytes
 from zili.planning.rates import Rates
 from zili.planning.run import Recompute, Run
-from zili.planning.schedule import refused
 from zili.planning.step_time import StepTime, Work, local_parameters, step_time, work
 from zili.planning.timeline import played_through, run_of
 
@@ -61,15 +61,15 @@ class Candidate:
         return self._places[place]
 
     @property
-    def _fullest(self) -> list[int]:
-        """Places in a pipeline of which one has most: its ends, and what has as much in flight and a layer more."""
+    def _places_in_order(self) -> list[int]:
+        """Of a pipeline; first those that mostly have most."""
         last = self.layout.pipeline - 1
-        return sorted({0, min(1, last), last // 2, last})
+        return list(dict.fromkeys((0, min(1, last), last // 2, (4 * last) // 5, last, *range(last + 1))))
 
     @cached_property
     def memory(self) -> Bytes:
         """Bytes by part, of the process with most."""
-        return max(map(self._memory_at, self._fullest), key=lambda parts: sum(parts.values()))
+        return max(map(self._memory_at, self._places_in_order), key=lambda parts: sum(parts.values()))
 
     @cached_property
     def bytes(self) -> float:
@@ -78,7 +78,7 @@ class Candidate:
     def fits(self, machine: Machine) -> bool:
         """Whether it does, beside what the chip's runtime takes."""
         room = float("inf") if machine.capacity is None else usable(machine)
-        return all(sum(self._memory_at(place).values()) <= room for place in self._fullest)
+        return all(sum(self._memory_at(place).values()) <= room for place in self._places_in_order)
 
 
 def usable(machine: Machine) -> float:
@@ -103,7 +103,6 @@ class Loss:
     """Why the best layout with some choice is not the best of all."""
 
     choice: str
-    candidate: Candidate
     why: str
 
 
@@ -116,7 +115,7 @@ class Found:
     losses: tuple[Loss, ...]
     searched: int
     smallest: Candidate
-    """Of those whose memory was computed the one that takes least."""
+    """What seems to take least."""
 
 
 def search(config: RunConfig, world: int, machine: Machine, rates: Rates, *, count: int = 5) -> Found:
@@ -195,11 +194,9 @@ def _in_flight(run: Run) -> tuple[float, float]:
     if p == 1:
         return 1, 0
     ends = 0.5 if p == 2 else 1.0
-    if run.schedule == "1f1b":
-        return min(m, p), 2 * m * ends
-    warm = {"interleaved": (v - 1) * p + 2 * (p - 1) + 1, "zero_bubble": v * p, "zbv": 2 * p}[run.schedule]
-    # Received ones have memory from the beginning, sent ones until the end.
-    return min(m * v, warm), 3 * v * m * ends
+    # On the first process, which has most in flight, and whose messages come from one side.
+    warm = {"1f1b": p, "interleaved": (v - 1) * p + 2 * (p - 1) + 1, "zero_bubble": v * p, "zbv": 2 * p - 1}
+    return min(m * v, warm[run.schedule]), (2 * v - 1) * m * (1.0 if run.schedule == "1f1b" else ends)
 
 
 @dataclass(frozen=True)
@@ -234,8 +231,11 @@ class _Option:
         return Candidate(config.model_copy(update={"parallel": parallel, "training": training}), layout, self.time)
 
 
-def _divisors(number: int, most: int | None = None) -> list[int]:
-    return [n for n in range(1, min(number, most or number) + 1) if number % n == 0]
+@lru_cache(maxsize=4096)
+def _divisors(number: int, most: int | None = None) -> tuple[int, ...]:
+    small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
+    both = sorted({*small, *(number // n for n in small)})
+    return tuple(n for n in both if most is None or n <= most)
 
 
 def _options(config: RunConfig, world: int, machine: Machine, rates: Rates) -> Iterator[_Option]:
@@ -309,14 +309,14 @@ def _orders(config: RunConfig, pipeline: int, count: int) -> Iterator[tuple[Sche
         return
     model = config.model
     plain: list[tuple[Schedule, int]] = [("1f1b", 1)]
-    if pipeline > 1 and not refused("interleaved", pipeline, count):
+    if pipeline > 1 and not uneven_rounds("interleaved", pipeline, count):
         most = min(_MOST_VIRTUAL, model.layers // pipeline)
         plain += [("interleaved", virtual) for virtual in range(2, most + 1)]
     yield from ((schedule, virtual, recompute) for schedule, virtual in plain for recompute in _RECOMPUTE)
     # These take no recomputation, and run a mixture's own gradients twice.
     if pipeline == 1 or 2 * pipeline > model.layers or model.mixture is not None:
         return
-    if not refused("zero_bubble", pipeline, count):
+    if not uneven_rounds("zero_bubble", pipeline, count):
         yield "zero_bubble", 2, "none"
     if not (model.tied_embeddings or model.mtp_layers):
         yield "zbv", 2, "none"
@@ -364,14 +364,14 @@ def _loss(choice: str, those: Sequence[_Option], best: Candidate, room: _Room) -
             candidate = option.candidate(room.config)
             tried.append(candidate.bytes)
             if candidate.fits(room.machine):
-                return Loss(choice, candidate, _slower(room.played(candidate), best))
+                return Loss(choice, _slower(room.played(candidate), best))
     ratio = those[0].seconds / best.time.total - 1
     speed = f"{ratio:.0%} slower" if ratio > 0 else f"{-ratio:.0%} faster"
     if tried:
-        why = f"its {len(tried)} fastest do not fit: {min(tried) / 2**30:.0f} GiB and more, {speed} at best"
+        why = f"none of the {len(tried)} tried fits: {min(tried) / 2**30:.0f} GiB and more, {speed} at best"
     else:
         why = f"does not fit: {min(map(room.least, those)) / 2**30:.0f} GiB and more, {speed} at best"
-    return Loss(choice, those[0].candidate(room.config), why)
+    return Loss(choice, why)
 
 
 def _slower(candidate: Candidate, best: Candidate) -> str:

@@ -137,7 +137,12 @@ def work(run: Run, machine: Machine, rates: Rates) -> Work:
     for layer, times in kinds_of_layers(run.model):
         forward, backward = layer_phases(run, layer, machine, rates)
         layers, ahead = layers.plus(forward.plus(backward), times), ahead.plus(forward, times)
-    return Work(layers, head_phase(run, machine, rates), sum(ahead), ahead.products)
+    head = head_phase(run, machine, rates)
+    if run.model.mtp_layers:
+        # One more block and its own logits, behind the last layer.
+        forward, backward = layer_phases(run, run.model.layers - 1, machine, rates)
+        head = head.by(2).plus(forward).plus(backward)
+    return Work(layers, head, sum(ahead), ahead.products)
 
 
 def step_time(run: Run, machine: Machine, rates: Rates, known: Work | None = None) -> StepTime:
@@ -150,7 +155,8 @@ def step_time(run: Run, machine: Machine, rates: Rates, known: Work | None = Non
     total = busiest.by(run.micro_batches)
     data = _data(run, machine, rates, longest, sum(total))
     plain, experts = local_parameters(run.model, run.tensor, run.pipeline, run.expert)
-    optimizer = _STATE_BYTES * (plain + experts) / run.state_shards / (machine.memory * rates.memory)
+    stored = plain / run.state_shards + experts / expert_shards(run, run.state_shards)
+    optimizer = _STATE_BYTES * stored / (machine.memory * rates.memory)
     rest = (run.micro_batches * between, idle * bubble_share(run), data, optimizer)
     waiting = rates.waiting * log2(max(run.chips, 8) / 8) * (sum(total) + sum(rest))
     return StepTime(*total, *rest, waiting)
@@ -313,13 +319,18 @@ def local_parameters(model: ModelConfig, tensor: int, pipeline: int, expert: int
     return plain / pipeline + ends, experts / pipeline
 
 
+def expert_shards(run: Run, processes: int) -> int:
+    """Over how many an expert is cut where other weights are over `processes`: those it is shared by are others."""
+    return max(1, processes * run.tensor // run.expert)
+
+
 def _data(run: Run, machine: Machine, rates: Rates, longest: float, work: float) -> float:
     """Seconds of gathering weights and reducing gradients that arithmetic does not hide."""
     plain, experts = local_parameters(run.model, run.tensor, run.pipeline, run.expert)
     together = run.data * run.context
     seconds = _exchanged(run, plain, together, run.weight_shards, run.tensor, machine, rates)
     if experts:
-        count, shards = (max(1, n * run.tensor // run.expert) for n in (together, run.weight_shards))
+        count, shards = expert_shards(run, together), expert_shards(run, run.weight_shards)
         seconds += _exchanged(run, experts, count, shards, run.expert, machine, rates)
     if not run.software.hides_gradients:
         return seconds
@@ -336,8 +347,9 @@ def _exchanged(
     rings = run.model.layers / run.pipeline
     weights, gradients = _BF16 * parameters, _FP32 * parameters
     if run.weight_shards == 1:
-        # Summing without cutting takes as long, but in a tree, which does not wait for every hop.
-        rings = rings if run.state_shards >= count else 0.0
+        if run.state_shards < count:
+            # Scattered and gathered again, as one sum, in a tree that does not wait for every hop.
+            return 2 * collective(gradients, count, apart, machine, rates)
         return sum(collective(size, count, apart, machine, rates, rings) for size in (weights, gradients))
     shards = min(count, shards)
     gather, scatter = (collective(size, shards, apart, machine, rates, rings) for size in (weights, gradients))

@@ -12,9 +12,6 @@ from zili.planning.run import Run
 from zili.planning.schedule import Action, Plan, Span, makespan, simulate
 from zili.planning.step_time import StepTime, between_stages, work
 
-_ROUNDS = 4
-"""Of micro-batches that are played through; those between the first and the last rounds only repeat themselves."""
-
 
 def run_of(config: RunConfig, layout: Layout) -> Run:
     """A recipe on a layout as a run, in this house's software."""
@@ -58,13 +55,22 @@ def timeline(config: RunConfig, layout: Layout, machine: Machine, rates: Rates, 
 
 
 def played_through(config: RunConfig, layout: Layout, time: StepTime, machine: Machine, rates: Rates) -> StepTime:
-    """`time`, with what its processes wait for one another as their schedule has it."""
-    run = run_of(config, layout)
-    count = int(run.micro_batches)
+    """`time`, with what its processes wait for one another as their schedule has it.
+
+    Long steps are played with few micro-batches and with more, and what each more takes is gone on with.
+    """
+    count = int(run_of(config, layout).micro_batches)
     if layout.pipeline == 1 or count < layout.pipeline:
         return time
-    played = min(count, _ROUNDS * layout.pipeline + count % layout.pipeline)
-    spans = timeline(config, layout, machine, rates, played)
     busy = time.products + time.attention + time.passes + time.tensor + time.context + time.expert + time.pipeline
-    bubble = max(0.0, makespan(spans) - busy * played / count)
-    return replace(time, bubble=bubble)
+
+    def seconds(micro_batches: int) -> float:
+        return makespan(timeline(config, layout, machine, rates, micro_batches))
+
+    few, more = 3 * layout.pipeline, 4 * layout.pipeline
+    if count <= more or (config.parallel.schedule != "1f1b" and count % layout.pipeline):
+        whole = seconds(min(count, 64 * layout.pipeline)) * max(1.0, count / (64 * layout.pipeline))
+    else:
+        short, long = seconds(few), seconds(more)
+        whole = long + (count - more) * (long - short) / (more - few)
+    return replace(time, bubble=max(0.0, whole - busy))
