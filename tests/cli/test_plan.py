@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 from conftest import Zili
 
+from zili.chips.catalog import find_chip
 from zili.config import load_recipe
+from zili.config.presets import load_preset
 from zili.parallel.layout import lay_out
+from zili.planning.goodput import Failures
 from zili.planning.job import Job
 from zili.planning.memory import peak_bytes
+from zili.planning.plan import Setting, make_plan, setting_config, usual_batch
 
 SMALL = ("telechat2-3b", "--chip", "ascend-910b2", "--chips", "16", "--tokens", "1e11", "--global-batch", "256")
 
@@ -57,6 +61,28 @@ def test_ten_thousand_chips_are_searched_in_seconds(zili: Zili, preset: str) -> 
     assert time.perf_counter() - started < 20
 
 
+@pytest.mark.parametrize("chips", [384, 1000])
+def test_what_is_found_can_be_run_and_fits_everywhere(chips: int) -> None:
+    """Each place of each pipeline, and the trainer's own rules."""
+    config = setting_config(load_preset("telechat3-36b"), 4096, usual_batch(chips, 4096), 1e12, "x")
+    plan = make_plan(Setting(config, 1e12, Failures()), find_chip("ascend-910b2"), chips)
+    for candidate in plan.found.best:
+        assert lay_out(candidate.config, chips) == candidate.layout
+        for place in range(candidate.layout.pipeline):
+            taken = sum(peak_bytes(Job(candidate.config, candidate.layout, place)).values())
+            assert taken <= min(candidate.bytes * (1 + 1e-9), 0.94 * 64e9)
+
+
+def test_predicting_the_token_after_the_next_costs() -> None:
+    config = setting_config({**load_preset("telechat2-3b"), "mtp_layers": 1}, 4096, 256, 1e12, "x")
+    plain = config.model_copy(update={"model": config.model.model_copy(update={"mtp_layers": 0})})
+    steps = [
+        make_plan(Setting(one, 1e12, Failures()), find_chip("ascend-910b2"), 16).best.time.total
+        for one in (config, plain)
+    ]
+    assert steps[0] > 1.05 * steps[1]
+
+
 def test_a_given_layout(zili: Zili) -> None:
     layout = "tensor=2 pipeline=2 schedule=interleaved micro_batch=1 recompute=full"
     found = zili("plan", *SMALL, "--layout", layout)
@@ -80,8 +106,10 @@ def test_measured_speeds_count(zili: Zili, tmp_path: Path) -> None:
     found = zili("plan", *SMALL, "--doctor", report)
     assert "measured: 100 TFLOP/s in bf16 products" in found.out
     assert float(found.out.split("MFU")[1].split("%")[0].split()[-1]) < 100 * 100 / 354
-    report.write_text("{}", encoding="utf-8")
-    assert zili("plan", *SMALL, "--doctor", report).code == 3
+    nothing = ({}, {"findings": None}, {"findings": [{"name": "memory", "figures": {"bytes/s": float("nan")}}]})
+    for junk in (*nothing, {"findings": [{"name": "memory", "figures": {"bytes/s": -1e12}}, 3, {"figures": [1]}]}):
+        report.write_text(json.dumps(junk), encoding="utf-8")
+        assert zili("plan", *SMALL, "--doctor", report).code == 3
 
 
 @pytest.mark.parametrize(
@@ -105,6 +133,12 @@ def test_measured_speeds_count(zili: Zili, tmp_path: Path) -> None:
         ((*SMALL, "--json", "/no/such/folder/p.json"), 3, "there is no folder"),
         ((*SMALL, "--set", "model.heads=7"), 3, "heads (7) is not a multiple"),
         (("--runs", "/no/such/file.csv", "--out", "x.csv"), 3, "cannot read the table"),
+        ((*SMALL, "--failures", "1", "--failures-per-day", "1000"), 3, "hardly train at all"),
+        ((*SMALL, "--tokens", "inf"), 2, "--tokens"),
+        ((*SMALL, "--json", "."), 3, "it is a folder"),
+        ((*SMALL, "--set", "chip.precision=fp32"), 3, "bf16"),
+        ((*SMALL, "--layout", "pipeline=4 schedule=interleaved", "--global-batch", "168"), 7, "rounds"),
+        (("telechat2-3b", "--chip", "a800", "--chips", "100000000"), 2, "--chips"),
     ],
 )
 def test_bad_input_is_one_clear_line(zili: Zili, words: tuple[str, ...], code: int, said: str) -> None:

@@ -78,10 +78,15 @@ def test_the_linear_form_fails_where_failures_are_frequent() -> None:
     assert linear_share(60, between, 900, 2) < 0 < effective_share(60, between, 900, 2)
 
 
-def test_what_is_lost_adds_up_and_names_the_restart() -> None:
-    found = goodput(51_200, LLAMA3)
-    assert sum(found.lost.values()) == pytest.approx(1 - found.share)
-    assert found.first_to_improve in ("replacement", "warm-up")
+def test_what_is_lost_is_what_each_term_takes() -> None:
+    """Where failures are rare each is a ratio: seconds an interruption over those between, w over tau, half of tau."""
+    found = goodput(1_024, LLAMA3)
+    between, interval = found.mean_between, found.interval
+    for name, seconds in (("detection", 180), ("replacement", 300), ("reload", 120), ("warm-up", 300)):
+        assert found.lost[name] == pytest.approx(seconds / between, rel=0.1)
+    assert found.lost["checkpoints"] == pytest.approx(2 / interval, rel=0.1)
+    assert found.lost["work done again"] == pytest.approx(interval / 2 / between, rel=0.1)
+    assert goodput(51_200, LLAMA3).first_to_improve in ("replacement", "warm-up")
     assert goodput(51_200, Failures(checkpoint=120, spares=1)).first_to_improve == "checkpoints"
 
 
@@ -89,6 +94,11 @@ def test_without_spares_a_failure_waits_for_a_chip() -> None:
     with_spares, without = (goodput(10_240, Failures(spares=share)) for share in (0.02, 0.0))
     assert without.share < with_spares.share - 0.2
     assert without.first_to_improve == "waiting for spares"
+
+
+def test_a_run_that_nothing_interrupts() -> None:
+    assert goodput(10_240, Failures(per_chip_day=0)).share > 0.999
+    assert goodput(10_240, Failures(per_chip_day=1)).share < 0.01
 
 
 def test_a_month_at_ten_thousand_chips() -> None:

@@ -296,6 +296,8 @@ def _software(reader: _Reader, chip: Chip) -> Software:
     return Software(
         fused_attention=not early and not biased,
         sequence_parallel=(not early and not source.startswith(_WITHOUT_SEQUENCE_PARALLEL)) or says_so,
+        # Plain data parallelism does, and what cuts the optimizer inside a node (InternEvo).
+        sums_in_16_bits=reader.text("zero_stage").startswith("0") or "-way" in reader.text("zero_stage"),
         early="fp16" in reader.text("precision"),
         hides_gradients=not reader.text("zero_stage").startswith("0"),
         # Frameworks that cut weights for storage do, to keep no whole gradients.

@@ -31,6 +31,8 @@ class Software:
     """Tokens travel between tensor-parallel processes beside the products that need them."""
     early: bool = False
     """From before bf16: gradients stay in 16 bits."""
+    sums_in_16_bits: bool = False
+    """Gradients are summed over replicas as they were made, not in fp32."""
     tuned: bool = False
     """The chip's vendor wrote the recipe, with fused kernels for it."""
 

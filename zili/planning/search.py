@@ -26,7 +26,7 @@ _MOST_CONTEXT, _MOST_MICRO, _MOST_VIRTUAL, _MOST_TENSOR = 8, 4, 6, 16
 _EXPERT = (1, 8, 32, 64, 128)
 """Larger ones are not looked at, nor sizes between these: no measured run has them, and they are many."""
 _RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
-_TRIED, _TRIED_OF_A_CHOICE = 300, 12
+_TRIED, _TRIED_OF_A_CHOICE = 300, 6
 """Layouts whose memory is computed, the fastest first, before the search looks for others."""
 
 
@@ -137,7 +137,7 @@ def search(config: RunConfig, world: int, machine: Machine, rates: Rates, *, cou
             continue
         tried += 1
         candidate = option.candidate(config)
-        if candidate.fits(machine):
+        if room.has(option, candidate):
             best[option.alike] = candidate
     # Stages that are uneven wait for one another in ways no formula has: played through.
     ranked = tuple(sorted(map(room.played, best.values()), key=lambda one: one.time.total))
@@ -151,6 +151,7 @@ class _Room:
 
     def __init__(self, config: RunConfig, machine: Machine, rates: Rates) -> None:
         self.config, self.machine, self.rates = config, machine, rates
+        self._failed: dict[tuple[object, ...], int] = {}
         self._kept: dict[tuple[object, ...], float] = {}
         self._parameters: dict[tuple[int, int, int], tuple[float, float]] = {}
 
@@ -161,8 +162,19 @@ class _Room:
         return replace(candidate, time=time)
 
     def may_have(self, option: _Option) -> bool:
-        """Whether it may fit."""
-        return self.machine.capacity is None or self.least(option) <= usable(self.machine)
+        """Whether it may fit: one that shares weights more widely, and is else the same, did not fail to."""
+        if self.machine.capacity is None:
+            return True
+        if option.shards <= self._failed.get(option.alike, 0):
+            return False
+        return self.least(option) <= usable(self.machine)
+
+    def has(self, option: _Option, candidate: Candidate) -> bool:
+        """Whether it fits."""
+        fits = candidate.fits(self.machine)
+        if not fits:
+            self._failed[option.alike] = max(option.shards, self._failed.get(option.alike, 0))
+        return fits
 
     def least(self, option: _Option) -> float:
         """Bytes of weights, gradients, moments, and what micro-batches in flight keep."""
@@ -356,22 +368,20 @@ def _losses(best: Candidate, options: Sequence[_Option], room: _Room) -> Iterato
 
 def _loss(choice: str, those: Sequence[_Option], best: Candidate, room: _Room) -> Loss:
     """`those` have made it, the fastest first."""
-    tried: list[float] = []
+    tried = 0
     for option in those:
-        if len(tried) == _TRIED_OF_A_CHOICE:
+        if tried == _TRIED_OF_A_CHOICE:
             break
         if room.may_have(option):
+            tried += 1
             candidate = option.candidate(room.config)
-            tried.append(candidate.bytes)
-            if candidate.fits(room.machine):
+            if room.has(option, candidate):
                 return Loss(choice, _slower(room.played(candidate), best))
     ratio = those[0].seconds / best.time.total - 1
     speed = f"{ratio:.0%} slower" if ratio > 0 else f"{-ratio:.0%} faster"
-    if tried:
-        why = f"none of the {len(tried)} tried fits: {min(tried) / 2**30:.0f} GiB and more, {speed} at best"
-    else:
-        why = f"does not fit: {min(map(room.least, those)) / 2**30:.0f} GiB and more, {speed} at best"
-    return Loss(choice, why)
+    least = min(map(room.least, those)) / 2**30
+    why = f"none of its fastest fits ({tried} tried)" if tried else f"does not fit, {least:.0f} GiB and more"
+    return Loss(choice, f"{why}; {speed} at best")
 
 
 def _slower(candidate: Candidate, best: Candidate) -> str:

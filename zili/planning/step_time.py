@@ -349,7 +349,8 @@ def _exchanged(
     if run.weight_shards == 1:
         if run.state_shards < count:
             # Scattered and gathered again, as one sum, in a tree that does not wait for every hop.
-            return 2 * collective(gradients, count, apart, machine, rates)
+            summed = weights if run.software.sums_in_16_bits else gradients
+            return 2 * collective(summed, count, apart, machine, rates)
         return sum(collective(size, count, apart, machine, rates, rings) for size in (weights, gradients))
     shards = min(count, shards)
     gather, scatter = (collective(size, shards, apart, machine, rates, rings) for size in (weights, gradients))
