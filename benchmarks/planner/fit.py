@@ -30,7 +30,7 @@ from zili.planning.rates import Rates
 from zili.planning.step_time import step_time
 
 CALIBRATION = Path(__file__).parents[2] / "zili" / "planning" / "calibration.toml"
-ROBUST = 0.08
+ROBUST = 0.05
 """Error from which on a row counts less than its square: what two runs of one layout, in other software, differ by."""
 
 
