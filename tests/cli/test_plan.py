@@ -98,6 +98,17 @@ def test_a_recipe_s_own_layout(zili: Zili) -> None:
     assert "pipeline 8 x replicas 10 x shards 16 x tensor 8, interleaved of 3 stages" in found.out
 
 
+def test_a_run_that_nothing_interrupts_is_json_too(zili: Zili, tmp_path: Path) -> None:
+    out = tmp_path / "p.json"
+    assert zili("plan", *SMALL, "--failures", "0", "--json", out).code == 0
+
+    def no_such(name: str) -> None:
+        raise AssertionError(name)
+
+    plan = json.loads(out.read_text(encoding="utf-8"), parse_constant=no_such)
+    assert plan["goodput"]["mean_between"] is None and plan["goodput"]["interruptions"] == 0
+
+
 def test_measured_speeds_count(zili: Zili, tmp_path: Path) -> None:
     report = tmp_path / "doctor.json"
     findings = [{"name": "matmul bf16", "figures": {"2048 FLOP/s": 100e12, "peak FLOP/s": 354e12}}]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from math import ceil, log2
+from math import ceil, isinf, log2
 from typing import Any
 
 from zili.chips.catalog import Chip
@@ -129,7 +129,9 @@ class Plan:
             "cost": self.cost,
             "megawatt_hours_estimate": self.megawatt_hours,
             "goodput": asdict(self.goodput)
-            | {"interruptions": self.interruptions, "improve_first": self.goodput.first_to_improve},
+            | {"interruptions": self.interruptions, "improve_first": self.goodput.first_to_improve}
+            # JSON has no infinity: of a run that nothing interrupts there is no such number.
+            | ({"mean_between": None} if isinf(self.goodput.mean_between) else {}),
             "checkpoint_bytes": self.checkpoint_bytes,
             "notes": list(self.notes),
         }
@@ -204,12 +206,13 @@ def _does_not_fit(
         try:
             if search(setting.config, more, place, rates, count=1).best:
                 return (
-                    f"no layout fits {chips:,} chips: the least that one takes is {least.bytes / 2**30:.1f} GiB, and "
+                    f"no layout fits {chips:,} chips: the smallest found takes {least.bytes / 2**30:.1f} GiB, and "
                     f"{has}; {more:,} chips have room for it"
                 )
         except LayoutError:
             continue
-    return f"no layout fits: {least.bytes / 2**30:.1f} GiB at least, on {chips:,} chips and on {more:,}; {has}"
+    takes = f"the smallest found takes {least.bytes / 2**30:.1f} GiB"
+    return f"no layout fits {chips:,} chips, nor was one found up to {more:,}: {takes}, and {has}"
 
 
 def usual_batch(chips: int, sequence: int) -> int:

@@ -52,7 +52,6 @@ class Row:
     """Of the fullest chip, as published."""
     peak_tflops: float | None
     """That utilisation is a share of."""
-    layout_stated: bool
     assumed: tuple[str, ...] = ()
 
     @property
@@ -112,7 +111,7 @@ def read_row(cells: Cells, chip: Chip | None = None) -> Row:
     chip = chip or _chip(reader)
     precision = _precision(reader.text("precision"))
     try:
-        run, stated = _run(reader, precision, chip)
+        run = _run(reader, precision, chip)
         place = machine(chip, precision, network_gbit_s=_network(reader.text("notes")))
     except ValidationError as error:
         first = error.errors()[0]
@@ -131,7 +130,6 @@ def read_row(cells: Cells, chip: Chip | None = None) -> Row:
         seconds=_seconds(reader, run),
         memory_gib=reader.number("memory_GB_per_chip"),
         peak_tflops=reader.number("peak_tflops_assumed"),
-        layout_stated=stated,
         assumed=tuple(reader.assumed),
     )
 
@@ -200,10 +198,9 @@ def _mixture(reader: _Reader, layers: int, latent: bool) -> MixtureConfig | None
     )
 
 
-def _run(reader: _Reader, precision: Precision, chip: Chip) -> tuple[Run, bool]:
+def _run(reader: _Reader, precision: Precision, chip: Chip) -> Run:
     model = _model(reader)
     tensor, pipeline, context = (reader.count(name, 1) for name in ("TP", "PP", "CP"))
-    stated = bool(reader.text("TP") or reader.text("PP"))
     each = tensor * pipeline * context
     expert = reader.count("EP", 1)
     chips = reader.count("chips", each * reader.count("DP", max(1, expert // tensor)), "smallest of this layout")
@@ -217,8 +214,8 @@ def _run(reader: _Reader, precision: Precision, chip: Chip) -> tuple[Run, bool]:
     micro = reader.count("micro_batch", usual)
     batch = reader.count("global_batch_seqs", data * micro * max(8, 4 * pipeline), "enough to fill the pipeline")
     micro = max(1, min(micro, batch // data))
-    weights, states = _shards(reader, data * context, stated)
-    run = Run(
+    weights, states = _shards(reader, data * context)
+    return Run(
         model=model,
         sequence=sequence,
         global_batch=batch,
@@ -235,7 +232,6 @@ def _run(reader: _Reader, precision: Precision, chip: Chip) -> tuple[Run, bool]:
         precision=precision,
         software=_software(reader, chip),
     )
-    return run, stated
 
 
 def _virtual(reader: _Reader, layers: int, pipeline: int) -> int:
@@ -251,7 +247,7 @@ def _virtual(reader: _Reader, layers: int, pipeline: int) -> int:
     return reader.count("VPP", max(usual, default=1))
 
 
-def _shards(reader: _Reader, together: int, stated: bool) -> tuple[int, int]:
+def _shards(reader: _Reader, together: int) -> tuple[int, int]:
     """Processes over which weights, and the optimizer's state, are cut."""
     stage, notes = reader.text("zero_stage"), reader.text("notes")
     if stage.startswith("0"):

@@ -7,7 +7,7 @@ by schedule (Narayanan et al. 2021). What a device reports beside what tensors a
 from __future__ import annotations
 
 from zili.planning.run import Run
-from zili.planning.step_time import expert_shards, kinds_of_layers, local_parameters, matrices
+from zili.planning.step_time import expert_shards, kinds_of_layers, local_parameters
 
 _GIB = 2**30
 CONTEXT = 1.5
@@ -79,7 +79,6 @@ def _layer_bytes(run: Run, layer: int) -> float:
     total = 8 * between * hidden + 2 * rows / run.tensor * (2 * model.heads + 2 * model.kv_heads) * model.head_dim
     if not run.software.fused_attention:
         total += 5 * model.heads / run.tensor * run.micro_batch * run.sequence**2
-    width = sum(matrix.outputs for matrix in matrices(model, layer)[-3:-2])
     if model.has_experts(layer):
         mixture = model.mixture
         assert mixture is not None
@@ -87,5 +86,5 @@ def _layer_bytes(run: Run, layer: int) -> float:
         total += 4 * rows_of_experts * hidden
         total += 8 * own * (mixture.top_k + mixture.shared_experts) * mixture.ffn_hidden_size
     else:
-        total += 6 * rows * width / run.tensor
+        total += 6 * rows * model.ffn_hidden_size / run.tensor
     return total
