@@ -334,12 +334,8 @@ def _enough(job: Job) -> int:
 
 
 def kept_bytes(job: Job) -> float:
-    """What the mean layer keeps of a micro-batch from its forward to its backward pass."""
-    dense = job.model.layers if job.model.mixture is None else job.model.mixture.dense_layers
-    with_experts = job.model.layers - dense
-    kept = dense * _layer(job, 0).kept if dense else 0.0
-    kept += with_experts * _layer(job, job.model.layers - 1).kept if with_experts else 0.0
-    return kept / job.model.layers
+    """What a layer keeps of a micro-batch from its forward to its backward pass; of the kind that keeps least."""
+    return min(_layer(job, number).kept for number in {0, job.model.layers - 1})
 
 
 def _moments(job: Job, stored: int) -> float:

@@ -185,11 +185,18 @@ class _Room:
         plain, experts = self._parameters[cut]
         shards = max(1.0, run.weight_shards * run.tensor / run.expert)
         states = 12 * (plain / run.weight_shards + experts / shards)
-        whole = 6 if run.kept_gathered else 4 if run.micro_batches > 1 else 0
         stages, messages = _in_flight(run)
-        kept = stages * run.model.layers / run.pipeline / run.virtual * self._keeps(option)
+        # The first process may have a layer less in each stage than the mean.
+        layers = run.model.layers // (run.pipeline * run.virtual)
+        fewer = layers * run.pipeline * run.virtual / run.model.layers
+        gathered = 2 * (plain + experts) if run.kept_gathered else 0.0
+        # In fp32; a stage's may be gone before the next one's come.
+        gradients = fewer * 4 * (plain + experts) / run.virtual if run.kept_gathered or run.micro_batches > 1 else 0.0
+        kept = stages * layers * self._keeps(option)
+        # Where all micro-batches have gone forward first, less and less is kept as gradients come.
+        both = max(gradients, kept) if stages == run.micro_batches * run.virtual else gradients + kept
         stream = 4 * run.rows / run.tensor * run.model.hidden_size
-        return states + whole * (plain + experts) + kept + messages * stream
+        return fewer * (states + gathered) + both + messages * stream
 
     def _keeps(self, option: _Option) -> float:
         run = option.run
