@@ -43,6 +43,7 @@ def test_it_finds_layouts_that_fit_and_says_all_that_was_asked(zili: Zili, tmp_p
     assert plan["cost"] == pytest.approx(2 * plan["chip_hours"])
     days = 1e11 / best["tokens_per_s"] / plan["goodput"]["share"] / 86_400
     assert plan["days"] == pytest.approx(days)
+    assert plan["spare_chips"] == 1 and plan["chip_hours"] == pytest.approx(24 * days * 17)
     assert [one["chip"] for one in plan["compared"]] == ["ascend-910b2", "a800", "h20"]
     assert plan["compared"][2]["chips"] == 8
     text = page.read_text(encoding="utf-8")
@@ -123,6 +124,21 @@ def test_a_run_that_nothing_interrupts_is_json_too(zili: Zili, tmp_path: Path) -
 
     plan = json.loads(out.read_text(encoding="utf-8"), parse_constant=no_such)
     assert plan["goodput"]["mean_between"] is None and plan["goodput"]["interruptions"] == 0
+
+
+def test_chips_that_fail_together_interrupt_less_often(zili: Zili, tmp_path: Path) -> None:
+    out, between = tmp_path / "p.json", []
+    for together in ("1", "8"):
+        assert zili("plan", *SMALL, "--failing-together", together, "--json", out).code == 0
+        between.append(json.loads(out.read_text(encoding="utf-8"))["goodput"]["mean_between"])
+    assert between[1] == pytest.approx(8 * between[0])
+
+
+def test_a_batch_that_was_chosen_is_said(zili: Zili) -> None:
+    words = [word for word in SMALL if word not in ("--global-batch", "256")]
+    assert "no global batch was given: 4,096 sequences" in zili("plan", *words).out
+    for given in (("--global-batch", "256"), ("--set", "training.global_batch=256")):
+        assert "no global batch was given" not in zili("plan", *words, *given).out
 
 
 def test_measured_speeds_count(zili: Zili, tmp_path: Path) -> None:

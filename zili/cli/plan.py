@@ -52,11 +52,12 @@ def plan(
     failures_per_day: Annotated[
         float, typer.Option(min=0, max=1000, help="Those that do not grow with the chips.")
     ] = 0.0,
+    failing_together: Annotated[int, typer.Option(min=1, max=4096, help="Chips that one failure takes.")] = 1,
     restart_minutes: Annotated[
         float | None, typer.Option(min=0, max=10_000, help="From an interruption to training.")
     ] = None,
     checkpoint_seconds: Annotated[float, typer.Option(min=0.01, max=86_400, help="That one keeps the run.")] = 2.0,
-    spares: Annotated[float, typer.Option(min=0, max=1, help="Chips kept ready, as a share.")] = 0.02,
+    spares: Annotated[float, typer.Option(min=0, max=1, help="Chips kept ready and paid for, as a share.")] = 0.02,
     write: Annotated[Path | None, typer.Option(help="Write the best layout as a recipe for `zili train`.")] = None,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write everything here, as JSON.")] = None,
     page: Annotated[Path | None, typer.Option(help="Write an HTML page here.")] = None,
@@ -80,10 +81,17 @@ def plan(
     if model is None or chip is None or chips is None:
         raise typer.BadParameter("give a model, --chip and --chips (or --runs and --out)")
     config, tokens = _config(model, chips, tokens, sequence, global_batch, overrides or [])
-    risk = Failures(per_chip_day=failures, per_day=failures_per_day, checkpoint=checkpoint_seconds, spares=spares)
+    risk = Failures(
+        per_chip_day=failures,
+        per_day=failures_per_day,
+        checkpoint=checkpoint_seconds,
+        blast=failing_together,
+        spares=spares,
+    )
     if restart_minutes is not None:
         risk = _with_restart(risk, 60 * restart_minutes)
-    setting = Setting(config, tokens, risk, price, _report(doctor), peak_tflops)
+    batch_taken = global_batch is None and not model.endswith(".toml") and not _sets_batch(overrides or [])
+    setting = Setting(config, tokens, risk, price, _report(doctor), peak_tflops, batch_taken)
     if layout is not None and layout != "recipe":
         setting = replace(setting, config=_with_layout(config, layout))
     made = make_plan(setting, find_chip(chip), chips, given=layout is not None)
@@ -125,6 +133,10 @@ def _config(
     if overrides:
         config = build_config(config.model_dump(mode="json", exclude_none=True), overrides, origin="the plan")
     return _in_bf16(config), wanted
+
+
+def _sets_batch(overrides: Sequence[str]) -> bool:
+    return any(one.partition("=")[0].strip() == "training.global_batch" for one in overrides)
 
 
 def _in_bf16(config: RunConfig) -> RunConfig:
@@ -239,6 +251,7 @@ def _show(made: Plan, console: Console) -> None:
     energy = made.megawatt_hours
     say(
         f"{made.days:,.1f} days, {made.chip_hours:,.0f} chip-hours"
+        + (f" with {made.spares:,} spares" if made.spares else "")
         + (f", {energy:,.0f} MWh (an estimate)" if energy else "")
         + (f", {made.cost:,.0f} at {made.setting.price:g} a chip-hour" if made.cost is not None else "")
     )

@@ -48,6 +48,8 @@ class Setting:
     """A report of `zili doctor --json`, measured on one of the chips."""
     peak_tflops: float | None = None
     """In bf16, where it is not published or not believed."""
+    batch_taken: bool = False
+    """Nobody gave a global batch: it was chosen here."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,14 @@ class Plan:
         return self.setting.tokens / self.tokens_per_s(self.best) / self.goodput.share / DAY
 
     @property
+    def spares(self) -> int:
+        """Chips kept ready beside those that train; they are paid for too."""
+        return ceil(self.chips * self.setting.failures.spares)
+
+    @property
     def chip_hours(self) -> float:
-        return self.days * 24 * self.chips
+        """Of all chips held, spares included."""
+        return self.days * 24 * (self.chips + self.spares)
 
     @property
     def cost(self) -> float | None:
@@ -99,11 +107,15 @@ class Plan:
 
     @property
     def megawatt_hours(self) -> float | None:
-        """An estimate: chips at nine tenths of their rating while they train, a quarter while not, and the site."""
+        """An estimate: chips at nine tenths of their rating while they train, a quarter while not, and the site.
+
+        Spares are idle.
+        """
         if self.chip.watts is None:
             return None
         mean = _IDLE + (_BUSY - _IDLE) * self.goodput.share
-        return self.chip_hours * self.chip.watts * mean * _OVERHEAD / 1e6
+        busy = self.chips * mean + self.spares * _IDLE
+        return self.days * 24 * busy * self.chip.watts * _OVERHEAD / 1e6
 
     @property
     def interruptions(self) -> float:
@@ -119,6 +131,7 @@ class Plan:
         return {
             "chip": self.chip.name,
             "chips": self.chips,
+            "spare_chips": self.spares,
             "tokens": self.setting.tokens,
             "mfu_definition": MFU,
             "layouts": [self._layout_json(candidate) for candidate in self.found.best],
@@ -170,6 +183,11 @@ def make_plan(setting: Setting, chip: Chip, chips: int, *, given: bool = False) 
         notes += [f"measured: {text}" for text in measured]
     if place.capacity is None:
         notes.append(f"the memory of {chip.name} is not published: whether anything fits was not looked at")
+    if setting.batch_taken:
+        notes.append(
+            f"no global batch was given: {setting.config.training.global_batch:,} sequences, near the "
+            f"{_TOKENS_A_STEP / 1e6:.0f} M tokens of large published runs; --global-batch sets another"
+        )
     rates = rates_of(chip.family).on(place)
     if chip.family not in families():
         notes.append(f"no published runs on {chip.name} or its like: common efficiencies, and a wide band")
