@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import save_file
 from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
@@ -258,3 +259,14 @@ def write_checkpoint(folder, decoder, shards=3):
     (folder / "run.json").write_text(json.dumps(state))
     sums = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in sorted(folder.iterdir())]
     (folder / "SHA256SUMS").write_text("".join(sums))
+
+
+def write_tokenizer(folder):
+    """A tokenizer that fits the smallest vocabulary: every unknown character is one token."""
+    letters = {
+        letter: number
+        for number, letter in enumerate(["<_end>", "a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k"])
+    }
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(letters, unk_token="<_end>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
+    (folder / "tokenizer.json").write_text(inner.to_str())

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from published_folders import DENSE, PUBLISHED, golden_folder, write_checkpoint
+from published_folders import DENSE, PUBLISHED, golden_folder, write_checkpoint, write_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer import Typer
@@ -19,8 +19,8 @@ from zili.models.decoder import Decoder
 from zili.release import export_model, import_model
 from zili.release.layout import PublishedConfig, Variant
 from zili.release.native import write_native
+from zili.release.opening import LAYOUTS
 from zili.release.tensors import HeldTensors
-from zili.release.transfer import LAYOUTS
 
 
 def stored(folder):
@@ -115,13 +115,14 @@ def test_pickled_weights_are_read(publish, tmp_path, zipped, sharded):
 
 def test_tokenizer_files_travel(publish, tmp_path):
     folder = publish("llama")
-    names = ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "modeling_telechat.py"]
-    for name in names:
+    names = ["tokenizer.json", "special_tokens_map.json", "generation_config.json", "modeling_telechat.py"]
+    for name in names[1:]:
         (folder / name).write_text(f"this is {name}")
+    write_tokenizer(folder)
     (folder / "optimizer.pt").write_text("not this")
     back = there_and_back(folder, tmp_path)
     for name in names:
-        assert (back / name).read_text() == f"this is {name}"
+        assert (back / name).read_bytes() == (folder / name).read_bytes()
     assert not (back / "optimizer.pt").exists()
 
 
@@ -174,8 +175,8 @@ def test_a_folder_transformers_saved_and_one_it_loads(tmp_path):
 def test_every_preset_has_a_layout_that_holds_it(name):
     config = ModelConfig(**load_preset(name))
     holding = [layout.name for layout in LAYOUTS if not layout.losses(config)]
-    family = "telechat2" if config.rotary.rule == "telechat_ntk" else "deepseek" if config.latent else "llama"
-    assert holding[0] == family
+    families = {"telechat_ntk": "telechat2", "telechat3_yarn": "telechat3", "tele_flm_ntk": "teleflm"}
+    assert holding[0] == ("deepseek" if config.latent else families[config.rotary.rule])
     assert ("telechat52" in holding) == (name in ("telechat-52b", "tele-flm-52b", "tele-flm-1t"))
 
 
@@ -255,18 +256,18 @@ def native_folder(config, tmp_path):
 @pytest.mark.parametrize("name", HELD)
 def test_a_trained_model_is_exported_in_the_layout_that_holds_it(name, tmp_path):
     folder, decoder = native_folder(HELD[name], tmp_path)
-    expected = "llama" if name == "telechat52" else name.split()[0]
-    assert export_model(folder, tmp_path / "out") == expected
+    expected = "teleflm" if name == "telechat52" else name.split()[0]
+    assert export_model(folder, tmp_path / "out").layout == expected
     ids = torch.arange(30)[None]
     torch.testing.assert_close(zili.load(tmp_path / "out")(ids), decoder(ids), atol=1e-6, rtol=0)
 
 
 def test_a_layout_that_would_lose_something_is_refused(tmp_path):
     folder, _ = native_folder(HELD["telechat2"], tmp_path)
-    with pytest.raises(CheckpointError, match=r"llama layout cannot hold this model: .*rotary.rule"):
-        export_model(folder, tmp_path / "out", layout="llama")
-    with pytest.raises(ConfigError, match="no layout 'gguf'; choose auto, telechat2, llama, telechat52"):
-        export_model(folder, tmp_path / "out", layout="gguf")
+    with pytest.raises(CheckpointError, match=r"telechat52 layout cannot hold this model: "):
+        export_model(folder, tmp_path / "out", layout="telechat52")
+    with pytest.raises(ConfigError, match="no layout 'ggml'; choose auto, telechat2, llama, telechat3"):
+        export_model(folder, tmp_path / "out", layout="ggml")
     odd = HELD["llama"].model_copy(update={"qkv_bias": True, "rotary": HELD["telechat2"].rotary})
     (tmp_path / "odd").mkdir()
     folder, _ = native_folder(odd, tmp_path / "odd")
@@ -346,7 +347,7 @@ def test_router_biases_stay_in_fp32(publish, native, tmp_path):
 def test_a_checkpoint_is_exported_as_what_it_started_from(publish, tmp_path):
     """A run that copied the imported folder's model.json and tokenizer gives back its config.json."""
     folder = publish("telechat2", torch.float32, changes={"of_no_meaning_to_us": 7})
-    (folder / "tokenizer.json").write_text("{}")
+    write_tokenizer(folder)
     import_model(folder, tmp_path / "zili")
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000003"
     trained = zili.load(folder)
@@ -357,7 +358,7 @@ def test_a_checkpoint_is_exported_as_what_it_started_from(publish, tmp_path):
         (tmp_path / "run" / name).write_bytes((tmp_path / "zili" / name).read_bytes())
     for place in (checkpoint, tmp_path / "run"):
         assert zili.load(place, dtype=torch.bfloat16).norm.weight.dtype == torch.bfloat16
-    assert export_model(checkpoint, tmp_path / "out") == "telechat2"
+    assert export_model(checkpoint, tmp_path / "out").layout == "telechat2"
     assert configs(tmp_path / "out")[0]["of_no_meaning_to_us"] == 7
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     before, after = stored(folder), stored(tmp_path / "out")

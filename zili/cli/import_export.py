@@ -1,4 +1,4 @@
-"""`zili import` and `zili export`: models between Hugging Face's form and Zili's."""
+"""`zili import`, `zili export` and `zili verify`: published models in, releases out."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from zili.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
+
+    from zili.release.record import Evaluation
 
 Dtype = Annotated[
     str | None, typer.Option(help="Convert to float32, bfloat16 or float16; the stored dtype if not given.")
@@ -41,16 +43,80 @@ def import_(
 def export(
     source: Annotated[Path, typer.Argument(help="Run, checkpoint or model folder.", metavar="PATH")],
     to: Annotated[Path, typer.Option("--to", help="Hugging Face folder to make.")],
-    layout: Annotated[str, typer.Option("--as", help="telechat2, telechat52, llama or auto.")] = "auto",
+    layout: Annotated[
+        str, typer.Option("--as", help="telechat2, telechat3, llama, gguf; or auto: as it came, or what holds it.")
+    ] = "auto",
     dtype: Dtype = None,
     shard_gb: ShardGb = 5.0,
+    scores: Annotated[
+        list[Path] | None, typer.Option(help="Results of `zili eval --out` for the model card; may be repeated.")
+    ] = None,
+    license_name: Annotated[str, typer.Option("--license", help="For the model card.")] = "other",
 ) -> None:
-    """Write a model as a Hugging Face folder of safetensors."""
+    """Write a model as a release folder that transformers, vLLM or llama.cpp run, and compare it with its source."""
     from zili.release import export_model
 
-    chosen = export_model(source, to, layout=layout, dtype=_dtype(dtype), max_shard_bytes=int(shard_gb * 1e9))
+    release = export_model(
+        source,
+        to,
+        layout=layout,
+        dtype=_dtype(dtype),
+        max_shard_bytes=int(shard_gb * 1e9),
+        evaluations=_evaluations(source, scores or []),
+        license_name=license_name,
+    )
     reason = " (--as auto: the layout it came in, or the first that holds it)" if layout == "auto" else ""
-    typer.echo(f"Wrote {to} in the {chosen} layout{reason}")
+    typer.echo(f"Wrote {to} in the {release.layout} layout{reason}, weights in {release.dtype}")
+    for note in release.notes:
+        typer.echo(f"  {note}")
+    typer.echo(f"Read back: log-probabilities within {release.difference:.2g} nats of {source}")
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Release folder, as `zili export` makes them.")],
+    against: Annotated[
+        Path | None, typer.Option(help="Run or checkpoint that it was made from, to be computed again.")
+    ] = None,
+    transformers: Annotated[
+        bool | None,
+        typer.Option(
+            "--transformers/--no-transformers",
+            help="Compare with transformers' own classes too; by default where it is installed and there is room.",
+        ),
+    ] = None,
+) -> None:
+    """Hash a release's files again, load it, and compare what its model says with what was recorded.
+
+    Exit codes: 0 all holds, 4 its tokenizer cannot be read, 5 anything else that does not hold.
+    """
+    from zili.release.verifying import verify_release
+
+    for finding in verify_release(folder, against=against, transformers=transformers):
+        typer.echo(f"{finding.what}: {finding.detail}")
+    typer.echo(f"{folder} holds")
+
+
+def _evaluations(source: Path, scores: list[Path]) -> list[Evaluation]:
+    """What there is for the card's table: held-out bits per byte of a run, and the files given."""
+    return _held_out(source)
+
+
+def _held_out(source: Path) -> list[Evaluation]:
+    from zili.errors import DataError
+    from zili.evaluation.run_record import number, read_run
+    from zili.release.record import Evaluation
+
+    run = source.parent.parent if source.parent.name == "checkpoints" else source
+    try:
+        evals = read_run(run).evals
+    except DataError:
+        return []
+    last = next((record for record in reversed(evals) if number(record, "bits_per_byte") is not None), None)
+    if last is None:
+        return []
+    size = number(last, "bytes")
+    task = f"held-out text, {size:,.0f} bytes" if size else "held-out text"
+    return [Evaluation(task, f"bits per byte at step {last['step']:,}", float(last["bits_per_byte"]))]
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

@@ -29,6 +29,9 @@ class RotaryConfig(Section):
     high_frequency_factor: PositiveFloat = 4.0
     attention_factor: PositiveFloat | None = None
     """Multiplied into cos and sin; None takes the rule's own."""
+    half_tables: bool = True
+    """telechat_ntk: cos and sin rounded to fp16, as TeleChat2's published code does. Its training did not, nor does
+    vLLM: false for models of your own, so that a release computes what was trained."""
 
     @model_validator(mode="after")
     def _lengths_present(self) -> Self:

@@ -104,9 +104,9 @@ def rotary_tables(
 
     `kept` is where a model keeps what its earlier calls sent to a device.
 
-    Computed once a forward pass and shared by the layers. telechat_ntk's are rounded to fp16, the magnitude
-    multiplied in fp16, because the published code does both whatever the model's dtype (the rounding moves
-    logits by about 1e-3 relative).
+    Computed once a forward pass and shared by the layers. telechat_ntk's are rounded to fp16 if
+    `half_tables`, the magnitude multiplied in fp16, because the published code does both whatever the model's dtype
+    (the rounding moves logits by about 1e-3 relative).
     """
     base, magnitude = scaling(rotary, head_dim, length)
     kept, key = ({} if kept is None else kept), (base, positions.device)
@@ -116,6 +116,6 @@ def rotary_tables(
     angles = torch.outer(positions.float(), kept[key])
     angles = torch.cat((angles, angles), dim=-1)
     cos, sin = angles.cos(), angles.sin()
-    if rotary.rule == "telechat_ntk":
+    if rotary.rule == "telechat_ntk" and rotary.half_tables:
         cos, sin = cos.half(), sin.half()
     return (cos * magnitude).float(), (sin * magnitude).float()

@@ -74,8 +74,8 @@ def _overlap(piece: _Piece, index: Index) -> tuple[Index, Index]:
     return tuple(here), tuple(there)
 
 
-def open_checkpoint(folder: Path) -> tuple[ModelConfig, Tensors]:
-    """A checkpoint, or a run folder's newest sound one: its model, hashes, names and shapes verified.
+def open_checkpoint(folder: Path) -> tuple[ModelConfig, Tensors, Path]:
+    """A checkpoint, or a run folder's newest sound one, and where it is: its model, hashes, names and shapes verified.
 
     Raises:
         CheckpointError: nothing there, damaged, or of another model.
@@ -91,4 +91,4 @@ def open_checkpoint(folder: Path) -> tuple[ModelConfig, Tensors]:
     config = ModelConfig.model_validate(read_state(found).config["model"])
     tensors = CheckpointTensors(found)
     check_tensors(tensors.describe(), parameter_shapes(config), found)
-    return config, tensors
+    return config, tensors, found

@@ -1,4 +1,4 @@
-"""The Llama layout: Llama itself, TeleChat3-36B, and Tele-FLM with its two muP keys.
+"""The Llama layout: Llama itself, and under names of their own TeleChat3-36B and Tele-FLM with its two muP keys.
 
 Sources: transformers modeling_llama.py and modeling_rope_utils.py; wenet-e2e/west configuration_telechat3.py;
 vLLM teleflm.py.
@@ -15,8 +15,6 @@ from zili.release.layout import Layout, PublishedConfig
 from zili.release.mapping import Rule, same
 from zili.release.mup import PUBLISHED_LENGTH, read_mup, write_mup
 
-# Other families (Gemma, Qwen3) use the same keys and names for other maths, so the type must be one of these.
-_MODEL_TYPES = ("llama", "telechat3", "teleflm", "tele-flm", "tele_flm")
 _ROTARY_RULES = {
     "default": "plain",
     "linear": "linear",
@@ -40,10 +38,17 @@ class Llama(Layout):
     prefix = "model."
     embedding = "embed_tokens.weight"
     ignored = re.compile(r"(^|\.)rotary_emb\.")
+    # Other families (Gemma, Qwen3) use the same keys and names for other maths, so the type must be one of these.
+    model_types: tuple[str, ...] = ("llama",)
+    architecture = "LlamaForCausalLM"
+    rotary_rules: tuple[str, ...] = ("plain", "linear", "llama3", "yarn")
+    multipliers = False
+    """Whether it has muP's."""
 
     def recognises(self, config: PublishedConfig, names: set[str]) -> bool:
         return (
-            str(config.get("model_type")).lower() in _MODEL_TYPES
+            str(config.get("model_type")).lower() in self.model_types
+            and (self.multipliers or not config.get("use_mup", False))
             and "num_hidden_layers" in config.values
             and any(name.endswith("self_attn.q_proj.weight") for name in names)
         )
@@ -80,18 +85,9 @@ class Llama(Layout):
         )
 
     def write_config(self, config: ModelConfig) -> dict[str, Any]:
-        model_type, architecture = "llama", "LlamaForCausalLM"
-        mup: dict[str, Any] = {}
-        if config.rotary.rule == "tele_flm_ntk" or (config.embedding_multiplier, config.logit_multiplier) != (
-            1,
-            1,
-        ):
-            model_type, architecture, mup = "teleflm", "TeleFLMForCausalLM", write_mup(config)
-        elif config.rotary.rule == "telechat3_yarn":
-            model_type, architecture = "telechat3", "TeleChat3ForCausalLM"
         return {
-            "architectures": [architecture],
-            "model_type": model_type,
+            "architectures": [self.architecture],
+            "model_type": self.model_types[0],
             "vocab_size": config.vocab_size,
             "hidden_size": config.hidden_size,
             "num_hidden_layers": config.layers,
@@ -110,8 +106,12 @@ class Llama(Layout):
             "rope_theta": config.rotary.base,
             "rope_scaling": _write_scaling(config.rotary),
             "use_cache": True,
-            **mup,
         }
+
+    def losses(self, config: ModelConfig) -> list[str]:
+        if config.rotary.rule not in self.rotary_rules:
+            return [f"its name stands for no rotary.rule = {config.rotary.rule!r}"]
+        return super().losses(config)
 
     def body(self, config: ModelConfig, prefix: str) -> list[Rule]:
         rules = [same(f"{prefix}embed_tokens.weight", "embedding.weight")]
@@ -127,6 +127,37 @@ class Llama(Layout):
                 kinds = ("weight", "bias") if biased[parameter.split(".")[0]] else ("weight",)
                 rules += [same(f"{theirs}.{published}.{kind}", f"{ours}.{parameter}.{kind}") for kind in kinds]
         return [*rules, same(f"{prefix}norm.weight", "norm.weight")]
+
+
+class TeleChat3(Llama):
+    """TeleChat3-36B: Llama under a name of its own, with a YaRN of its own."""
+
+    name = "telechat3"
+    model_types = ("telechat3",)
+    architecture = "TeleChat3ForCausalLM"
+    rotary_rules = ("plain", "linear", "llama3", "yarn", "telechat3_yarn")
+
+    def write_config(self, config: ModelConfig) -> dict[str, Any]:
+        code = {
+            "AutoConfig": "configuration_telechat3.TeleChat3Config",
+            "AutoModelForCausalLM": "modeling_telechat3.TeleChat3ForCausalLM",
+        }
+        return {**super().write_config(config), "auto_map": code}
+
+
+class TeleFLM(Llama):
+    """Tele-FLM: Llama with muP's multipliers, and a rotary base that follows the length."""
+
+    name = "teleflm"
+    model_types = ("teleflm", "tele-flm", "tele_flm", "llama")
+    architecture = "TeleFLMForCausalLM"
+    rotary_rules = ("plain", "linear", "llama3", "yarn", "tele_flm_ntk")
+    multipliers = True
+
+    def write_config(self, config: ModelConfig) -> dict[str, Any]:
+        written = super().write_config(config)
+        plain = config.rotary.rule != "tele_flm_ntk" and config.embedding_multiplier == config.logit_multiplier == 1.0
+        return written if plain else {**written, **write_mup(config)}
 
 
 def _read_rotary(config: PublishedConfig) -> dict[str, Any]:

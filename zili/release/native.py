@@ -8,11 +8,11 @@ without weights: then only its `source` is used.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from zili.checksums import sha256
 from zili.config.model import ModelConfig
 from zili.errors import CheckpointError
 from zili.models.arithmetic import parameter_shapes
@@ -48,7 +48,7 @@ def write_model_file(folder: Path, config: ModelConfig, origin: Origin | None, w
         "version": _VERSION,
         "model": config.model_dump(),
         "source": asdict(origin) if origin else None,
-        "files": {name: _sha256(folder / name) for name in weights},
+        "files": {name: sha256(folder / name) for name in weights},
     }
     write_json(folder / MODEL_FILE, content)
 
@@ -82,13 +82,8 @@ def read_native(folder: Path) -> tuple[ModelConfig, Origin | None, Tensors]:
             raise CheckpointError(f"{folder} names {name!r}, which is not a file of this folder")
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name} is missing; import the model again")
-        if _sha256(folder / name) != expected:
+        if sha256(folder / name) != expected:
             raise CheckpointError(f"{folder / name} is not the file that was written (sha256); import the model again")
     tensors = open_tensors(folder)
     check_tensors(tensors.describe(), parameter_shapes(config), folder)
     return config, origin, tensors
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

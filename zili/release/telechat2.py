@@ -34,6 +34,8 @@ _DENSE = {
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _TOP_K = ("num_experts_per_tok", "moe_topk", "top_k")
 _WIDTH = ("moe_intermediate_size", "ffn_hidden_size")
+_TABLES = "rotary_table_dtype"
+"""A key of ours: that cos and sin are not rounded to fp16."""
 
 
 class TeleChat2(Layout):
@@ -51,6 +53,7 @@ class TeleChat2(Layout):
     def read_config(self, config: PublishedConfig, names: set[str]) -> ModelConfig:
         config.only("apply_residual_connection_post_layernorm", False)
         config.only("embed_layernorm", False)
+        config.only(_TABLES, "float16", "float32")
         if (config.get("rope_scaling") or {}).get("factor", 1.0) != 1.0:
             config.only("rope_scaling", None)
         heads = config.need("n_head")
@@ -83,6 +86,7 @@ class TeleChat2(Layout):
                     "base": config.get("rope_theta", 10_000.0),
                     "original_length": config.get("base_seqlen", constant),
                     "training_length": training_length,
+                    "half_tables": config.get(_TABLES, "float16") == "float16",
                 },
             }
         )
@@ -98,8 +102,12 @@ class TeleChat2(Layout):
             "num_key_value_heads": config.kv_heads,
             "ffn_hidden_size": config.ffn_hidden_size,
             "seq_length": config.max_length,
+            # What engines without the length-dependent rule, vLLM among them, may go to.
+            "max_position_embeddings": min(config.max_length, config.rotary.training_length or config.max_length),
             "training_seqlen": config.rotary.training_length or config.max_length,
             "base_seqlen": config.rotary.original_length or config.max_length,
+            # Always: who reads it and does not know TeleChat's default takes another.
+            "rope_theta": config.rotary.base,
             "layer_norm_epsilon": config.norm_eps,
             "tie_word_embeddings": config.tied_embeddings,
             "hidden_dropout": config.hidden_dropout,
@@ -109,9 +117,14 @@ class TeleChat2(Layout):
             "embed_layernorm": False,
             "flash_attn": True,
             "use_cache": True,
+            # transformers knows no TeleChat2, and vLLM only its weights: `remote_code` is what a folder brings along.
+            "auto_map": {
+                "AutoConfig": "configuration_telechat2.TeleChat2Config",
+                "AutoModelForCausalLM": "modeling_telechat2.TeleChat2ForCausalLM",
+            },
         }
-        if config.rotary.base != 10_000.0:
-            values["rope_theta"] = config.rotary.base
+        if not config.rotary.half_tables:
+            values[_TABLES] = "float32"
         return {**values, **_write_mixture(config.mixture)} if config.mixture else values
 
     def body(self, config: ModelConfig, prefix: str) -> list[Rule]:

@@ -10,7 +10,6 @@ A checkpoint is a folder `step-00000120/`:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -29,13 +28,13 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.optim import Optimizer
 
+from zili.checksums import verify_sums
 from zili.config import ModelConfig
 from zili.errors import CheckpointError
 from zili.models.arithmetic import parameter_shapes
 from zili.models.decoder import Decoder
 
 RUN_FILE = "run.json"
-SUMS_FILE = "SHA256SUMS"
 FORMAT = 1
 Named = list[tuple[str, nn.Parameter]]
 """Parameters under their names in the whole model."""
@@ -100,23 +99,7 @@ def verify(path: Path) -> None:
     Raises:
         CheckpointError: a file is missing, truncated or changed; the message names it.
     """
-    try:
-        lines = (path / SUMS_FILE).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path / SUMS_FILE} cannot be read: {error}") from error
-    sums = {name: expected for expected, _, name in (line.partition("  ") for line in lines)}
-    unlisted = sorted({RUN_FILE, *(entry.name for entry in path.iterdir())} - {*sums, SUMS_FILE})
-    if unlisted:
-        raise CheckpointError(f"{path / SUMS_FILE} is cut short or older than the rest: it lacks {unlisted[0]}")
-    for name, expected in sums.items():
-        if Path(name).name != name:
-            raise CheckpointError(f"{path / SUMS_FILE} names {name!r}, which is not a file of this folder")
-        try:
-            found = sha256(path / name)
-        except OSError as error:
-            raise CheckpointError(f"{path / name} cannot be read: {error}") from error
-        if found != expected:
-            raise CheckpointError(f"{path / name} is damaged: sha256 {found[:12]}..., expected {expected[:12]}...")
+    verify_sums(path, [RUN_FILE])
 
 
 def read_state(path: Path) -> RunState:
@@ -306,8 +289,3 @@ def _check_same_keys(path: Path, found: set[str], wanted: set[str]) -> None:
             if names
         ]
         raise CheckpointError(f"{path} is of another model: {', '.join(parts)} tensors")
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -16,10 +16,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter
 
+from zili.checksums import SUMS_FILE, sha256, write_sums
 from zili.durable import sync
 from zili.errors import CheckpointError
 from zili.parallel.world import World
-from zili.training.checkpoints import RUN_FILE, SUMS_FILE, RunState, list_checkpoints, one_process, sha256
+from zili.training.checkpoints import RUN_FILE, RunState, list_checkpoints, one_process
 
 Result = TypeVar("Result")
 
@@ -97,9 +98,7 @@ class Saver:
         if not self._world.is_first:
             return
         (aside / RUN_FILE).write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
-        sums = {**sums, **_sums(aside, RUN_FILE)}
-        lines = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
-        (aside / SUMS_FILE).write_text(lines, encoding="utf-8")
+        write_sums(aside, {**sums, **_sums(aside, RUN_FILE)})
         sync(aside / SUMS_FILE)
         sync(aside)
         if target.exists():  # left by a run that was resumed from an older checkpoint

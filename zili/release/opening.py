@@ -1,11 +1,10 @@
-"""Opening any model folder, and carrying models between Hugging Face's form and Zili's."""
+"""Opening any model folder: names, shapes and a way to read, and from there a decoder."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,27 +12,20 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from zili.config.model import ModelConfig
-from zili.errors import CheckpointError, ConfigError
+from zili.errors import CheckpointError
 from zili.models.decoder import Decoder
 from zili.release.checkpoint import open_checkpoint
 from zili.release.deepseek import DeepSeek
-from zili.release.folder import copy_companions, read_json, whole_folder, write_json
-from zili.release.layout import Layout, PublishedConfig, Variant, recognise
-from zili.release.llama import Llama
-from zili.release.mapping import ImportedTensors, PublishedTensors, check_tensors
-from zili.release.native import MODEL_FILE, Origin, is_native, read_model_file, read_native, write_native
+from zili.release.folder import read_json
+from zili.release.layout import Layout, PublishedConfig, recognise
+from zili.release.llama import Llama, TeleChat3, TeleFLM
+from zili.release.mapping import ImportedTensors, check_tensors
+from zili.release.native import MODEL_FILE, Origin, is_native, read_model_file, read_native
 from zili.release.telechat2 import TeleChat2
 from zili.release.telechat52 import TeleChat52
-from zili.release.tensors import (
-    DEFAULT_SHARD_BYTES,
-    CastTensors,
-    Index,
-    Tensors,
-    open_tensors,
-    write_tensors,
-)
+from zili.release.tensors import Index, Tensors, open_tensors
 
-LAYOUTS: tuple[Layout, ...] = (TeleChat2(), Llama(), TeleChat52(), DeepSeek())
+LAYOUTS: tuple[Layout, ...] = (TeleChat2(), Llama(), TeleChat3(), TeleFLM(), TeleChat52(), DeepSeek())
 """In the order `export_model` tries them for a model that was never published."""
 
 
@@ -47,6 +39,8 @@ class OpenModel:
     origin: Origin | None
     companions: Path
     """Folder of the tokenizer and its like."""
+    checkpoint: Path | None = None
+    """The training checkpoint that the weights are in; None: a model folder."""
 
 
 def load(path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Decoder:
@@ -107,75 +101,17 @@ def own_part(tensor: Tensor) -> Index | None:
     return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
 
 
-def import_model(
-    source: str | Path,
-    target: str | Path,
-    *,
-    dtype: torch.dtype | None = None,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-) -> OpenModel:
-    """Write a Hugging Face folder's model as a Zili model folder; `dtype` None keeps each tensor's own.
-
-    Raises:
-        CheckpointError: as `load`, or `target` exists. Nothing half-written is left.
-    """
-    source, target = Path(source), Path(target)
-    if not source.is_dir():
-        raise CheckpointError(f"{source} does not exist; give a Hugging Face model folder")
-    if not _is_published(source):
-        raise CheckpointError(f"{source} is not a Hugging Face model folder: it has no config.json")
-    model = open_published(source)
-    tensors = model.tensors if dtype is None else CastTensors(model.tensors, dtype)
-    with whole_folder(target) as aside:
-        write_native(aside, model.config, model.origin, tensors, max_shard_bytes)
-        copy_companions(model.companions, aside)
-    return model
-
-
-def export_model(
-    source: str | Path,
-    target: str | Path,
-    *,
-    layout: str = "auto",
-    dtype: torch.dtype | None = None,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-) -> str:
-    """Write any model `load` takes as a Hugging Face folder of safetensors; returns the layout's name.
-
-    "auto" takes the layout the weights came in, else the first that can hold the model. A model exported in
-    its own layout gets its original config.json back, with what has changed since put in.
-
-    Raises:
-        CheckpointError: as `load`, `target` exists, or the layout cannot hold the model.
-        ConfigError: no layout of that name.
-    """
-    model = open_model(Path(source))
-    chosen = _choose_layout(layout, model)
-    own = model.origin is not None and model.origin.layout == chosen.name
-    variant = model.origin.variant if own and model.origin else Variant(chosen.prefix)
-    tensors = model.tensors if dtype is None else CastTensors(model.tensors, dtype)
-    published = PublishedTensors(tensors, chosen.rules(model.config, variant))
-    config = _published_config(model, chosen, variant)
-    stored = str(published.describe()[variant.prefix + chosen.embedding].dtype).removeprefix("torch.")
-    key = "dtype" if "dtype" in config else "torch_dtype"
-    with whole_folder(Path(target)) as aside:
-        write_json(aside / "config.json", {**config, key: stored})
-        write_tensors(published, aside, max_shard_bytes)
-        copy_companions(model.companions, aside)
-    return chosen.name
-
-
 def open_model(folder: Path) -> OpenModel:
     """Any folder `load` takes, as names, shapes and a way to read them."""
     if is_native(folder):
         config, origin, tensors = read_native(folder)
         return OpenModel(config, tensors, origin, folder)
-    if _is_published(folder):
+    if is_published(folder):
         return open_published(folder)
-    config, tensors = open_checkpoint(folder)
-    around = [place for place in _run_places(folder) if (place / MODEL_FILE).is_file()]
+    config, tensors, found = open_checkpoint(folder)
+    around = [place for place in run_places(folder) if (place / MODEL_FILE).is_file()]
     origin = read_model_file(around[0])[1] if around else None
-    return OpenModel(config, tensors, origin, _tokenizer_folder(folder))
+    return OpenModel(config, tensors, origin, _tokenizer_folder(folder), found)
 
 
 def open_published(folder: Path) -> OpenModel:
@@ -205,39 +141,11 @@ def _check_repeat(published: Tensors, name: str, other: str, config: Path) -> No
     )
 
 
-def _choose_layout(name: str, model: OpenModel) -> Layout:
-    by_name = {layout.name: layout for layout in LAYOUTS}
-    if name != "auto":
-        if name not in by_name:
-            raise ConfigError(f"there is no layout {name!r}; choose auto, {', '.join(by_name)}")
-        losses = by_name[name].losses(model.config)
-        if losses:
-            raise CheckpointError(f"the {name} layout cannot hold this model: {'; '.join(losses)}; try --as auto")
-        return by_name[name]
-    first = by_name[model.origin.layout] if model.origin else LAYOUTS[0]
-    for layout in (first, *LAYOUTS):
-        if not layout.losses(model.config):
-            return layout
-    reasons = "; ".join(f"{layout.name}: {layout.losses(model.config)[0]}" for layout in LAYOUTS)
-    raise CheckpointError(f"no published layout can hold this model ({reasons})")
-
-
-def _published_config(model: OpenModel, layout: Layout, variant: Variant) -> dict[str, Any]:
-    """The original config.json where there is one, with the keys of what has changed since."""
-    if model.origin is None or model.origin.layout != layout.name:
-        return layout.write_config(model.config)
-    original = model.origin.config
-    names = set(layout.published_shapes(model.config, variant))
-    if layout.read_config(PublishedConfig(Path("config.json"), original), names) == model.config:
-        return original
-    return {**original, **layout.write_config(model.config)}
-
-
-def _is_published(folder: Path) -> bool:
+def is_published(folder: Path) -> bool:
     return (folder / "config.json").is_file()
 
 
-def _run_places(folder: Path) -> list[Path]:
+def run_places(folder: Path) -> list[Path]:
     """A run folder, or for one of its checkpoints (`RUN/checkpoints/step-...`) the folders above it too."""
     whole = folder.resolve()
     inside = whole.parent.name == "checkpoints"
@@ -246,5 +154,5 @@ def _run_places(folder: Path) -> list[Path]:
 
 def _tokenizer_folder(folder: Path) -> Path:
     """Where the tokenizer's files are: a run keeps them in a folder of their own."""
-    places = [place / inner for place in _run_places(folder) for inner in ("tokenizer", ".")]
+    places = [place / inner for place in run_places(folder) for inner in ("tokenizer", ".")]
     return next((place for place in places if (place / "tokenizer.json").is_file()), folder)

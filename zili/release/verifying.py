@@ -1,0 +1,150 @@
+"""Whether a release folder is what it was: its bytes, its tokenizer, and what its model says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+
+import torch
+
+from zili.checksums import verify_sums
+from zili.data.tokenizer import Tokenizer
+from zili.errors import CheckpointError
+from zili.release.companions import is_our_code, tokenizer_of
+from zili.release.opening import open_model
+from zili.release.probe import TOLERANCE, Probe, answered
+from zili.release.record import RELEASE_FILE, Release, read_release
+from zili.release.tensors import CastTensors
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was compared and held."""
+
+    what: str
+    detail: str
+
+
+def verify_release(folder: Path, *, against: Path | None = None, transformers: bool | None = None) -> list[Finding]:
+    """Check a release folder; what is returned held.
+
+    `against`: the run or checkpoint it was made from, to be computed again. `transformers`: compare with its classes
+    too; None does where it is installed and the folder is not too large for it.
+
+    Raises:
+        CheckpointError: a file is missing, changed or unlisted, the tokenizer is another, or log-probabilities are
+            others than those recorded. The first mismatch ends it.
+    """
+    if not (folder / RELEASE_FILE).is_file():
+        raise CheckpointError(f"{folder} has no {RELEASE_FILE}: it is no release of `zili export`")
+    sums = verify_sums(folder, [RELEASE_FILE])
+    findings = [Finding("files", f"{len(sums)} hashed again")]
+    release, model = read_release(folder), open_model(folder)
+    findings.append(_check_tokenizer(folder, release, tokenizer_of(folder)))
+    found = answered(model, release.probe.ids, release.probe.text)
+    findings.append(_compare("log-probabilities", found, release.probe, TOLERANCE, f"as {RELEASE_FILE} has them"))
+    if against is not None:
+        findings.append(_against(against, release))
+    if transformers or (transformers is None and _transformers_can(folder, release)):
+        findings.append(_in_transformers(folder, release))
+    return findings
+
+
+def _check_tokenizer(folder: Path, release: Release, tokenizer: Tokenizer | None) -> Finding:
+    text = release.probe.text
+    if text is None or tokenizer is None:
+        if text is not None:
+            raise CheckpointError(f"{folder} was released with a tokenizer, and there is none now")
+        return Finding("tokenizer", "none, as released")
+    ids = [tokenizer.end_id, *tokenizer.encode(text).tolist()][: len(release.probe.ids[0])]
+    if ids != release.probe.ids[0]:
+        raise CheckpointError(f"{folder}: its tokenizer gives other ids than it was released with; it is another one")
+    return Finding("tokenizer", f"{len(ids)} ids of the probe's text")
+
+
+def _compare(what: str, found: Probe, expected: Probe, allowed: float, where: str) -> Finding:
+    difference = found.difference(expected)
+    if not difference <= allowed:
+        raise CheckpointError(
+            f"{what}: they differ from those {where} by {difference:.3g} nats, {allowed:.2g} is allowed"
+        )
+    mine, others = (list(chain.from_iterable(probe.greedy)) for probe in (found, expected))
+    same = sum(a == b for a, b in zip(mine, others, strict=True))
+    return Finding(what, f"{where}, within {difference:.2g} nats; {same} of {len(others)} likeliest ids equal")
+
+
+def _against(source: Path, release: Release) -> Finding:
+    model = open_model(source)
+    if release.model.vocab_size != model.config.vocab_size:
+        raise CheckpointError(
+            f"{source} has a vocabulary of {model.config.vocab_size}, the release of {release.model.vocab_size}: "
+            "it was made from another model"
+        )
+    stored = {tensor.dtype for tensor in model.tensors.describe().values()}
+    wanted = getattr(torch, release.dtype)
+    if stored != {wanted}:
+        model = replace(model, tensors=CastTensors(model.tensors, wanted))
+    found = answered(model, release.probe.ids, release.probe.text)
+    allowed = release.difference + TOLERANCE
+    return _compare("source", found, release.probe, allowed, f"that {source.name} has")
+
+
+# ---- transformers
+
+
+def _transformers_can(folder: Path, release: Release) -> bool:
+    import importlib.util
+
+    from zili.chips.host_memory import available_bytes
+
+    if importlib.util.find_spec("transformers") is None or not (folder / "config.json").is_file():
+        return False
+    room = available_bytes()
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    fp32 = size * (4 // max(1, getattr(torch, release.dtype).itemsize))
+    return is_our_code(folder) and (room is None or fp32 < room / 2)
+
+
+def _in_transformers(folder: Path, release: Release) -> Finding:
+    if not is_our_code(folder):
+        raise CheckpointError(f"{folder} brings Python code that is not Zili's; it is not run")
+    import transformers
+
+    with _quiet():
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, trust_remote_code=any(folder.glob("*.py")), local_files_only=True
+            )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise CheckpointError(f"transformers {transformers.__version__} cannot load {folder}: {error}") from error
+    found = probed_by(lambda ids: model(ids).logits, release.probe)
+    return _compare(f"transformers {transformers.__version__}", found, release.probe, TOLERANCE, "recorded")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and advice."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
+
+
+@torch.no_grad()
+def probed_by(logits: Callable[[torch.Tensor], torch.Tensor], probe: Probe) -> Probe:
+    """The probe as other code answers it; `logits`: ids `[1, S]` to `[1, S, V]`."""
+    said, greedy = [], []
+    for row in probe.ids:
+        log_probs = logits(torch.tensor([row]))[0].float().log_softmax(-1)
+        said.append(log_probs[:-1].gather(1, torch.tensor(row[1:])[:, None])[:, 0].tolist())
+        greedy.append(log_probs.argmax(-1).tolist())
+    return replace(probe, log_probs=said, greedy=greedy)
