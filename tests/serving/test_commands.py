@@ -20,7 +20,7 @@ from zili.models.decoder import Decoder
 from zili.parallel.layout import Layout
 from zili.parallel.world import World
 from zili.release import export_model
-from zili.serving.model_folder import open_folder, tokenizer_folder
+from zili.serving.model_folder import find_tokenizer, open_folder
 from zili.training.checkpoints import RunState, model_tensors
 from zili.training.saving import Saver
 
@@ -138,9 +138,9 @@ def test_report(app: typer.Typer, run: Path) -> None:
 
 def test_folders_without_what_is_needed(tmp_path: Path, model: Decoder) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
-        tokenizer_folder(tmp_path / "absent")
+        find_tokenizer(tmp_path / "absent")
     with pytest.raises(DataError, match=r"no tokenizer\.json"):
-        tokenizer_folder(tmp_path)
+        find_tokenizer(tmp_path)
 
 
 def test_a_tokenizer_of_another_model(run: Path, tmp_path: Path, published: Path) -> None:

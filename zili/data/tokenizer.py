@@ -31,6 +31,11 @@ _END_NAMES = (
 )
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether `Tokenizer.from_folder` finds one to read."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
 class Tokenizer:
     """A tokenizer read from, and kept as, the text of a `tokenizer.json`.
 
@@ -90,7 +95,10 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path, *, end_token: str | None = None) -> Tokenizer:
-        """Read `tokenizer.json` of a folder, the end token as `tokenizer_config.json` beside it names it."""
+        """Read `tokenizer.json` of a folder, the end token as `tokenizer_config.json` beside it names it.
+
+        A folder that has SentencePiece's `tokenizer.model` instead gives a tokenizer of the same ids.
+        """
         config = Path(folder, "tokenizer_config.json")
         if end_token is None and config.is_file():
             try:
@@ -98,7 +106,12 @@ class Tokenizer:
             except ValueError as error:
                 raise DataError(f"{config}: broken JSON ({error}).") from error
             end_token = named.get("content") if isinstance(named, dict) else named
-        return cls.from_file(Path(folder, "tokenizer.json"), end_token=end_token)
+        model = Path(folder, "tokenizer.model")
+        if Path(folder, "tokenizer.json").is_file() or not model.is_file():
+            return cls.from_file(Path(folder, "tokenizer.json"), end_token=end_token)
+        from zili.data.sentencepiece import definition_of, end_token_of
+
+        return cls(definition_of(model), end_token=end_token or end_token_of(model), name=str(model))
 
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, which transformers' AutoTokenizer reads."""

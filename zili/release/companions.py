@@ -2,26 +2,65 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from zili.data.tokenizer import Tokenizer
-from zili.release.folder import read_json, write_json
+from zili.data.tokenizer import Tokenizer, has_tokenizer
+from zili.release.folder import copy_companions, read_json, write_json
+from zili.release.gguf_file import find_gguf, open_gguf
+from zili.release.gguf_tokenizer import read_tokenizer
 
 REMOTE_CODE = Path(__file__).with_name("remote_code")
 """Files that a folder in TeleChat2's layout brings along; others have their class in transformers."""
 _MODELSCOPE = {"framework": "pytorch", "task": "text-generation"}
 
 
-def tokenizer_of(folder: Path) -> Tokenizer | None:
-    """The tokenizer in a folder, if it has one.
+def tokenizer_of(place: Path) -> Tokenizer | None:
+    """The tokenizer of a folder or a GGUF file, if it has one.
 
     Raises:
-        DataError: it has one that cannot be read.
+        DataError, CheckpointError: it has one that cannot be read.
     """
-    return Tokenizer.from_folder(folder) if (folder / "tokenizer.json").is_file() else None
+    if place.is_dir() and has_tokenizer(place):
+        return Tokenizer.from_folder(place)
+    file = find_gguf(place)
+    found = None if file is None else read_tokenizer(open_gguf(file)[2], file)
+    return None if found is None else Tokenizer(found[0], end_token=found[1].get("eos_token"), name=str(file))
+
+
+def bring(place: Path, folder: Path) -> None:
+    """Copy into `folder` what belongs to the model of a folder or a GGUF file: tokenizer, templates, settings, code.
+
+    The tokenizer is there as tokenizer.json afterwards, whatever it was.
+    """
+    if place.is_dir() and place.suffix != ".gguf":
+        copy_companions(place, folder)
+        if has_tokenizer(folder) and not (folder / "tokenizer.json").is_file():
+            (folder / "tokenizer.json").write_text(Tokenizer.from_folder(folder).definition, encoding="utf-8")
+            _say_fast(folder / "tokenizer_config.json")
+    file = find_gguf(place)
+    found = None if file is None or has_tokenizer(folder) else read_tokenizer(open_gguf(file)[2], file)
+    if found is not None:
+        definition, config = found
+        (folder / "tokenizer.json").write_text(definition, encoding="utf-8")
+        write_json(folder / "tokenizer_config.json", config)
+
+
+def _say_fast(config: Path) -> None:
+    """A tokenizer.json that was made here is what AutoTokenizer shall read, not code for the file it was made of."""
+    if config.is_file():
+        values = {key: value for key, value in read_json(config).items() if key != "auto_map"}
+        write_json(config, {**values, "tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def chat_template_of(folder: Path) -> str | None:
+    """The chat template beside a model, as transformers looks for it."""
+    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = read_json(config).get("chat_template") if config.is_file() else None
+    return template if isinstance(template, str) else None
 
 
 def complete(folder: Path, tokenizer: Tokenizer | None, *, own_config: bool) -> None:
@@ -70,9 +109,7 @@ def _complete_tokenizer(folder: Path, tokenizer: Tokenizer, *, rewrite: bool) ->
     if not path.is_file():
         tokenizer.save(folder)
         return
-    values = json.loads(path.read_text(encoding="utf-8"))
-    if rewrite and "auto_map" in values:
-        del values["auto_map"]
+    if rewrite and "auto_map" in read_json(path):
         for file in folder.glob("tokenization_*.py"):
             file.unlink()
-        write_json(path, {**values, "tokenizer_class": "PreTrainedTokenizerFast"})
+        _say_fast(path)

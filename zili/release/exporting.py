@@ -14,14 +14,17 @@ from typing import Any
 import torch
 
 from zili.checksums import sha256, write_sums
+from zili.data.tokenizer import Tokenizer
 from zili.errors import CheckpointError, ConfigError
 from zili.release.card import card
-from zili.release.companions import complete, tokenizer_of
+from zili.release.companions import bring, chat_template_of, complete, tokenizer_of
 from zili.release.equivalent import Equivalent, llama_equivalent, telechat2_equivalent
-from zili.release.folder import copy_companions, whole_folder, write_json
+from zili.release.folder import whole_folder, write_json
+from zili.release.gguf_file import GGUF_FILE, write_gguf
+from zili.release.gguf_tokenizer import write_tokenizer
 from zili.release.layout import Layout, PublishedConfig, Variant
 from zili.release.mapping import PublishedTensors
-from zili.release.opening import LAYOUTS, OpenModel, open_model, open_published
+from zili.release.opening import GGUF_LAYOUT, LAYOUTS, OpenModel, open_model
 from zili.release.probe import TOLERANCE, Probe, answered, make_probe
 from zili.release.provenance import provenance_of
 from zili.release.record import RELEASE_FILE, Evaluation, Release
@@ -55,10 +58,13 @@ def export_model(
     chosen, said = _said(layout, model)
     tokenizer = tokenizer_of(model.companions)
     with whole_folder(Path(target)) as aside:
-        own_config = _write_model(aside, model, chosen, said, max_shard_bytes, keep=layout == "auto")
-        copy_companions(model.companions, aside)
-        complete(aside, tokenizer, own_config=own_config)
-        written = replace(open_published(aside), companions=model.companions)
+        if chosen is GGUF_LAYOUT:
+            _write_gguf(aside, said, tokenizer, Path(target).name, chat_template_of(model.companions))
+        else:
+            own_config = _write_model(aside, model, chosen, said, max_shard_bytes, keep=layout == "auto")
+            bring(model.companions, aside)
+            complete(aside, tokenizer, own_config=own_config)
+        written = replace(open_model(aside), companions=model.companions)
         probe = make_probe(written, tokenizer)
         release = Release(
             layout=chosen.name,
@@ -78,15 +84,15 @@ def export_model(
 
 def _said(name: str, model: OpenModel) -> tuple[Layout, Equivalent]:
     """The layout and the model in its words."""
-    by_name = {layout.name: layout for layout in LAYOUTS}
+    by_name = {layout.name: layout for layout in (*LAYOUTS, GGUF_LAYOUT)}
     if name == "auto":
         chosen = _held(model)
         return chosen, Equivalent(model.config, model.tensors, (), exact=True)
     if name not in by_name:
-        raise ConfigError(f"there is no layout {name!r}; choose auto, {', '.join(by_name)} or gguf")
+        raise ConfigError(f"there is no layout {name!r}; choose auto, {', '.join(by_name)}")
     chosen = by_name["deepseek"] if name == "telechat3" and model.config.latent else by_name[name]
     said = Equivalent(model.config, model.tensors, (), exact=True)
-    if chosen.name in ("llama", "telechat3"):
+    if chosen.name in ("llama", "telechat3", "gguf"):
         said = llama_equivalent(model.config, model.tensors, own_yarn=chosen.name == "telechat3")
     elif chosen.name == "telechat2":
         said = telechat2_equivalent(model.config, model.tensors)
@@ -98,7 +104,7 @@ def _said(name: str, model: OpenModel) -> tuple[Layout, Equivalent]:
 
 def _held(model: OpenModel) -> Layout:
     by_name = {layout.name: layout for layout in LAYOUTS}
-    first = by_name[model.origin.layout] if model.origin else LAYOUTS[0]
+    first = by_name.get(model.origin.layout, LAYOUTS[0]) if model.origin else LAYOUTS[0]
     for layout in (first, *LAYOUTS):
         if not layout.losses(model.config):
             return layout
@@ -122,6 +128,18 @@ def _write_model(
     write_json(aside / "config.json", {**config, key: stored})
     write_tensors(published, aside, max_shard_bytes)
     return model.origin is None or config is not model.origin.config
+
+
+def _write_gguf(aside: Path, said: Equivalent, tokenizer: Tokenizer | None, name: str, template: str | None) -> None:
+    def put_tokenizer(writer: Any) -> None:
+        if tokenizer is None:
+            writer.add_tokenizer_model("none")
+        else:
+            write_tokenizer(writer, tokenizer, said.config.vocab_size, template)
+
+    published = PublishedTensors(said.tensors, GGUF_LAYOUT.rules(said.config, Variant("")))
+    metadata = {**GGUF_LAYOUT.write_config(said.config), "general.name": name}
+    write_gguf(aside / GGUF_FILE, metadata, published, put_tokenizer)
 
 
 def _published_config(

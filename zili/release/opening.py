@@ -12,11 +12,14 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from zili.config.model import ModelConfig
+from zili.data.tokenizer import has_tokenizer
 from zili.errors import CheckpointError
 from zili.models.decoder import Decoder
 from zili.release.checkpoint import open_checkpoint
 from zili.release.deepseek import DeepSeek
 from zili.release.folder import read_json
+from zili.release.gguf_file import find_gguf, open_gguf
+from zili.release.gguf_layout import GGUF
 from zili.release.layout import Layout, PublishedConfig, recognise
 from zili.release.llama import Llama, TeleChat3, TeleFLM
 from zili.release.mapping import ImportedTensors, check_tensors
@@ -27,6 +30,8 @@ from zili.release.tensors import Index, Tensors, open_tensors
 
 LAYOUTS: tuple[Layout, ...] = (TeleChat2(), Llama(), TeleChat3(), TeleFLM(), TeleChat52(), DeepSeek())
 """In the order `export_model` tries them for a model that was never published."""
+GGUF_LAYOUT = GGUF()
+"""Apart, as it is no folder with a config.json."""
 
 
 @dataclass(frozen=True)
@@ -108,26 +113,38 @@ def open_model(folder: Path) -> OpenModel:
         return OpenModel(config, tensors, origin, folder)
     if is_published(folder):
         return open_published(folder)
+    file = find_gguf(folder)
+    if file is not None:
+        return open_gguf_model(file)
     config, tensors, found = open_checkpoint(folder)
     around = [place for place in run_places(folder) if (place / MODEL_FILE).is_file()]
     origin = read_model_file(around[0])[1] if around else None
     return OpenModel(config, tensors, origin, _tokenizer_folder(folder), found)
 
 
+def open_gguf_model(file: Path) -> OpenModel:
+    """A GGUF file of the Llama architecture, its tensors' names and shapes checked."""
+    values, published, _ = open_gguf(file)
+    return _recognised((GGUF_LAYOUT,), PublishedConfig(file, values), published, file)
+
+
 def open_published(folder: Path) -> OpenModel:
     """A Hugging Face folder, its layout recognised and its tensors' names and shapes checked."""
     config = PublishedConfig(folder / "config.json", read_json(folder / "config.json"))
-    published = open_tensors(folder)
+    return _recognised(LAYOUTS, config, open_tensors(folder), folder)
+
+
+def _recognised(layouts: tuple[Layout, ...], config: PublishedConfig, published: Tensors, place: Path) -> OpenModel:
     described = published.describe()
-    layout = recognise(LAYOUTS, config, set(described))
+    layout = recognise(layouts, config, set(described))
     names = {name for name in described if not layout.ignored.search(name)}
     model = layout.read_config(config, names)
     variant = layout.find_variant(model, names)
-    check_tensors({name: described[name] for name in names}, layout.published_shapes(model, variant), folder)
+    check_tensors({name: described[name] for name in names}, layout.published_shapes(model, variant), place)
     for name, other in layout.repeats(model, variant, set(described)).items():
         _check_repeat(published, name, other, config.path)
     tensors = ImportedTensors(published, layout.rules(model, variant))
-    return OpenModel(model, tensors, Origin(layout.name, variant, config.values), folder)
+    return OpenModel(model, tensors, Origin(layout.name, variant, config.values), place)
 
 
 def _check_repeat(published: Tensors, name: str, other: str, config: Path) -> None:
@@ -155,4 +172,4 @@ def run_places(folder: Path) -> list[Path]:
 def _tokenizer_folder(folder: Path) -> Path:
     """Where the tokenizer's files are: a run keeps them in a folder of their own."""
     places = [place / inner for place in run_places(folder) for inner in ("tokenizer", ".")]
-    return next((place for place in places if (place / "tokenizer.json").is_file()), folder)
+    return next((place for place in places if has_tokenizer(place)), folder)

@@ -217,6 +217,7 @@ def write_tensors(tensors: Tensors, folder: Path, max_shard_bytes: int = DEFAULT
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if many else "model.safetensors"
         save_file({name: tensors.read(name).contiguous() for name in names}, folder / file, {"format": "pt"})
+        (folder / file).chmod(0o644)  # safetensors writes for the owner alone; a release is for others
         homes.update(dict.fromkeys(names, file))
         files.append(file)
     if many:

