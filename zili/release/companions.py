@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from zili.data.chat import ChatTemplate
 from zili.data.tokenizer import Tokenizer, has_tokenizer
 from zili.release.folder import copy_companions, read_json, write_json
 from zili.release.gguf_file import find_gguf, open_gguf
@@ -54,13 +55,13 @@ def _say_fast(config: Path) -> None:
         write_json(config, {**values, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
-def chat_template_of(folder: Path) -> str | None:
-    """The chat template beside a model, as transformers looks for it."""
-    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = read_json(config).get("chat_template") if config.is_file() else None
-    return template if isinstance(template, str) else None
+def chat_template_of(place: Path) -> ChatTemplate | None:
+    """The chat template of a folder or a GGUF file, if it has one."""
+    if place.is_dir() and (found := ChatTemplate.of_folder(place)):
+        return found
+    file = find_gguf(place)
+    field = None if file is None else open_gguf(file)[2].get_field("tokenizer.chat_template")
+    return None if field is None else ChatTemplate(field.contents(), str(file))
 
 
 def complete(folder: Path, tokenizer: Tokenizer | None, *, own_config: bool) -> None:

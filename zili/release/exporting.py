@@ -59,7 +59,9 @@ def export_model(
     tokenizer = tokenizer_of(model.companions)
     with whole_folder(Path(target)) as aside:
         if chosen is GGUF_LAYOUT:
-            _write_gguf(aside, said, tokenizer, Path(target).name, chat_template_of(model.companions))
+            template = chat_template_of(model.companions)
+            text = template.without_marks if template else None
+            _write_gguf(aside, said, tokenizer, Path(target).name, text)
         else:
             own_config = _write_model(aside, model, chosen, said, max_shard_bytes, keep=layout == "auto")
             bring(model.companions, aside)

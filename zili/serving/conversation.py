@@ -1,83 +1,133 @@
-"""A conversation as token ids: turns, the template's special ids, and the rule for a full context."""
+"""What has been said so far, as the ids that an answer follows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
+from zili.data.chat import ChatTemplate
 from zili.data.tokenizer import Tokenizer
 
-
-@dataclass(frozen=True)
-class Template:
-    """Ids of `<_user>`, `<_bot>` and `<_end>`: `<_user>question<_bot>answer<_end>`, one turn after another.
-
-    The ids are put between the encoded texts. Encoding a whole string with the marks in it would let a user
-    who types `<_bot>` speak for the model, and some of the family's tokenizers do not map the marks at all.
-    """
-
-    user: int
-    bot: int
-    end: int
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer) -> Template | None:
-        """The tokenizer's template, or None when it lacks one of the three specials."""
-        names = ("<_user>", "<_bot>", "<_end>")
-        if not all(name in tokenizer.special_tokens for name in names):
-            return None
-        return cls(*(tokenizer.special_id(name) for name in names))
+_ENDS = ("<_end>", "<_user>", "<|im_end|>", "<|endoftext|>")
+"""Special tokens after which it is not the model's turn."""
 
 
-@dataclass
-class Conversation:
-    """The turns so far. Without a template it is one running text that the model continues.
-
-    When the context is full the oldest turns are left out, whole, and `prompt` says how many.
-    """
+class Conversation(Protocol):
+    """What a terminal or a server asks of one. When the context is full the oldest turns are left out, whole."""
 
     tokenizer: Tokenizer
-    template: Template | None = None
-    turns: list[list[int]] = field(default_factory=list)
+    greeting: str
+    new: str
+    """What is said when it begins anew."""
 
     @property
     def stop_ids(self) -> set[int]:
         """Tokens that end an answer."""
-        chat = {self.template.end, self.template.user} if self.template else set()
-        return {self.tokenizer.end_id, *chat}
 
     def ask(self, text: str) -> None:
         """Open a turn with what the user wrote."""
-        if self.template:
-            turn = [self.template.user, *self._encoded(text), self.template.bot]
-        else:
-            # A line typed after an answer starts a line of the running text too.
-            turn = self._encoded("\n" + text if self.turns else text)
-        self.turns.append(turn)
 
     def answered(self, ids: Sequence[int]) -> None:
         """Close the open turn with the model's tokens, complete or cut short."""
-        self.turns[-1] += [*ids, *([self.template.end] if self.template else [])]
 
     def withdraw(self) -> None:
         """Forget the open turn, which could not be answered."""
-        self.turns.pop()
 
     def reset(self) -> None:
         """Forget everything."""
-        self.turns.clear()
-
-    def _encoded(self, text: str) -> list[int]:
-        return [int(i) for i in self.tokenizer.encode(text)]
 
     def prompt(self, room: int) -> tuple[list[int], int]:
         """The ids to continue, and how many old turns were left out to bring them to at most `room`.
 
         The newest turn always stays; alone it may still be longer than `room`.
         """
-        before = [] if self.template else [self.tokenizer.end_id]
+
+
+@dataclass
+class Dialogue:
+    """Turns of a user and an assistant, in the words of a chat template."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    system: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    """The template's own, such as enable_thinking."""
+    turns: list[list[dict[str, Any]]] = field(default_factory=list)
+    """Question, and answer if there is one."""
+    greeting: str = "Chat. /help lists the commands."
+    new: str = "A new conversation."
+    _opening: str = ""
+    """What of an answer the prompt has said already, such as `<think>`."""
+
+    @property
+    def stop_ids(self) -> set[int]:
+        special = self.tokenizer.special_tokens
+        return {self.tokenizer.end_id, *(special[name] for name in _ENDS if name in special)}
+
+    def ask(self, text: str) -> None:
+        self.turns.append([{"role": "user", "content": text}])
+
+    def answered(self, ids: Sequence[int]) -> None:
+        kept = [number for number in ids if number not in self.stop_ids]
+        said = self._opening + self.tokenizer.decode(kept)
+        self.turns[-1].append({"role": "assistant", "content": said})
+
+    def withdraw(self) -> None:
+        self.turns.pop()
+
+    def reset(self) -> None:
+        self.turns.clear()
+
+    def prompt(self, room: int) -> tuple[list[int], int]:
         dropped = 0
-        while len(self.turns) > 1 and len(before) + sum(map(len, self.turns)) > room:
+        while len(ids := self._rendered(True)) > room and len(self.turns) > 1:
             self.turns.pop(0)
             dropped += 1
-        return before + [i for turn in self.turns for i in turn], dropped
+        opening = self.tokenizer.decode(ids[len(self._rendered(False)) :])
+        self._opening = opening[opening.index("<think>") :] if "<think>" in opening else ""
+        return ids, dropped
+
+    def _rendered(self, add_generation_prompt: bool) -> list[int]:
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        messages = [*system, *(message for turn in self.turns for message in turn)]
+        return self.template.render(
+            self.tokenizer, messages, add_generation_prompt=add_generation_prompt, **self.options
+        ).ids
+
+
+@dataclass
+class RunningText:
+    """One text that a base model continues, at the start of a document."""
+
+    tokenizer: Tokenizer
+    turns: list[list[int]] = field(default_factory=list)
+    greeting: str = (
+        "This is a base model: it was trained to continue text and not to answer questions.\n"
+        "Write the beginning of a text and it writes on; /reset starts a new text. /help lists the commands."
+    )
+    new: str = "A new text."
+
+    @property
+    def stop_ids(self) -> set[int]:
+        return {self.tokenizer.end_id}
+
+    def ask(self, text: str) -> None:
+        # A line typed after an answer starts a line of the running text too.
+        self.turns.append(self.tokenizer.encode("\n" + text if self.turns else text).tolist())
+
+    def answered(self, ids: Sequence[int]) -> None:
+        self.turns[-1] += ids
+
+    def withdraw(self) -> None:
+        self.turns.pop()
+
+    def reset(self) -> None:
+        self.turns.clear()
+
+    def prompt(self, room: int) -> tuple[list[int], int]:
+        dropped = 0
+        while len(self.turns) > 1 and 1 + sum(map(len, self.turns)) > room:
+            self.turns.pop(0)
+            dropped += 1
+        return [self.tokenizer.end_id, *(number for turn in self.turns for number in turn)], dropped

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 import zili
+from zili.data.chat import ChatTemplate, template_for
 from zili.data.tokenizer import Tokenizer
 from zili.errors import CheckpointError, DataError
 from zili.models.decoder import Decoder
-from zili.release.companions import tokenizer_of
+from zili.release.companions import chat_template_of, tokenizer_of
 
 LONGEST_DEFAULT = 2048
 """Tokens of an evaluation window where no recipe tells the training length."""
@@ -26,8 +27,10 @@ class OpenedModel:
     tokenizer: Tokenizer
     training_length: int
     """Tokens a sample in training had, or what can be assumed."""
+    template: ChatTemplate | None
+    """How it is spoken to: its own template, or the one that its tokenizer's special tokens are those of."""
     conversational: bool
-    """Whether it may have learned to answer: false for a run of ours, which has read plain text only."""
+    """Whether it may have learned to answer: false for a run of ours that has read plain text only."""
 
 
 def open_folder(path: Path, *, device: str | torch.device = "cpu") -> OpenedModel:
@@ -37,7 +40,8 @@ def open_folder(path: Path, *, device: str | torch.device = "cpu") -> OpenedMode
         CheckpointError: no model there, or a tokenizer that knows more tokens than the model.
         DataError: no tokenizer.
     """
-    tokenizer = find_tokenizer(path)
+    tokenizer, place = find_tokenizer(path)
+    own = chat_template_of(place)
     model = zili.load(path, device=device)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise CheckpointError(
@@ -50,19 +54,20 @@ def open_folder(path: Path, *, device: str | torch.device = "cpu") -> OpenedMode
         model,
         tokenizer,
         training_length=length or min(model.config.max_length, LONGEST_DEFAULT),
-        conversational=recipe is None,
+        template=own or template_for(tokenizer),
+        conversational=recipe is None or own is not None,
     )
 
 
-def find_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a model: in its folder or file, or for a checkpoint in the run's folder.
+def find_tokenizer(path: Path) -> tuple[Tokenizer, Path]:
+    """The tokenizer of a model and where it is: in its folder or file, or for a checkpoint in the run's folder.
 
     Raises: DataError naming the places looked at.
     """
     places = [place for folder in _around(path) for place in (folder, folder / "tokenizer")]
     for place in places:
         if found := tokenizer_of(place):
-            return found
+            return found, place
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give a run, checkpoint or model folder")
     raise DataError(

@@ -17,11 +17,6 @@ HELP = """/reset  forget the conversation and start anew
 /exit   leave (or Ctrl-D)
 /help   these lines
 Ctrl-C stops an answer. A line that begins with a space is never a command."""
-CHAT_GREETING = "Chat. /help lists the commands."
-BASE_GREETING = (
-    "This is a base model: it was trained to continue text and not to answer questions.\n"
-    "Write the beginning of a text and it writes on; /reset starts a new text. /help lists the commands."
-)
 
 
 @dataclass
@@ -41,7 +36,7 @@ class Chat:
 
     def run(self, lines: Iterator[str]) -> None:
         """Greet, then handle lines until they end or `/exit`."""
-        self.note(CHAT_GREETING if self.conversation.template else BASE_GREETING)
+        self.note(self.conversation.greeting)
         for line in lines:
             if not self.handle(line):
                 return
@@ -60,7 +55,7 @@ class Chat:
             return False
         if command == "/reset":
             self.conversation.reset()
-            self.note("A new conversation." if self.conversation.template else "A new text.")
+            self.note(self.conversation.new)
         elif command == "/help":
             self.note(HELP)
         else:
