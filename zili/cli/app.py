@@ -15,6 +15,7 @@ from zili.cli import (
     chat,
     chips,
     config,
+    dialogues,
     doctor,
     eval,
     import_export,
@@ -52,6 +53,7 @@ app = typer.Typer(
 )
 app.command()(quickstart.quickstart)
 app.command()(train.train)
+app.command()(dialogues.dialogues)
 app.command()(plan.plan)
 app.command()(rehearse.rehearse)
 app.command(name="eval")(eval.eval_)

@@ -16,7 +16,7 @@ from zili.errors import ConfigError
 from zili.parallel.layout import processes
 
 if TYPE_CHECKING:
-    from zili.data.loader import Loader
+    from zili.data.loader import Batches
     from zili.data.tokenizer import Tokenizer
     from zili.training.setup import Setup
     from zili.training.trainer import Trainer
@@ -33,7 +33,7 @@ class Launch:
     """As written; `setup.config` is the same with every automatic choice made."""
     setup: Setup
     tokenizer: Tokenizer
-    loader: Loader
+    loader: Batches
 
     @property
     def choices(self) -> tuple[Choice, ...]:
@@ -60,8 +60,9 @@ def prepare_launch(recipe: RunConfig) -> Launch:
     return Launch(recipe, setup, tokenizer, loader)
 
 
-def _open_data(recipe: RunConfig) -> tuple[Tokenizer, Loader]:
+def _open_data(recipe: RunConfig) -> tuple[Tokenizer, Batches]:
     from zili.data.loader import Loader
+    from zili.data.packing import DialogueLoader
     from zili.data.store import TokenStore
     from zili.data.tokenizer import Tokenizer
 
@@ -78,7 +79,8 @@ def _open_data(recipe: RunConfig) -> tuple[Tokenizer, Loader]:
         store.check_tokenizer(tokenizer)
         if recipe.data.verify and here == 0:  # one process a machine reads them through
             store.verify()
-    loader = Loader(
+    dialogues = any(store.learned is not None for store, _ in stores)
+    loader = (DialogueLoader if dialogues else Loader)(
         stores,
         sequence_length=recipe.training.sequence_length,
         global_batch=recipe.training.global_batch,
@@ -109,6 +111,9 @@ def run(launch: Launch, console: Console) -> Trainer:
         store.check_tokenizer(launch.tokenizer)
         callbacks.insert(0, HeldOutEvaluation(store, launch.tokenizer, sinks))
     trainer = Trainer(config, launch.loader, launch.setup.device, callbacks, world)
+    if world.is_first:
+        for line in launch.loader.report:
+            console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
     with ExitStack() as held:
         world.agree(lambda: held.enter_context(locked(config.folder)) if world.is_first else None)
         start = config.training.start_from

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -38,7 +39,8 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def build_config(table: Mapping[str, Any], overrides: Iterable[str] = (), *, origin: str) -> RunConfig:
-    """Validate a raw table; `origin` names it in errors. `[model] preset = "..."` is filled in from the preset."""
+    """Validate a raw table; `origin` names it in errors. `[model] preset = "..."` is filled in from the preset, and
+    `folder = "..."` from an imported model."""
     table = _with_overrides(table, overrides)
     table["model"] = _with_preset(table.get("model", {}), origin)
     try:
@@ -54,18 +56,39 @@ def dump_recipe(config: RunConfig) -> str:
 
 def _with_preset(model: Any, origin: str) -> Any:
     """The `[model]` table with its `preset` filled in, and made small where it says `scaled_to`."""
-    if not isinstance(model, dict) or "preset" not in model:
+    named = [key for key in ("preset", "folder") if isinstance(model, dict) and key in model]
+    if not named:
         return model
-    own = {key: value for key, value in model.items() if key not in ("preset", "scaled_to")}
-    if not isinstance(model["preset"], str):
-        raise ConfigError(f"{origin}: model.preset must be a name in quotes, not {model['preset']!r}")
-    preset = load_preset(model["preset"])
+    own = {key: value for key, value in model.items() if key not in ("preset", "folder", "scaled_to")}
+    if len(named) > 1 or not isinstance(model[named[0]], str):
+        raise ConfigError(f"{origin}: give model.preset or model.folder, a name in quotes")
+    preset = load_preset(model["preset"]) if named == ["preset"] else _model_of(Path(model["folder"]), origin)
     if "scaled_to" in model:
         preset = _scaled(preset, model["scaled_to"], origin)
     for table in ("rotary", "mixture", "latent"):
         if table in preset and isinstance(own.get(table, {}), dict):
             own[table] = {**preset[table], **own.get(table, {})}
     return {**preset, **own}
+
+
+def _model_of(folder: Path, origin: str) -> dict[str, Any]:
+    """The `[model]` table of a Zili model folder, as `zili import` makes them."""
+    path = folder / "model.json"
+    try:
+        model = json.loads(path.read_text(encoding="utf-8"))["model"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{origin}: model.folder = {str(folder)!r} is no Zili model folder ({error}); `zili import` makes one"
+        ) from error
+    return _without_none(model)
+
+
+def _without_none(table: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_none(value) if isinstance(value, dict) else value
+        for key, value in table.items()
+        if value is not None
+    }
 
 
 def _scaled(preset: dict[str, Any], hidden_size: Any, origin: str) -> dict[str, Any]:

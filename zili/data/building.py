@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from zili.data.encoding import Encoded, Encoder, Engine, audit, choose_encoder
 from zili.data.indexed import LONGEST, token_type, write_index
 from zili.data.reading import Document
 from zili.data.sources import Census, measure
-from zili.data.store import Manifest, store_files
+from zili.data.store import MASK, Manifest, store_files
 from zili.data.tokenizer import Tokenizer
 from zili.durable import sync
 from zili.errors import DataError
@@ -74,7 +75,7 @@ def build_store(
     started = time.perf_counter()
     encoder: Encoder | None = None
     text_bytes = 0
-    with _Writer(Path(prefix), tokenizer) as writer:
+    with StoreWriter(Path(prefix), tokenizer) as writer:
         for texts, size in _batches(documents):
             encoder = encoder or choose_encoder(tokenizer, texts, engine)
             writer.add(encoder.encode(texts))
@@ -102,28 +103,31 @@ def _batches(documents: Iterable[Document]) -> Iterator[tuple[list[str], int]]:
         yield texts, size
 
 
-class _Writer:
-    """Writes the three files aside, then renames them; leaving the block early removes what was written."""
+class StoreWriter:
+    """Writes a store's files aside, then renames them; leaving the block early removes what was written."""
 
-    def __init__(self, prefix: Path, tokenizer: Tokenizer) -> None:
+    def __init__(self, prefix: Path, tokenizer: Tokenizer, *, masked: bool = False) -> None:
+        """`masked`: with a `.mask`, which tokens are learned."""
         self._tokenizer = tokenizer
-        self._final = store_files(prefix)
+        self._final = store_files(prefix) | ({MASK: Path(f"{prefix}{MASK}")} if masked else {})
         self._aside = {suffix: Path(f"{path}.partial") for suffix, path in self._final.items()}
         self._dtype = token_type(tokenizer.vocab_size)
-        self._digest = hashlib.sha256()
+        self._streams: dict[str, BinaryIO] = {}
+        self._digests = {suffix: hashlib.sha256() for suffix in (".bin", *((MASK,) if masked else ()))}
         self.lengths = array("i")
         self.tokens = 0
 
-    def __enter__(self) -> _Writer:
+    def __enter__(self) -> StoreWriter:
         try:
             self._final[".bin"].parent.mkdir(parents=True, exist_ok=True)
-            self._bin = self._aside[".bin"].open("wb")
+            self._streams = {suffix: self._aside[suffix].open("wb") for suffix in self._digests}
         except OSError as error:
             raise DataError(f"{error.filename}: cannot be written ({error.strerror}).") from error
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._bin.close()
+        for stream in self._streams.values():
+            stream.close()
         for path in self._aside.values():
             path.unlink(missing_ok=True)
         if isinstance(error, OSError):
@@ -135,24 +139,34 @@ class _Writer:
         ids, lengths = encoded
         if lengths.max(initial=0) >= LONGEST:
             raise DataError(f"a document of {lengths.max()} tokens; the format ends at {LONGEST}. Cut it.")
-        ended = np.insert(ids, np.cumsum(lengths), self._tokenizer.end_id).astype(self._dtype)
-        raw = ended.tobytes()
-        self._digest.update(raw)
-        self._bin.write(raw)
+        ended = np.insert(ids, np.cumsum(lengths), self._tokenizer.end_id)
+        self._write(".bin", ended.astype(self._dtype).tobytes())
         self.lengths.frombytes((lengths + 1).astype(np.intc).tobytes())
         self.tokens += len(ended)
 
+    def add_masked(self, ids: list[int], learned: list[bool]) -> None:
+        """Append one document as it is, and which of its tokens are learned."""
+        self._write(".bin", np.array(ids, dtype=self._dtype).tobytes())
+        self._write(MASK, np.array(learned, dtype=np.uint8).tobytes())
+        self.lengths.append(len(ids))
+        self.tokens += len(ids)
+
+    def _write(self, suffix: str, raw: bytes) -> None:
+        self._digests[suffix].update(raw)
+        self._streams[suffix].write(raw)
+
     def finish(self, text_bytes: int, census: Census, split: str) -> None:
         """Make everything durable, then let it appear, the manifest last."""
-        self._bin.flush()
+        for stream in self._streams.values():
+            stream.flush()
         with self._aside[".idx"].open("wb") as stream:
             write_index(stream, self._dtype, self.lengths)
         index_bytes, index_sha256 = measure(self._aside[".idx"])
-        bin_bytes = self.tokens * self._dtype.itemsize
         files = {
-            ".bin": {"bytes": bin_bytes, "sha256": self._digest.hexdigest()},
-            ".idx": {"bytes": index_bytes, "sha256": index_sha256},
+            suffix: {"bytes": self._aside[suffix].stat().st_size, "sha256": digest.hexdigest()}
+            for suffix, digest in self._digests.items()
         }
+        files[".idx"] = {"bytes": index_bytes, "sha256": index_sha256}
         manifest = Manifest(
             tokenizer_sha256=self._tokenizer.sha256,
             vocab_size=self._tokenizer.vocab_size,
@@ -175,6 +189,6 @@ class _Writer:
         for path in self._aside.values():
             sync(path)
         self._final[".json"].unlink(missing_ok=True)
-        for suffix in (".bin", ".idx", ".json"):
+        for suffix in (*self._digests, ".idx", ".json"):
             self._aside[suffix].replace(self._final[suffix])
         sync(self._final[".json"].parent)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -38,6 +38,20 @@ class Batch(NamedTuple):
     next one's first token is predicted. It is how a model is told that a document begins (`zili.evaluation`,
     `zili sample`).
     """
+
+
+class Batches(Protocol):
+    """What a trainer asks of a loader."""
+
+    @property
+    def report(self) -> list[str]:
+        """Lines on what of the data is read, and what is not."""
+
+    def batch(self, step: int, rows: slice = ...) -> Batch:
+        """The batch of step `step` (from 0), or those of its rows that one data-parallel rank takes."""
+
+    def fingerprint(self) -> str:
+        """Identity of the sequence of samples: equal means that sample n is the same row. For checkpoints."""
 
 
 class Loader:
@@ -73,6 +87,11 @@ class Loader:
         self.seed = seed
         self._mixture = Mixture([weight for _, weight in sources], seed)
         self._lines = [_Line(store, sequence_length, seed, i) for i, (store, _) in enumerate(sources)]
+
+    @property
+    def report(self) -> list[str]:
+        """Nothing is left out of plain text."""
+        return []
 
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
         """The batch of step `step` (from 0), or those of its rows that one data-parallel rank takes."""

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from io import BufferedReader
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -42,7 +42,7 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
-class _Flaw:
+class Flaw:
     """A document that cannot be read. Readers yield it, since a generator that raises cannot go on."""
 
     reason: str
@@ -73,8 +73,8 @@ def read_documents(
         size, sha256 = measure(file.path) if census.hashes else (file.path.stat().st_size, "")
         before = census.documents
         for item in _reader(file)(file, text_field):
-            if isinstance(item, _Flaw):
-                _refuse_or_count(item, file, on_error, census)
+            if isinstance(item, Flaw):
+                refuse_or_count(item, file, on_error, census)
             else:
                 census.documents += 1
                 census.text_bytes += len(item.text.encode())
@@ -88,14 +88,15 @@ def read_documents(
         )
 
 
-def _refuse_or_count(flaw: _Flaw, file: SourceFile, on_error: OnError, census: Census) -> None:
+def refuse_or_count(flaw: Flaw, file: SourceFile, on_error: OnError, census: Census) -> None:
+    """Raise `DataError` for a flaw, or count it as left out."""
     harmless = flaw.reason == "empty" or (flaw.reason == "binary" and not file.explicit)
     if on_error == "raise" and not harmless:
         raise DataError(f"{flaw.message} {_WAY_OUT}")
     census.skipped[flaw.reason] += 1
 
 
-Reader = Callable[[SourceFile, str], Iterator[Document | _Flaw]]
+Reader = Callable[[SourceFile, str], Iterator[Document | Flaw]]
 
 
 def _reader(file: SourceFile) -> Reader:
@@ -109,84 +110,92 @@ def _reader(file: SourceFile) -> Reader:
     return _read_text
 
 
-def _read_text(file: SourceFile, text_field: str) -> Iterator[Document | _Flaw]:
+def _read_text(file: SourceFile, text_field: str) -> Iterator[Document | Flaw]:
     raw = file.path.read_bytes()
     if b"\0" in raw[:8192]:
-        yield _Flaw("binary", f"{file.path}: holds zero bytes, so it is binary or UTF-16; UTF-8 is read.")
+        yield Flaw("binary", f"{file.path}: holds zero bytes, so it is binary or UTF-16; UTF-8 is read.")
         return
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        yield _Flaw("broken UTF-8", f"{file.path}: line {line}, byte {error.start}: broken UTF-8.")
+        yield Flaw("broken UTF-8", f"{file.path}: line {line}, byte {error.start}: broken UTF-8.")
         return
-    yield Document(text, file.name) if text.strip() else _Flaw("empty", "")
+    yield Document(text, file.name) if text.strip() else Flaw("empty", "")
 
 
-def _read_lines(file: SourceFile, text_field: str) -> Iterator[Document | _Flaw]:
+def _read_lines(file: SourceFile, text_field: str) -> Iterator[Document | Flaw]:
+    for number, record in line_records(file):
+        if isinstance(record, Flaw):
+            yield record
+        elif text_field not in record:
+            yield Flaw("without the field", f"{file.path}: line {number}: {_no_field(text_field, list(record))}")
+        else:
+            yield _document(record[text_field], text_field, f"{file.path}: line {number}", f"{file.name}:{number}")
+
+
+def line_records(file: SourceFile) -> Iterator[tuple[int, dict[str, Any] | Flaw]]:
+    """Number of each line of a file of JSON lines, compressed or not, and the object on it; blank lines are passed."""
     number = 0
     try:
         # Arrow's decompressor: python-zstandard and a bare zlib object take a cut-off stream for a whole one.
         with pa.input_stream(str(file.path), compression="detect") as stream:
             for number, line in enumerate(BufferedReader(stream, 1 << 20), start=1):
                 if line.strip():
-                    yield _parse_line(file, number, line, text_field)
+                    yield number, _parse_line(f"{file.path}: line {number}", number, line)
     except (OSError, pa.ArrowException) as error:
         place = f"{file.path}: after line {number}"
-        yield _Flaw("damaged file", f"{place}: cannot be read further ({error}).")
+        yield number, Flaw("damaged file", f"{place}: cannot be read further ({error}).")
 
 
-def _parse_line(file: SourceFile, number: int, line: bytes, text_field: str) -> Document | _Flaw:
-    place = f"{file.path}: line {number}"
+def _parse_line(place: str, number: int, line: bytes) -> dict[str, Any] | Flaw:
     try:
         record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError as error:
-        return _Flaw("broken UTF-8", f"{place}, byte {error.start} of the line: broken UTF-8.")
+        return Flaw("broken UTF-8", f"{place}, byte {error.start} of the line: broken UTF-8.")
     except json.JSONDecodeError as error:
-        return _Flaw("broken JSON", f"{place}, column {error.colno}: broken JSON ({error.msg}).")
+        return Flaw("broken JSON", f"{place}, column {error.colno}: broken JSON ({error.msg}).")
     except RecursionError:
-        return _Flaw("broken JSON", f"{place}: JSON nested too deep.")
+        return Flaw("broken JSON", f"{place}: JSON nested too deep.")
     if not isinstance(record, dict):
-        return _Flaw("broken JSON", f"{place}: {type(record).__name__} where an object was expected.")
-    if text_field not in record:
-        return _Flaw("without the field", f"{place}: {_no_field(text_field, list(record))}")
-    return _document(record[text_field], text_field, place, f"{file.name}:{number}")
+        return Flaw("broken JSON", f"{place}: {type(record).__name__} where an object was expected.")
+    return record
 
 
-def _read_table(file: SourceFile, text_field: str) -> Iterator[Document | _Flaw]:
+def _read_table(file: SourceFile, text_field: str) -> Iterator[Document | Flaw]:
     row = 0
     try:
         with pq.ParquetFile(file.path) as table:
             if text_field not in table.schema_arrow.names:
                 message = f"{file.path}: {_no_field(text_field, table.schema_arrow.names)}"
-                yield _Flaw("without the field", message)
+                yield Flaw("without the field", message)
                 return
             for batch in table.iter_batches(batch_size=256, columns=[text_field]):
                 for row, value in enumerate(batch.column(0), start=row + 1):  # noqa: B020
                     yield _parse_value(file, row, value, text_field)
     except (OSError, pa.ArrowException) as error:
-        yield _Flaw("damaged file", f"{file.path}: after row {row}: cannot be read further ({error}).")
+        yield Flaw("damaged file", f"{file.path}: after row {row}: cannot be read further ({error}).")
 
 
-def _parse_value(file: SourceFile, row: int, value: pa.Scalar, text_field: str) -> Document | _Flaw:
+def _parse_value(file: SourceFile, row: int, value: pa.Scalar, text_field: str) -> Document | Flaw:
     place = f"{file.path}: row {row}"
     try:
         text = value.as_py()
         text = text.decode() if isinstance(text, bytes) else text
     except UnicodeDecodeError as error:
-        return _Flaw("broken UTF-8", f"{place}, byte {error.start} of the text: broken UTF-8.")
+        return Flaw("broken UTF-8", f"{place}, byte {error.start} of the text: broken UTF-8.")
     return _document(text, text_field, place, f"{file.name}:{row}")
 
 
-def _document(text: object, text_field: str, place: str, source: str) -> Document | _Flaw:
+def _document(text: object, text_field: str, place: str, source: str) -> Document | Flaw:
     if not isinstance(text, str):
-        return _Flaw("not a string", f"{place}: field {text_field!r} is {type(text).__name__}, not a string.")
+        return Flaw("not a string", f"{place}: field {text_field!r} is {type(text).__name__}, not a string.")
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON may spell half of a surrogate pair: "\ud800"
         code = f"U+{ord(text[error.start]):04X}"
-        return _Flaw("broken UTF-8", f"{place}, character {error.start}: lone surrogate {code}.")
-    return Document(text, source) if text.strip() else _Flaw("empty", "")
+        return Flaw("broken UTF-8", f"{place}, character {error.start}: lone surrogate {code}.")
+    return Document(text, source) if text.strip() else Flaw("empty", "")
 
 
 def _no_field(wanted: str, present: list[str]) -> str:

@@ -17,6 +17,8 @@ from zili.data.tokenizer import Tokenizer
 from zili.errors import DataError
 
 FORMAT = "zili token store 1"
+MASK = ".mask"
+"""Ending of the file, of dialogues, that says a byte a token which are learned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ class Manifest:
     """UTF-8 bytes of the text behind the tokens, for bits per byte."""
     split: str
     files: dict[str, dict[str, Any]]
-    """`.bin` and `.idx`: bytes and sha256."""
+    """`.bin` and `.idx`, of dialogues `.mask` too: bytes and sha256."""
     sources: tuple[FileRecord, ...]
     left_out: dict[str, int]
     zili_version: str
@@ -65,11 +67,15 @@ def store_files(prefix: str | Path) -> dict[str, Path]:
 class TokenStore:
     """A token store, memory-mapped. Each document ends with the tokenizer's end token."""
 
-    def __init__(self, prefix: Path, manifest: Manifest, index: Index, tokens: NDArray[Any]) -> None:
+    def __init__(
+        self, prefix: Path, manifest: Manifest, index: Index, tokens: NDArray[Any], learned: NDArray[Any] | None = None
+    ) -> None:
         self.prefix = prefix
         self.manifest = manifest
         self.tokens = tokens
         """All ids `[T]`, document after document."""
+        self.learned = learned
+        """Of dialogues, which tokens the assistant says `[T]` uint8; None: every one is learned."""
         self.lengths = index.lengths
         """Tokens of each document `[N]`."""
         self.offsets = index.offsets
@@ -95,14 +101,13 @@ class TokenStore:
                 f"{files['.json']}: speaks of {manifest.documents} documents and {manifest.tokens} tokens, "
                 f"the index of {len(index.lengths)} and {index.tokens}: files of two stores. {REBUILD}"
             )
-        return cls(Path(prefix), manifest, index, np.memmap(files[".bin"], dtype=index.dtype, mode="r"))
+        tokens = np.memmap(files[".bin"], dtype=index.dtype, mode="r")
+        return cls(Path(prefix), manifest, index, tokens, _open_mask(Path(f"{prefix}{MASK}"), manifest))
 
     def verify(self) -> None:
         """Hash both files again. Raises `DataError` naming one whose content is not what was written."""
-        for suffix, path in store_files(self.prefix).items():
-            if suffix == ".json":
-                continue
-            written = self.manifest.files[suffix]["sha256"]
+        for suffix, record in self.manifest.files.items():
+            path, written = Path(f"{self.prefix}{suffix}"), record["sha256"]
             _, found = measure(path)
             if found != written:
                 raise DataError(
@@ -135,4 +140,14 @@ class TokenStore:
 
     def identity(self) -> str:
         """sha256 of what the store holds, the same wherever it lies."""
-        return f"{self.manifest.files['.bin']['sha256']}:{self.manifest.files['.idx']['sha256']}"
+        suffixes = [".bin", ".idx", *((MASK,) if MASK in self.manifest.files else ())]
+        return ":".join(self.manifest.files[suffix]["sha256"] for suffix in suffixes)
+
+
+def _open_mask(path: Path, manifest: Manifest) -> NDArray[Any] | None:
+    if MASK not in manifest.files:
+        return None
+    found = path.stat().st_size if path.is_file() else 0
+    if found != manifest.tokens:
+        raise DataError(f"{path}: {manifest.tokens} tokens take as many bytes, found {found}. {REBUILD}")
+    return np.memmap(path, dtype=np.uint8, mode="r")

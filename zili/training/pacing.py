@@ -7,13 +7,13 @@ from statistics import median
 
 from zili.chips.device import Device
 from zili.config import RunConfig
-from zili.data.loader import Loader
+from zili.data.loader import Batches
 from zili.training.trainer import Trainer
 
 _WARM_UP, _TIMED = 2, 5
 
 
-def seconds_per_step(config: RunConfig, loader: Loader, device: Device) -> float:
+def seconds_per_step(config: RunConfig, loader: Batches, device: Device) -> float:
     """Median seconds of a step, compiled and warm, taken on a model that is thrown away.
 
     What the first step compiles stays compiled for the run that follows in the same process.

@@ -17,7 +17,7 @@ from zili import __version__, ops
 from zili.chips.device import Device
 from zili.config import RunConfig
 from zili.config.run import Precision
-from zili.data.loader import Batch, Loader
+from zili.data.loader import Batch, Batches
 from zili.data.prefetch import Prefetcher
 from zili.errors import CheckpointError, TrainingError
 from zili.models.arithmetic import training_flops_per_token
@@ -51,7 +51,7 @@ class Trainer:
     def __init__(
         self,
         config: RunConfig,
-        loader: Loader,
+        loader: Batches,
         device: Device,
         callbacks: Sequence[Callback] = (),
         world: World | None = None,

@@ -1,0 +1,40 @@
+"""`zili dialogues`: files of conversations to token stores that `zili train` fine-tunes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from zili.cli.options import OnError, OnErrorOption
+from zili.errors import DataError
+
+
+def dialogues(
+    files: Annotated[list[Path], typer.Argument(help="JSON lines or JSON of conversations; folders are searched.")],
+    *,
+    model: Annotated[Path, typer.Option(help="Model folder, run or tokenizer folder that they are for.")],
+    to: Annotated[Path, typer.Option("--to", help="Folder to make: train, held_out, tokenizer.")],
+    template: Annotated[
+        str | None, typer.Option(help="Chat template in place of the model's own: a name, or a file.")
+    ] = None,
+    held_out: Annotated[float, typer.Option(help="Share kept apart for evaluation.", min=0, max=0.5)] = 0.0,
+    on_error: OnErrorOption = OnError.RAISE,
+) -> None:
+    """Render conversations for a model, with a mask of what the assistant says: the data of fine-tuning.
+
+    Known forms: messages (OpenAI), conversations (ShareGPT), instruction with output (Alpaca), dialog (TeleChat2).
+    """
+    from zili.data.chat import ChatTemplate, template_for
+    from zili.data.dialogue_store import split_and_build
+    from zili.release.companions import chat_template_of
+    from zili.serving.model_folder import find_tokenizer
+
+    tokenizer, place = find_tokenizer(model)
+    chosen = ChatTemplate.named(template) if template else chat_template_of(place) or template_for(tokenizer)
+    if chosen is None:
+        raise DataError(f"{model} has no chat template, nor special tokens of one that is known; give --template")
+    for report in split_and_build(files, tokenizer, chosen, to, held_out=held_out, on_error=on_error.value):
+        typer.echo(report)
+    typer.echo(f'data.sources = [{{ store = "{to}/train" }}], data.tokenizer = "{to}/tokenizer"')
