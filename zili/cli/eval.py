@@ -1,4 +1,4 @@
-"""`zili eval`: bits per byte of a model on any text, beside reference compressors."""
+"""`zili eval`: bits per byte of a model on any text, beside reference compressors; and how it answers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from zili.cli.options import OnError, OnErrorOption, TextField
+from zili.errors import DataError
 
 if TYPE_CHECKING:
+    from zili.evaluation.answers import AnswerScore
     from zili.evaluation.bits_per_byte import Score
     from zili.evaluation.compressors import Reference
 
@@ -18,7 +20,16 @@ if TYPE_CHECKING:
 def eval_(
     path: Annotated[Path, typer.Argument(help="Run, checkpoint or model folder.", metavar="PATH")],
     *,
-    text: Annotated[list[Path], typer.Option(help="File or folder of text; may be repeated.")],
+    text: Annotated[list[Path] | None, typer.Option(help="File or folder of text; may be repeated.")] = None,
+    answers: Annotated[
+        list[Path] | None,
+        typer.Option(help="File of conversations, or folder of such: is the last turn answered so? May be repeated."),
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help="Chat template in place of the model's own: a name, or a file.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
+    out: Annotated[Path | None, typer.Option(help="Write the results of --answers here, for a model card.")] = None,
     text_field: TextField = "text",
     on_error: OnErrorOption = OnError.RAISE,
     sequence_length: Annotated[
@@ -29,10 +40,16 @@ def eval_(
     chip: Annotated[str, typer.Option(help="Where to run; `zili chips` lists names.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure bits per byte on text the model has not seen; lower is better."""
+    """Measure bits per byte on text the model has not seen, lower is better; or how conversations are answered."""
+    if bool(text) == bool(answers):
+        raise typer.BadParameter("give --text, or --answers")
     from zili.serving.place import open_device
 
     device = open_device(chip)
+    if answers:
+        _answers(path, answers, template, max_new_tokens, device, as_json, out)
+        return
+    assert text is not None
     from rich.console import Console
 
     from zili.data.reading import read_documents
@@ -56,6 +73,53 @@ def eval_(
         status.update("compressing for comparison")
         references = reference_compressors(texts)
     typer.echo(json.dumps(_record(score, references)) if as_json else _table(path, score, references))
+
+
+def _answers(
+    path: Path, places: list[Path], template: str | None, longest: int, device: Any, as_json: bool, out: Path | None
+) -> None:
+    from rich.console import Console
+
+    from zili.data.chat import ChatTemplate
+    from zili.data.dialogues import read_dialogues
+    from zili.durable import write_whole
+    from zili.evaluation.answers import score_answers
+    from zili.serving.model_folder import open_folder
+
+    opened = open_folder(path, device=device)
+    chosen = ChatTemplate.named(template) if template else opened.template
+    if chosen is None:
+        raise DataError(f"{path} has no chat template, nor special tokens of one that is known; give --template")
+    files = [file for place in places for file in (sorted(place.glob("*.json*")) if place.is_dir() else [place])]
+    scores = []
+    with Console(stderr=True).status("answering") as status:
+        for file in files:
+            say = f"answering {file.name}: "
+            scores.append(
+                score_answers(
+                    opened.model,
+                    opened.tokenizer,
+                    chosen,
+                    read_dialogues([file]),
+                    file.stem,
+                    max_new_tokens=longest,
+                    progress=lambda count, say=say: status.update(f"{say}{count}"),  # type: ignore[misc]
+                )
+            )
+    record = {"kind": "answers", "model": path.name, "scores": [score.as_json() for score in scores]}
+    if out is not None:
+        write_whole(out, json.dumps(record, indent=1) + "\n")
+    typer.echo(json.dumps(record) if as_json else _answer_table(scores))
+
+
+def _answer_table(scores: list[AnswerScore]) -> str:
+    width = max(12, *(len(score.name) for score in scores))
+    rows = [
+        f"{score.name:<{width}}  {score.answered:>8,}  {100 * score.share:6.1f} ± {100 * score.error:4.1f} %  "
+        f"{score.loss:10.4f}" + (f"  {score.left_out} left out, longer than the context" if score.left_out else "")
+        for score in scores
+    ]
+    return "\n".join([f"{'':<{width}}  answered  {'exactly':>15}  nats/token", *rows])
 
 
 def _record(score: Score, references: list[Reference]) -> dict[str, Any]:

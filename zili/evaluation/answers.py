@@ -1,0 +1,96 @@
+"""How a model answers conversations whose last answer is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from zili.data.chat import ChatTemplate
+from zili.data.dialogues import Dialogue
+from zili.data.tokenizer import Tokenizer
+from zili.errors import DataError
+from zili.models.decoder import Decoder
+from zili.ops import IGNORE_INDEX
+from zili.serving.conversation import Dialogue as Spoken
+from zili.serving.generation import Sampling, generate
+
+_GREEDY = Sampling(temperature=0)
+
+
+@dataclass(frozen=True)
+class AnswerScore:
+    """Of a file of conversations."""
+
+    name: str
+    answered: int
+    exact: int
+    """Greedy answers that are the known one, spaces around them aside."""
+    loss: float
+    """Mean negative log-probability of a token of the known answers, nats."""
+    left_out: int
+    """Too long for the model's context."""
+
+    @property
+    def share(self) -> float:
+        return self.exact / self.answered
+
+    @property
+    def error(self) -> float:
+        """Standard error of the share."""
+        return math.sqrt(self.share * (1 - self.share) / self.answered)
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "share": self.share, "error": self.error}
+
+
+@torch.no_grad()
+def score_answers(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    dialogues: Iterable[Dialogue],
+    name: str,
+    *,
+    max_new_tokens: int = 256,
+    progress: Callable[[int], None] | None = None,
+) -> AnswerScore:
+    """Ask each conversation up to its last turn, greedily, and compare with that turn.
+
+    Raises:
+        DataError: none fits the context.
+    """
+    answered = exact = left_out = tokens = 0
+    loss = 0.0
+    stops = Spoken(tokenizer, template).stop_ids
+    for dialogue in dialogues:
+        known = str(dialogue.messages[-1]["content"]).strip()
+        ids = tokenizer.encode(known).tolist()
+        turns = dialogue.messages[:-1]
+        asked = template.render(tokenizer, turns, tools=dialogue.tools, add_generation_prompt=True).ids
+        if len(asked) + len(ids) > model.config.max_length:
+            left_out += 1
+            continue
+        answered += 1
+        said = generate(model, asked, max_new_tokens=max_new_tokens, sampling=_GREEDY, stop_ids=stops)
+        exact += tokenizer.decode(list(said)).strip() == known
+        loss, tokens = loss + _loss_after(model, asked, ids), tokens + len(ids)
+        if progress is not None:
+            progress(answered)
+    if not answered:
+        raise DataError(
+            f"{name}: none of {left_out} conversations fits the model's context of {model.config.max_length}"
+        )
+    return AnswerScore(name, answered, exact, loss / tokens, left_out)
+
+
+def _loss_after(model: Decoder, prompt: list[int], ids: list[int]) -> float:
+    """Summed negative log-probability of `ids` after `prompt`, nats."""
+    whole = [*prompt, *ids]
+    labels = torch.full((1, len(whole) - 1), IGNORE_INDEX)
+    labels[0, len(prompt) - 1 :] = torch.tensor(ids)
+    device = model.head_weight.device
+    return float(model.loss_sum(torch.tensor([whole[:-1]], device=device), labels.to(device)))
