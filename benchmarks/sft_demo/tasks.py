@@ -15,7 +15,7 @@ from pathlib import Path
 
 import reasoning_gym
 
-TRAIN, HELD_OUT = 1000, 50
+TRAIN, HELD_OUT = 500, 50
 """Of each kind."""
 KINDS = {
     "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
