@@ -22,16 +22,21 @@ ShardGb = Annotated[float, typer.Option(help="Largest weight file, in GB.", min=
 
 
 def import_(
-    source: Annotated[Path, typer.Argument(help="Hugging Face model folder.", metavar="HF_FOLDER")],
+    source: Annotated[
+        str,
+        typer.Argument(help="Model folder, GGUF file, hf:OWNER/NAME[@REVISION] or modelscope:...", metavar="SOURCE"),
+    ],
     to: Annotated[Path, typer.Option("--to", help="Zili model folder to make.")],
     dtype: Dtype = None,
     shard_gb: ShardGb = 5.0,
 ) -> None:
-    """Read a published model into a Zili model folder, every tensor byte for byte."""
+    """Read a published model into a Zili model folder, every tensor byte for byte; quantised ones as fp32."""
     from zili.models.arithmetic import count_parameters
     from zili.release import import_model
+    from zili.release.hub import fetch, is_hub_name
 
-    model = import_model(source, to, dtype=_dtype(dtype), max_shard_bytes=int(shard_gb * 1e9))
+    place = fetch(source) if is_hub_name(source) else Path(source)
+    model = import_model(place, to, dtype=_dtype(dtype), max_shard_bytes=int(shard_gb * 1e9))
     layout = model.origin.layout if model.origin else "zili"
     typer.echo(f"{source} is in the {layout} layout, {count_parameters(model.config).total:,} parameters")
     if (to / "tokenizer.json").is_file():
