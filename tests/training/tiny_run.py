@@ -17,7 +17,7 @@ from torch import Tensor
 from zili import chips
 from zili.chips.device import Device
 from zili.config import RunConfig
-from zili.data.loader import Loader
+from zili.data.packing import open_loader
 from zili.data.store import TokenStore
 from zili.training import checkpoints, saving
 from zili.training.callbacks import Callback, StepRecord
@@ -67,7 +67,7 @@ def open_trainer(config: RunConfig, callbacks: Sequence[Callback] = ()) -> Train
     """A trainer of `config` on the CPU, without the time that measuring the matmul peak takes."""
     stores = [(TokenStore.open(source.store), source.weight) for source in config.data.sources]
     training = config.training
-    loader = Loader(
+    loader = open_loader(
         stores, sequence_length=training.sequence_length, global_batch=training.global_batch, seed=config.seed
     )
     device = Device(chips.activate(chips.find_backend("cpu")))

@@ -106,7 +106,23 @@ def _answers(
                     progress=lambda count, say=say: status.update(f"{say}{count}"),  # type: ignore[misc]
                 )
             )
-    record = {"kind": "answers", "model": path.name, "scores": [score.as_json() for score in scores]}
+    command = f"zili eval {path.name} --answers {' '.join(place.name for place in places)}"
+    record = {
+        "model": path.name,
+        "scores": [score.as_json() for score in scores],
+        "evaluations": [
+            {
+                "task": score.name,
+                "metric": "exact answers",
+                "value": score.share,
+                "error": score.error,
+                "samples": score.answered,
+                "few_shot": 0,
+                "command": command,
+            }
+            for score in scores
+        ],
+    }
     if out is not None:
         write_whole(out, json.dumps(record, indent=1) + "\n")
     typer.echo(json.dumps(record) if as_json else _answer_table(scores))

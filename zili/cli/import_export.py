@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from zili.cli.options import program
-from zili.errors import ConfigError
+from zili.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import torch
@@ -103,11 +104,19 @@ def verify(
 
 def _evaluations(source: Path, scores: list[Path]) -> list[Evaluation]:
     """What there is for the card's table: held-out bits per byte of a run, and the files given."""
-    return _held_out(source)
+    from zili.release.record import Evaluation
+
+    found = _held_out(source)
+    for path in scores:
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            found += [Evaluation(**row) for row in record["evaluations"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} holds no results of `zili eval --out` ({error})") from error
+    return found
 
 
 def _held_out(source: Path) -> list[Evaluation]:
-    from zili.errors import DataError
     from zili.evaluation.run_record import number, read_run
     from zili.release.record import Evaluation
 

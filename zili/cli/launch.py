@@ -61,8 +61,7 @@ def prepare_launch(recipe: RunConfig) -> Launch:
 
 
 def _open_data(recipe: RunConfig) -> tuple[Tokenizer, Batches]:
-    from zili.data.loader import Loader
-    from zili.data.packing import DialogueLoader
+    from zili.data.packing import open_loader
     from zili.data.store import TokenStore
     from zili.data.tokenizer import Tokenizer
 
@@ -79,8 +78,7 @@ def _open_data(recipe: RunConfig) -> tuple[Tokenizer, Batches]:
         store.check_tokenizer(tokenizer)
         if recipe.data.verify and here == 0:  # one process a machine reads them through
             store.verify()
-    dialogues = any(store.learned is not None for store, _ in stores)
-    loader = (DialogueLoader if dialogues else Loader)(
+    loader = open_loader(
         stores,
         sequence_length=recipe.training.sequence_length,
         global_batch=recipe.training.global_batch,

@@ -6,6 +6,7 @@ import hashlib
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -116,8 +117,10 @@ class StoreWriter:
         self._digests = {suffix: hashlib.sha256() for suffix in (".bin", *((MASK,) if masked else ()))}
         self.lengths = array("i")
         self.tokens = 0
+        self._new = False
 
     def __enter__(self) -> StoreWriter:
+        self._new = not self._final[".bin"].parent.exists()
         try:
             self._final[".bin"].parent.mkdir(parents=True, exist_ok=True)
             self._streams = {suffix: self._aside[suffix].open("wb") for suffix in self._digests}
@@ -130,6 +133,9 @@ class StoreWriter:
             stream.close()
         for path in self._aside.values():
             path.unlink(missing_ok=True)
+        if error is not None and self._new:
+            with suppress(OSError):  # something else is in it by now
+                self._final[".bin"].parent.rmdir()
         if isinstance(error, OSError):
             place = error.filename or self._final[".bin"]
             raise DataError(f"{place}: {error.strerror}. The store was not built.") from error

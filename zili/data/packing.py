@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from zili.data.loader import Batch
+from zili.data.loader import Batch, Batches, Loader
 from zili.data.order import DOCUMENTS, WINDOWS, Mixture, permutation
 from zili.data.store import TokenStore
 from zili.errors import DataError
@@ -53,6 +53,19 @@ def packed(lengths: Sequence[int], room: int, order: Iterable[int]) -> list[list
                 open_rows[left] = []
             open_rows[left].append(row)
     return rows
+
+
+def open_loader(
+    sources: Sequence[tuple[TokenStore, float]], *, sequence_length: int, global_batch: int, seed: int
+) -> Batches:
+    """The loader that these stores are for: of conversations if any has a mask of what is learned, of plain text if
+    none has.
+
+    Raises `DataError` as the loaders do.
+    """
+    of_dialogues = any(store.learned is not None for store, _ in sources)
+    loader = DialogueLoader if of_dialogues else Loader
+    return loader(sources, sequence_length=sequence_length, global_batch=global_batch, seed=seed)
 
 
 class DialogueLoader:

@@ -1,0 +1,143 @@
+"""From a file of conversations to an assistant, by the commands."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from conftest import Zili
+
+from zili.config.model import ModelConfig
+from zili.data.tokenizer import Tokenizer
+from zili.models.decoder import Decoder
+from zili.release.native import write_native
+from zili.release.tensors import HeldTensors
+
+COLOURS = {"sky": "blue", "grass": "green", "snow": "white", "coal": "black"}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A model folder that knows nothing."""
+    tokenizer = Tokenizer.train([f"What is the colour of {thing}? {colour}" for thing, colour in COLOURS.items()], 290)
+    config = ModelConfig(
+        vocab_size=304, hidden_size=64, layers=2, heads=4, kv_heads=2, head_dim=16, ffn_hidden_size=128, max_length=64
+    )
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_native(folder, config, None, HeldTensors(Decoder(config).state_dict()), 10**9)
+    tokenizer.save(folder)
+    return folder
+
+
+def questions(path: Path, count: int) -> Path:
+    draw = random.Random(0)
+    lines = []
+    for _ in range(count):
+        thing = draw.choice(list(COLOURS))
+        talk = [
+            {"role": "user", "content": f"What is the colour of {thing}?"},
+            {"role": "assistant", "content": COLOURS[thing]},
+        ]
+        lines.append(json.dumps({"messages": talk}))
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def recipe(tmp_path: Path, model: Path, **training: object) -> Path:
+    text = f"""
+name = "tuned"
+folder = "{tmp_path / "run"}"
+[model]
+folder = "{model}"
+[data]
+sources = [{{ store = "{tmp_path / "data" / "train"}" }}]
+tokenizer = "{tmp_path / "data" / "tokenizer"}"
+[training]
+start_from = "{model}"
+steps = {training.get("steps", 120)}
+sequence_length = 64
+global_batch = 4
+[optimizer]
+learning_rate = 3e-3
+[chip]
+compile = false
+"""
+    path = tmp_path / "recipe.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_model_learns_to_answer_and_is_released(zili: Zili, model: Path, tmp_path: Path) -> None:
+    asked = questions(tmp_path / "talk.jsonl", 60)
+    made = zili("dialogues", asked, "--model", model, "--to", tmp_path / "data")
+    assert made.code == 0, made.err
+    assert "60 conversations" in made.out and "left out: nothing" in made.out
+    before = json.loads(zili("eval", model, "--answers", asked, "--max-new-tokens", 12, "--json").out)
+    trained = zili("train", recipe(tmp_path, model))
+    assert trained.code == 0, trained.err
+    assert "train: 60 conversations in" in trained.out and f"weights from {model}" in trained.out
+    scores = tmp_path / "scores.json"
+    told = zili("eval", tmp_path / "run", "--answers", asked, "--max-new-tokens", 12, "--out", scores)
+    assert told.code == 0, told.err
+    after = json.loads(scores.read_text(encoding="utf-8"))
+    assert before["scores"][0]["share"] == 0 and after["scores"][0]["share"] == 1.0
+    assert after["scores"][0]["loss"] < 0.2 < before["scores"][0]["loss"]
+    assert "100.0" in told.out
+    # It is an assistant now: it is talked to in turns, and leaves with its template.
+    from zili.serving.model_folder import open_folder
+
+    opened = open_folder(tmp_path / "run")
+    assert opened.conversational and opened.template is not None
+    out = tmp_path / "release"
+    assert zili("export", tmp_path / "run", "--to", out, "--as", "llama", "--scores", scores).code == 0
+    assert "{%- generation -%}" in (out / "chat_template.jinja").read_text(encoding="utf-8")
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "| talk | exact answers | 1.0000 ± 0.0000 | 60 | 0 |" in card and "model-index" in card
+    assert zili("verify", out, "--against", tmp_path / "run").code == 0
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    theirs, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the colour of grass?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    said = theirs.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert tokenizer.decode(said, skip_special_tokens=True) == "green"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("dialogues", "no.jsonl", "--model", "MODEL", "--to", "x"), 4, "no such file"),
+        (("dialogues", "BAD", "--model", "MODEL", "--to", "x"), 4, "bad.jsonl: line 1: a turn's role is 'robot'"),
+        (("dialogues", "GOOD", "--model", "no-such", "--to", "x"), 5, "does not exist"),
+        (("dialogues", "GOOD", "--model", "MODEL", "--template", "chat9", "--to", "x"), 4, "no chat template 'chat9'"),
+        (("eval", "MODEL"), 2, "give --text, or --answers"),
+        (("eval", "MODEL", "--answers", "BAD"), 4, "bad.jsonl: line 1"),
+        (("export", "MODEL", "--to", "x", "--scores", "BAD"), 4, "holds no results of `zili eval --out`"),
+        (("chat",), 2, "give a model, or --demo"),
+        (("verify", "MODEL"), 5, "no release of `zili export`"),
+        (("import", "hf:nothing", "--to", "x"), 3, "names no repository"),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    zili: Zili, model: Path, tmp_path: Path, words: tuple[str, ...], code: int, said: str
+) -> None:
+    bad, good = tmp_path / "bad.jsonl", questions(tmp_path / "good.jsonl", 3)
+    bad.write_text('{"messages": [{"role": "robot", "content": "x"}]}\n', encoding="utf-8")
+    places = {"MODEL": model, "BAD": bad, "GOOD": good, "x": tmp_path / "x"}
+    found = zili(*(places.get(word, word) for word in words))
+    assert found.code == code, found.err
+    assert said in " ".join((found.out + found.err).replace("│", " ").split())
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_model_folder_that_is_none(zili: Zili, tmp_path: Path, model: Path) -> None:
+    path = recipe(tmp_path, tmp_path / "nowhere")
+    found = zili("train", path)
+    assert found.code == 3 and "is no Zili model folder" in found.err

@@ -1,0 +1,105 @@
+"""Fine-tuning on conversations: the same trainer, the same curve in every layout, the same promise to resume."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from many import on_processes, open_trainer
+from tiny_models import BOUND, Kind, Layout, Row, Runs, slow
+
+from zili.config import RunConfig
+from zili.data.chat import ChatTemplate
+from zili.data.dialogue_store import build_dialogue_store
+from zili.data.dialogues import Dialogue
+from zili.data.sources import Census
+from zili.data.tokenizer import Tokenizer
+from zili.ops import IGNORE_INDEX
+
+
+@pytest.fixture(scope="session")
+def conversations(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An override that makes a run of the tiny models one on conversations."""
+    draw, words = random.Random(0), ["the", "model", "trains", "on", "what", "it", "said", "and", "asks", "for", "more"]
+
+    def line() -> str:
+        return " ".join(draw.choices(words, k=draw.randint(1, 5)))
+
+    talks = []
+    for number in range(300):
+        turns = [{"role": role, "content": line()} for _ in range(draw.randint(1, 2)) for role in ("user", "assistant")]
+        talks.append(Dialogue(turns, None, f"talk {number}"))
+    prefix = tmp_path_factory.mktemp("conversations") / "talk"
+    tokenizer = Tokenizer.from_folder(tiny_data / "tokenizer")
+    build_dialogue_store(talks, tokenizer, ChatTemplate.named("telechat2"), prefix, census=Census())
+    return f"data.sources=[{{store='{prefix}'}}]"
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    [
+        (Layout("shards=2"), "dense"),
+        slow(Layout("tensor=2"), "dense"),
+        slow(Layout("context=2"), "dense"),
+        slow(Layout("pipeline=2"), "dense"),
+        slow(Layout("shards=2 expert=2"), "mixture"),
+        slow(Layout("pipeline=2"), "mixture"),
+    ],
+)
+def test_a_layout_has_the_curve_of_one_process(
+    layout: Layout, kind: Kind, conversations: str, runs: Runs, request: pytest.FixtureRequest
+) -> None:
+    one, other = runs.alone(kind, conversations), runs.on(layout, kind, conversations)
+    Row.of(f"{layout}, conversations", layout.world, kind, one, other, 2e-4, 2e-3).check(request)
+    assert one.losses[-1] < one.losses[0]
+
+
+def test_the_loss_is_the_mean_over_what_the_assistant_says(conversations: str, runs: Runs) -> None:
+    """Computed again with torch's own cross entropy, a conversation at a time and without any packing."""
+    config = runs.recipe("dense", conversations)
+    ((found, expected),) = on_processes(1, _both_ways, config)
+    assert found == pytest.approx(expected, rel=BOUND)
+
+
+def _both_ways(config: RunConfig) -> tuple[float, float]:
+    trainer = open_trainer(config)
+    trainer.model.eval()
+    batch = trainer.loader.batch(0)
+    total = count = 0.0
+    with torch.no_grad():
+        for ids, labels, documents in zip(*batch, strict=True):
+            for document in range(int(documents.max()) + 1):
+                of = documents == document
+                wanted = labels[of]
+                if (wanted == IGNORE_INDEX).all():
+                    continue
+                logits = trainer.model(ids[of][None])[0]
+                said = wanted != IGNORE_INDEX
+                total += float(torch.nn.functional.cross_entropy(logits[said], wanted[said], reduction="sum"))
+                count += int(said.sum())
+    trainer.model.train()
+    loss, _ = trainer.train_step(batch)
+    return float(loss), total / count
+
+
+def test_a_run_goes_on_where_it_was_stopped(conversations: str, runs: Runs, tmp_path: Path) -> None:
+    folder = f"folder={tmp_path / 'stopped'}"
+    (whole,) = on_processes(1, _weights, runs.recipe("dense", conversations), None)
+    on_processes(1, _weights, runs.recipe("dense", conversations, folder), 7)
+    (resumed,) = on_processes(1, _weights, runs.recipe("dense", conversations, folder), None)
+    assert whole == resumed
+
+
+def _weights(config: RunConfig, steps: int | None) -> dict[str, bytes]:
+    trainer = open_trainer(config)
+    trainer.resume()
+    if steps is None:
+        trainer.fit()
+    else:
+        while trainer.step < steps:
+            trainer.train_step(trainer.loader.batch(trainer.step))
+        trainer.save()
+        trainer._saver.wait()
+    return {name: tensor.detach().numpy().tobytes() for name, tensor in trainer.model.named_parameters()}
