@@ -117,7 +117,7 @@ def test_a_model_learns_to_answer_and_is_released(zili: Zili, model: Path, tmp_p
         (("dialogues", "BAD", "--model", "MODEL", "--to", "x"), 4, "bad.jsonl: line 1: a turn's role is 'robot'"),
         (("dialogues", "GOOD", "--model", "no-such", "--to", "x"), 5, "does not exist"),
         (("dialogues", "GOOD", "--model", "MODEL", "--template", "chat9", "--to", "x"), 4, "no chat template 'chat9'"),
-        (("eval", "MODEL"), 2, "give --text, or --answers"),
+        (("eval", "MODEL"), 2, "--text, --answers or --tasks"),
         (("eval", "MODEL", "--answers", "BAD"), 4, "bad.jsonl: line 1"),
         (("export", "MODEL", "--to", "x", "--scores", "BAD"), 4, "holds no results of `zili eval --out`"),
         (("chat",), 2, "give a model, or --demo"),

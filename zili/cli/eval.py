@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,21 +16,34 @@ if TYPE_CHECKING:
     from zili.evaluation.answers import AnswerScore
     from zili.evaluation.bits_per_byte import Score
     from zili.evaluation.compressors import Reference
+    from zili.evaluation.harness import TaskScore
 
 
 def eval_(
-    path: Annotated[Path, typer.Argument(help="Run, checkpoint or model folder.", metavar="PATH")],
+    path: Annotated[Path | None, typer.Argument(help="Run, checkpoint or model folder.", metavar="PATH")] = None,
     *,
     text: Annotated[list[Path] | None, typer.Option(help="File or folder of text; may be repeated.")] = None,
     answers: Annotated[
         list[Path] | None,
         typer.Option(help="File of conversations, or folder of such: is the last turn answered so? May be repeated."),
     ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks and groups of lm-eval, or Zili's own (zili_arithmetic, ...), with commas.")
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with task files of your own.")] = None,
+    list_tasks: Annotated[bool, typer.Option("--list-tasks", help="Name every task there is.")] = False,
+    few_shot: Annotated[
+        int | None, typer.Option(help="Examples in the context; the task's own if not given.", min=0)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions of each task; all if not given.", min=1)] = None,
+    as_chat: Annotated[bool, typer.Option("--chat", help="Ask in turns of the model's chat template.")] = False,
     template: Annotated[
         str | None, typer.Option(help="Chat template in place of the model's own: a name, or a file.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
-    out: Annotated[Path | None, typer.Option(help="Write the results of --answers here, for a model card.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the results of --answers or --tasks here, for a model card.")
+    ] = None,
     text_field: TextField = "text",
     on_error: OnErrorOption = OnError.RAISE,
     sequence_length: Annotated[
@@ -41,13 +55,22 @@ def eval_(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure bits per byte on text the model has not seen, lower is better; or how conversations are answered."""
-    if bool(text) == bool(answers):
-        raise typer.BadParameter("give --text, or --answers")
+    if list_tasks:
+        from zili.evaluation.harness import task_names
+
+        typer.echo("\n".join(task_names(include_path)))
+        return
+    if path is None or sum(map(bool, (text, answers, tasks))) != 1:
+        raise typer.BadParameter("give a model, and --text, --answers or --tasks")
     from zili.serving.place import open_device
 
     device = open_device(chip)
     if answers:
         _answers(path, answers, template, max_new_tokens, device, as_json, out)
+        return
+    if tasks:
+        asked = _Asked(tasks.split(","), include_path, few_shot, limit, as_chat, template, batch_size)
+        _tasks(path, asked, device, as_json, out)
         return
     assert text is not None
     from rich.console import Console
@@ -126,6 +149,68 @@ def _answers(
     if out is not None:
         write_whole(out, json.dumps(record, indent=1) + "\n")
     typer.echo(json.dumps(record) if as_json else _answer_table(scores))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Tasks, and how."""
+
+    names: list[str]
+    include: Path | None
+    few_shot: int | None
+    limit: int | None
+    chat: bool
+    template: str | None
+    batch_size: int
+
+
+def _tasks(path: Path, asked: _Asked, device: Any, as_json: bool, out: Path | None) -> None:
+    from rich.console import Console
+
+    from zili.data.chat import ChatTemplate
+    from zili.durable import write_whole
+    from zili.evaluation.harness import Scorer, run_tasks
+    from zili.serving.model_folder import open_folder
+
+    scorer = Scorer(open_folder(path, device=device), asked.batch_size)
+    if asked.template:
+        scorer.template = ChatTemplate.named(asked.template)
+    with Console(stderr=True).status("loading tasks") as status:
+        scores = run_tasks(
+            scorer,
+            asked.names,
+            include=asked.include,
+            few_shot=asked.few_shot,
+            limit=asked.limit,
+            chat=asked.chat,
+            progress=status.update,
+        )
+    command = f"zili eval {path.name} --tasks {','.join(asked.names)}" + (" --chat" if asked.chat else "")
+    command += f" --limit {asked.limit}" if asked.limit else ""
+    record = {"model": path.name, "evaluations": [{**asdict(score), "command": command} for score in scores]}
+    if out is not None:
+        write_whole(out, json.dumps(record, indent=1) + "\n")
+    typer.echo(json.dumps(record) if as_json else _task_table(scores))
+    if scorer.counted.shortened:
+        typer.echo(
+            f"{scorer.counted.shortened:,} contexts were longer than the model's: their beginnings were left out"
+        )
+
+
+def _task_table(scores: list[TaskScore]) -> str:
+    width = max(12, *(len(score.task) for score in scores))
+    metrics = max(12, *(len(score.metric) for score in scores))
+    rows = [f"{'task':<{width}}  {'metric':<{metrics}}     value   error      n  few-shot"]
+    for score in scores:
+        error = "      -" if score.error is None else f"{score.error:7.4f}"
+        star = " *" if score.generated else ""
+        rows.append(
+            f"{score.task:<{width}}  {score.metric:<{metrics}}  {score.value:8.4f} {error} {score.samples:6,} "
+            f"{score.few_shot:9}{star}"
+        )
+    if any(score.generated for score in scores):
+        rows.append("* generated by Zili: no benchmark")
+    return "\n".join(rows)
 
 
 def _answer_table(scores: list[AnswerScore]) -> str:
