@@ -56,6 +56,30 @@ def test_a_layout_has_the_curve_of_one_process(
     assert one.losses[-1] < one.losses[0]
 
 
+LORA = "model.lora={rank=4, alpha=8.0, matrices=['query', 'value', 'output', 'gate', 'down']}"
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    [
+        (Layout("shards=2"), "dense"),
+        slow(Layout("replicas=2"), "dense"),
+        slow(Layout("tensor=2"), "dense"),
+        slow(Layout("shards=2 tensor=2"), "dense"),
+        slow(Layout("context=2"), "dense"),
+        slow(Layout("pipeline=2"), "dense"),
+        slow(Layout("pipeline=2 schedule=zero_bubble"), "dense"),
+    ],
+)
+def test_adapters_have_the_curve_of_one_process(
+    layout: Layout, kind: Kind, conversations: str, runs: Runs, request: pytest.FixtureRequest
+) -> None:
+    rate = "optimizer.learning_rate=0.01"
+    one, other = runs.alone(kind, conversations, LORA, rate), runs.on(layout, kind, conversations, LORA, rate)
+    Row.of(f"{layout}, adapters", layout.world, kind, one, other, 2e-4, 2e-3).check(request)
+    assert one.losses[-1] < one.losses[0] - 0.1
+
+
 def test_the_loss_is_the_mean_over_what_the_assistant_says(conversations: str, runs: Runs) -> None:
     """Computed again with torch's own cross entropy, a conversation at a time and without any packing."""
     config = runs.recipe("dense", conversations)

@@ -1,4 +1,4 @@
-"""The parts of a shape that only some models have: a mixture of experts, and latent attention."""
+"""The parts of a shape that only some models have: a mixture of experts, latent attention, adapters."""
 
 from __future__ import annotations
 
@@ -49,3 +49,24 @@ class LatentConfig(Section):
     rope_head_dim: PositiveInt
     """Part of a query or key that is turned by its position; `model.head_dim` counts it in. Keys share it."""
     value_head_dim: PositiveInt
+
+
+ADAPTED = ("query", "key", "value", "output", "gate", "up", "down")
+
+
+class LoraConfig(Section):
+    """Adapters of low rank beside matrices that stay as they are (Hu et al. 2021, LoRA): `W + alpha / rank B A`.
+
+    They alone are trained. What reads a checkpoint of such a run, `zili chat` or `zili export`, finds them merged.
+    """
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    matrices: tuple[str, ...] = ADAPTED
+    """Names of the blocks' matrices that get one: query, key, value, output, gate, up, down; of latent attention
+    query_up and key_value_up. Not experts and routers."""
+
+    @property
+    def scale(self) -> float:
+        """What an adapter's product is multiplied by."""
+        return self.alpha / self.rank

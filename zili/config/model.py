@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from zili.config.mixture import LatentConfig, MixtureConfig
+from zili.config.mixture import LatentConfig, LoraConfig, MixtureConfig
 from zili.config.section import Section
 
 RotaryRule = Literal["plain", "linear", "llama3", "yarn", "telechat3_yarn", "telechat_ntk", "tele_flm_ntk"]
@@ -79,6 +79,7 @@ class ModelConfig(Section):
     rotary: RotaryConfig = RotaryConfig()
     mixture: MixtureConfig | None = None
     latent: LatentConfig | None = None
+    lora: LoraConfig | None = None
 
     @property
     def rotary_dim(self) -> int:
@@ -105,6 +106,17 @@ class ModelConfig(Section):
                 f"latent.rope_head_dim ({self.latent.rope_head_dim}) must be even and less than head_dim "
                 f"({self.head_dim}), which counts it in"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _adapted_matrices(self) -> Self:
+        if self.lora is None:
+            return self
+        latent = ("query_down", "query_up", "key_value_down", "key_value_up", "output", "gate", "up", "down")
+        there = latent if self.latent else ("query", "key", "value", "output", "gate", "up", "down")
+        for name in self.lora.matrices:
+            if name not in there:
+                raise ValueError(f"lora.matrices: {name!r} is none of this model's: {', '.join(there)}")
         return self
 
     @model_validator(mode="after")

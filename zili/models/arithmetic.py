@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
+from zili.config.mixture import LoraConfig
 from zili.config.model import ModelConfig
 
 Shape = tuple[int, ...]
@@ -20,7 +21,23 @@ def layer_shapes(config: ModelConfig, number: int) -> dict[str, Shape]:
         shapes.update(_prefixed("feed_forward", _mixture(config)))
     else:
         shapes.update(_prefixed("feed_forward", _swiglu(config, config.ffn_hidden_size)))
-    return shapes
+    return shapes if config.lora is None or number >= config.layers else {**shapes, **_adapters(config.lora, shapes)}
+
+
+def _adapters(lora: LoraConfig, shapes: dict[str, Shape]) -> dict[str, Shape]:
+    """`lora_a [rank, in]` and `lora_b [out, rank]` of each matrix that has them."""
+    adapters: dict[str, Shape] = {}
+    for name, shape in shapes.items():
+        module, _, kind = name.rpartition(".")
+        if kind == "weight" and module.rpartition(".")[2] in lora.matrices:
+            adapters[f"{module}.lora_a"] = (lora.rank, shape[1])
+            adapters[f"{module}.lora_b"] = (shape[0], lora.rank)
+    return adapters
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of that name belongs to an adapter of low rank."""
+    return name.rpartition(".")[2] in ("lora_a", "lora_b")
 
 
 def _prefixed(prefix: str, shapes: dict[str, Shape]) -> dict[str, Shape]:
@@ -217,7 +234,10 @@ def training_state_bytes(
     """
     count = count_parameters(config)
     total = count.total + count.next_tokens
-    moments = 2 * total
+    trained = total
+    if config.lora is not None:
+        trained = sum(prod(shape) for name, shape in parameter_shapes(config).items() if is_adapter(name))
+    moments = 2 * trained
     if optimizer == "muon":
-        moments -= block_matrices(config)
-    return StateBytes(weight_bytes * total, gradient_bytes * total, moment_bytes * moments)
+        moments -= block_matrices(config) if config.lora is None else trained
+    return StateBytes(weight_bytes * total, gradient_bytes * trained, moment_bytes * moments)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zili import ops
+from zili.config.mixture import LoraConfig
 from zili.config.model import ModelConfig
 from zili.models.attention import attention_of
 from zili.models.cache import CacheEntry, KeyValueCache
@@ -126,8 +127,17 @@ class Decoder(nn.Module):
         self.next_tokens = NextTokens(config) if last and config.mtp_layers else None
         self.next_loss: Tensor | None = None
         """Losses of multi-token prediction, summed since the trainer last took them, 0-d."""
+        if config.lora is not None:
+            self._adapt(config.lora)
         if not next(self.parameters()).is_meta:
             self.init_weights(0)
+
+    def _adapt(self, lora: LoraConfig) -> None:
+        """Adapters beside the matrices that have one; nothing else is trained."""
+        self.requires_grad_(False)
+        for name, module in self.layers.named_modules():
+            if isinstance(module, Linear) and name.rpartition(".")[2] in lora.matrices:
+                module.adapt(lora.rank, lora.scale)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -27,9 +27,10 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: 
         return torch.stack([initial_value(f"{name}.{i}", shape[1:], config, seed) for i in range(shape[0])])
     if name.endswith("norm.weight"):
         return torch.ones(shape, device="cpu")
-    if name.endswith(".bias"):
+    if name.endswith((".bias", ".lora_b")):
         return torch.zeros(shape, device="cpu")
-    std = config.init_std
+    # An adapter adds nothing at first: its second factor is zero (Hu et al. 2021, section 4.1).
+    std = shape[1] ** -0.5 if name.endswith(".lora_a") else config.init_std
     if _EXPERT.sub("", name).endswith(_RESIDUAL_OUTPUTS):
         std /= (2 * config.layers) ** 0.5
     return torch.empty(shape, device="cpu").normal_(0.0, std, generator=_generator(name, seed))

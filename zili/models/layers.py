@@ -57,6 +57,16 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias)
         self.leave: Seam | None = None
         """Where a product whose inner dimension is cut is summed up, before the bias; None where it is whole."""
+        self.lora_a: nn.Parameter | None = None
+        self.lora_b: nn.Parameter | None = None
+        self.scale = 0.0
+
+    def adapt(self, rank: int, scale: float) -> None:
+        """Put an adapter of low rank beside the matrix, which itself stays as it is."""
+        self.weight.requires_grad_(False)
+        self.lora_a = nn.Parameter(torch.empty(rank, self.in_features))
+        self.lora_b = nn.Parameter(torch.empty(self.out_features, rank))
+        self.scale = scale
 
     def reset_parameters(self) -> None:
         """Does nothing; see the module's docstring."""
@@ -64,9 +74,14 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else local(self.bias)
         if self.leave is None:
-            return ops.linear(x, local(self.weight), bias)
-        out = self.leave(ops.linear(x, local(self.weight)))
+            return self._adapted(ops.linear(x, local(self.weight), bias), x)
+        out = self.leave(self._adapted(ops.linear(x, local(self.weight)), x))
         return out if bias is None else out + bias
+
+    def _adapted(self, out: Tensor, x: Tensor) -> Tensor:
+        if self.lora_a is None or self.lora_b is None:
+            return out
+        return out + self.scale * ops.linear(ops.linear(x, local(self.lora_a)), local(self.lora_b))
 
 
 class Embedding(nn.Embedding):

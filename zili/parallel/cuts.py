@@ -34,6 +34,13 @@ PARAMETERS = (
 
 
 def cut_of(module: str, parameter: str) -> int | None:
-    """The dimension in which `parameter` ("weight" or "bias") of the module of that name is cut; None: it is whole."""
+    """The dimension in which `parameter` of the module of that name is cut; None: it is whole.
+
+    Of an adapter `B A` the factor that has the cut dimension of the matrix is cut with it.
+    """
     rule = next(rule for rule in PARAMETERS if fnmatchcase(module, rule.modules))
+    if parameter == "lora_a":
+        return COLUMNS if rule.weight == COLUMNS else WHOLE
+    if parameter == "lora_b":
+        return ROWS if rule.weight == ROWS else WHOLE
     return rule.bias if parameter == "bias" else rule.weight

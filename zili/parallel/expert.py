@@ -87,7 +87,7 @@ def apply_expert_parallel(model: Decoder, world: World) -> None:
             mesh = world.mesh("expert")
             for name, parameter in list(module.named_parameters()):
                 cut = distribute_tensor(parameter, mesh, [Shard(0)], src_data_rank=None)
-                module.register_parameter(name, nn.Parameter(cut))
+                module.register_parameter(name, nn.Parameter(cut, requires_grad=parameter.requires_grad))
             module.exchange = ProcessExchange(mesh.get_group())
         if isinstance(module, Router) and layout.context * layout.tensor > 1:
             module.sequence = SumOverSequence(world.mesh("sequence").get_group())

@@ -213,7 +213,7 @@ class ParallelModel:
             loads[number] = router.load
             router.load.zero_()
         self.world.sum(loads)
-        for number, router in routers:
+        for number, router in routers if config.lora is None else ():  # else they stay as they are
             router.balance(loads[number])
         numbers = range(config.layers + config.mtp_layers)
         return torch.stack([loads[number] for number in numbers if config.has_experts(number)])

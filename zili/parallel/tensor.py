@@ -87,7 +87,7 @@ def apply_tensor_parallel(model: Decoder, world: World) -> None:
             dimension = cut_of(name, key)
             placement: Placement = Replicate() if dimension is None else Shard(dimension)
             cut = distribute_tensor(parameter, mesh, [placement], src_data_rank=None)
-            module.register_parameter(key, nn.Parameter(cut))
+            module.register_parameter(key, nn.Parameter(cut, requires_grad=parameter.requires_grad))
         for key in SEAM_NAMES:
             kind = next((kind for pattern, kind in SEAMS.items() if fnmatchcase(f"{name}.{key}", pattern)), None)
             if kind is not None and hasattr(module, key):

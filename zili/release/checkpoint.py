@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from zili.config.mixture import LoraConfig
 from zili.config.model import ModelConfig
 from zili.errors import CheckpointError
-from zili.models.arithmetic import parameter_shapes
+from zili.models.arithmetic import is_adapter, parameter_shapes
 from zili.release.mapping import check_tensors
 from zili.release.tensors import Index, Tensors, open_safetensors
 
@@ -91,4 +92,27 @@ def open_checkpoint(folder: Path) -> tuple[ModelConfig, Tensors, Path]:
     config = ModelConfig.model_validate(read_state(found).config["model"])
     tensors = CheckpointTensors(found)
     check_tensors(tensors.describe(), parameter_shapes(config), found)
-    return config, tensors, found
+    if config.lora is None:
+        return config, tensors, found
+    return config.model_copy(update={"lora": None}), MergedTensors(tensors, config.lora), found
+
+
+class MergedTensors(Tensors):
+    """The matrices of a model with adapters, `W + alpha / rank B A` in fp32, and what it has beside them."""
+
+    def __init__(self, tensors: Tensors, lora: LoraConfig) -> None:
+        self._tensors, self._lora = tensors, lora
+        self._there = tensors.describe()
+
+    def describe(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self._there.items() if not is_adapter(name)}
+
+    def read(self, name: str, index: Index | None = None) -> Tensor:
+        module = name.removesuffix(".weight")
+        whole = self._tensors.read(name, index)
+        if f"{module}.lora_a" not in self._there:
+            return whole
+        rows, columns = index or (slice(None), slice(None))
+        first = self._tensors.read(f"{module}.lora_a").float()[:, columns]
+        second = self._tensors.read(f"{module}.lora_b").float()[rows]
+        return (whole.float() + self._lora.scale * second @ first).to(whole.dtype)

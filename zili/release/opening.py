@@ -14,6 +14,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from zili.config.model import ModelConfig
 from zili.data.tokenizer import has_tokenizer
 from zili.errors import CheckpointError
+from zili.models.arithmetic import is_adapter
 from zili.models.decoder import Decoder
 from zili.release.checkpoint import open_checkpoint
 from zili.release.deepseek import DeepSeek
@@ -88,6 +89,9 @@ def fill_from(parts: Iterable[Decoder], model: OpenModel) -> None:
     wanted = [named for part in parts for named in part.named_tensors()]
     shapes = {name: tuple(tensor.shape) for name, tensor in wanted}
     described = model.tensors.describe()
+    # Adapters begin as they were drawn: what they adapt has none.
+    wanted = [(name, tensor) for name, tensor in wanted if name in described or not is_adapter(name)]
+    shapes = {name: shapes[name] for name, _ in wanted}
     check_tensors({name: described[name] for name in shapes if name in described}, shapes, model.companions)
     for name, tensor in wanted:
         index = own_part(tensor)
