@@ -12,7 +12,16 @@ from zili.data.chat import ChatTemplate, template_for, template_names
 from zili.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from zili.errors import DataError
 
-MARKS = [*SPECIAL_TOKENS, "<think>", "</think>", "<tool_call>", "</tool_call>", "<|im_start|>", "<|im_end|>"]
+MARKS = [
+    *SPECIAL_TOKENS,
+    "<_observation>",
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "<|im_start|>",
+    "<|im_end|>",
+]
 TALK = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "What is 2 + 2? 请回答。"},
@@ -52,7 +61,7 @@ EXPECTED = {
     "telechat1": "<_system>Be brief.<_end><_user>What is 2 + 2? 请回答。<_bot>[4<_end>]<_user>And 3?<_bot>[6<_end>]",
     "telechat2": "<_system>Be brief.\n<_user>What is 2 + 2? 请回答。<_bot>[4<_end>]\n<_user>And 3?<_bot>[6<_end>]",
     "telechat3": "<_system>Be brief.\n<_user>What is 2 + 2? 请回答。<_bot>[4<_end>]\n<_user>And 3?<_bot>[6<_end>]\n",
-    "telechat3-coder": "<_system>Be brief.\n<_user>What is 2 + 2? 请回答。<_bot>[</think>4<_end>]"
+    "telechat3-coder": "<_system>Be brief.<_user>What is 2 + 2? 请回答。<_bot>[</think>4<_end>]"
     "<_user>And 3?<_bot>[</think>6<_end>]",
     "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is 2 + 2? 请回答。<|im_end|>\n"
     "<|im_start|>assistant\n[4<|im_end|>]\n<|im_start|>user\nAnd 3?<|im_end|>\n<|im_start|>assistant\n[6<|im_end|>]\n",
@@ -61,7 +70,7 @@ PROMPTS = {
     "telechat1": "<_user>Hi<_bot>",
     "telechat2": "<_user>Hi<_bot>",
     "telechat3": "<_system><_user>Hi<_bot><think>\n",
-    "telechat3-coder": "<_system><_user>Hi<_bot><think>\n",
+    "telechat3-coder": "<_system><_user>Hi<_bot><think>",
     "chatml": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
 }
 _CALLED = '<tool_call>\n{"name": "weather", "arguments": {"city": "北京", "days": 2}}\n</tool_call>'
@@ -69,13 +78,13 @@ _TAGGED = (
     "<tool_call>weather<param_key>city</param_key><param_value>北京</param_value><param_key>days</param_key>"
     "<param_value>2</param_value></tool_call>"
 )
-_RESULT = '<tool_response>\n{"sky": "clear"}\n</tool_response>\n<tool_response>\nwind 3\n</tool_response>'
+_RESULTS = '<tool_response>\n{"sky": "clear"}\n</tool_response>', "<tool_response>\nwind 3\n</tool_response>"
+_PLAIN = '<tool_response>{"sky": "clear"}</tool_response><tool_response>wind 3</tool_response>'
 USED = {
-    "telechat2": f"<_user>Weather?<_bot>[{_CALLED}<_end>]\n<_user>{_RESULT}<_bot>[Clear.<_end>]",
-    "telechat3": f"<_user>Weather?<_bot>[<think>\nI must look.\n</think>{_CALLED}<_end>]\n"
-    f"<_user>{_RESULT}<_bot>[Clear.<_end>]\n",
+    "telechat2": f"<_user>Weather?<_bot>[{_CALLED}<_end>]\n<_user>{''.join(_RESULTS)}<_bot>[Clear.<_end>]",
+    "telechat3": f"<_user>Weather?<_bot>[{_CALLED}<_end>]\n<_user>{chr(10).join(_RESULTS)}<_bot>[Clear.<_end>]\n",
     "telechat3-coder": f"<_user>Weather?<_bot>[<think>\nI must look.\n</think>{_TAGGED}<_end>]"
-    f"<_user>{_RESULT}<_bot>[</think>Clear.<_end>]",
+    f"<_observation>{_PLAIN}<_bot>[</think>Clear.<_end>]",
 }
 
 
@@ -112,9 +121,9 @@ def test_a_prompt_ends_where_an_answer_begins(tokenizer: Tokenizer, name: str) -
 def test_tools(tokenizer: Tokenizer, name: str) -> None:
     rendered = ChatTemplate.named(name).render(tokenizer, USE, tools=TOOLS)
     text = marked(tokenizer, rendered.ids, rendered.said)
-    system, _, turns = text.partition("\n<_user>")
-    assert "<_user>" + turns == USED[name]
-    assert system.startswith("<_system>#")
+    assert text.endswith(USED[name])
+    system = text.removesuffix(USED[name])
+    assert system.startswith("<_system>\n")
     assert (
         '\n{"type": "function", "function": {"name": "weather", "parameters": {"city": "string"}}}\n</tools>' in system
     )
@@ -130,6 +139,38 @@ def test_thinking_can_be_left_out_and_may_come_inside_the_content(tokenizer: Tok
     for name in ("telechat3", "telechat3-coder"):
         template = ChatTemplate.named(name)
         assert template.render(tokenizer, inside) == template.render(tokenizer, apart)
+
+
+def turns(*texts: str, system: str | None = None) -> list[dict[str, str]]:
+    roles = ("user", "assistant") * len(texts)
+    before = [] if system is None else [{"role": "system", "content": system}]
+    return before + [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+
+
+# What modelscope/ms-swift (tests/test_align/test_template/test_agent.py) asserts of the published templates.
+PUBLISHED = [
+    ("telechat3", turns("hi", "answer", system=""), "<_system>\n<_user>hi<_bot>answer<_end>\n"),
+    ("telechat3", turns("q", " answer\n"), "<_system><_user>q<_bot> answer\n<_end>\n"),
+    ("telechat3-coder", turns("hi", "answer"), "<_system><_user>hi<_bot></think>answer<_end>"),
+    (
+        "telechat3-coder",
+        turns("hi", "<think>plan</think>answer", "again", "done"),
+        "<_system><_user>hi<_bot></think>answer<_end><_user>again<_bot></think>done<_end>",
+    ),
+    (
+        "telechat3-coder",
+        turns("question", "<think>\nplan\n</think>\nanswer"),
+        "<_system><_user>question<_bot><think>\nplan\n</think>answer<_end>",
+    ),
+    ("telechat3-coder", turns("q", "<think>\n\n</think>answer"), "<_system><_user>q<_bot></think>answer<_end>"),
+]
+
+
+@pytest.mark.parametrize(("name", "talk", "expected"), PUBLISHED)
+def test_as_the_published_templates_are_tested_elsewhere(
+    tokenizer: Tokenizer, name: str, talk: list[dict[str, str]], expected: str
+) -> None:
+    assert tokenizer.decode(ChatTemplate.named(name).render(tokenizer, talk).ids) == expected
 
 
 @pytest.mark.parametrize("name", template_names())

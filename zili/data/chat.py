@@ -32,7 +32,7 @@ Message = Mapping[str, Any]
 _PRIVATE = range(0xE000, 0xF900)
 """Characters without a meaning of their own, of which some are taken that occur nowhere else."""
 _THOUGHT = re.compile(r"\s*<think>\n?(.*?)\n?</think>(.*)", re.DOTALL)
-_MARK = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
+_MARK = re.compile(r"(\{%-?\s*)(end)?generation(\s*-?%\})")
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,11 @@ class ChatTemplate:
 
     @property
     def without_marks(self) -> str:
-        """Its text for engines that do not know what `generation` marks."""
-        return _MARK.sub("", self.source)
+        """Its text for engines that do not know what `generation` marks.
+
+        A condition that always holds stands there instead, so that white space is trimmed as before.
+        """
+        return _MARK.sub(lambda found: f"{found[1]}{'endif' if found[2] else 'if true'}{found[3]}", self.source)
 
     def render(
         self,

@@ -226,11 +226,15 @@ class ParallelModel:
 
 
 def _with_next(labels: Tensor, document_ids: Tensor) -> Tensor:
-    """`labels [B, S]` with the token after each beside it, `[B, S, 2]`; none where that is another document's."""
+    """`labels [B, S]` with the token after each beside it, `[B, S, 2]`.
+
+    None where that is another document's, nor after a token that is not learned: it is predicted from the label before
+    it, and there is none.
+    """
     following = labels.roll(-1, 1)
     following[:, -1] = IGNORE_INDEX
-    same = document_ids == document_ids.roll(-1, 1)
-    return torch.stack((labels, following.where(same, IGNORE_INDEX)), -1)
+    counted = (document_ids == document_ids.roll(-1, 1)) & (labels != IGNORE_INDEX)
+    return torch.stack((labels, following.where(counted, IGNORE_INDEX)), -1)
 
 
 def plain(x: Tensor) -> Tensor:
