@@ -261,6 +261,8 @@ def test_an_epoch_has_every_conversation_once_and_whole(tmp_path: Path, tokenize
     assert sorted(seen) == sorted(expected)
     assert loader.report[0].startswith(f"talk: 60 conversations in {count} rows of 128 tokens")
     assert "LEFT OUT" not in loader.report[0]
+    labels = [label for _, row, _ in rows_of(loader, count) for label in row]
+    assert loader.learned_share == pytest.approx(sum(label != -100 for label in labels) / len(labels))
 
 
 def test_what_is_longer_than_a_row_is_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:

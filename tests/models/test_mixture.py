@@ -287,3 +287,23 @@ def test_multi_token_prediction_is_its_formula():
 
 def rms(x, norm):
     return x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
+
+
+def test_the_balance_loss_counts_by_the_share_of_labels_that_count():
+    """Twice as many labels, each with half of it: the quotient that the trainer makes is the same."""
+    config = ModelConfig(
+        vocab_size=8,
+        hidden_size=16,
+        layers=1,
+        heads=2,
+        kv_heads=2,
+        head_dim=8,
+        ffn_hidden_size=16,
+        mixture=MixtureConfig(experts=4, top_k=2, ffn_hidden_size=8, balance_loss=0.5),
+    )
+    router = Router(config)
+    torch.nn.init.normal_(router.weight)
+    x = torch.randn(2, 6, 16)
+    whole = router(x)[1]
+    router.share = 0.25
+    assert torch.allclose(router(x)[1], whole / 4)

@@ -261,6 +261,7 @@ def test_a_published_folder_becomes_a_complete_one(tmp_path):
     source = golden_folder("telechat2-gqa")
     golden = load_file(source / "golden.safetensors")
     import_model(source, tmp_path / "zili")
+    (tmp_path / "zili" / "modeling_telechat.py").write_text("raise SystemExit('the code it was published with')")
     for layout, allowed in (("telechat2", 1e-4), ("llama", 0.1)):
         release = export_model(tmp_path / "zili", tmp_path / layout, layout=layout)
         model = AutoModelForCausalLM.from_pretrained(tmp_path / layout, trust_remote_code=True, dtype=torch.float32)
@@ -269,7 +270,8 @@ def test_a_published_folder_becomes_a_complete_one(tmp_path):
         assert (found - golden["logits"]).abs().max() <= allowed
         assert ("fp16" in " ".join(release.notes)) == (layout == "llama")
         assert (release.difference > 1e-6) == (layout == "llama")
-        verify_release(tmp_path / layout, against=tmp_path / "zili")
+        verify_release(tmp_path / layout, against=tmp_path / "zili", transformers=True)
+        assert not (tmp_path / layout / "modeling_telechat.py").exists()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -47,6 +47,10 @@ class Batches(Protocol):
     def report(self) -> list[str]:
         """Lines on what of the data is read, and what is not."""
 
+    @property
+    def learned_share(self) -> float:
+        """Of the positions of a batch, those with a label that counts, in the mean over the data."""
+
     def batch(self, step: int, rows: slice = ...) -> Batch:
         """The batch of step `step` (from 0), or those of its rows that one data-parallel rank takes."""
 
@@ -92,6 +96,11 @@ class Loader:
     def report(self) -> list[str]:
         """Nothing is left out of plain text."""
         return []
+
+    @property
+    def learned_share(self) -> float:
+        """Every label counts."""
+        return 1.0
 
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
         """The batch of step `step` (from 0), or those of its rows that one data-parallel rank takes."""

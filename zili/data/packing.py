@@ -98,6 +98,12 @@ class DialogueLoader:
         """A line for each source: how its conversations lie in rows, and what was left out."""
         return [line.report for line in self._lines]
 
+    @property
+    def learned_share(self) -> float:
+        """Of the positions of a batch, those with a label that counts, in the mean over the data."""
+        shares = zip(self._mixture.shares, self._lines, strict=True)
+        return sum(float(share) * line.learned / (line.count * self.sequence_length) for share, line in shares)
+
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
         """The batch of step `step` (from 0), or those of its rows that one data-parallel rank takes."""
         first = step * self.global_batch
@@ -151,11 +157,11 @@ class _Rows:
             )
         used = sum(lengths[item] for row in self._rows for item in row)
         kept = sum(map(len, self._rows))
-        learned = sum(int(self._learned_of(item).sum()) for row in self._rows for item in row)
+        self.learned = sum(int(self._learned_of(item).sum()) for row in self._rows for item in row)
         longer = len(store) - kept
         self.report = (
             f"{store.prefix.name}: {kept:,} conversations in {self.count:,} rows of {room:,} tokens, "
-            f"{100 * used / (self.count * room):.1f} % full, {learned:,} tokens learned an epoch"
+            f"{100 * used / (self.count * room):.1f} % full, {self.learned:,} tokens learned an epoch"
             + (f"; {longer:,} LEFT OUT, longer than a row (up to {max(lengths) + 1:,} tokens)" if longer else "")
         )
         self._order = lru_cache(maxsize=2)(self._shuffled)

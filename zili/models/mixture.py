@@ -48,6 +48,9 @@ class Router(nn.Module):
         """Tokens that went to each expert in training since `balance` last read it, `[E]`."""
         self.sequence = Seam()
         """Sums what the processes that share a sequence counted."""
+        self.share = 1.0
+        """Of the tokens, those whose label counts. The balance loss is a sum over all, and the trainer divides by the
+        number of those alone."""
 
     def forward(self, x: Tensor) -> tuple[Routes, Tensor, Tensor]:
         """`x [B, S, D]` -> routes, the balance loss summed over tokens (0-d), and tokens an expert `[E]`."""
@@ -75,7 +78,7 @@ class Router(nn.Module):
         tokens = counts.sum(-1, keepdim=True) / self.mixture.top_k
         shares = (scores / scores.sum(-1, keepdim=True)).sum(1)
         fractions = self.mixture.experts / self.mixture.top_k * counts / tokens
-        return self.mixture.balance_loss * (fractions * shares).sum()
+        return self.share * self.mixture.balance_loss * (fractions * shares).sum()
 
     @torch.no_grad()
     def balance(self, load: Tensor) -> None:

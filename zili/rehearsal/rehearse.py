@@ -99,6 +99,8 @@ def rehearse(
 class _NoData:
     """A rehearsal's batches have shapes only."""
 
+    learned_share = 1.0
+
 
 def _eagerly(config: RunConfig, device: RehearsedDevice, kind: str) -> RunConfig:
     """`config` with decided what else would be measured on the machine, or is otherwise on the host."""

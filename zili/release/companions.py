@@ -35,7 +35,7 @@ def bring(place: Path, folder: Path) -> None:
 
     The tokenizer is there as tokenizer.json afterwards, whatever it was.
     """
-    if place.is_dir() and place.suffix != ".gguf":
+    if place.is_dir():
         copy_companions(place, folder)
         if has_tokenizer(folder) and not (folder / "tokenizer.json").is_file():
             (folder / "tokenizer.json").write_text(Tokenizer.from_folder(folder).definition, encoding="utf-8")
@@ -73,6 +73,9 @@ def complete(folder: Path, tokenizer: Tokenizer | None, *, own_config: bool) -> 
     config = read_json(folder / "config.json")
     if own_config:
         write_json(folder / "config.json", {**config, **_special_ids(tokenizer)})
+        for pattern in ("configuration_*.py", "modeling_*.py", "generation_utils.py"):
+            for foreign in folder.glob(pattern):
+                foreign.unlink()  # of the layout that it came in
         for named in config.get("auto_map", {}).values():
             file = f"{named.split('.')[0]}.py"
             shutil.copyfile(REMOTE_CODE / file, folder / file)

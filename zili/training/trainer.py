@@ -68,6 +68,9 @@ class Trainer:
         assert config.chip.precision != "auto", "the configuration is resolved"
         self._dtype = DTYPES[config.chip.precision]
         self.parallel = ParallelModel(config, self.world, self._dtype, materialize)
+        if config.model.mixture is not None:
+            for _, router in (pair for part in self.parallel.parts for pair in part.routers()):
+                router.share = loader.learned_share
         fused = device.capability("fused_adamw").value
         self.optimizers = build_optimizers(list(self.parallel.named_parameters()), config.optimizer, self._dtype, fused)
         keep, asynchronous = config.checkpoint.keep, config.checkpoint.asynchronous
