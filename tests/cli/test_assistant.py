@@ -93,7 +93,7 @@ def test_a_model_learns_to_answer_and_is_released(zili: Zili, model: Path, tmp_p
     assert opened.conversational and opened.template is not None
     out = tmp_path / "release"
     assert zili("export", tmp_path / "run", "--to", out, "--as", "llama", "--scores", scores).code == 0
-    assert "{%- generation -%}" in (out / "chat_template.jinja").read_text(encoding="utf-8")
+    assert "{%- generation %}" in (out / "chat_template.jinja").read_text(encoding="utf-8")
     card = (out / "README.md").read_text(encoding="utf-8")
     assert "| talk | exact answers | 1.0000 ± 0.0000 | 60 | 0 |" in card and "model-index" in card
     assert zili("verify", out, "--against", tmp_path / "run").code == 0
