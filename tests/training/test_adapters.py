@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from tiny_run import Recipe, Recorder, assert_same_bits, final_tensors, open_trainer, train
 
 import zili
+from zili.checksums import sha256, write_sums
 from zili.errors import ConfigError
 from zili.models.arithmetic import is_adapter, parameter_shapes, training_state_bytes
 from zili.models.decoder import Decoder
@@ -97,3 +99,15 @@ def test_a_part_of_a_merged_matrix_is_that_of_the_whole(recipe: Recipe) -> None:
 def test_matrices_that_are_not_there_are_named(recipe: Recipe) -> None:
     with pytest.raises(ConfigError, match=r"lora\.matrices: 'keys' is none of this model's: query, key"):
         recipe("model.lora={matrices=['query', 'keys']}")
+
+
+def test_a_run_from_before_adapters_and_fp32_tables_goes_on(recipe: Recipe) -> None:
+    """Its run.json has none of the keys that came later."""
+    train(recipe("training.steps=2"))
+    (checkpoint,) = (recipe().folder / "checkpoints").glob("step-*")
+    state = json.loads((checkpoint / "run.json").read_text(encoding="utf-8"))
+    del state["config"]["model"]["lora"], state["config"]["model"]["rotary"]["half_tables"]
+    (checkpoint / "run.json").write_text(json.dumps(state), encoding="utf-8")
+    files = [file for file in checkpoint.iterdir() if file.name != "SHA256SUMS"]
+    write_sums(checkpoint, {file.name: sha256(file) for file in files})
+    assert train(recipe("training.steps=3")).step == 3

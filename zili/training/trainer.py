@@ -15,7 +15,7 @@ from torch import Tensor
 
 from zili import __version__, ops
 from zili.chips.device import Device
-from zili.config import RunConfig
+from zili.config import ModelConfig, RunConfig
 from zili.config.run import Precision
 from zili.data.loader import Batch, Batches
 from zili.data.prefetch import Prefetcher
@@ -279,6 +279,8 @@ class Trainer:
         """`run.json` of `path`; refuses to go on with another model or another order of data than the checkpoint's."""
         state = checkpoints.read_state(path)
         there, here = state.config, self.config.model_dump(mode="json")
+        # A run from before a key was there had what is now its default.
+        there = {**there, "model": ModelConfig.model_validate(there["model"]).model_dump(mode="json")}
         shape = _differences(there, here, [f"model.{key}" for key in here["model"]])
         if shape:
             raise CheckpointError(f"{path} is of another shape: {shape}; match it, or give the run another folder")
