@@ -12,7 +12,7 @@ const {prompts, steps, texts} = JSON.parse(readFileSync(0, "utf8"));
 
 const llama = await getLlama({gpu: false, build: "never", logLevel: "error"});
 const model = await llama.loadModel({modelPath: file});
-// By default keys and values are kept in fp16, which moves log-probabilities by 1e-3.
+// By default keys and values are kept in fp16, which moves log-probabilities.
 const context = await model.createContext({
     contextSize: 256, batchSize: 256, flashAttention: false,
     experimentalKvCacheKeyType: "F32", experimentalKvCacheValueType: "F32"
