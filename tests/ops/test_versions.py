@@ -75,7 +75,8 @@ def test_blocked_attention_leaves_a_cache_to_the_reference():
 
 @pytest.mark.parametrize("multiplier", [1.0, 0.25])
 @pytest.mark.parametrize("ignored", [0.0, 0.3, 1.0])
-def test_chunked_linear_cross_entropy(multiplier, ignored, monkeypatch):
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_chunked_linear_cross_entropy(multiplier, ignored, reduction, monkeypatch):
     monkeypatch.setattr("zili.ops.chunked_cross_entropy._CHUNK", 1)  # chunks of 64 rows
     torch.manual_seed(0)
     hidden, weight = torch.randn(150, 16), torch.randn(97, 16)
@@ -83,14 +84,15 @@ def test_chunked_linear_cross_entropy(multiplier, ignored, monkeypatch):
     labels[torch.rand(150) < ignored] = ops.IGNORE_INDEX
 
     def run(function):
-        return values_and_gradients(lambda h, w: function(h, w, labels, multiplier), hidden, weight)
+        return values_and_gradients(lambda h, w: function(h, w, labels, multiplier, None, reduction), hidden, weight)
 
     assert_same(run(chunked_linear_cross_entropy), run(reference.linear_cross_entropy))
 
 
-def test_a_target_whose_probability_underflows_still_has_a_finite_loss():
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_target_whose_probability_underflows_still_has_a_finite_loss(reduction):
     hidden, weight = torch.tensor([[300.0]]), torch.tensor([[1.0], [-1.0]])
-    loss = chunked_linear_cross_entropy(hidden, weight, torch.tensor([1]))
+    loss = chunked_linear_cross_entropy(hidden, weight, torch.tensor([1]), reduction=reduction)
     assert loss.item() == pytest.approx(600.0)
 
 

@@ -157,9 +157,11 @@ def open_trainer(config: RunConfig, callbacks: Sequence[Callback] = ()) -> Train
 
 def train(config: RunConfig, stop: int | None = None) -> Curve:
     """Train `config` as a process of its world does, from its newest checkpoint to its end or to step `stop`."""
+    from zili.cli.launch import begin
+
     curve = Curve()
     trainer = open_trainer(config, [curve] if stop is None else [curve, Stop(stop)])
-    trainer.resume()
+    begin(trainer)
     trainer.fit()
     return curve
 

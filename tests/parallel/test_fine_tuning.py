@@ -93,7 +93,7 @@ def _both_ways(config: RunConfig) -> tuple[float, float]:
     batch = trainer.loader.batch(0)
     total = count = 0.0
     with torch.no_grad():
-        for ids, labels, documents in zip(*batch, strict=True):
+        for ids, labels, documents in zip(*batch[:3], strict=True):
             for document in range(int(documents.max()) + 1):
                 of = documents == document
                 wanted = labels[of]

@@ -68,7 +68,8 @@ def evaluate(config: RunConfig) -> float:
 @pytest.mark.parametrize("kind", ["dense", "mixture"])
 def test_evaluation_gives_on_every_process_what_one_gives(kind: Kind, runs: Runs) -> None:
     (alone,) = on_processes(1, evaluate, runs.recipe(kind))
-    for text in ("shards=2", "tensor=2", "context=2", "pipeline=2 schedule=interleaved", BOTH):
+    pipelines = [f"pipeline=2 schedule={name}" for name in ("interleaved", "zero_bubble", "zbv")]
+    for text in ("shards=2", "tensor=2", "context=2", *pipelines, BOTH):
         layout = Layout(text)
         found = on_processes(layout.world, evaluate, runs.recipe(kind, *layout.overrides))
         assert len(set(found)) == 1, "all of them the same"

@@ -17,6 +17,8 @@ from zili.parallel.layout import processes
 
 if TYPE_CHECKING:
     from zili.data.loader import Batches
+    from zili.data.packing import DialogueLoader
+    from zili.data.store import TokenStore
     from zili.data.tokenizer import Tokenizer
     from zili.training.setup import Setup
     from zili.training.trainer import Trainer
@@ -61,7 +63,7 @@ def prepare_launch(recipe: RunConfig) -> Launch:
 
 
 def _open_data(recipe: RunConfig) -> tuple[Tokenizer, Batches]:
-    from zili.data.packing import open_loader
+    from zili.data.packing import DialogueLoader, open_loader
     from zili.data.store import TokenStore
     from zili.data.tokenizer import Tokenizer
 
@@ -84,13 +86,18 @@ def _open_data(recipe: RunConfig) -> tuple[Tokenizer, Batches]:
         global_batch=recipe.training.global_batch,
         seed=recipe.seed,
     )
+    if (recipe.preference is not None) != (isinstance(loader, DialogueLoader) and loader.pairs):
+        raise ConfigError(
+            "preference is given, and data.sources are no pairs of answers (`zili dialogues`)"
+            if recipe.preference is not None
+            else "data.sources are pairs of answers: say how they are learned from, preference.beta"
+        )
     return tokenizer, loader
 
 
 def run(launch: Launch, console: Console) -> Trainer:
     """Train to the end, or until interrupted, going on from the newest checkpoint; returns the trainer."""
-    from zili.data.store import TokenStore
-    from zili.evaluation.during_training import EvaluationSink, HeldOutEvaluation
+    from zili.evaluation.during_training import EvaluationSink, HeldOutEvaluation, measure_of
     from zili.training.callbacks import Callback, MetricsLog, ProgressDisplay, TensorBoardLog
     from zili.training.trainer import Trainer
 
@@ -104,19 +111,16 @@ def run(launch: Launch, console: Console) -> Trainer:
         sinks.append(board)
     if not world.is_first:  # one process speaks; all of them compute
         callbacks, sinks = [], []
-    if config.data.held_out is not None:
-        store = TokenStore.open(config.data.held_out)
-        store.check_tokenizer(launch.tokenizer)
-        callbacks.insert(0, HeldOutEvaluation(store, launch.tokenizer, sinks))
+    held_out = _open_held_out(launch)
+    if held_out is not None:
+        callbacks.insert(0, HeldOutEvaluation(measure_of(held_out, launch.tokenizer), sinks))
     trainer = Trainer(config, launch.loader, launch.setup.device, callbacks, world)
     if world.is_first:
         for line in launch.loader.report:
             console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
     with ExitStack() as held:
         world.agree(lambda: held.enter_context(locked(config.folder)) if world.is_first else None)
-        start = config.training.start_from
-        if not trainer.resume() and start is not None:
-            world.agree(lambda: _start_from(trainer, start))
+        begin(trainer, held_out)
         world.from_first(lambda: _leave_a_whole_run_folder(launch))
         try:
             trainer.fit()
@@ -125,11 +129,52 @@ def run(launch: Launch, console: Console) -> Trainer:
     return trainer
 
 
+def begin(trainer: Trainer, held_out: TokenStore | DialogueLoader | None = None) -> None:
+    """Bring a run to where it goes on: its newest checkpoint, or the model that it starts from. Pairs get their
+    reference.
+
+    Raises:
+        ZiliError: neither can be read, or belongs to this run.
+    """
+    from zili.data.packing import DialogueLoader
+    from zili.training.reference import set_reference
+
+    start, resumed = trainer.config.training.start_from, trainer.resume()
+    if not resumed and start is not None:
+        trainer.world.agree(lambda: _start_from(trainer, start))
+    loaders = (trainer.loader, held_out)
+    of_pairs = [loader for loader in loaders if isinstance(loader, DialogueLoader) and loader.pairs]
+    if of_pairs:
+        set_reference(trainer, of_pairs, resumed=resumed)
+
+
 def _start_from(trainer: Trainer, folder: Path) -> None:
     from zili.release import load_into
 
     load_into(trainer.parallel.parts, folder)
     trainer.note(f"weights from {folder}")
+
+
+def _open_held_out(launch: Launch) -> TokenStore | DialogueLoader | None:
+    """Plain text, or conversations in rows.
+
+    Raises:
+        ZiliError: it is of another tokenizer, or holds pairs where none are learned from.
+    """
+    from zili.data.packing import DialogueLoader
+    from zili.data.store import TokenStore
+
+    config = launch.setup.config
+    if config.data.held_out is None:
+        return None
+    store = TokenStore.open(config.data.held_out)
+    store.check_tokenizer(launch.tokenizer)
+    if store.learned is None:
+        return store
+    if store.manifest.pairs and config.preference is None:
+        raise ConfigError(f"data.held_out: {store.prefix} holds pairs of answers, and no preference is learned")
+    length = config.training.sequence_length
+    return DialogueLoader([(store, 1.0)], sequence_length=length, global_batch=1, seed=config.seed)
 
 
 def print_next(folder: Path, console: Console) -> None:

@@ -107,6 +107,16 @@ class TrainingConfig(Section):
     matrix products, attention and what came from other processes."""
 
 
+class PreferenceConfig(Section):
+    """Learning which of two answers is better, by direct preference optimisation (Rafailov et al. 2023).
+
+    The reference is the model that the run starts from; what it gives each answer is computed once, at the start.
+    """
+
+    beta: PositiveFloat = 0.1
+    """How dear it is to leave the reference: the larger, the closer the model stays."""
+
+
 class CheckpointConfig(Section):
     """What is kept."""
 
@@ -147,6 +157,8 @@ class RunConfig(Section):
     model: ModelConfig
     data: DataConfig
     training: TrainingConfig
+    preference: PreferenceConfig | None = None
+    """`[preference]` for stores of pairs (`zili dialogues`); None: every learned token is a target."""
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -171,4 +183,6 @@ class RunConfig(Section):
                 f"training.sequence_length ({training.sequence_length}) is longer than model.max_length "
                 f"({self.model.max_length})"
             )
+        if self.preference is not None and training.start_from is None:
+            raise ValueError("preference: what is preferred is said of a model: name it, training.start_from")
         return self

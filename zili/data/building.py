@@ -161,7 +161,7 @@ class StoreWriter:
         self._digests[suffix].update(raw)
         self._streams[suffix].write(raw)
 
-    def finish(self, text_bytes: int, census: Census, split: str) -> None:
+    def finish(self, text_bytes: int, census: Census, split: str, *, pairs: bool = False) -> None:
         """Make everything durable, then let it appear, the manifest last."""
         for stream in self._streams.values():
             stream.flush()
@@ -185,6 +185,7 @@ class StoreWriter:
             sources=tuple(census.files),
             left_out=dict(census.skipped),
             zili_version=zili.__version__,
+            pairs=pairs,
         )
         self._aside[".json"].write_text(manifest.to_json(), encoding="utf-8", newline="\n")
         self._appear()

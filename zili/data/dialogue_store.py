@@ -1,4 +1,7 @@
-"""Conversations as a token store: each rendered whole, with a mask of what the assistant says."""
+"""Conversations as a token store: each rendered whole, with a mask of what the assistant says.
+
+A pair is two documents, the chosen first; learned is what the assistant says from the turn on in which they part.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,11 @@ import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 from zili.data.building import StoreWriter
-from zili.data.chat import ChatTemplate
+from zili.data.chat import ChatTemplate, Rendered
 from zili.data.dialogues import Dialogue, read_dialogues
 from zili.data.reading import OnError
 from zili.data.sources import Census
@@ -23,6 +27,8 @@ class DialogueReport:
     """What was built of conversations."""
 
     dialogues: int
+    pairs: bool
+    """Whether each has a chosen and a rejected answer; tokens are those of both."""
     tokens: int
     learned: int
     """Tokens that the assistant says."""
@@ -33,9 +39,9 @@ class DialogueReport:
 
     def __str__(self) -> str:
         return (
-            f"{self.dialogues:,} conversations, {self.tokens:,} tokens, {self.learned:,} of them learned "
-            f"({100 * self.learned / self.tokens:.0f} %), the longest {self.longest:,}, in {self.seconds:.1f} s; "
-            f"left out: {self.left_out}"
+            f"{self.dialogues:,} {'pairs' if self.pairs else 'conversations'}, {self.tokens:,} tokens, "
+            f"{self.learned:,} of them learned ({100 * self.learned / self.tokens:.0f} %), the longest "
+            f"{self.longest:,}, in {self.seconds:.1f} s; left out: {self.left_out}"
         )
 
 
@@ -53,31 +59,60 @@ def build_dialogue_store(
     """Render `dialogues` into `prefix.bin`, `.mask`, `.idx` and `.json`; they appear whole or not at all.
 
     Raises:
-        DataError: none there, or one that the template cannot say (counted in `census` instead with on_error "skip").
+        DataError: none there, some of them pairs and some not, or one that the template cannot say, or both of a pair
+            the same (counted in `census` instead with on_error "skip").
     """
     started = time.perf_counter()
-    learned = 0
+    learned = longest = number = 0
+    pairs = False
     with StoreWriter(Path(prefix), tokenizer, masked=True) as writer:
         for dialogue in dialogues:
+            if number and pairs != (dialogue.rejected is not None):
+                raise DataError(f"{dialogue.place}: pairs and conversations in one store; make a store of each.")
+            pairs = dialogue.rejected is not None
             try:
-                rendered = template.render(tokenizer, dialogue.messages, tools=dialogue.tools)
+                documents = _rendered(dialogue, tokenizer, template)
             except DataError as error:
                 if on_error == "raise":
                     raise DataError(f"{dialogue.place}: {error}") from error
                 census.skipped["that the template cannot say"] += 1
                 continue
-            writer.add_masked(rendered.ids, rendered.said)
-            learned += sum(rendered.said)
-            if progress is not None and len(writer.lengths) % 100 == 0:
-                progress(len(writer.lengths))
+            number += 1
+            for document in documents:
+                writer.add_masked(document.ids, document.said)
+                learned += sum(document.said)
+            longest = max(longest, sum(len(document.ids) for document in documents))
+            if progress is not None and number % 100 == 0:
+                progress(number)
         if not learned:
             raise DataError(
                 f"{prefix}: nothing to learn: {template.name} marks nothing that the assistant says "
                 "({% generation %} in the template does), or there were no conversations."
             )
-        writer.finish(0, census, split)
+        writer.finish(0, census, split, pairs=pairs)
     seconds = time.perf_counter() - started
-    return DialogueReport(len(writer.lengths), writer.tokens, learned, max(writer.lengths), seconds, census.left_out)
+    return DialogueReport(number, pairs, writer.tokens, learned, longest, seconds, census.left_out)
+
+
+def _rendered(dialogue: Dialogue, tokenizer: Tokenizer, template: ChatTemplate) -> list[Rendered]:
+    chosen = template.render(tokenizer, dialogue.messages, tools=dialogue.tools)
+    if dialogue.rejected is None:
+        return [chosen]
+    rejected = template.render(tokenizer, dialogue.rejected, tools=dialogue.tools)
+    if chosen.ids == rejected.ids:
+        raise DataError(f"{template.name} says the chosen and the rejected answer alike")
+    apart = next(i for i, (a, b) in enumerate(zip_longest(chosen.ids, rejected.ids)) if a != b)
+    return [_learned_from(apart, document) for document in (chosen, rejected)]
+
+
+def _learned_from(apart: int, document: Rendered) -> Rendered:
+    """Turns before the one with token `apart` are in both, and their likelihoods cancel."""
+    begin = min(apart, len(document.said))
+    while begin and document.said[begin - 1]:
+        begin -= 1
+    if not any(document.said[begin:]):
+        raise DataError("the two answers part where the assistant says nothing")
+    return Rendered(document.ids, [False] * begin + document.said[begin:])
 
 
 def split_and_build(
@@ -115,4 +150,6 @@ def split_and_build(
 
 
 def _said(dialogue: Dialogue) -> str:
-    return json.dumps(dialogue.messages, sort_keys=True, ensure_ascii=False)
+    """What says on which side a conversation is; pairs by their question, of which there may be several."""
+    messages = dialogue.messages if dialogue.rejected is None else dialogue.messages[:-1]
+    return json.dumps(messages, sort_keys=True, ensure_ascii=False)

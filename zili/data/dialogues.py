@@ -1,7 +1,8 @@
 """Files of conversations to learn from, in the forms that are common, as one: messages of roles.
 
 Told apart by a record's keys: `messages` (OpenAI's), `conversations` (ShareGPT's), `instruction` with `output`
-(Alpaca's), `dialog` (TeleChat2's). One that cannot be learned from is an error with its place, or left out and counted.
+(Alpaca's), `dialog` (TeleChat2's). With `rejected` a record is a pair: a question, the answer that was chosen and one
+that was not. What cannot be learned from is an error with its place, or left out and counted.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from zili.data.chat import ROLES
@@ -16,7 +18,7 @@ from zili.data.reading import Flaw, OnError, line_records, refuse_or_count
 from zili.data.sources import LINE_SUFFIXES, Census, FileRecord, Source, SourceFile, list_files, measure
 from zili.errors import DataError
 
-FORMS = "messages, conversations, instruction with output, dialog"
+FORMS = "messages, conversations, instruction with output, dialog, chosen with rejected"
 _SHAREGPT = {
     "human": "user",
     "user": "user",
@@ -41,6 +43,8 @@ class Dialogue:
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
     place: str
+    rejected: list[dict[str, Any]] | None = None
+    """Of a pair the conversation that `messages` is preferred to; they part at a turn of the assistant's."""
 
 
 class _Unfit(Exception):
@@ -103,12 +107,16 @@ def _records(file: SourceFile) -> Iterator[tuple[str, dict[str, Any] | Flaw]]:
 
 def _dialogue(record: dict[str, Any], place: str) -> Dialogue | Flaw:
     try:
-        form = next((form for keys, form in _FORMS.items() if all(key in record for key in keys)), None)
-        if form is None:
-            raise _Unfit("of an unknown form", f"keys {', '.join(map(repr, list(record)[:8]))}; known: {FORMS}")
-        messages = form(record)
+        rejected = None
+        if "rejected" in record or "rejected_response" in record:
+            messages, rejected = _pair(record)
+            _check(rejected)
+        else:
+            messages = _known(record)
         _check(messages)
-        return Dialogue(messages, _tools(record), place)
+        if rejected is not None:
+            _check_pair(messages, rejected)
+        return Dialogue(messages, _tools(record), place, rejected)
     except _Unfit as unfit:
         return Flaw(unfit.reason, f"{place}: {unfit}.")
 
@@ -154,6 +162,56 @@ _FORMS: dict[tuple[str, ...], Callable[[dict[str, Any]], list[dict[str, Any]]]] 
     ("instruction", "output"): _alpaca,
     ("dialog",): _telechat,
 }
+
+
+def _known(record: dict[str, Any]) -> list[dict[str, Any]]:
+    form = next((form for keys, form in _FORMS.items() if all(key in record for key in keys)), None)
+    if form is None:
+        raise _Unfit("of an unknown form", f"keys {', '.join(map(repr, list(record)[:8]))}; known: {FORMS}")
+    return form(record)
+
+
+def _pair(record: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The chosen and the rejected conversation, whole."""
+    if "rejected_response" in record:  # ms-swift's: the last turn of a conversation is the chosen answer
+        chosen = _known(record)
+        return chosen, [*chosen[:-1], {"role": "assistant", "content": record["rejected_response"]}]
+    if "chosen" not in record:
+        raise _Unfit("of an unknown form", "it has a rejected answer and no chosen one")
+    asked = _asked(record)
+    chosen, rejected = (_answer(record[key]) for key in ("chosen", "rejected"))
+    # Some write the whole conversation, some the answer alone.
+    return tuple(turns if turns and turns[0]["role"] != "assistant" else asked + turns for turns in (chosen, rejected))  # type: ignore[return-value]
+
+
+def _asked(record: dict[str, Any]) -> list[dict[str, Any]]:
+    prompt = record.get("prompt")
+    if isinstance(prompt, list):
+        return _with_system(record.get("system"), _all_spoken(prompt))
+    if "instruction" in record:
+        return _alpaca({**record, "output": ""})[:-1]
+    if prompt is None:
+        return _known(record) if any(all(key in record for key in keys) for keys in _FORMS) else []
+    return _with_system(record.get("system"), [{"role": "user", "content": prompt}])
+
+
+def _answer(value: Any) -> list[dict[str, Any]]:
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": value}]
+    return _all_spoken([value] if isinstance(value, dict) else value)
+
+
+def _all_spoken(turns: Any) -> list[dict[str, Any]]:
+    return [_spoken(turn, *_keys(turn), _OPENAI | _SHAREGPT) for turn in _turns(turns)]
+
+
+def _check_pair(chosen: list[dict[str, Any]], rejected: list[dict[str, Any]]) -> None:
+    """Of the same question, and two answers to it."""
+    if chosen == rejected:
+        raise _Unfit("with the same answer twice", "the chosen answer is the rejected one")
+    apart = (turns for turns in zip_longest(chosen, rejected) if turns[0] != turns[1])
+    if any(turn is None or turn["role"] != "assistant" for turn in next(apart)):
+        raise _Unfit("with two questions", "chosen and rejected answer different questions")
 
 
 def _turns(value: Any) -> list[dict[str, Any]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, Protocol
@@ -17,8 +18,6 @@ from torch import Tensor
 from zili.data.order import DOCUMENTS, WINDOWS, Mixture, permutation
 from zili.data.store import TokenStore
 from zili.errors import DataError
-
-_SCHEME = 2  # raise when the same arguments come to mean other batches
 
 Rows = tuple[NDArray[np.int64], NDArray[np.int32]]
 """Tokens `[B, S+1]` and the document of each within its row `[B, S+1]`."""
@@ -38,6 +37,26 @@ class Batch(NamedTuple):
     next one's first token is predicted. It is how a model is told that a document begins (`zili.evaluation`,
     `zili sample`).
     """
+    reference: Tensor | None = None
+    """`[B, N]` fp32, where documents 2j and 2j + 1 of a row are a chosen and a rejected answer: the log-probability of
+    each document under the reference model, 0 where a row has fewer."""
+
+    def split(self, size: int) -> Iterator[Batch]:
+        """The same, `size` rows at a time."""
+        return (self.rows(slice(start, start + size)) for start in range(0, len(self.input_ids), size))
+
+    def beside(self) -> dict[str, Tensor]:
+        """What a decoder is called with beside the ids."""
+        named = {"labels": self.labels, "document_ids": self.document_ids, "reference": self.reference}
+        return {name: rows for name, rows in named.items() if rows is not None}
+
+    def rows(self, some: slice) -> Batch:
+        """Some of its rows."""
+        return self.each(lambda part: part[some])
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """`change` of everything there is."""
+        return Batch(*(None if part is None else change(part) for part in self))  # type: ignore[arg-type]
 
 
 class Batches(Protocol):
@@ -49,7 +68,7 @@ class Batches(Protocol):
 
     @property
     def learned_share(self) -> float:
-        """Of the positions of a batch, those with a label that counts, in the mean over the data."""
+        """Targets a position of a batch, in the mean over the data: labels that count, or pairs of answers."""
 
     def batch(self, step: int, rows: slice = ...) -> Batch:
         """The batch of step `step` (from 0), or those of its rows that one data-parallel rank takes."""
@@ -58,16 +77,19 @@ class Batches(Protocol):
         """Identity of the sequence of samples: equal means that sample n is the same row. For checkpoints."""
 
 
-class Loader:
-    """Packs documents of several stores into rows of one length, in a mixture, shuffled.
+class _Line(Protocol):
+    """The endless sequence of one source's rows."""
 
-    Each source is read in epochs: its documents are shuffled and laid end to end, the line is cut into
-    windows of S+1 tokens of which neighbours share one, and the windows are shuffled. So an epoch predicts
-    every token once, except the first of the line and the last (fewer than S) that fill no window. Nothing
-    depends on how many processes read, or on what was read before.
+    count: int
+    """Rows of an epoch."""
 
-    Memory: 16 bytes a document, and for each source's two latest epochs 16 a document and 8 a window.
-    """
+
+class MixedRows(ABC):
+    """Rows of several sources in a mixture: what loaders of every kind have in common."""
+
+    scheme: str | int
+    """Another one when the same arguments come to mean other batches."""
+    _lines: Sequence[_Line]
 
     def __init__(
         self,
@@ -79,7 +101,7 @@ class Loader:
     ) -> None:
         """`sources`: stores and their weights (shares of samples, of any sum). `seed`: 0 or more.
 
-        Raises `DataError` for a weight that is no positive number, or a store shorter than one window.
+        Raises `DataError` for a weight that is no positive number, or of which nothing fills a row.
         """
         if not sources or any(not 0 < weight < float("inf") for _, weight in sources):
             raise DataError(f"mixture weights {[weight for _, weight in sources]}: give positive numbers.")
@@ -90,7 +112,58 @@ class Loader:
         self.global_batch = global_batch
         self.seed = seed
         self._mixture = Mixture([weight for _, weight in sources], seed)
-        self._lines = [_Line(store, sequence_length, seed, i) for i, (store, _) in enumerate(sources)]
+
+    @abstractmethod
+    def samples(self, numbers: NDArray[np.int64]) -> Batch:
+        """The rows of these global sample numbers: the data position of a run is one such number."""
+
+    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+        """The batch of step `step` (from 0), or those of its rows that one data-parallel rank takes."""
+        first = step * self.global_batch
+        return self.samples(np.arange(first, first + self.global_batch)[rows])
+
+    def epochs(self, steps: int) -> list[float]:
+        """How often each source has been read after `steps` steps."""
+        seen = [float(share) * steps * self.global_batch for share in self._mixture.shares]
+        return [count / line.count for count, line in zip(seen, self._lines, strict=True)]
+
+    def fingerprint(self) -> str:
+        """Identity of the sequence of samples: equal means that sample n is the same row. For checkpoints."""
+        parts = {
+            "scheme": self.scheme,
+            "sources": [store.identity() for store, _ in self.sources],
+            "shares": [str(share) for share in self._mixture.shares],
+            "sequence_length": self.sequence_length,
+            "seed": self.seed,
+        }
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+class Loader(MixedRows):
+    """Packs documents of several stores into rows of one length, in a mixture, shuffled.
+
+    Each source is read in epochs: its documents are shuffled and laid end to end, the line is cut into
+    windows of S+1 tokens of which neighbours share one, and the windows are shuffled. So an epoch predicts
+    every token once, except the first of the line and the last (fewer than S) that fill no window. Nothing
+    depends on how many processes read, or on what was read before.
+
+    Memory: 16 bytes a document, and for each source's two latest epochs 16 a document and 8 a window.
+    """
+
+    scheme = 2
+    _lines: Sequence[_Windows]
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[TokenStore, float]],
+        *,
+        sequence_length: int,
+        global_batch: int,
+        seed: int,
+    ) -> None:
+        """As `MixedRows`; each store fills a window at least."""
+        super().__init__(sources, sequence_length=sequence_length, global_batch=global_batch, seed=seed)
+        self._lines = [_Windows(store, sequence_length, seed, i) for i, (store, _) in enumerate(sources)]
 
     @property
     def report(self) -> list[str]:
@@ -102,13 +175,8 @@ class Loader:
         """Every label counts."""
         return 1.0
 
-    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
-        """The batch of step `step` (from 0), or those of its rows that one data-parallel rank takes."""
-        first = step * self.global_batch
-        return self.samples(np.arange(first, first + self.global_batch)[rows])
-
     def samples(self, numbers: NDArray[np.int64]) -> Batch:
-        """The rows of these global sample numbers: the data position of a run is one such number."""
+        """The rows of these global sample numbers."""
         shape = (len(numbers), self.sequence_length + 1)
         tokens, documents = np.empty(shape, np.int64), np.empty(shape, np.int32)
         source, position = self._mixture.locate(numbers)
@@ -117,22 +185,6 @@ class Loader:
             if mine.any():
                 tokens[mine], documents[mine] = line.windows(position[mine])
         return _pack(tokens, documents)
-
-    def epochs(self, steps: int) -> list[float]:
-        """How often each source has been read after `steps` steps."""
-        seen = [float(share) * steps * self.global_batch for share in self._mixture.shares]
-        return [count / line.count for count, line in zip(seen, self._lines, strict=True)]
-
-    def fingerprint(self) -> str:
-        """Identity of the sequence of samples: equal means that sample n is the same row. For checkpoints."""
-        parts = {
-            "scheme": _SCHEME,
-            "sources": [store.identity() for store, _ in self.sources],
-            "shares": [str(share) for share in self._mixture.shares],
-            "sequence_length": self.sequence_length,
-            "seed": self.seed,
-        }
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _pack(tokens: NDArray[np.int64], documents: NDArray[np.int32]) -> Batch:
@@ -150,7 +202,7 @@ class _Epoch:
     windows: NDArray[np.int64]
 
 
-class _Line:
+class _Windows:
     """The endless row of one source's windows: number p is window `p % count` of epoch `p // count`."""
 
     def __init__(self, store: TokenStore, sequence_length: int, seed: int, source: int) -> None:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import bisect
-import hashlib
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from zili.data.loader import Batch, Batches, Loader
-from zili.data.order import DOCUMENTS, WINDOWS, Mixture, permutation
+from zili.data.loader import Batch, Batches, Loader, MixedRows
+from zili.data.order import DOCUMENTS, WINDOWS, permutation
 from zili.data.store import TokenStore
 from zili.errors import DataError
 
-_SCHEME = 1  # raise when the same arguments come to mean other batches
 _NOT_LEARNED = -100
 """torch's mark of a label that counts nothing."""
 
@@ -68,13 +66,16 @@ def open_loader(
     return loader(sources, sequence_length=sequence_length, global_batch=global_batch, seed=seed)
 
 
-class DialogueLoader:
+class DialogueLoader(MixedRows):
     """Batches of conversations, packed whole into rows of one length; `Loader`'s interface.
 
     A label is learned where the assistant says it, and `-100` everywhere else: what others say, and padding.
     `document_ids` are those of the inputs, so that attention stays inside a conversation. Rows are packed once and
-    shuffled each epoch; step k's batch depends on the seed, k and the stores alone.
+    shuffled each epoch; step k's batch depends on the seed, k and the stores alone. Pairs are packed as one.
     """
+
+    scheme = "dialogues 1"
+    _lines: Sequence[_Rows]
 
     def __init__(
         self,
@@ -86,12 +87,24 @@ class DialogueLoader:
     ) -> None:
         """`sources`: stores with masks, and their weights.
 
-        Raises `DataError` for a store without a mask, or of which no conversation fits a row.
+        Raises `DataError` also for stores of several kinds.
         """
-        self.sources = list(sources)
-        self.sequence_length, self.global_batch, self.seed = sequence_length, global_batch, seed
-        self._mixture = Mixture([weight for _, weight in sources], seed)
+        super().__init__(sources, sequence_length=sequence_length, global_batch=global_batch, seed=seed)
+        self.pairs = sources[0][0].manifest.pairs
+        """Whether these are pairs of answers, of which one was chosen."""
+        for store, _ in sources:
+            if store.learned is None:
+                raise DataError(
+                    f"{store.prefix}: a store of plain text among conversations: it has no mask of what is learned. "
+                    "Give sources of one kind."
+                )
+            if store.manifest.pairs != self.pairs:
+                raise DataError(f"{store.prefix}: pairs of answers and conversations. Give sources of one kind.")
         self._lines = [_Rows(store, sequence_length, seed, i) for i, (store, _) in enumerate(sources)]
+        self._documents = max(line.most for line in self._lines)
+        self.reference: dict[str, NDArray[np.float32]] | None = None
+        """Of pairs, the log-probability of every document of a store under the reference model, by the store's
+        identity: `zili.training.reference` finds out."""
 
     @property
     def report(self) -> list[str]:
@@ -100,69 +113,87 @@ class DialogueLoader:
 
     @property
     def learned_share(self) -> float:
-        """Of the positions of a batch, those with a label that counts, in the mean over the data."""
+        """Targets a position of a batch, in the mean over the data: tokens that are learned, or pairs."""
         shares = zip(self._mixture.shares, self._lines, strict=True)
-        return sum(float(share) * line.learned / (line.count * self.sequence_length) for share, line in shares)
-
-    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
-        """The batch of step `step` (from 0), or those of its rows that one data-parallel rank takes."""
-        first = step * self.global_batch
-        return self.samples(np.arange(first, first + self.global_batch)[rows])
+        return sum(float(share) * line.targets / (line.count * self.sequence_length) for share, line in shares)
 
     def samples(self, numbers: NDArray[np.int64]) -> Batch:
         """The rows of these global sample numbers."""
-        shape = (len(numbers), self.sequence_length)
-        inputs, labels = np.empty(shape, np.int64), np.empty(shape, np.int64)
-        documents = np.empty(shape, np.int32)
         source, position = self._mixture.locate(numbers)
-        for place, (number, which) in enumerate(zip(position.tolist(), source.tolist(), strict=True)):
-            self._lines[which].fill(number, inputs[place], labels[place], documents[place])
-        return Batch(torch.from_numpy(inputs), torch.from_numpy(labels), torch.from_numpy(documents))
+        lines = [self._lines[which] for which in source.tolist()]
+        assert not self.pairs or self.reference is not None, "preferences are learned beside a reference"
+        batch = _laid(lines, position.tolist(), self.sequence_length)
+        documents = [line.documents(number) for line, number in zip(lines, position.tolist(), strict=True)]
+        return self._beside_reference(batch, [line.store for line in lines], documents)
 
-    def epochs(self, steps: int) -> list[float]:
-        """How often each source has been read after `steps` steps."""
-        seen = [float(share) * steps * self.global_batch for share in self._mixture.shares]
-        return [count / line.count for count, line in zip(seen, self._lines, strict=True)]
+    def every_row(self, source: int, rows: int) -> Iterator[tuple[Batch, list[list[int]]]]:
+        """Each row of a source once, so many at a time, and the documents in them; of pairs with a reference of 0 while
+        it is not known. Rows that fill the last batch up have no label that counts and no documents."""
+        line = self._lines[source]
+        for start in range(0, line.count, rows):
+            numbers = range(start, min(start + rows, line.count))
+            batch = _laid([line] * len(numbers), numbers, self.sequence_length)
+            # Filled up with rows of one token and nothing to learn.
+            filled = (
+                F.pad(part, (0, 0, 0, rows - len(numbers)), value=value)
+                for part, value in zip(batch[:3], (0, _NOT_LEARNED, 0), strict=True)
+            )
+            batch = Batch(*filled)
+            documents = [line.documents(number) for number in numbers]
+            yield self._beside_reference(batch, [line.store] * len(numbers), documents), documents
 
-    def fingerprint(self) -> str:
-        """Identity of the sequence of samples: equal means that sample n is the same row. For checkpoints."""
-        parts = {
-            "scheme": f"dialogues {_SCHEME}",
-            "sources": [store.identity() for store, _ in self.sources],
-            "shares": [str(share) for share in self._mixture.shares],
-            "sequence_length": self.sequence_length,
-            "seed": self.seed,
-        }
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    def _beside_reference(self, batch: Batch, stores: Sequence[TokenStore], rows: list[list[int]]) -> Batch:
+        if not self.pairs:
+            return batch
+        known = np.zeros((len(batch.input_ids), self._documents), np.float32)
+        for row, store, documents in zip(known, stores, rows, strict=False):
+            row[: len(documents)] = 0.0 if self.reference is None else self.reference[store.identity()][documents]
+        return batch._replace(reference=torch.from_numpy(known))
+
+
+def _laid(lines: Sequence[_Rows], numbers: Sequence[int], length: int) -> Batch:
+    shape = (len(lines), length)
+    inputs, labels = np.empty(shape, np.int64), np.empty(shape, np.int64)
+    documents = np.empty(shape, np.int32)
+    for place, (line, number) in enumerate(zip(lines, numbers, strict=True)):
+        line.fill(number, inputs[place], labels[place], documents[place])
+    return Batch(torch.from_numpy(inputs), torch.from_numpy(labels), torch.from_numpy(documents))
 
 
 class _Rows:
     """The endless sequence of one source's rows: number p is row `p % count` of epoch `p // count`."""
 
     def __init__(self, store: TokenStore, room: int, seed: int, source: int) -> None:
-        if store.learned is None:
-            raise DataError(
-                f"{store.prefix}: a store of plain text among conversations: it has no mask of what is learned. "
-                "Give sources of one kind."
-            )
-        self._store, self._learned, self._key = store, store.learned, (seed, source)
+        assert store.learned is not None
+        self.store, self._learned, self._key = store, store.learned, (seed, source)
+        self._together = 2 if store.manifest.pairs else 1
         # The last token of a conversation predicts nothing, and so needs no place.
-        lengths = [int(length) - 1 for length in store.lengths]
-        self._rows = packed(lengths, room, permutation(len(lengths), seed, DOCUMENTS, source, 0).tolist())
-        self.count = len(self._rows)
+        lengths = (np.asarray(store.lengths, np.int64) - 1).reshape(-1, self._together).sum(1).tolist()
+        items = packed(lengths, room, permutation(len(lengths), seed, DOCUMENTS, source, 0).tolist())
+        self._rows = [[self._together * item + k for item in row for k in range(self._together)] for row in items]
+        self.count = len(items)
+        """Rows of an epoch."""
+        kind = "pairs" if store.manifest.pairs else "conversations"
         if not self.count:
             raise DataError(
-                f"{store.prefix}: none of its {len(store)} conversations fits {room} tokens, the shortest has "
-                f"{min(lengths) + 1}. Raise training.sequence_length."
+                f"{store.prefix}: none of its {len(lengths)} {kind} fits {room} tokens, the shortest has "
+                f"{min(lengths) + self._together}. Raise training.sequence_length."
             )
-        used = sum(lengths[item] for row in self._rows for item in row)
-        kept = sum(map(len, self._rows))
-        self.learned = sum(int(self._learned_of(item).sum()) for row in self._rows for item in row)
-        longer = len(store) - kept
+        self.most = max(map(len, self._rows))
+        """Documents of the row that has the most."""
+        used, kept = sum(lengths[item] for row in items for item in row), sum(map(len, items))
+        learned = sum(int(self._learned_of(document).sum()) for row in self._rows for document in row)
+        self.targets = kept if store.manifest.pairs else learned
+        """Of an epoch: what a batch's loss is the mean over."""
+        longer = len(lengths) - kept
         self.report = (
-            f"{store.prefix.name}: {kept:,} conversations in {self.count:,} rows of {room:,} tokens, "
-            f"{100 * used / (self.count * room):.1f} % full, {self.learned:,} tokens learned an epoch"
-            + (f"; {longer:,} LEFT OUT, longer than a row (up to {max(lengths) + 1:,} tokens)" if longer else "")
+            f"{store.prefix.name}: {kept:,} {kind} in {self.count:,} rows of {room:,} tokens, "
+            f"{100 * used / (self.count * room):.1f} % full, {learned:,} tokens learned an epoch"
+            + (
+                f"; {longer:,} LEFT OUT, longer than a row (up to {max(lengths) + self._together:,} tokens)"
+                if longer
+                else ""
+            )
         )
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
@@ -170,23 +201,27 @@ class _Rows:
         seed, source = self._key
         return permutation(self.count, seed, WINDOWS, source, epoch)
 
-    def _learned_of(self, item: int) -> NDArray[np.uint8]:
-        start = int(self._store.offsets[item])
-        return self._learned[start + 1 : start + int(self._store.lengths[item])]
+    def _learned_of(self, document: int) -> NDArray[np.uint8]:
+        start = int(self.store.offsets[document])
+        return self._learned[start + 1 : start + int(self.store.lengths[document])]
+
+    def documents(self, number: int) -> list[int]:
+        """What is in row `number` of the sequence."""
+        epoch, place = divmod(number, self.count)
+        return self._rows[int(self._order(epoch)[place])]
 
     def fill(
         self, number: int, inputs: NDArray[np.int64], labels: NDArray[np.int64], documents: NDArray[np.int32]
     ) -> None:
         """Row `number` of the sequence into `[S]` arrays."""
-        epoch, place = divmod(number, self.count)
-        inputs[:], labels[:] = self._store.manifest.end_id, _NOT_LEARNED
+        inputs[:], labels[:] = self.store.manifest.end_id, _NOT_LEARNED
         start = 0
-        row = self._rows[int(self._order(epoch)[place])]
-        for document, item in enumerate(row):
-            ids = self._store.document(item)
+        row = self.documents(number)
+        for place, document in enumerate(row):
+            ids = self.store.document(document)
             end = start + len(ids) - 1
             inputs[start:end] = ids[:-1]
-            labels[start:end] = np.where(self._learned_of(item), ids[1:].astype(np.int64), _NOT_LEARNED)
-            documents[start:end] = document
+            labels[start:end] = np.where(self._learned_of(document), ids[1:].astype(np.int64), _NOT_LEARNED)
+            documents[start:end] = place
             start = end
         documents[start:] = len(row)

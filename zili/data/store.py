@@ -39,6 +39,8 @@ class Manifest:
     left_out: dict[str, int]
     zili_version: str
     format: str = FORMAT
+    pairs: bool = False
+    """Whether documents 2k and 2k + 1 are a chosen and a rejected answer to one question."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"

@@ -1,18 +1,25 @@
-"""Held-out bits per byte while a run trains, as a callback of the trainer."""
+"""Held-out figures while a run trains, as a callback of the trainer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import torch
+
+from zili.data.packing import DialogueLoader
 from zili.data.store import TokenStore
 from zili.data.tokenizer import Tokenizer
 from zili.evaluation.bits_per_byte import score_token_ids, stored_documents
+from zili.parallel.model import REWARDS
 from zili.training.callbacks import Callback
 from zili.training.trainer import Trainer
 
 _TOKENS_A_BATCH = 8192
 """Bounds the memory of an evaluation batch, whatever the sequence length."""
+Measure = Callable[[Trainer], dict[str, float]]
+"""Figures of the model as it is now."""
 
 
 class EvaluationSink(Protocol):
@@ -24,9 +31,8 @@ class EvaluationSink(Protocol):
 class HeldOutEvaluation(Callback):
     """Scores the same documents every `evaluation.every` steps and at the end, and tells the sinks."""
 
-    def __init__(self, store: TokenStore, tokenizer: Tokenizer, sinks: Sequence[EvaluationSink]) -> None:
-        self._store = store
-        self._tokenizer = tokenizer
+    def __init__(self, measure: Measure, sinks: Sequence[EvaluationSink]) -> None:
+        self._measure = measure
         self._sinks = sinks
         self._scored_at: int | None = None
 
@@ -40,24 +46,71 @@ class HeldOutEvaluation(Callback):
             self._score(trainer)
 
     def _score(self, trainer: Trainer) -> None:
-        length = trainer.config.training.sequence_length
-        together = trainer.parallel.rows_together
+        started = time.perf_counter()
         with trainer.uncompiled():
-            score = score_token_ids(
-                trainer.parallel,
-                stored_documents(self._store, self._tokenizer, trainer.config.evaluation.max_bytes),
-                start_token=self._tokenizer.end_id,
-                sequence_length=length,
-                batch_size=max(1, _TOKENS_A_BATCH // length // together) * together,
-            )
+            values = self._measure(trainer)
         self._scored_at = trainer.step
-        values = {
-            "tokens": trainer.tokens,
+        values |= {"tokens": trainer.tokens, "seconds": time.perf_counter() - started}
+        for sink in self._sinks:
+            sink.on_evaluation(trainer.step, values)
+
+
+def measure_of(held_out: TokenStore | DialogueLoader, tokenizer: Tokenizer) -> Measure:
+    """What is measured on plain text, or on conversations."""
+    if isinstance(held_out, DialogueLoader):
+        return _of_dialogues(held_out, tokenizer)
+    return _of_text(held_out, tokenizer)
+
+
+def _of_text(store: TokenStore, tokenizer: Tokenizer) -> Measure:
+    """Bits per byte of plain text."""
+
+    def measure(trainer: Trainer) -> dict[str, float]:
+        length = trainer.config.training.sequence_length
+        score = score_token_ids(
+            trainer.parallel,
+            stored_documents(store, tokenizer, trainer.config.evaluation.max_bytes),
+            start_token=tokenizer.end_id,
+            sequence_length=length,
+            batch_size=_rows_at_once(trainer, length),
+        )
+        return {
             "bits_per_byte": score.bits_per_byte,
             "loss": score.loss_per_token,
             "documents": score.documents,
             "bytes": score.bytes,
-            "seconds": score.seconds,
         }
-        for sink in self._sinks:
-            sink.on_evaluation(trainer.step, values)
+
+    return measure
+
+
+def _of_dialogues(loader: DialogueLoader, tokenizer: Tokenizer) -> Measure:
+    """Loss of what the assistant says, nats a token; of pairs, loss and rewards as training has them."""
+    ((store, _),) = loader.sources
+
+    def measure(trainer: Trainer) -> dict[str, float]:
+        parallel, left = trainer.parallel, trainer.config.evaluation.max_bytes
+        total, count, scored, size = torch.zeros(4 if loader.pairs else 1), 0, 0, 0
+        parallel.eval()
+        for batch, rows in loader.every_row(0, _rows_at_once(trainer, loader.sequence_length)):
+            documents = [document for row in rows for document in row]
+            size += sum(len(tokenizer.decode(store.document(document)).encode()) for document in documents)
+            scored += len(documents)
+            if loader.pairs:
+                total += parallel.preferences(batch).cpu()
+                count += len(documents) // 2
+            else:
+                total += parallel.loss_sum(*batch[:2], document_ids=batch.document_ids).cpu()
+                count += int((batch.labels >= 0).sum())
+            if size >= left:
+                break
+        parallel.train()
+        means = dict(zip(("loss", *REWARDS), (total / max(count, 1)).tolist(), strict=False))
+        return {**means, "documents": scored, "bytes": size}
+
+    return measure
+
+
+def _rows_at_once(trainer: Trainer, length: int) -> int:
+    together = trainer.parallel.rows_together
+    return max(1, _TOKENS_A_BATCH // length // together) * together

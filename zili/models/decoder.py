@@ -16,6 +16,7 @@ from zili.models.cache import CacheEntry, KeyValueCache
 from zili.models.initialization import fill, initial_value
 from zili.models.layers import Embedding, Entrance, Linear, RMSNorm, local
 from zili.models.mixture import Mixture, Router, feed_forward_of
+from zili.models.preference import PreferenceLoss
 from zili.models.recomputation import Recompute, recomputed
 from zili.models.rotary import Kept, rotary_tables
 
@@ -127,6 +128,8 @@ class Decoder(nn.Module):
         self.next_tokens = NextTokens(config) if last and config.mtp_layers else None
         self.next_loss: Tensor | None = None
         """Losses of multi-token prediction, summed since the trainer last took them, 0-d."""
+        self.preference: PreferenceLoss | None = None
+        """What becomes of losses where rows are pairs of answers; the trainer's to set."""
         if config.lora is not None:
             self._adapt(config.lora)
         if not next(self.parameters()).is_meta:
@@ -177,6 +180,7 @@ class Decoder(nn.Module):
         document_ids: Tensor | None = None,
         labels: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        reference: Tensor | None = None,
     ) -> Tensor:
         """Logits `[B, S, V]` in fp32 for ids `inputs [B, S]`; with `labels [B, S]` the sum of their cross entropies.
 
@@ -186,6 +190,8 @@ class Decoder(nn.Module):
 
         Labels `[B, S, 2]` hold the token after the next as well. A model that predicts it in training adds that loss
         to what is differentiated; the value returned is that of the next token alone.
+
+        With `reference [B, N]` documents are pairs of answers, and the sum is that of `preference`.
         """
         x, run = self._blocks(inputs, document_ids, cache)
         if self.norm is None:
@@ -193,14 +199,16 @@ class Decoder(nn.Module):
         hidden = self.norm(x[:, -inputs.shape[1] :] if cache is not None else x)
         if labels is None:
             return self.logits(self.gather(hidden))
+        if reference is not None:
+            return self._preference_sum(hidden, labels, document_ids, reference)
         further = labels[..., 1] if labels.ndim == 3 else None
         labels = labels[..., 0] if labels.ndim == 3 else labels
-        loss = self._loss_sum(hidden, labels)
+        loss = self._cross_entropy(hidden, labels)
         if self.next_tokens is None or further is None or not torch.is_grad_enabled():
             return loss
         assert self.embedding is not None
         embedded = self._scaled(self.embedding(labels.clamp(min=0)), self.config.embedding_multiplier)
-        next_loss = self._loss_sum(self.next_tokens(hidden, embedded, run), further)
+        next_loss = self._cross_entropy(self.next_tokens(hidden, embedded, run), further)
         self.next_loss = next_loss.detach() + (0.0 if self.next_loss is None else self.next_loss)
         # Differentiated together, reported apart.
         weighted = self.config.mtp_loss_weight * next_loss
@@ -259,10 +267,18 @@ class Decoder(nn.Module):
             return recomputed(block, self.recompute, *arguments)
         return block(*arguments)
 
-    def _loss_sum(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        hidden = self.gather(hidden)
+    def _cross_entropy(self, hidden: Tensor, labels: Tensor, reduction: ops.Reduction = "sum") -> Tensor:
+        hidden = self.gather(hidden).flatten(0, 1)
         weight, multiplier = local(self.head_weight), self.config.logit_multiplier
-        return ops.linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), multiplier, self.vocabulary)
+        return ops.linear_cross_entropy(hidden, weight, labels.flatten(), multiplier, self.vocabulary, reduction)
+
+    def _preference_sum(self, hidden: Tensor, labels: Tensor, document_ids: Tensor | None, reference: Tensor) -> Tensor:
+        assert self.preference is not None and document_ids is not None
+        here = document_ids
+        if self.positions is not None:
+            here = document_ids[:, self.positions(document_ids.shape[1], document_ids.device)]
+        losses = self._cross_entropy(hidden, labels, "none").view(labels.shape)
+        return self.preference(losses, here, document_ids, reference)
 
     def loss_sum(self, input_ids: Tensor, labels: Tensor, *, document_ids: Tensor | None = None) -> Tensor:
         """Sum of cross entropies over `labels [B, S]` that are not `IGNORE_INDEX`: `forward` with labels."""

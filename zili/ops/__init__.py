@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from zili.ops.reference import IGNORE_INDEX, VocabularyPart
+from zili.ops.reference import IGNORE_INDEX, Reduction, VocabularyPart
 from zili.ops.registry import active, choose, chosen, runs_on, versions
 
 __all__ = [
     "IGNORE_INDEX",
+    "Reduction",
     "VocabularyPart",
     "add_rms_norm",
     "attention",
@@ -78,7 +79,12 @@ def attention(
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, multiplier: float = 1.0, part: VocabularyPart | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    multiplier: float = 1.0,
+    part: VocabularyPart | None = None,
+    reduction: Reduction = "sum",
 ) -> Tensor:
     """See `reference.linear_cross_entropy`."""
-    return active("linear_cross_entropy")(hidden, weight, labels, multiplier, part)
+    return active("linear_cross_entropy")(hidden, weight, labels, multiplier, part, reduction)

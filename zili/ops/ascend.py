@@ -222,7 +222,7 @@ class _OnlineCrossEntropy(torch.autograd.Function):
         counted = labels != reference.IGNORE_INDEX
         ctx.save_for_backward(hidden, matrix, outside, inside, top, total, counted)
         ctx.weight_dtype = weight.dtype
-        return ((total.log() + top - wanted) * counted).sum()
+        return (total.log() + top - wanted) * counted
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -239,15 +239,17 @@ def linear_cross_entropy(
     labels: Tensor,
     multiplier: float = 1.0,
     part: reference.VocabularyPart | None = None,
+    reduction: reference.Reduction = "sum",
 ) -> Tensor:
     """`reference.linear_cross_entropy` without logits in memory; needs CANN 9."""
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     if hidden.dtype == torch.float32 or len(weight) < 128:
         _beyond("npu_fused_linear_online_max_sum", f"takes no {hidden.dtype} rows or {len(weight)} tokens")
-        return reference.linear_cross_entropy(hidden, weight, labels, multiplier, part)
+        return reference.linear_cross_entropy(hidden, weight, labels, multiplier, part, reduction)
     scaled = hidden if multiplier == 1.0 else hidden * multiplier
-    return _OnlineCrossEntropy.apply(scaled, weight, labels, part or reference.Whole())
+    losses: Tensor = _OnlineCrossEntropy.apply(scaled, weight, labels, part or reference.Whole())
+    return losses.sum() if reduction == "sum" else losses
 
 
 _HALF = ("bf16",)

@@ -1,7 +1,9 @@
 """Linear and cross entropy together, some rows at a time, so that `[N, V]` logits never exist at once.
 
 The gradient is made in the forward pass, while a chunk's probabilities are at hand (the idea of Cut Cross-Entropy,
-Wijmans et al. 2024, and of Liger's fused linear cross entropy): one softmax a row instead of two passes over it.
+Wijmans et al. 2024, and of Liger's fused linear cross entropy): one softmax a row instead of two passes over it. That
+needs a sum: where each row's loss is asked for, what it will weigh is not known yet, and the backward pass makes the
+chunk's logits once more.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zili.ops.product import LIBRARIES, Product, library, weight_gradient
-from zili.ops.reference import IGNORE_INDEX, VocabularyPart, Whole
+from zili.ops.reference import IGNORE_INDEX, Reduction, VocabularyPart, Whole
 
 _CHUNK = 4 * 1024 * 1024
 """Logits at a time: 16 MB of fp32, which stays in a CPU's last-level cache and in its allocator's reach."""
@@ -63,6 +65,62 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden * grad, grad_weight * grad, *(None,) * 6
 
 
+class _ChunkedRowLosses(torch.autograd.Function):
+    """Of the loss of each row; kept for the backward pass are rows and the logarithms of their sums."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        multiplier: float,
+        vocabulary: VocabularyPart,
+        product: Product,
+        elements: int,
+    ) -> Tensor:
+        matrix = weight.to(hidden.dtype)
+        losses, sums = (torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(2))
+        ctx.size = max(64, elements // len(weight))
+        for start in range(0, len(hidden), ctx.size):
+            these = slice(start, start + ctx.size)
+            logits = product(hidden[these], matrix).float().mul_(multiplier)
+            mine, target = _targets_of_a_part(vocabulary, labels[these], len(matrix))
+            top = vocabulary.max(logits.amax(1))
+            wanted = logits.gather(1, target).squeeze(1).sub_(top) * mine
+            total, wanted = vocabulary.sum(torch.stack((logits.sub_(top[:, None]).exp_().sum(1), wanted)))
+            losses[these] = (total.log() - wanted) * (labels[these] != IGNORE_INDEX)
+            sums[these] = top + total.log()
+        ctx.save_for_backward(hidden, weight, labels, sums)
+        ctx.multiplier, ctx.vocabulary, ctx.product = multiplier, vocabulary, product
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels, sums = ctx.saved_tensors
+        matrix = weight.to(hidden.dtype)
+        grad = grad * (labels != IGNORE_INDEX) * ctx.multiplier
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for start in range(0, len(hidden), ctx.size):
+            these = slice(start, start + ctx.size)
+            rows, by = hidden[these], grad[these, None]
+            logits = ctx.product(rows, matrix).float().mul_(ctx.multiplier)
+            mine, target = _targets_of_a_part(ctx.vocabulary, labels[these], len(matrix))
+            scores = logits.sub_(sums[these, None]).exp_().mul_(by).scatter_add_(1, target, -mine[:, None] * by)
+            scores = scores.to(hidden.dtype)
+            grad_hidden[these] = ctx.product(scores, matrix.t())
+            grad_weight += weight_gradient(scores, rows, ctx.product)
+        return grad_hidden, grad_weight, *(None,) * 5
+
+
+def _targets_of_a_part(part: VocabularyPart, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Which `labels [n]` are among the part's `size` tokens, `[n]` fp32, where `[n, 1]` (0: nowhere)."""
+    target = labels - part.first
+    mine = (labels != IGNORE_INDEX) & (target >= 0) & (target < size)
+    return mine.float(), target.where(mine, 0)[:, None]
+
+
 def _one_chunk(
     rows: Tensor, matrix: Tensor, labels: Tensor, multiplier: float, product: Product
 ) -> tuple[Tensor, Tensor]:
@@ -98,9 +156,7 @@ def _one_chunk_of_a_part(
     if multiplier != 1.0:
         logits.mul_(multiplier)
     counted = labels != IGNORE_INDEX
-    target = labels - part.first
-    mine = (counted & (target >= 0) & (target < len(matrix))).to(torch.float32)
-    target = target.where(mine.bool(), 0)[:, None]
+    mine, target = _targets_of_a_part(part, labels, len(matrix))
     top = part.max(logits.amax(1))
     wanted = logits.gather(1, target).squeeze(1).sub_(top) * mine
     exponentials = logits.sub_(top[:, None]).exp_()
@@ -112,26 +168,44 @@ def _one_chunk_of_a_part(
 
 
 def chunked_linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, multiplier: float = 1.0, part: VocabularyPart | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    multiplier: float = 1.0,
+    part: VocabularyPart | None = None,
+    reduction: Reduction = "sum",
 ) -> Tensor:
     """`reference.linear_cross_entropy` without `[N, V]` logits, on any device."""
     if hidden.device.type != "cpu":
-        return as_on_an_accelerator(hidden, weight, labels, multiplier, part)
-    return _chunked(hidden, weight, labels, multiplier, part, _CHUNK)
+        return as_on_an_accelerator(hidden, weight, labels, multiplier, part, reduction)
+    return _chunked(hidden, weight, labels, multiplier, part, reduction, _CHUNK)
 
 
 def as_on_an_accelerator(
-    hidden: Tensor, weight: Tensor, labels: Tensor, multiplier: float = 1.0, part: VocabularyPart | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    multiplier: float = 1.0,
+    part: VocabularyPart | None = None,
+    reduction: Reduction = "sum",
 ) -> Tensor:
     """`chunked_linear_cross_entropy` as it runs anywhere but on the host, on any device: for rehearsals."""
-    return _chunked(hidden, weight, labels, multiplier, part or Whole(), _CHUNK_ELSEWHERE)
+    return _chunked(hidden, weight, labels, multiplier, part or Whole(), reduction, _CHUNK_ELSEWHERE)
 
 
 def _chunked(
-    hidden: Tensor, weight: Tensor, labels: Tensor, multiplier: float, part: VocabularyPart | None, elements: int
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    multiplier: float,
+    part: VocabularyPart | None,
+    reduction: Reduction,
+    elements: int,
 ) -> Tensor:
     # oneDNN's product knows fp32 alone; every other dtype goes torch's way.
     product = LIBRARIES[library() if hidden.dtype == torch.float32 else "plain"]
+    if reduction == "none":
+        return _ChunkedRowLosses.apply(hidden, weight, labels, multiplier, part or Whole(), product, elements)
     # Asked here: inside an autograd function gradients are off, whether the caller wants them or not.
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return _ChunkedCrossEntropy.apply(hidden, weight, labels, multiplier, part, product, needs_gradient, elements)

@@ -133,8 +133,14 @@ def _linear_cross_entropy(generator: torch.Generator) -> Example:
     return Example((_normal(generator, 512, 128), 0.1 * _normal(generator, 1024, 128), labels, 0.3), {})
 
 
+def _row_losses(generator: torch.Generator) -> Example:
+    """What preferences are learned from."""
+    return Example(_linear_cross_entropy(generator).arguments, {"reduction": "none"})
+
+
 _FURTHER: dict[str, tuple[Callable[[torch.Generator], Example], ...]] = {
     "attention": (_latent_attention, _later_attention),
+    "linear_cross_entropy": (_row_losses,),
 }
 _MADE: dict[str, Callable[[torch.Generator], Example]] = {
     "linear": _linear,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100
+Reduction = Literal["sum", "none"]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -133,23 +134,30 @@ class Whole:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, multiplier: float = 1.0, part: VocabularyPart | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    multiplier: float = 1.0,
+    part: VocabularyPart | None = None,
+    reduction: Reduction = "sum",
 ) -> Tensor:
     """Sum over rows of the cross entropy of `multiplier * hidden [N, D] @ weight [V, D]^T` against `labels [N]`.
 
     Rows whose label is `IGNORE_INDEX` count nothing. Logits are taken to fp32. Returns a 0-d fp32 sum; the
-    caller divides by the number of targets of the whole batch, which one rank or micro-batch does not know.
+    caller divides by the number of targets of the whole batch, which one rank or micro-batch does not know. With the
+    `reduction` "none" the rows' own, `[N]` fp32.
 
     With `part`, `weight` is some rows of the whole matrix: the sum is that of all of it, on every process alike, and
     the gradient of `hidden` is this process's term (Shoeybi et al. 2019, section 3).
     """
     logits = linear(hidden, weight).float() * multiplier
     if part is None:
-        return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+        return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction=reduction)
     counted = labels != IGNORE_INDEX
     target = labels - part.first
     mine = counted & (target >= 0) & (target < len(weight))
     top = part.max(logits.detach().amax(1))
     total = part.sum((logits - top[:, None]).exp().sum(1))
     wanted = part.sum(logits.gather(1, target.where(mine, 0)[:, None]).squeeze(1) * mine)
-    return ((total.log() + top - wanted) * counted).sum()
+    losses = (total.log() + top - wanted) * counted
+    return losses.sum() if reduction == "sum" else losses

@@ -44,6 +44,8 @@ def _build(config: RunConfig, world: World, dtype: torch.dtype, layers: range) -
     with torch.device("meta"):
         part = Decoder(config.model, layers)
     part.recompute = config.training.recompute
+    if config.preference is not None and part.next_tokens is not None:
+        part.next_tokens.requires_grad_(False)  # it has no part in what is preferred
     if layout.tensor > 1:
         apply_tensor_parallel(part, world)
     if config.model.mixture is not None and world.size > 1:

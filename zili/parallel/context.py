@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zili.models.attention import CausalAttention
 from zili.models.decoder import Decoder
-from zili.parallel.collectives import gather
+from zili.parallel.collectives import AllSum, gather
 from zili.parallel.world import World
 
 
@@ -45,6 +45,10 @@ class ContextPart:
     def take(self, rows: Tensor) -> Tensor:
         """`rows [B, S, ...]` -> this process's positions of them."""
         return torch.cat([rows[:, piece.start : piece.stop] for piece in self.pieces(rows.shape[1])], 1)
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of what all have, on each; the gradient is each one's own."""
+        return AllSum.apply(x, self.peers.group)
 
     def gather(self, x: Tensor) -> Tensor:
         """`[B, S / size, ...]` -> `[B, S, ...]`, in the order of positions."""

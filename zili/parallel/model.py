@@ -14,12 +14,16 @@ from torch.distributed.tensor import DTensor
 from zili.config import RunConfig
 from zili.data.loader import Batch
 from zili.models.decoder import Decoder
+from zili.models.preference import PreferenceLoss, pairs_in
 from zili.ops import IGNORE_INDEX
 from zili.parallel.apply import Materialize, build_parts, with_first_weights
 from zili.parallel.context import ContextPart
 from zili.parallel.data import reduce_gradients, sum_gradients
 from zili.parallel.pipeline import Pipeline
 from zili.parallel.world import World
+
+REWARDS = ("reward_chosen", "reward_rejected", "reward_accuracy")
+"""Names of the figures of `PreferenceLoss`."""
 
 
 class ParallelModel:
@@ -43,6 +47,12 @@ class ParallelModel:
         self.parts: list[Decoder] = build_parts(config, world, dtype, materialize)
         self._context = ContextPart(world) if world.layout.context > 1 else None
         self._pipeline = Pipeline(self.parts, config, world) if world.layout.pipeline > 1 else None
+        self._preference: PreferenceLoss | None = None
+        if config.preference is not None:
+            total, sharers = (self._context.total, self._context.size) if self._context is not None else (None, 1)
+            self._preference = PreferenceLoss(config.preference.beta, total, sharers)
+            for part in self.parts:
+                part.preference = self._preference
 
     @property
     def training(self) -> bool:
@@ -78,20 +88,20 @@ class ParallelModel:
 
         Returns this process's term of the sum of losses, 0-d fp32.
         """
-        inputs, labels, documents = self._own(batch)
+        own = self._own(batch)
         if self._pipeline is not None:
             with self.autocast():
-                loss = self._pipeline.loss_sum(inputs, labels, documents, backward=True)
+                loss = self._pipeline.loss_sum(own, backward=True)
             self._sum_gradients()
             self._join_embeddings()
             return self._once(loss)
-        total = torch.zeros((), device=inputs.device)
-        cuts = list(zip(*(rows.split(self.micro_batch) for rows in (inputs, labels, documents)), strict=True))
-        for number, (ids, targets, ids_of_documents) in enumerate(cuts, 1):
+        total = torch.zeros((), device=self.world.device.type)
+        cuts = list(own.split(self.micro_batch))
+        for number, micro_batch in enumerate(cuts, 1):
             # Gradients cross processes once a step, not once a micro-batch.
             reduce_gradients(self.parts[0], number == len(cuts))
             with self.autocast():
-                loss = self.parts[0].loss_sum(ids, targets, document_ids=ids_of_documents)
+                loss = self.parts[0](micro_batch.input_ids, **micro_batch.beside())
             loss.backward()
             total += loss.detach()
         self._sum_gradients()
@@ -109,20 +119,51 @@ class ParallelModel:
         """
         if document_ids is None:
             document_ids = torch.zeros_like(input_ids)
-        whole = (input_ids, labels, document_ids)
-        # A pipeline's messages have one size, that of a step.
-        at_once = self.rows_together if self._pipeline is not None else len(input_ids)
-        total = torch.zeros((), device=self.world.device.type)
-        for some in zip(*(rows.split(at_once) for rows in whole), strict=True):
-            total += self._evaluated(*self._own(Batch(*(rows[self.world.rows(len(rows))] for rows in some))))
-        return self.world.sum(self._once(total))
+        return self.world.sum(self._once(self._evaluated(Batch(input_ids, labels, document_ids))))
+
+    def preferences(self, batch: Batch) -> Tensor:
+        """Sums over the pairs of whole rows, `[4]`: losses, and the figures of `PreferenceLoss`.
+
+        Rows as for `loss_sum`; without gradients.
+        """
+        assert self._preference is not None
+        loss = self._evaluated(batch)
+        return self.world.sum(self._once(torch.stack((loss, *self.take_further().values()))))
+
+    def log_probabilities(self, batch: Batch) -> Tensor:
+        """Of the labels of each document of whole rows, as `batch.reference` has them, `[B, N]`.
+
+        Rows as for `loss_sum`; without gradients.
+        """
+        assert self._preference is not None and batch.reference is not None
+        kept: list[Tensor] = []
+        self._preference.kept = kept
+        table = torch.zeros_like(batch.reference, device=self.world.device.type)
+        self._evaluated(batch)
+        self._preference.kept = self._preference.figures = None
+        if kept:  # the last stage's
+            own = torch.cat(kept)
+            at_once = len(table) if self._pipeline is None else self.rows_together
+            for start in range(0, len(table), at_once):
+                mine = self.world.rows(min(at_once, len(table) - start))
+                width = mine.stop - mine.start
+                table[start + mine.start : start + mine.stop], own = own[:width], own[width:]
+        return self.world.sum(self._once(table))
 
     @torch.no_grad()
-    def _evaluated(self, inputs: Tensor, labels: Tensor, documents: Tensor) -> Tensor:
-        with self.autocast():
-            if self._pipeline is not None:
-                return self._pipeline.loss_sum(inputs, labels, documents, backward=False)
-            return self.parts[0].loss_sum(inputs, labels, document_ids=documents)
+    def _evaluated(self, whole: Batch) -> Tensor:
+        """This process's term of the sum of losses of whole rows, those of the same rows counted in each."""
+        # A pipeline's messages have one size, that of a step.
+        at_once = self.rows_together if self._pipeline is not None else len(whole.input_ids)
+        total = torch.zeros((), device=self.world.device.type)
+        for some in whole.split(at_once):
+            own = self._own(some.rows(self.world.rows(len(some.input_ids))))
+            with self.autocast():
+                if self._pipeline is not None:
+                    total += self._pipeline.loss_sum(own, backward=False)
+                else:
+                    total += self.parts[0](own.input_ids, **own.beside())
+        return total
 
     @property
     def rows_together(self) -> int:
@@ -130,28 +171,45 @@ class ParallelModel:
         own = self.micro_batch * self._pipeline.micro_batches if self._pipeline is not None else 1
         return own * self.world.layout.data
 
-    def _own(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def _own(self, batch: Batch) -> Batch:
         """Ids and labels of the positions this process has, documents of whole rows."""
-        inputs, labels, documents = batch
-        if self.parts[0].config.mtp_layers and self.training:
+        inputs, labels, documents, reference = batch
+        if self.parts[0].config.mtp_layers and self.training and reference is None:
             labels = _with_next(labels, documents)
         if self._context is not None:
             inputs, labels = self._context.take(inputs), self._context.take(labels)
         place = self.world.device.type
-        return tuple(rows.to(place, non_blocking=True) for rows in (inputs, labels, documents))  # type: ignore[return-value]
+        return Batch(inputs, labels, documents, reference).each(lambda rows: rows.to(place, non_blocking=True))
 
     def _once(self, loss: Tensor) -> Tensor:
         """Tensor-parallel processes compute the same losses: they count once, in a sum over the world."""
         return loss / self.world.layout.tensor
 
-    def take_next_loss(self) -> Tensor:
-        """This process's term of the summed losses of multi-token prediction since the last call, 0-d."""
-        total = torch.zeros((), device=self.world.device.type)
-        for part in self.parts:
-            if part.next_loss is not None:
-                total += part.next_loss
-                part.next_loss = None
-        return self._once(total)
+    def targets(self, batch: Batch) -> Tensor:
+        """This process's term of the number of losses that a batch's sum is of: labels that count, or pairs; 0-d."""
+        if batch.reference is None:
+            count = (batch.labels != IGNORE_INDEX).sum()
+        else:
+            count = pairs_in(batch.document_ids, batch.reference.shape[1]).sum()
+        layout = self.world.layout
+        sharers = layout.context * layout.tensor * layout.pipeline
+        return count.to(self.world.device.type, torch.float32) / sharers
+
+    def take_further(self) -> dict[str, Tensor]:
+        """This process's terms of other sums over targets since the last call, 0-d each: losses of multi-token
+        prediction, or the figures of `PreferenceLoss`. The same names on every process."""
+        zero = torch.zeros((), device=self.world.device.type)
+        sums: dict[str, Tensor] = {}
+        if self._preference is not None:
+            figures, self._preference.figures = self._preference.figures, None
+            sums = dict(zip(REWARDS, [zero] * len(REWARDS) if figures is None else figures, strict=True))
+        elif self.parts[0].config.mtp_layers:
+            sums = {"next_loss": zero}
+            for part in self.parts:
+                if part.next_loss is not None:
+                    sums["next_loss"] = sums["next_loss"] + part.next_loss
+                    part.next_loss = None
+        return {name: self._once(value) for name, value in sums.items()}
 
     @torch.no_grad()
     def squared_gradient(self) -> Tensor:
@@ -177,10 +235,12 @@ class ParallelModel:
         if self._pipeline is None or not (config.tied_embeddings or config.mtp_layers):
             return
         part = next((part for part in self.parts if part.embedding is not None), None)
-        gradient = None if part is None or part.embedding is None else part.embedding.weight.grad
-        if part is None or gradient is None:
+        if part is None or part.embedding is None or not part.embedding.weight.requires_grad:
             return
-        own = plain(gradient)
+        weight = part.embedding.weight
+        if weight.grad is None:  # the last stage's where nothing predicts the token after the next
+            weight.grad = torch.zeros_like(weight)
+        own = plain(weight.grad)
         other = torch.empty_like(own)
         group = self.world.mesh("pipeline").get_group()
         peer = dist.get_global_rank(group, dist.get_world_size(group) - 1 if part.first else 0)
@@ -215,7 +275,8 @@ class ParallelModel:
         self.world.sum(loads)
         for number, router in routers if config.lora is None else ():  # else they stay as they are
             router.balance(loads[number])
-        numbers = range(config.layers + config.mtp_layers)
+        # Multi-token prediction has no part in preferences.
+        numbers = range(config.layers + (0 if self._preference is not None else config.mtp_layers))
         return torch.stack([loads[number] for number in numbers if config.has_experts(number)])
 
     @torch.no_grad()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.distributed.pipelining.schedules import (
 
 from zili.config import RunConfig
 from zili.config.parallel import Schedule
+from zili.data.loader import Batch
 from zili.errors import LayoutError
 from zili.models.decoder import Decoder
 from zili.parallel.layout import Layout, stages_of
@@ -28,6 +30,8 @@ _SCHEDULES: dict[Schedule, Callable[..., Any]] = {
     "zero_bubble": ScheduleInterleavedZeroBubble,
     "zbv": ScheduleZBVZeroBubble,
 }
+_FORWARD = ("F", "SEND_F", "RECV_F", "UNSHARD", "RESHARD")
+"""Of what a schedule does, the work of a forward pass."""
 
 
 class Pipeline:
@@ -62,20 +66,37 @@ class Pipeline:
         # Every process meets the same refusal: agreed upon, it is said once.
         self._schedule = world.agree(lambda: _schedule(config.parallel.schedule, stages, self.micro_batches))
 
-    def loss_sum(self, input_ids: Tensor, labels: Tensor, document_ids: Tensor, *, backward: bool) -> Tensor:
-        """Sum of the cross entropies of this process's rows, where the last stage is, else 0; a 0-d tensor.
+    def loss_sum(self, batch: Batch, *, backward: bool) -> Tensor:
+        """Sum of the losses of this process's rows, where the last stage is, else 0; a 0-d tensor.
 
         With `backward` the gradients of all micro-batches are computed, and reduced once.
         """
         run = self._schedule.step if backward else self._schedule.eval
-        first = (input_ids,) if self.has_first else ()
+        first = (batch.input_ids,) if self.has_first else ()
         losses: list[Tensor] | None = [] if self.has_last else None
-        target = labels if self.has_last else None
-        batch = {"labels": labels, "document_ids": document_ids}
-        run(*first, target=target, losses=losses, return_outputs=False, **batch)
+        target = batch.labels if self.has_last else None
+        with nullcontext() if backward else _forward_alone(self._schedule):
+            run(*first, target=target, losses=losses, return_outputs=False, **batch.beside())
         if not losses:
-            return torch.zeros((), device=input_ids.device)
+            return torch.zeros((), device=batch.input_ids.device)
         return torch.stack([loss.detach() for loss in losses]).sum()
+
+
+@contextmanager
+def _forward_alone(schedule: Any) -> Iterator[None]:
+    """Without the work of backward passes, which `eval` does not do but goes through: where two stages follow each
+    other on one process (zbv) it fails at the gradients that they do not pass on (torch 2.13)."""
+    orders = getattr(schedule, "pipeline_order_with_comms", None)  # schedules of one stage a process have none
+    if orders is None:
+        yield
+        return
+    schedule.pipeline_order_with_comms = {
+        rank: [action for action in order if action.computation_type in _FORWARD] for rank, order in orders.items()
+    }
+    try:
+        yield
+    finally:
+        schedule.pipeline_order_with_comms = orders
 
 
 def _schedule(name: Schedule, stages: list[PipelineStage], micro_batches: int) -> Any:

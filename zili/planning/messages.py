@@ -99,7 +99,7 @@ def _to_experts(job: Job, forward: int) -> Some:
 
 def _ends(job: Job) -> Some:
     """Around the blocks: the embedding's rows and the loss, whose vocabulary is cut."""
-    predicts = job.has_last and job.model.mtp_layers
+    predicts = job.has_last and job.model.mtp_layers and job.config.preference is None
     tokens = job.tokens * job.model.hidden_size * job.product_bytes
     embedded = job.micro_batches * (job.has_first + bool(predicts))
     yield _tensor(job, "reduce_scatter", tokens), embedded
@@ -165,7 +165,8 @@ def _whole_gradients(job: Job) -> Some:
 def _figures(job: Job) -> Some:
     """Sums over the world: loss, targets, norm; and what experts were given."""
     world, name = job.layout.world, job.layout.world_name
-    yield Message("all_reduce", name, world, 4 * _FP32), 1
+    further = 3 if job.config.preference is not None else bool(job.model.mtp_layers)
+    yield Message("all_reduce", name, world, (3 + further) * _FP32), 1
     mixture = job.model.mixture
     if mixture is not None:
         layers = job.model.layers + job.model.mtp_layers

@@ -132,7 +132,9 @@ def _step(trainer: Trainer, recorder: Recorder) -> None:
     rows = trainer.config.training.global_batch // trainer.world.layout.data
     ids = torch.zeros(rows, trainer.config.training.sequence_length, dtype=torch.long)
     batch = Batch(ids, ids.clone(), ids.int())
-    recorder.is_for(recording.BATCH, batch)
+    if trainer.config.preference is not None:  # of one pair a row
+        batch = batch._replace(reference=torch.zeros(rows, 2))
+    recorder.is_for(recording.BATCH, (part for part in batch if part is not None))
     recorder.is_for(recording.WEIGHTS, (tensor for part in trainer.parallel.parts for tensor in _held(part)))
     recorder.is_for(recording.OPTIMIZER, _state(trainer))
     with recorder.recording():

@@ -78,7 +78,7 @@ class Trainer:
         self._saved_at: int | None = None
         self._last: tuple[Tensor, Tensor] | None = None
         self._loads: Tensor | None = None
-        self._next_loss: Tensor | None = None
+        self._further: dict[str, Tensor] = {}
         # Dropout's: each process drops other elements.
         device.seed(config.seed + self.world.rank)
         self._flops_per_token = training_flops_per_token(config.model, config.training.sequence_length)
@@ -236,13 +236,12 @@ class Trainer:
         Dividing at the end, and not each micro-batch by its own count, is what makes a step independent of how the
         batch was cut.
         """
-        rows = self.world.layout.context * self.world.layout.tensor * self.world.layout.pipeline
-        targets = (batch.labels != ops.IGNORE_INDEX).sum().to(loss_sum.device, torch.float32) / rows
-        next_loss = self.parallel.take_next_loss()
-        totals = self.world.sum(torch.stack((loss_sum, targets, self.parallel.squared_gradient(), next_loss)))
-        loss, count, squared = totals[0], totals[1].clamp(min=1), totals[2]
+        own = (loss_sum, self.parallel.targets(batch), self.parallel.squared_gradient())
+        further = self.parallel.take_further()
+        loss, count, squared, *others = self.world.sum(torch.stack((*own, *further.values())))
+        count = count.clamp(min=1)
         norm = squared.sqrt() / count
-        self._next_loss = totals[3] / count if self.config.model.mtp_layers else None
+        self._further = {name: total / count for name, total in zip(further, others, strict=True)}
         limit = self.config.optimizer.clip or math.inf
         self.parallel.scale_gradients((limit / (norm + 1e-6)).clamp(max=1.0) / count)
         return loss / count, norm
@@ -260,7 +259,7 @@ class Trainer:
             step_seconds=seconds,
             data_seconds=waited,
             tokens_per_second=tokens / seconds,
-            further=further_figures(self._loads, self._next_loss),
+            further=further_figures(self._loads, self._further),
             matmul_share=tokens * self._flops_per_token / seconds / self.matmul_peak / self.world.size,
         )
 
@@ -314,10 +313,10 @@ def _at(config: dict[str, Any], key: str) -> Any:
     return reduce(lambda table, part: table.get(part, {}), key.split("."), config)
 
 
-def further_figures(loads: Tensor | None, next_loss: Tensor | None) -> dict[str, float]:
-    """What only some models have: how evenly experts were used, from tokens an expert `[L, E]`, in the least even
-    layer; and the loss of multi-token prediction."""
-    figures = {} if next_loss is None else {"next_loss": float(next_loss)}
+def further_figures(loads: Tensor | None, means: dict[str, Tensor]) -> dict[str, float]:
+    """What only some runs have: means over targets, and how evenly experts were used, from tokens an expert `[L, E]`,
+    in the least even layer."""
+    figures = {name: float(mean) for name, mean in means.items()}
     if loads is not None and len(loads):
         shares = loads / loads.mean(1, keepdim=True)
         figures |= {"expert_load_max": float(shares.max()), "expert_load_min": float(shares.min())}

@@ -18,7 +18,7 @@ class StepRecord:
     tokens: int
     """Tokens consumed since the beginning of the run."""
     loss: float
-    """Mean cross entropy over the step's targets, nats a token."""
+    """Mean cross entropy over the step's targets, nats a token; of preferences, over its pairs."""
     learning_rate: float
     gradient_norm: float
     """Before clipping."""
@@ -30,7 +30,9 @@ class StepRecord:
     """Model FLOP/s over the matmul peak measured at start."""
     further: dict[str, float] = field(default_factory=dict)
     """Of a mixture, `expert_load_max` and `expert_load_min`: the most and the least used expert's tokens over the mean,
-    in the least even layer. With multi-token prediction `next_loss`, nats a token."""
+    in the least even layer. With multi-token prediction `next_loss`, nats a token. Of preferences, means over pairs:
+    `reward_chosen` and `reward_rejected`, what the model gives each answer over the reference, times beta, and
+    `reward_accuracy`, the share in which the chosen has the larger."""
 
     def figures(self) -> dict[str, float]:
         """All of it under one name each."""

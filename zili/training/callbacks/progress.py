@@ -60,9 +60,17 @@ class ProgressDisplay(Callback):
 
     def on_evaluation(self, step: int, values: dict[str, float]) -> None:
         """Show the newest held-out figure from now on."""
-        self._evaluated = f"  {values['bits_per_byte']:.3f} bits/byte"
+        if "bits_per_byte" in values:
+            self._evaluated = f"  {values['bits_per_byte']:.3f} bits/byte"
+            said = f"text: {values['bits_per_byte']:.4f} bits/byte"
+        elif "reward_accuracy" in values:
+            self._evaluated = f"  {values['reward_accuracy']:.1%} preferred"
+            said = f"pairs: {values['reward_accuracy']:.1%} preferred as chosen, loss {values['loss']:.4f}"
+        else:
+            self._evaluated = f"  {values['loss']:.3f} nats/token held out"
+            said = f"answers: {values['loss']:.4f} nats/token"
         if self._progress is None:
-            self.console.print(f"step {step}  held-out text: {values['bits_per_byte']:.4f} bits/byte", highlight=False)
+            self.console.print(f"step {step}  held-out {said}", highlight=False)
 
     def on_note(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
