@@ -49,21 +49,23 @@ def questions(path: Path, count: int) -> Path:
 def recipe(tmp_path: Path, model: Path, **training: object) -> Path:
     text = f"""
 name = "tuned"
-folder = "{tmp_path / "run"}"
+folder = "{training.get("folder", tmp_path / "run")}"
 [model]
 folder = "{model}"
 [data]
-sources = [{{ store = "{tmp_path / "data" / "train"}" }}]
+sources = [{{ store = "{training.get("store", tmp_path / "data" / "train")}" }}]
 tokenizer = "{tmp_path / "data" / "tokenizer"}"
+{training.get("data", "")}
 [training]
-start_from = "{model}"
+start_from = "{training.get("start_from", model)}"
 steps = {training.get("steps", 120)}
 sequence_length = 64
 global_batch = 4
 [optimizer]
-learning_rate = 3e-3
+learning_rate = {training.get("rate", 3e-3)}
 [chip]
 compile = false
+{training.get("more", "")}
 """
     path = tmp_path / "recipe.toml"
     path.write_text(text, encoding="utf-8")
@@ -108,6 +110,95 @@ def test_a_model_learns_to_answer_and_is_released(zili: Zili, model: Path, tmp_p
     )
     said = theirs.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
     assert tokenizer.decode(said, skip_special_tokens=True) == "green"
+
+
+def test_a_model_learns_what_is_preferred(zili: Zili, model: Path, tmp_path: Path) -> None:
+    asked = questions(tmp_path / "talk.jsonl", 60)
+    # One that has learned to say "blue" of everything as often as what is right, and is told which of them is wanted.
+    lines = asked.read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line)["messages"] for line in lines]
+    both, pairs = tmp_path / "both.jsonl", tmp_path / "pairs.jsonl"
+    blue = [json.dumps({"messages": [question, {**answer, "content": "blue"}]}) for question, answer in records]
+    both.write_text("\n".join(lines + blue), encoding="utf-8")
+    told = [
+        {
+            "prompt": [question],
+            "chosen": answer["content"],
+            "rejected": "green" if answer["content"] == "blue" else "blue",
+        }
+        for question, answer in records
+    ]
+    pairs.write_text("\n".join(map(json.dumps, told)), encoding="utf-8")
+    assert zili("dialogues", both, "--model", model, "--to", tmp_path / "data").code == 0
+    assert zili("train", recipe(tmp_path, model)).code == 0
+    before = json.loads(zili("eval", tmp_path / "run", "--answers", asked, "--max-new-tokens", 12, "--json").out)
+    assert before["scores"][0]["share"] < 1.0
+    made = zili("dialogues", pairs, "--model", tmp_path / "run", "--to", tmp_path / "pairs")
+    assert made.code == 0 and f"{len(told)} pairs, " in made.out, made.err
+    store = tmp_path / "pairs" / "train"
+    wanted = {
+        "folder": tmp_path / "preferred",
+        "start_from": tmp_path / "run",
+        "store": store,
+        "data": f'held_out = "{store}"',
+        "rate": 1e-3,
+        "steps": 60,
+        "more": "[preference]\nlikelihood = 0.2\n[evaluation]\nevery = 30",
+    }
+    trained = zili("train", recipe(tmp_path, model, **wanted))
+    assert trained.code == 0, trained.err
+    assert f"train: {len(told)} pairs in" in trained.out and f"reference: {len(told)} pairs in" in trained.out
+    assert "step 60  held-out pairs: 100.0% preferred as chosen" in trained.out
+    after = json.loads(zili("eval", tmp_path / "preferred", "--answers", asked, "--max-new-tokens", 12, "--json").out)
+    assert after["scores"][0]["share"] == 1.0
+    assert after["scores"][0]["loss"] < before["scores"][0]["loss"]
+    # Stores and recipes that do not fit one another.
+    for more, said in (
+        ({**wanted, "more": ""}, "data.sources are pairs of answers: say how they are learned from, preference.beta"),
+        ({**wanted, "store": tmp_path / "data" / "train"}, "preference is given, and data.sources are no pairs"),
+        ({"data": f'held_out = "{store}"'}, "holds pairs of answers, and no preference is learned"),
+        ({**wanted, "more": "[preference]\nbeta = 0"}, "greater than 0"),
+    ):
+        found = zili("train", recipe(tmp_path, model, **{**more, "folder": tmp_path / "other"}))
+        assert found.code == 3 and said in " ".join((found.out + found.err).split()), found.err
+        assert not (tmp_path / "other").exists()
+
+
+def test_a_reference_that_is_lost_ends_the_run_before_a_step(zili: Zili, model: Path, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": "Sky?", "chosen": "blue", "rejected": "red"}), encoding="utf-8")
+    assert zili("dialogues", pairs, "--model", model, "--to", tmp_path / "data").code == 0
+    wanted = {"steps": 2, "more": "[preference]"}
+    assert zili("train", recipe(tmp_path, model, **wanted)).code == 0
+    (tmp_path / "run" / "reference.safetensors").unlink()
+    found = zili("train", recipe(tmp_path, model, **{**wanted, "steps": 4}))
+    assert found.code == 5 and "what it began as cannot be read" in " ".join(found.err.split()), found.err
+
+
+@pytest.mark.parametrize("with_text", [False, True])
+def test_held_out_conversations_are_scored_by_what_the_assistant_says(
+    zili: Zili, model: Path, tmp_path: Path, with_text: bool
+) -> None:
+    asked = questions(tmp_path / "talk.jsonl", 60)
+    assert zili("dialogues", asked, "--model", model, "--to", tmp_path / "data").code == 0
+    held_out = tmp_path / "data" / "train"
+    if with_text:
+        from zili.data.building import build_store
+        from zili.data.reading import Document
+
+        held_out = tmp_path / "text"
+        build_store([Document("What is the colour of snow? " * 9, "x")], Tokenizer.from_folder(model), held_out)
+    trained = zili("train", recipe(tmp_path, model, data=f'held_out = "{held_out}"'))
+    assert trained.code == 0, trained.err
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
+    (found,) = [record for record in records if record["kind"] == "eval"]
+    if with_text:
+        assert "held-out text: " in trained.out and found["bits_per_byte"] > 1
+    else:
+        # On what was learned: as the training loss.
+        assert "step 120  held-out answers: " in trained.out and found["documents"] == 60
+        last = [record["loss"] for record in records if record["kind"] == "train"][-20:]
+        assert found["loss"] == pytest.approx(sum(last) / 20, abs=0.05)
 
 
 @pytest.mark.parametrize(

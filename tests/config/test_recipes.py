@@ -13,7 +13,7 @@ from zili.models.arithmetic import count_parameters
 from zili.parallel.layout import DIMENSIONS, lay_out
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-WORLDS = {"debug-4d": 4, "own-text": 1, "telechat2-3b": 1, "sft-demo": 1}
+WORLDS = {"debug-4d": 4, "own-text": 1, "telechat2-3b": 1, "sft-demo": 1, "dpo-demo": 1}
 """Processes of the recipes whose name does not end with them."""
 SMOLLM2 = {"vocab_size": 49152, "hidden_size": 576, "layers": 30, "heads": 9, "kv_heads": 3, "head_dim": 64}
 SMOLLM2 |= {"ffn_hidden_size": 1536, "max_length": 8192, "tied_embeddings": True, "rotary": {"base": 100_000.0}}

@@ -115,6 +115,9 @@ class PreferenceConfig(Section):
 
     beta: PositiveFloat = 0.1
     """How dear it is to leave the reference: the larger, the closer the model stays."""
+    likelihood: NonNegativeFloat = 0.0
+    """Weight of the loss of the chosen answers themselves, nats a token (Pang et al. 2024; Llama 3 took 0.2): keeps
+    them likely, where preference alone may make both answers unlikely and a third one likely."""
 
 
 class CheckpointConfig(Section):

@@ -278,7 +278,7 @@ class Decoder(nn.Module):
         if self.positions is not None:
             here = document_ids[:, self.positions(document_ids.shape[1], document_ids.device)]
         losses = self._cross_entropy(hidden, labels, "none").view(labels.shape)
-        return self.preference(losses, here, document_ids, reference)
+        return self.preference(losses, labels != ops.IGNORE_INDEX, here, document_ids, reference)
 
     def loss_sum(self, input_ids: Tensor, labels: Tensor, *, document_ids: Tensor | None = None) -> Tensor:
         """Sum of cross entropies over `labels [B, S]` that are not `IGNORE_INDEX`: `forward` with labels."""

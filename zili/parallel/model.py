@@ -49,8 +49,9 @@ class ParallelModel:
         self._pipeline = Pipeline(self.parts, config, world) if world.layout.pipeline > 1 else None
         self._preference: PreferenceLoss | None = None
         if config.preference is not None:
+            wanted = config.preference
             total, sharers = (self._context.total, self._context.size) if self._context is not None else (None, 1)
-            self._preference = PreferenceLoss(config.preference.beta, total, sharers)
+            self._preference = PreferenceLoss(wanted.beta, wanted.likelihood, total, sharers)
             for part in self.parts:
                 part.preference = self._preference
 
