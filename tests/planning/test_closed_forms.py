@@ -28,6 +28,7 @@ CASES: list[tuple[Kind, int, str, tuple[str, ...]]] = [
     ("mixture", 8, "replicas=2 shards=2 tensor=2 expert=4", ("training.micro_batch=1",)),
     ("dense", 8, "pipeline=2 shards=2 tensor=2 schedule=zero_bubble", ()),
     ("dense", 4, "pipeline=2 context=2 schedule=zbv", ()),
+    ("dense", 8, "pipeline=2 tensor=2 context=2", ("preference.beta=0.1", "training.start_from=model")),
     ("tele-flm-1t", 4, "shards=2 tensor=2", ()),
     ("zili-1t-a32b", 8, "pipeline=2 shards=2 tensor=2 expert=4", ("training.recompute=full",)),
 ]

@@ -14,7 +14,7 @@ from zili.evaluation.run_record import Record, RunRecord, number
 
 def charts(run: RunRecord) -> str:
     """The section of charts; "" when nothing was recorded."""
-    planned = (_loss(run), _bits(run), _learning_rate(run), _gradient(run), _speed(run))
+    planned = (_loss(run), _bits(run), _rewards(run), _learning_rate(run), _gradient(run), _speed(run))
     last = run.last_step if run.last_step > 1 else None
     made = [figure for chart in planned if (figure := drawn(replace(chart, last_step=last)))]
     if not made:
@@ -52,10 +52,12 @@ def _loss(run: RunRecord) -> Chart:
     lines = [Line("each step", raw, "raw")]
     if len(raw) >= 8:
         lines.append(Line(f"mean of {window} records", smoothed(raw, window), "main"))
-    lines += _evaluated(run, "loss", "held-out text")
+    lines += _evaluated(run, "loss", "held out")
     ceiling = rising_ceiling(raw)
     above = max((y for _, y in raw if math.isfinite(y)), default=0.0)
-    caption = "Cross entropy in nats a token; lower is better."
+    preferences = bool(series(run.train, "reward_chosen"))
+    measure = "Of preferences, the mean over pairs" if preferences else "Cross entropy in nats a token"
+    caption = f"{measure}; lower is better."
     if ceiling is not None:
         caption += f" It began at {compact(above)}, above the chart."
     return Chart("Loss", caption, lines, ceiling=ceiling, wide=True, identity="loss")
@@ -67,6 +69,15 @@ def _bits(run: RunRecord) -> Chart:
     lines = _evaluated(run, "bits_per_byte", "model")
     caption = f"On held-out text{beside}; lower is better."
     return Chart("Bits per byte", caption, lines, levels, identity="bits")
+
+
+def _rewards(run: RunRecord) -> Chart:
+    lines = [
+        Line(name, series(run.train, f"reward_{name}"), style)
+        for name, style in (("chosen", "main"), ("rejected", "again"))
+    ]
+    caption = "How much likelier each answer is than to the reference, times beta: apart is what is learned."
+    return Chart("Rewards", caption, lines, identity="rewards")
 
 
 def _evaluated(run: RunRecord, key: str, name: str) -> list[Line]:

@@ -172,12 +172,13 @@ def _speed_tiles(run: RunRecord) -> Iterator[Tile]:
 
 def evaluations(run: RunRecord) -> str:
     """Every evaluation as a table, folded: the chart's values for those who want or need numbers."""
-    rows = [[f"{r['step']:,.0f}", *(_figure(r, key, form) for key, form in _EVALUATED.values())] for r in run.evals]
-    if not rows:
+    if not run.evals:
         return ""
+    columns = {name: of for name, of in _EVALUATED.items() if any(number(r, of[0]) is not None for r in run.evals)}
+    rows = [[f"{r['step']:,.0f}", *(_figure(r, key, form) for key, form in columns.values())] for r in run.evals]
     return (
         f'<details class="fold"><summary>Evaluations as a table ({len(rows)})</summary>'
-        f"{_table(['Step', *_EVALUATED], rows)}</details>"
+        f"{_table(['Step', *columns], rows)}</details>"
     )
 
 
@@ -185,6 +186,7 @@ _EVALUATED = {
     "Tokens read": ("tokens", ",.0f"),
     "Bits per byte": ("bits_per_byte", ".4f"),
     "Loss": ("loss", ".4f"),
+    "Preferred as chosen": ("reward_accuracy", ".1%"),
     "Documents": ("documents", ",.0f"),
     "Bytes": ("bytes", ",.0f"),
 }

@@ -99,7 +99,7 @@ def _to_experts(job: Job, forward: int) -> Some:
 
 def _ends(job: Job) -> Some:
     """Around the blocks: the embedding's rows and the loss, whose vocabulary is cut."""
-    predicts = job.has_last and job.model.mtp_layers and job.config.preference is None
+    predicts = job.has_last and job.model.mtp_layers
     tokens = job.tokens * job.model.hidden_size * job.product_bytes
     embedded = job.micro_batches * (job.has_first + bool(predicts))
     yield _tensor(job, "reduce_scatter", tokens), embedded
@@ -109,6 +109,9 @@ def _ends(job: Job) -> Some:
     losses = job.micro_batches * (1 + bool(predicts))
     yield _tensor(job, "all_gather", tokens), losses
     yield _tensor(job, "reduce_scatter", tokens), losses
+    if job.config.preference is not None:  # log-probabilities and lengths of a pair's answers
+        pairs = 2 * job.micro_batch * 2 * _FP32
+        yield Message("all_reduce", "context", job.layout.context, pairs), losses
     at_once = rows_at_once(job)
     for start in range(0, job.tokens, at_once):
         rows = min(at_once, job.tokens - start)

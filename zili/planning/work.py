@@ -27,6 +27,8 @@ def flops(job: Job) -> dict[str, int]:
             joined = 2 * job.own_tokens * 2 * job.model.hidden_size**2
             forward += joined + _loss(job)
             backward += 2 * joined
+        if job.config.preference is not None:
+            backward += 3 * _loss(job)  # once more, and both their gradients
     return {"forward": job.micro_batches * forward, "backward": job.micro_batches * backward}
 
 
@@ -72,5 +74,7 @@ def _not_again(job: Job, layer: int) -> int:
 
 
 def _loss(job: Job) -> int:
-    """Logits and both their gradients, which are made at once (`zili.ops.chunked_cross_entropy`)."""
-    return 3 * 2 * job.tokens * job.model.hidden_size * job.model.vocab_size // job.layout.tensor
+    """Logits and both their gradients, which are made at once (`zili.ops.chunked_cross_entropy`); of preferences logits
+    alone."""
+    products = 3 if job.config.preference is None else 1
+    return products * 2 * job.tokens * job.model.hidden_size * job.model.vocab_size // job.layout.tensor

@@ -46,8 +46,10 @@ class ProgressDisplay(Callback):
         self._progress.start()
 
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        right = record.further.get("reward_accuracy")
+        preferred = "" if right is None else f" ({right:.0%} preferred as chosen)"
         figures = (
-            f"loss {record.loss:.3f}{self._evaluated}  {record.tokens_per_second:,.0f} tokens/s  "
+            f"loss {record.loss:.3f}{preferred}{self._evaluated}  {record.tokens_per_second:,.0f} tokens/s  "
             f"{record.matmul_share:.0%} of matmul peak"
         )
         if self._progress is not None:
@@ -64,7 +66,7 @@ class ProgressDisplay(Callback):
             self._evaluated = f"  {values['bits_per_byte']:.3f} bits/byte"
             said = f"text: {values['bits_per_byte']:.4f} bits/byte"
         elif "reward_accuracy" in values:
-            self._evaluated = f"  {values['reward_accuracy']:.1%} preferred"
+            self._evaluated = f"  {values['reward_accuracy']:.1%} held out"
             said = f"pairs: {values['reward_accuracy']:.1%} preferred as chosen, loss {values['loss']:.4f}"
         else:
             self._evaluated = f"  {values['loss']:.3f} nats/token held out"
