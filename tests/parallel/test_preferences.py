@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import math
-import random
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from many import curve_of, on_processes, open_trainer
+from pairs import polite_pairs
 from tiny_models import BOUND, Kind, Layout, Row, Runs, slow
 
 from zili.cli.launch import begin
 from zili.config import RunConfig
-from zili.data.chat import ChatTemplate
-from zili.data.dialogue_store import build_dialogue_store
-from zili.data.dialogues import Dialogue
 from zili.data.packing import DialogueLoader
-from zili.data.sources import Census
 from zili.data.tokenizer import Tokenizer
 from zili.errors import CheckpointError
 from zili.models.decoder import Decoder
@@ -32,22 +28,8 @@ BETA = 0.3
 
 @pytest.fixture(scope="session")
 def pairs(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Overrides that make a run of the tiny models one on pairs: polite answers are chosen."""
-    draw, words = random.Random(0), ["the", "model", "trains", "on", "what", "it", "said", "and", "asks", "for", "more"]
-
-    def line(most: int = 5) -> str:
-        return " ".join(draw.choices(words, k=draw.randint(1, most)))
-
-    talks = []
-    for number in range(200):
-        before = [{"role": role, "content": line(3)} for role in ("user", "assistant")] if number % 3 == 0 else []
-        asked, answer = [*before, {"role": "user", "content": line()}], line(3)
-        chosen, rejected = ([*asked, {"role": "assistant", "content": f"{answer}{end}"}] for end in (" please", " no"))
-        talks.append(Dialogue(chosen, None, f"pair {number}", rejected))
-    prefix = tmp_path_factory.mktemp("pairs") / "pairs"
-    tokenizer = Tokenizer.from_folder(tiny_data / "tokenizer")
-    build_dialogue_store(talks, tokenizer, ChatTemplate.named("telechat2"), prefix, census=Census())
-    return f"data.sources=[{{store='{prefix}'}}]"
+    """An override that makes a run of the tiny models one on pairs."""
+    return polite_pairs(tiny_data / "tokenizer", tmp_path_factory.mktemp("pairs") / "pairs")
 
 
 @pytest.fixture(scope="session")

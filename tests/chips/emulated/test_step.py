@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from many import on_processes, open_trainer
+from pairs import polite_pairs
 from plugins import ASCEND, Environment
 from tiny_models import Kind, Layout, Runs, slow
 from watch import Watch
@@ -16,7 +19,10 @@ from zili.data.prefetch import Prefetcher
 from zili.ops import ascend
 from zili.ops.registry import OPERATIONS
 
-ON_THE_HOST = ("trainer.py _average", "parallel/model.py _with_next", "parallel/context.py take", "ops/ascend.py _ends")
+ON_THE_HOST = (
+    *("parallel/model.py targets", "models/preference.py pairs_in", "parallel/model.py _with_next"),
+    *("parallel/context.py take", "ops/ascend.py _ends"),
+)
 """Work on the batch before it is sent, since it comes from the stores, on the host; and on where documents end."""
 MICRO_BATCHES = 8
 
@@ -27,6 +33,10 @@ def watched_step(config: RunConfig) -> tuple[Counter[str], Counter[str], int, in
 
     trainer = open_trainer(config)
     trainer.parallel.train()
+    if config.preference is not None:
+        trainer.loader.reference = {
+            store.identity(): np.zeros(len(store), np.float32) for store, _ in trainer.loader.sources
+        }
     rows = trainer.world.rows(config.training.global_batch)
     with Prefetcher(trainer.loader, 0, rows, 2) as batches:
         trainer.train_step(next(batches)[1])
@@ -68,13 +78,26 @@ SENDING = {"parallel/expert.py counted": EXPERTS * MICRO_BATCHES // 2}
 def test_a_step_stays_on_the_device(
     kind: Kind, layout: str, waits: dict[str, int], fused: bool, runs: Runs, with_plugins: Environment
 ) -> None:
+    _stays_on_the_device(kind, layout, waits, fused, runs, with_plugins)
+
+
+def _stays_on_the_device(
+    kind: Kind,
+    layout: str,
+    waits: dict[str, int],
+    fused: bool,
+    runs: Runs,
+    with_plugins: Environment,
+    *overrides: str,
+) -> None:
     chosen = Layout(layout)
     plain = dict.fromkeys(OPERATIONS, "reference") | {"grouped_matmul": "grouped"}
     plain["linear_cross_entropy"] = "chunked"
     versions = {version.operation: version.name for version in ascend.VERSIONS} if fused else {}
     named = [f"chip.operations.{operation}={name}" for operation, name in (plain | versions).items()]
     precision = "bf16" if fused else "fp32"
-    config = runs.recipe(kind, *chosen.overrides, f"chip.name={ASCEND.backend}", f"chip.precision={precision}", *named)
+    overrides = (*overrides, *chosen.overrides)
+    config = runs.recipe(kind, *overrides, f"chip.name={ASCEND.backend}", f"chip.precision={precision}", *named)
     for found, elsewhere, operations, counted in on_processes(
         chosen.world, watched_step, config, environment=with_plugins(ASCEND)
     ):
@@ -83,6 +106,16 @@ def test_a_step_stays_on_the_device(
         # Stand-ins for a vendor's operations look at their arguments, which the watch overlooks.
         assert fused or counted == sum(waits.values()), "none escaped the watch"
         assert [place for place in by_place(elsewhere) if place not in ON_THE_HOST] == []
+
+
+@pytest.mark.parametrize(("layout", "fused"), [("", False), ("", True), slow("context=2", False)])
+def test_so_does_one_of_preferences(
+    layout: str, fused: bool, tiny_data: Path, runs: Runs, with_plugins: Environment, tmp_path: Path
+) -> None:
+    pairs = polite_pairs(tiny_data / "tokenizer", tmp_path / "pairs")
+    longer = ("training.sequence_length=128", "training.start_from=model", "preference.likelihood=0.2")
+    waits = {"ops/ascend.py _ends": MICRO_BATCHES} if fused else {}
+    _stays_on_the_device("dense", layout, waits, fused, runs, with_plugins, pairs, *longer)
 
 
 def by_place(found: Counter[str]) -> dict[str, int]:
