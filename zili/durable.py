@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from zili.errors import ConfigError
+from zili.errors import CheckpointError, ConfigError, ZiliError
 
 
 def sync(path: Path) -> None:
@@ -32,6 +33,27 @@ def write_whole(path: Path, text: str) -> None:
     aside.write_text(text, encoding="utf-8")
     sync(aside)
     aside.replace(path)
+
+
+@contextmanager
+def whole_folder(target: Path, refused: type[ZiliError] = CheckpointError) -> Iterator[Path]:
+    """Yield an empty folder beside `target`; renamed to it on success, removed on failure.
+
+    Raises:
+        ZiliError: `refused`, where `target` exists and is not an empty folder.
+    """
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise refused(f"{target} exists already; name another folder or remove it first")
+    aside = target.parent / f".{target.name}.partial-{os.getpid()}"
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        sync_tree(aside)
+        aside.replace(target)
+        sync(target.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
 
 
 @contextmanager

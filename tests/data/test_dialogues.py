@@ -304,3 +304,14 @@ def test_plain_text_among_conversations_is_refused(tmp_path: Path, tokenizer: To
     assert plain.learned is None and len(Loader([(plain, 1.0)], sequence_length=16, global_batch=1, seed=0).report) == 0
     with pytest.raises(DataError, match="plain text among conversations"):
         DialogueLoader([(store_of(tmp_path, tokenizer), 1.0), (plain, 1.0)], sequence_length=96, global_batch=1, seed=0)
+
+
+def test_the_folder_appears_whole_or_not_at_all(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path, template = lines(tmp_path / "x.jsonl", FORMS["messages"]), ChatTemplate.named("telechat2")
+    target = tmp_path / "data"
+    with pytest.raises(DataError, match=r"^(train|held_out): nothing to learn"):  # one conversation has one side
+        split_and_build([path], tokenizer, template, target, held_out=0.3)
+    assert sorted(tmp_path.iterdir()) == [path]
+    split_and_build([path], tokenizer, template, target)
+    with pytest.raises(DataError, match="data exists already"):
+        split_and_build([path], tokenizer, template, target)

@@ -19,6 +19,7 @@ from zili.data.reading import OnError
 from zili.data.sources import Census
 from zili.data.split import Split
 from zili.data.tokenizer import Tokenizer
+from zili.durable import whole_folder
 from zili.errors import DataError
 
 
@@ -86,7 +87,7 @@ def build_dialogue_store(
                 progress(number)
         if not learned:
             raise DataError(
-                f"{prefix}: nothing to learn: {template.name} marks nothing that the assistant says "
+                f"{Path(prefix).name}: nothing to learn: {template.name} marks nothing that the assistant says "
                 "({% generation %} in the template does), or there were no conversations."
             )
         writer.finish(0, census, split, pairs=pairs)
@@ -128,24 +129,25 @@ def split_and_build(
     template beside them; returns a line on each. A conversation that is there twice is on one side.
 
     Raises:
-        DataError: as `build_dialogue_store`.
+        DataError: as `build_dialogue_store`; or `folder` is there already. Nothing is left of it then.
     """
     split = Split.of(held_out) if held_out else None
     lines = []
-    for name in ("train", "held_out") if split else ("train",):
-        census = Census()
-        chosen = (
-            dialogue
-            for dialogue in read_dialogues(files, on_error=on_error, census=census)
-            if split is None or split.holds_out(_said(dialogue)) == (name == "held_out")
-        )
-        rule = f"{name}: {split.rule}" if split else "all conversations"
-        report = build_dialogue_store(
-            chosen, tokenizer, template, folder / name, census=census, on_error=on_error, split=rule
-        )
-        lines.append(f"{folder / name}: {report}")
-    tokenizer.save(folder / "tokenizer")
-    (folder / "tokenizer" / "chat_template.jinja").write_text(template.source, encoding="utf-8")
+    with whole_folder(folder, DataError) as aside:
+        for name in ("train", "held_out") if split else ("train",):
+            census = Census()
+            chosen = (
+                dialogue
+                for dialogue in read_dialogues(files, on_error=on_error, census=census)
+                if split is None or split.holds_out(_said(dialogue)) == (name == "held_out")
+            )
+            rule = f"{name}: {split.rule}" if split else "all conversations"
+            report = build_dialogue_store(
+                chosen, tokenizer, template, aside / name, census=census, on_error=on_error, split=rule
+            )
+            lines.append(f"{folder / name}: {report}")
+        tokenizer.save(aside / "tokenizer")
+        (aside / "tokenizer" / "chat_template.jinja").write_text(template.source, encoding="utf-8")
     return lines
 
 

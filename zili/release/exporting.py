@@ -15,11 +15,12 @@ import torch
 
 from zili.checksums import sha256, write_sums
 from zili.data.tokenizer import Tokenizer
+from zili.durable import whole_folder
 from zili.errors import CheckpointError, ConfigError
 from zili.release.card import card
 from zili.release.companions import bring, chat_template_of, complete, tokenizer_of
 from zili.release.equivalent import Equivalent, llama_equivalent, telechat2_equivalent
-from zili.release.folder import whole_folder, write_json
+from zili.release.folder import write_json
 from zili.release.gguf_file import GGUF_FILE, write_gguf
 from zili.release.gguf_tokenizer import write_tokenizer
 from zili.release.layout import Layout, PublishedConfig, Variant

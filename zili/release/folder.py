@@ -1,16 +1,12 @@
-"""Folders that appear whole or not at all, and the small files that travel with a model."""
+"""The small files that travel with a model."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from zili.durable import sync, sync_tree
 from zili.errors import CheckpointError
 
 _COMPANIONS = (
@@ -27,27 +23,6 @@ _COMPANIONS = (
     "modeling_*.py",
     "generation_utils.py",
 )
-
-
-@contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `target`; renamed to it on success, removed on failure.
-
-    Raises:
-        CheckpointError: `target` exists and is not an empty folder.
-    """
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise CheckpointError(f"{target} exists already; name another folder or remove it first")
-    aside = target.parent / f".{target.name}.partial-{os.getpid()}"
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        sync_tree(aside)
-        aside.replace(target)
-        sync(target.parent)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:
