@@ -10,11 +10,13 @@ from typing import Any
 from zili import ops
 from zili.config import RunConfig
 from zili.config.parallel import ParallelConfig
+from zili.data.packing import DialogueLoader
 from zili.data.prefetch import Prefetcher
 from zili.diagnosis.shadow import Alignment, Shadow
 from zili.durable import write_whole
 from zili.errors import ConfigError
 from zili.ops import registry
+from zili.training.reference import reference_of
 from zili.training.trainer import Trainer
 
 Build = Callable[[RunConfig], Trainer]
@@ -60,6 +62,9 @@ def align(recipe: RunConfig, build: Build, steps: int) -> Alignment:
 
 def _losses(trainer: Trainer, steps: int, shadow: Shadow | None = None) -> list[float]:
     """Loss of each step; with a shadow every operation is checked."""
+    loader = trainer.loader
+    if isinstance(loader, DialogueLoader) and loader.pairs:
+        loader.reference = reference_of(trainer, [loader])
     trainer.parallel.train()
     rows = trainer.world.rows(trainer.config.training.global_batch)
     losses = []

@@ -6,6 +6,7 @@ reference beside the model; its numbers never change, so a second model in memor
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Iterable
@@ -13,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from zili.data.packing import DialogueLoader
 from zili.durable import sync
@@ -22,7 +23,9 @@ from zili.errors import CheckpointError
 from zili.training.trainer import Trainer
 
 REFERENCE_FILE = "reference.safetensors"
-_Table = dict[str, NDArray[np.float32]]
+Table = dict[str, NDArray[np.float32]]
+"""Log-probability of every document `[N]`, by the identity of its store."""
+_SUM = "sha256"
 
 
 def set_reference(trainer: Trainer, loaders: Iterable[DialogueLoader], *, resumed: bool) -> None:
@@ -37,18 +40,21 @@ def set_reference(trainer: Trainer, loaders: Iterable[DialogueLoader], *, resume
     if resumed:
         table = trainer.world.agree(lambda: _read(path, wanted))
     else:
-        table = _computed(trainer, loaders)
+        started = time.perf_counter()
+        table = reference_of(trainer, loaders)
+        pairs = sum(len(known) for known in table.values()) // 2
+        trainer.note(f"reference: {pairs:,} pairs in {time.perf_counter() - started:.1f} s")
         trainer.world.from_first(lambda: _write(path, table))
     for loader in loaders:
         loader.reference = table
 
 
-def _computed(trainer: Trainer, loaders: list[DialogueLoader]) -> _Table:
-    started = time.perf_counter()
+def reference_of(trainer: Trainer, loaders: Iterable[DialogueLoader]) -> Table:
+    """What the model gives every document of `loaders` now, by the identity of their stores."""
     parallel = trainer.parallel
     # As many rows as a step's micro-batches have, on every process.
     rows = max(parallel.rows_together, parallel.micro_batch * trainer.world.layout.data)
-    table: _Table = {}
+    table: Table = {}
     parallel.eval()
     with trainer.uncompiled():
         for loader in loaders:
@@ -59,15 +65,17 @@ def _computed(trainer: Trainer, loaders: list[DialogueLoader]) -> _Table:
                     for row, here in zip(values, documents, strict=False):
                         known[here] = row[: len(here)]
     parallel.train()
-    pairs = sum(len(known) for known in table.values()) // 2
-    trainer.note(f"reference: {pairs:,} pairs in {time.perf_counter() - started:.1f} s")
     return table
 
 
-def _read(path: Path, wanted: dict[str, int]) -> _Table:
+def _read(path: Path, wanted: dict[str, int]) -> Table:
     try:
-        table = load_file(path)
-    except (OSError, SafetensorError) as error:
+        with safe_open(path, "numpy") as file:
+            table = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
+            written = (file.metadata() or {}).get(_SUM)
+        if written != _sum(table):
+            raise ValueError("its content changed since it was written")
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             f"{path}: the run goes on, and what it began as cannot be read ({error}); restore the file, or give the "
             "run another folder"
@@ -81,12 +89,21 @@ def _read(path: Path, wanted: dict[str, int]) -> _Table:
     return {identity: table[_key(identity)] for identity in wanted}
 
 
-def _write(path: Path, table: _Table) -> None:
+def _write(path: Path, table: Table) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({_key(identity): values for identity, values in table.items()}, aside)
+    named = {_key(identity): values for identity, values in table.items()}
+    save_file(named, aside, {_SUM: _sum(named)})
     sync(aside)
     aside.replace(path)
+
+
+def _sum(table: Table) -> str:
+    """sha256 of names and values."""
+    digest = hashlib.sha256()
+    for name in sorted(table):
+        digest.update(name.encode() + table[name].tobytes())
+    return digest.hexdigest()
 
 
 def _key(identity: str) -> str:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from emulated import Fault
 from many import on_processes
+from pairs import polite_pairs
 from plugins import ASCEND, CAMBRICON, Environment
 from tiny_models import Kind, Runs, slow
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -142,6 +143,22 @@ def test_bf16_and_the_vendors_operations_are_within_their_bands(runs: Runs, with
     config = recipe(runs, "mixture", "chip.name=ascend", "chip.precision=bf16", *fused)
     ((found,),) = on_processes(1, alignments, config, [[]], environment=with_plugins(ASCEND))
     assert found[1] == [], found[2]
+
+
+@pytest.mark.slow
+def test_preferences_are_aligned_beside_a_reference(
+    tiny_data: Path, runs: Runs, with_plugins: Environment, tmp_path: Path
+) -> None:
+    pairs = polite_pairs(tiny_data / "tokenizer", tmp_path / "pairs")
+    config = recipe(
+        runs, "dense", pairs, "training.sequence_length=128", "training.start_from=model", "preference.beta=1"
+    )
+    ((found,),) = on_processes(1, alignments, config, [[]], 2, environment=with_plugins(CAMBRICON))
+    losses, offences, first = found
+    assert offences == [], first
+    assert losses[0] == pytest.approx([0.693147] * 2, rel=1e-4)
+    # Differences of sums of log-probabilities, which are some hundred times as large.
+    assert losses[1] == pytest.approx([losses[1][0]] * 2, rel=1e-5)
 
 
 def place(given: tuple[Any, ...]) -> Any:
