@@ -19,7 +19,8 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Line:
-    """A curve. `kind` is its look: "raw" (faint), "main", "evaluated" and "again" (dots joined by a line)."""
+    """A curve. `kind` is its look: "raw" (faint), "main", "other" (beside it), "evaluated" and "again" (dots joined by
+    a line)."""
 
     name: str
     points: Sequence[Point]

@@ -74,7 +74,7 @@ def _bits(run: RunRecord) -> Chart:
 def _rewards(run: RunRecord) -> Chart:
     lines = [
         Line(name, series(run.train, f"reward_{name}"), style)
-        for name, style in (("chosen", "main"), ("rejected", "again"))
+        for name, style in (("chosen", "main"), ("rejected", "other"))
     ]
     caption = "How much likelier each answer is than to the reference, times beta: apart is what is learned."
     return Chart("Rewards", caption, lines, identity="rewards")

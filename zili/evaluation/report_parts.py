@@ -156,7 +156,10 @@ def _loss_tiles(run: RunRecord) -> Iterator[Tile]:
         remark = f"mean of the last {len(last)} records" if len(last) > 1 else "last record"
         yield "Training loss", f"{fmean(last):.3f}", remark
     if held:
-        yield "Held-out loss", f"{held[-1]:.3f}", f"perplexity {compact(math.exp(min(held[-1], 50)))} a token"
+        right = number(run.evals[-1], "reward_accuracy")
+        perplexity = f"perplexity {compact(math.exp(min(held[-1], 50)))} a token"
+        remark = perplexity if right is None else f"{right:.1%} of pairs preferred as chosen"
+        yield "Held-out loss", f"{held[-1]:.3f}", remark
 
 
 def _speed_tiles(run: RunRecord) -> Iterator[Tile]:
