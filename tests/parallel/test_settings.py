@@ -68,7 +68,9 @@ def evaluate(config: RunConfig) -> float:
 @pytest.mark.parametrize("kind", ["dense", "mixture"])
 def test_evaluation_gives_on_every_process_what_one_gives(kind: Kind, runs: Runs) -> None:
     (alone,) = on_processes(1, evaluate, runs.recipe(kind))
-    pipelines = [f"pipeline=2 schedule={name}" for name in ("interleaved", "zero_bubble", "zbv")]
+    # zbv has the first and the last stage in one process, which cannot hold two embeddings (multi-token prediction).
+    schedules = ("interleaved", "zero_bubble", "zbv") if kind == "dense" else ("interleaved", "zero_bubble")
+    pipelines = [f"pipeline=2 schedule={name}" for name in schedules]
     for text in ("shards=2", "tensor=2", "context=2", *pipelines, BOTH):
         layout = Layout(text)
         found = on_processes(layout.world, evaluate, runs.recipe(kind, *layout.overrides))
