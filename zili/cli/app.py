@@ -24,6 +24,7 @@ from zili.cli import (
     rehearse,
     report,
     sample,
+    serve,
     train,
 )
 from zili.errors import ZiliError
@@ -59,6 +60,7 @@ app.command()(rehearse.rehearse)
 app.command(name="eval")(eval.eval_)
 app.command()(sample.sample)
 app.command()(chat.chat)
+app.command()(serve.serve)
 app.command()(report.report)
 app.command(name="import")(import_export.import_)
 app.command()(import_export.export)

