@@ -1,0 +1,234 @@
+"""The API as OpenAI's own client and plain HTTP see it."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import openai
+import pytest
+import torch
+import uvicorn
+
+from zili.config.model import ModelConfig
+from zili.data.chat import ChatTemplate
+from zili.data.tokenizer import Tokenizer
+from zili.models.decoder import Decoder
+from zili.serving.api import Served, make_app
+from zili.serving.engine import Engine
+from zili.serving.generation import Sampling, generate
+from zili.serving.streaming import StopText
+
+KEY = "sk-test"
+
+
+@dataclass
+class Place:
+    url: str
+    served: Served
+    model: Decoder
+    """The same as is served, for comparison."""
+
+    def client(self, key: str = KEY) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def post(self, path: str, body: Any, key: str = KEY) -> tuple[int, dict[str, Any]]:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+        request = urllib.request.Request(self.url + path, data, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[Place]:
+    tokenizer = Tokenizer.train(["What is the colour of snow? white", "Und der Himmel ist blau."] * 4, 300)
+    config = ModelConfig(
+        vocab_size=320, hidden_size=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_hidden_size=48, max_length=256
+    )
+    config = config.model_copy(update={"init_std": 0.3})
+    models = [Decoder(config).eval() for _ in range(2)]
+    for model in models:
+        model.init_weights(1)
+    with Engine(models[0], slots=4, vocabulary=tokenizer.vocab_size) as engine, socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        served = Served(engine, tokenizer, ChatTemplate.named("telechat2"), "tiny", frozenset({KEY, "sk-other"}))
+        server = uvicorn.Server(uvicorn.Config(make_app(served), log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [place]}, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield Place(f"http://127.0.0.1:{place.getsockname()[1]}", served, models[1])
+        server.should_exit = True
+        thread.join(30)
+
+
+ASKED: list[Any] = [{"role": "user", "content": "What is the colour of snow?"}]
+
+
+def greedy(place: Place, ids: list[int], count: int) -> list[int]:
+    vocabulary = place.served.tokenizer.vocab_size
+    sampling = Sampling(temperature=0)
+    return list(generate(place.model, ids, max_new_tokens=count, sampling=sampling, vocabulary=vocabulary))
+
+
+def prompt_of(place: Place, messages: list[Any]) -> list[int]:
+    assert place.served.template is not None
+    return place.served.template.render(place.served.tokenizer, messages, add_generation_prompt=True).ids
+
+
+def test_chat_says_what_the_model_says(place: Place) -> None:
+    ids = prompt_of(place, ASKED)
+    expected = place.served.tokenizer.decode(greedy(place, ids, 12))
+    answer = place.client().chat.completions.create(
+        model="tiny", messages=ASKED, temperature=0, max_tokens=12, extra_body={"ignore_eos": True}
+    )
+    assert answer.choices[0].message.content == expected
+    assert answer.choices[0].finish_reason == "length" and answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids), 12)
+    parts = list(
+        place.client().chat.completions.create(
+            model="tiny",
+            messages=ASKED,
+            temperature=0,
+            max_completion_tokens=12,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"ignore_eos": True},
+        )
+    )
+    assert "".join(part.choices[0].delta.content or "" for part in parts if part.choices) == expected
+    assert parts[0].choices[0].delta.role == "assistant"
+    assert parts[-2].choices[0].finish_reason == "length"
+    assert parts[-1].choices == [] and parts[-1].usage is not None and parts[-1].usage.completion_tokens == 12
+    # The prompt was there already, but for its last token.
+    assert parts[-1].usage.prompt_tokens_details is not None
+    assert parts[-1].usage.prompt_tokens_details.cached_tokens == len(ids) - 1
+
+
+def test_log_probabilities_and_choices(place: Place) -> None:
+    answer = place.client().chat.completions.create(
+        model="tiny", messages=ASKED, seed=3, n=3, max_tokens=5, logprobs=True, top_logprobs=2, temperature=1
+    )
+    again = place.client().chat.completions.create(
+        model="tiny", messages=ASKED, seed=3, n=3, max_tokens=5, logprobs=True, top_logprobs=2, temperature=1
+    )
+    said = [choice.message.content for choice in answer.choices]
+    assert said == [choice.message.content for choice in again.choices] and len(set(said)) > 1
+    for choice in answer.choices:
+        assert choice.logprobs is not None and choice.logprobs.content is not None
+        for token in choice.logprobs.content:
+            assert len(token.top_logprobs) == 2 and token.logprob <= token.top_logprobs[0].logprob + 1e-6
+
+
+def test_a_prompt_of_ids_is_scored(place: Place) -> None:
+    """As lm-eval asks: echo, logprobs, nothing new."""
+    ids = place.served.tokenizer.encode("What is the colour of snow? white").tolist()
+    status, answer = place.post(
+        "/v1/completions", {"prompt": [ids, ids[:5]], "max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0}
+    )
+    assert status == 200
+    with torch.no_grad():
+        vocabulary = place.served.tokenizer.vocab_size
+        expected = place.model(torch.tensor([ids[:-1]]))[0, :, :vocabulary].log_softmax(-1)
+    for choice, count in zip(answer["choices"], (len(ids), 5), strict=True):
+        told = choice["logprobs"]
+        assert told["token_logprobs"][0] is None and len(told["tokens"]) == count
+        wanted = [float(row[id_]) for row, id_ in zip(expected, ids[1:count], strict=False)]
+        assert told["token_logprobs"][1:] == pytest.approx(wanted, abs=1e-4)
+        assert "".join(told["tokens"]) == choice["text"]
+    assert answer["usage"]["completion_tokens"] == 0
+
+
+def test_stops_biases_and_streams_of_text(place: Place) -> None:
+    client = place.client()
+    whole = client.completions.create(model="tiny", prompt="snow", temperature=0, max_tokens=30).choices[0].text
+    stop = whole[8:11]
+    cut = client.completions.create(model="tiny", prompt="snow", temperature=0, max_tokens=30, stop=[stop, "\x00"])
+    assert cut.choices[0].text == whole[: whole.index(stop)] and cut.choices[0].finish_reason == "stop"
+    parts = list(
+        client.completions.create(model="tiny", prompt="snow", temperature=0, max_tokens=30, stop=stop, stream=True)
+    )
+    assert "".join(part.choices[0].text for part in parts) == cut.choices[0].text
+    id_ = place.served.tokenizer.encode("w").tolist()[0]
+    pushed = client.completions.create(
+        model="tiny", prompt=["a", "b"], max_tokens=3, temperature=0, logit_bias={str(id_): 100}
+    )
+    assert [choice.text for choice in pushed.choices] == ["www", "www"]
+
+
+BAD: list[tuple[str, Any, int, str]] = [
+    ("/v1/chat/completions", {"messages": []}, 400, "messages"),
+    ("/v1/chat/completions", {"messages": "hello"}, 400, "messages"),
+    ("/v1/chat/completions", {"messages": [{"role": "robot", "content": "x"}]}, 400, "messages"),
+    ("/v1/chat/completions", {"messages": ASKED, "temperature": 9}, 400, "temperature"),
+    ("/v1/chat/completions", {"messages": ASKED, "n": 1000}, 400, "n"),
+    ("/v1/chat/completions", {"messages": ASKED, "model": "gpt-9"}, 404, "there is 'tiny'"),
+    ("/v1/chat/completions", {"messages": ASKED, "max_tokens": 1000}, 400, "the context holds 256"),
+    ("/v1/chat/completions", {"messages": ASKED * 1000}, 400, "the context holds 256"),
+    ("/v1/chat/completions", {"messages": ASKED, "logit_bias": {"x": 1}}, 400, "ids of tokens"),
+    ("/v1/completions", {"prompt": [999999]}, 400, "token 999999"),
+    ("/v1/completions", {"prompt": []}, 400, "prompt"),
+    ("/v1/completions", {}, 400, "prompt"),
+    ("/v1/completions", b"{", 400, "JSON"),
+    ("/detokenize", {"tokens": [-1]}, 400, "tokens"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "status", "said"), BAD)
+def test_refusals_have_a_status_and_a_reason(place: Place, path: str, body: Any, status: int, said: str) -> None:
+    found, answer = place.post(path, body)
+    assert found == status and said in answer["error"]["message"], answer
+    assert place.served.engine.load == (0, 0)
+
+
+def test_keys(place: Place) -> None:
+    status, answer = place.post("/v1/completions", {"prompt": "x"}, key="sk-wrong")
+    assert status == 401 and answer["error"]["code"] == "invalid_api_key"
+    assert place.post("/v1/completions", {"prompt": "x", "max_tokens": 1}, key="sk-other")[0] == 200
+    with urllib.request.urlopen(f"{place.url}/health", timeout=10) as answer_of_health:
+        assert json.load(answer_of_health) == {"status": "ok"}
+    assert [model.id for model in place.client().models.list()] == ["tiny"]
+
+
+def test_tokens_there_and_back(place: Place) -> None:
+    _, ids = place.post("/tokenize", {"prompt": "Himmel 天"})
+    assert place.post("/detokenize", {"tokens": ids["tokens"]})[1] == {"prompt": "Himmel 天"}
+    assert ids["count"] == len(ids["tokens"]) and ids["max_model_len"] == 256
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_hangs_up_frees_the_slot(place: Place, stream: bool) -> None:
+    body = json.dumps({"prompt": "snow", "max_tokens": 250, "stream": stream, "ignore_eos": True, "n": 4}).encode()
+    host, port = place.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as wire:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+        wire.sendall(f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        if stream:
+            assert wire.recv(100)
+        else:
+            time.sleep(0.05)
+    end = time.monotonic() + 10
+    while place.served.engine.load != (0, 0):
+        assert time.monotonic() < end, "a slot is still taken"
+        time.sleep(0.02)
+
+
+def test_what_might_become_a_stop_is_held_back() -> None:
+    stop = StopText(["STOP", "\n\n"])
+    assert [stop.push(piece) for piece in ("ab", "c\n", "dS", "TO", "x", "\n", "\nrest")] == [
+        *("ab", "c", "\nd", "", "STOx", "", "")
+    ]
+    assert stop.stopped and stop.finish() == ""
+    open_end = StopText(["STOP"])
+    assert open_end.push("an ST") == "an " and open_end.finish() == "ST"
