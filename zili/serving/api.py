@@ -10,11 +10,13 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.staticfiles import StaticFiles
 
 import zili
 from zili.data.chat import ChatTemplate
@@ -26,8 +28,16 @@ from zili.serving.generation import Sampling
 from zili.serving.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from zili.serving.streaming import Said, Stream
 
-_OPEN = ("/health", "/openapi.json", "/docs", "/")
+_OPEN = ("/health", "/openapi.json", "/", "/page")
 """Paths that need no key."""
+_PAGE = Path(__file__).with_name("page")
+_HEADERS = {
+    # The page brings everything along; what a model writes can neither run nor fetch.
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,13 @@ class Refusal(Exception):
 
 def make_app(served: Served) -> FastAPI:
     """The application; the engine is closed by whoever opened it."""
-    app = FastAPI(title="Zili", version=zili.__version__, summary="OpenAI's API over a model of yours.")
+    app = FastAPI(
+        title="Zili",
+        version=zili.__version__,
+        summary="OpenAI's API over a model of yours.",
+        docs_url=None,  # they would fetch from a CDN
+        redoc_url=None,
+    )
     app.exception_handler(Refusal)(_refused)
     app.exception_handler(RequestValidationError)(_invalid)
     app.middleware("http")(_with_key(served.keys))
@@ -68,6 +84,12 @@ def make_app(served: Served) -> FastAPI:
     app.post("/v1/completions", response_model=None)(api.complete)
     app.post("/tokenize")(api.tokenize)
     app.post("/detokenize")(api.detokenize)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(_PAGE / "index.html", headers=_HEADERS)
+
+    app.mount("/page", StaticFiles(directory=_PAGE))
     return app
 
 
@@ -91,7 +113,8 @@ async def _invalid(_: Request, error: Exception) -> JSONResponse:
 
 def _with_key(keys: frozenset[str]) -> Callable[..., Any]:
     async def check(request: Request, proceed: Callable[[Request], Awaitable[Any]]) -> Any:
-        if keys and request.url.path not in _OPEN:
+        path = request.url.path
+        if keys and path not in _OPEN and not path.startswith("/page/"):
             given = request.headers.get("authorization", "").removeprefix("Bearer ")
             # Every key is looked at, each in the same time: how long it takes says nothing of them.
             if not sum(secrets.compare_digest(given.encode(), key.encode()) for key in keys):
