@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 import time
@@ -10,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -20,13 +22,22 @@ import uvicorn
 from zili.config.model import ModelConfig
 from zili.data.chat import ChatTemplate
 from zili.data.tokenizer import Tokenizer
+from zili.errors import ConfigError
 from zili.models.decoder import Decoder
 from zili.serving.api import Served, make_app
 from zili.serving.engine import Engine
 from zili.serving.generation import Sampling, generate
+from zili.serving.keys import Holder, Key, Keys, TooMuch
 from zili.serving.streaming import StopText
 
-KEY = "sk-test"
+KEY = "sk-of-the-tests"
+KEYS = Keys(
+    (
+        Holder("tests", Key(key=KEY)),
+        Holder("seldom", Key(key="sk-seldom", requests_per_minute=2)),
+        Holder("little", Key(key="sk-little", tokens_per_day=10)),
+    )
+)
 
 
 @dataclass
@@ -62,7 +73,7 @@ def place() -> Iterator[Place]:
         model.init_weights(1)
     with Engine(models[0], slots=4, vocabulary=tokenizer.vocab_size) as engine, socket.socket() as place:
         place.bind(("127.0.0.1", 0))
-        served = Served(engine, tokenizer, ChatTemplate.named("telechat2"), "tiny", frozenset({KEY, "sk-other"}))
+        served = Served(engine, tokenizer, ChatTemplate.named("telechat2"), "tiny", KEYS)
         server = uvicorn.Server(uvicorn.Config(make_app(served), log_level="error"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [place]}, daemon=True)
         thread.start()
@@ -195,7 +206,7 @@ def test_refusals_have_a_status_and_a_reason(place: Place, path: str, body: Any,
 def test_keys(place: Place) -> None:
     status, answer = place.post("/v1/completions", {"prompt": "x"}, key="sk-wrong")
     assert status == 401 and answer["error"]["code"] == "invalid_api_key"
-    assert place.post("/v1/completions", {"prompt": "x", "max_tokens": 1}, key="sk-other")[0] == 200
+    assert place.post("/v1/completions", {"prompt": "x", "max_tokens": 1}, key="sk-seldom")[0] == 200
     with urllib.request.urlopen(f"{place.url}/health", timeout=10) as answer_of_health:
         assert json.load(answer_of_health) == {"status": "ok"}
     assert [model.id for model in place.client().models.list()] == ["tiny"]
@@ -232,3 +243,84 @@ def test_what_might_become_a_stop_is_held_back() -> None:
     assert stop.stopped and stop.finish() == ""
     open_end = StopText(["STOP"])
     assert open_end.push("an ST") == "an " and open_end.finish() == "ST"
+
+
+def test_a_key_has_a_rate_and_a_quota(place: Place) -> None:
+    body = {"prompt": "snow and more of it", "max_tokens": 5}
+    assert place.post("/v1/completions", body, key="sk-little")[0] == 200
+    with pytest.raises(openai.RateLimitError) as refused:
+        place.client("sk-little").completions.create(model="tiny", **body)
+    assert "10 tokens a day" in str(refused.value)
+    assert 86_000 < int(refused.value.response.headers["retry-after"]) <= 86_400
+
+
+def test_rates_fill_up_again() -> None:
+    now = [0.0]
+    holder = Holder("x", Key(key="sk-12345", requests_per_minute=2, tokens_per_day=100), lambda: now[0])
+    holder.ask()
+    holder.ask()
+    with pytest.raises(TooMuch, match="2 requests a minute") as refused:
+        holder.ask()
+    assert refused.value.retry_after == 30
+    now[0] = 30.0
+    holder.ask()
+    holder.used(100)
+    now[0] = 1000.0
+    with pytest.raises(TooMuch, match="100 tokens a day"):
+        holder.ask()
+    now[0] = 86_400.0
+    holder.ask()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "no keys"),
+        ("[a", "cannot be read"),
+        ("[a]\nkey = 'short'", "a table|key: String should have at least 8"),
+        ("[a]\nkey = 'sk-12345678'\nrate = 3", "rate: Extra inputs"),
+        ("[a]\nkey = 'sk-12345678'\n[b]\nkey = 'sk-12345678'", "the same key"),
+    ],
+)
+def test_a_file_of_keys(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match="chmod 600"):
+        Keys.read(file)
+    file.chmod(0o600)
+    with pytest.raises(ConfigError, match=said) as refused:
+        Keys.read(file)
+    assert "12345678" not in str(refused.value)
+    file.write_text("[a]\nkey = 'sk-12345678'\n", encoding="utf-8")
+    keys = Keys.read(file)
+    assert keys.find("sk-12345678") is keys.holders[0] and keys.find("") is None and keys.find("sk-1234567") is None
+
+
+def test_metrics_have_vllm_s_names(place: Place) -> None:
+    before = metrics(place)
+    place.post("/v1/completions", {"prompt": "snow is white", "max_tokens": 7, "ignore_eos": True})
+    after = metrics(place)
+    assert after["vllm:generation_tokens_total"] - before.get("vllm:generation_tokens_total", 0) == 7
+    assert after["vllm:e2e_request_latency_seconds_count"] - before["vllm:e2e_request_latency_seconds_count"] == 1
+    assert (
+        after["vllm:num_requests_running"]
+        == after["vllm:num_requests_waiting"]
+        == after["vllm:kv_cache_usage_perc"]
+        == 0
+    )
+
+
+def metrics(place: Place) -> dict[str, float]:
+    with urllib.request.urlopen(f"{place.url}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    rows = (line.rpartition(" ") for line in lines if not line.startswith("#"))
+    return {name.split("{")[0]: float(value) for name, _, value in rows}
+
+
+def test_the_page_comes_along_and_may_load_nothing_else(place: Place) -> None:
+    with urllib.request.urlopen(f"{place.url}/", timeout=10) as answer:
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        html = answer.read().decode()
+    for name in re.findall(r'(?:src|href)="(page/[^"]+)"', html):
+        with urllib.request.urlopen(f"{place.url}/{name}", timeout=10) as answer:
+            assert answer.status == 200 and answer.read()

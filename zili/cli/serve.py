@@ -26,7 +26,9 @@ def serve(
     template: Annotated[
         str | None, typer.Option(help="Chat template in place of the model's own: a name, or a file.")
     ] = None,
-    keys: Annotated[Path | None, typer.Option(help="File with a key a line; whoever asks needs one.")] = None,
+    keys: Annotated[
+        Path | None, typer.Option(help="TOML file of keys and their limits; whoever asks needs one.")
+    ] = None,
     slots: Annotated[int, typer.Option(help="Answers at once; further ones wait.", min=1)] = 16,
     context: Annotated[int | None, typer.Option(help="Tokens of prompt and answer; the model's by default.")] = None,
     chip: Annotated[str, typer.Option(help="Where to run; `zili chips` lists names.")] = "auto",
@@ -38,10 +40,11 @@ def serve(
         raise typer.BadParameter("give a model, or --demo")
     try:
         from zili.serving.api import Served
+        from zili.serving.keys import Keys
         from zili.serving.server import listen
     except ImportError as error:
         raise ConfigError(f"{error.name} is not installed: pip install 'zili[serve]'") from error
-    known = _keys(keys)
+    known = Keys.read(keys) if keys else Keys()
     device = open_device(chip)
     from zili.data.chat import ChatTemplate
     from zili.serving.engine import Engine
@@ -53,16 +56,3 @@ def serve(
     called = name or (place.stem if place.is_file() else place.resolve().name)
     with Engine(opened.model, slots=slots, context=context, vocabulary=opened.tokenizer.vocab_size) as engine:
         listen(Served(engine, opened.tokenizer, chosen, called, known), host, port, typer.echo)
-
-
-def _keys(file: Path | None) -> frozenset[str]:
-    if file is None:
-        return frozenset()
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: the keys cannot be read ({error})") from error
-    found = frozenset(line.strip() for line in lines if line.strip() and not line.startswith("#"))
-    if not found:
-        raise ConfigError(f"{file}: there is no key in it")
-    return found

@@ -15,7 +15,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 
 import zili
@@ -25,10 +25,12 @@ from zili.errors import ConfigError, DataError
 from zili.serving.conversation import Dialogue
 from zili.serving.engine import Ask, Engine, Token
 from zili.serving.generation import Sampling
+from zili.serving.keys import Keys, TooMuch
+from zili.serving.metrics import CONTENT_TYPE, Metrics
 from zili.serving.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from zili.serving.streaming import Said, Stream
 
-_OPEN = ("/health", "/openapi.json", "/", "/page")
+_OPEN = ("/health", "/metrics", "/openapi.json", "/", "/page")
 """Paths that need no key."""
 _PAGE = Path(__file__).with_name("page")
 _HEADERS = {
@@ -48,7 +50,7 @@ class Served:
     tokenizer: Tokenizer
     template: ChatTemplate | None
     name: str
-    keys: frozenset[str] = frozenset()
+    keys: Keys = field(default_factory=Keys)
     """Whoever asks names one of them; none: anyone may ask."""
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -78,6 +80,10 @@ def make_app(served: Served) -> FastAPI:
     @app.get("/health", response_class=JSONResponse)
     async def health() -> dict[str, str]:
         return {"status": "ok"}
+
+    @app.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        return Response(api.metrics.text(), media_type=CONTENT_TYPE)
 
     app.get("/v1/models")(api.models)
     app.post("/v1/chat/completions", response_model=None)(api.chat)
@@ -111,14 +117,20 @@ async def _invalid(_: Request, error: Exception) -> JSONResponse:
     return _error(400, f"{place}: {first['msg']}" if place else str(first["msg"]), place or None)
 
 
-def _with_key(keys: frozenset[str]) -> Callable[..., Any]:
+def _with_key(keys: Keys) -> Callable[..., Any]:
     async def check(request: Request, proceed: Callable[[Request], Awaitable[Any]]) -> Any:
         path = request.url.path
-        if keys and path not in _OPEN and not path.startswith("/page/"):
-            given = request.headers.get("authorization", "").removeprefix("Bearer ")
-            # Every key is looked at, each in the same time: how long it takes says nothing of them.
-            if not sum(secrets.compare_digest(given.encode(), key.encode()) for key in keys):
+        if keys.holders and path not in _OPEN and not path.startswith("/page/"):
+            holder = keys.find(request.headers.get("authorization", "").removeprefix("Bearer "))
+            if holder is None:
                 return _error(401, "the key is not known; send it as Authorization: Bearer KEY", code="invalid_api_key")
+            try:
+                holder.ask()
+            except TooMuch as error:
+                refused = _error(429, str(error), code="rate_limit_exceeded")
+                refused.headers["Retry-After"] = str(error.retry_after)
+                return refused
+            request.state.used = holder.used
         return await proceed(request)
 
     return check
@@ -130,6 +142,7 @@ class _Api:
     def __init__(self, served: Served) -> None:
         self.served = served
         self.tokenizer, self.engine = served.tokenizer, served.engine
+        self.metrics = Metrics(served.engine, served.name)
         template = served.template or ChatTemplate.named("chatml")
         self.stop_ids = Dialogue(served.tokenizer, template).stop_ids
 
@@ -156,7 +169,7 @@ class _Api:
         except (DataError, TypeError) as error:
             raise Refusal(400, str(error), param="messages") from error
         top = asked.top_logprobs if asked.logprobs else None
-        streams = self._begin(asked, [prompt] * asked.n, asked.longest, top)
+        streams = self._begin(request, asked, [prompt] * asked.n, asked.longest, top)
         head = self._head("chatcmpl", "chat.completion")
         if asked.stream:
             return self._sse(asked, streams, head | {"object": "chat.completion.chunk"}, self._delta, [prompt])
@@ -171,7 +184,7 @@ class _Api:
         self._check_model(asked.model)
         prompts = [self._ids(prompt) for prompt in asked.prompts]
         each = [prompt for prompt in prompts for _ in range(asked.n)]
-        streams = self._begin(asked, each, asked.max_tokens, asked.logprobs, of_prompt=asked.echo)
+        streams = self._begin(request, asked, each, asked.max_tokens, asked.logprobs, of_prompt=asked.echo)
         head = self._head("cmpl", "text_completion")
         if asked.stream:
             if asked.echo:
@@ -210,6 +223,7 @@ class _Api:
 
     def _begin(
         self,
+        request: Request,
         asked: ChatRequest | CompletionRequest,
         prompts: list[list[int]],
         longest: int | None,
@@ -219,6 +233,7 @@ class _Api:
     ) -> list[Stream]:
         seed = secrets.randbits(32) if asked.seed is None else asked.seed % 2**63
         streams: list[Stream] = []
+        used = getattr(request.state, "used", lambda tokens: None)
         try:
             for number, prompt in enumerate(prompts):
                 room = self.engine.context - len(prompt)
@@ -239,7 +254,8 @@ class _Api:
                     of_prompt=of_prompt,
                     bias=self._bias(asked.logit_bias),
                 )
-                streams.append(Stream(self.engine, self.tokenizer, ask, asked.stops))
+                stream = Stream(self.engine, self.tokenizer, ask, asked.stops, metrics=self.metrics, used=used)
+                streams.append(stream)
         except (Refusal, ConfigError) as error:
             for stream in streams:
                 stream.cancel()

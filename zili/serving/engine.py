@@ -145,7 +145,7 @@ class Engine:
         weight = model.head_weight
         self._cache = SlotCache(model.config, slots, self.context, dtype=weight.dtype, device=weight.device)
         serve_from(model, self._cache)
-        self._vocabulary = vocabulary
+        self._vocabulary, self._slots = vocabulary, slots
         self._tokens_a_step = max(tokens_a_step, slots)
         self._waiting: deque[Answer] = deque()
         self._running: list[_Sequence] = []
@@ -166,6 +166,11 @@ class Engine:
     def load(self) -> tuple[int, int]:
         """How many sequences run, and how many wait."""
         return len(self._running), len(self._waiting)
+
+    @property
+    def usage(self) -> float:
+        """Share of the slots' room that running sequences use."""
+        return sum(len(one.ids) for one in list(self._running)) / (self._slots * self.context)
 
     def submit(self, ask: Ask, notify: Callable[[], None] | None = None) -> Answer:
         """Begin to answer.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 from zili.data.tokenizer import DecodeStream, Tokenizer
 from zili.serving.engine import Answer, Ask, Engine, Token
+from zili.serving.metrics import Metrics
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,17 @@ class StopText:
 class Stream:
     """An answer of `engine` as pieces of text. Whoever stops listening must `cancel`."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, ask: Ask, stops: Sequence[str] = ()) -> None:
-        """Raises `ConfigError` as `Engine.submit`."""
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        ask: Ask,
+        stops: Sequence[str] = (),
+        *,
+        metrics: Metrics | None = None,
+        used: Callable[[int], None] = lambda tokens: None,
+    ) -> None:
+        """`used` is told how many tokens prompt and answer had, once. Raises `ConfigError` as `Engine.submit`."""
         loop, self._news = asyncio.get_running_loop(), asyncio.Event()
         self._text, self._stop = DecodeStream(tokenizer), StopText(stops)
         self.tokens = 0
@@ -68,10 +78,21 @@ class Stream:
                 loop.call_soon_threadsafe(self._news.set)
 
         self.answer: Answer = engine.submit(ask, notify)
+        self._watch = metrics.began(len(ask.prompt)) if metrics else None
+        self._used: Callable[[int], None] | None = used
 
     def cancel(self) -> None:
         """Let the engine's slot go; nothing happens to one that has ended."""
         self.answer.cancel()
+        self._end("abort")
+
+    def _end(self, reason: str) -> None:
+        used, self._used = self._used, None
+        if used is None:
+            return
+        used(len(self.answer.ask.prompt) + self.tokens)
+        if self._watch is not None:
+            self._watch.ended(reason, self.answer.reused)
 
     async def pieces(self) -> AsyncIterator[Said]:
         """To the end; the last has a `finish`.
@@ -84,6 +105,7 @@ class Stream:
             finished = self.answer.finished  # asked before the tokens are taken: there are none after it
             tokens = self.answer.take()
             if self.answer.error is not None:
+                self._end("error")
                 raise self.answer.error
             said, kept = "", []
             for token in tokens:
@@ -92,14 +114,16 @@ class Stream:
                 if self._stop.stopped:
                     break
             self.tokens += len(kept)
-            if self._stop.stopped:
+            if self._watch is not None:
+                self._watch.said(len(kept))
+            if self._stop.stopped or finished is not None:
+                if not self._stop.stopped:
+                    said += self._stop.push(self._text.finish())
+                    said += "" if self._stop.stopped else self._stop.finish()
+                reason = "stop" if self._stop.stopped or finished == "stop" else "length"
+                self._end(reason)
                 self.cancel()
-                yield Said(said, kept, "stop")
-                return
-            if finished is not None:
-                said += self._stop.push(self._text.finish())
-                said += "" if self._stop.stopped else self._stop.finish()
-                yield Said(said, kept, "stop" if self._stop.stopped or finished == "stop" else "length")
+                yield Said(said, kept, reason)
                 return
             if said or kept:
                 yield Said(said, kept)
