@@ -5,83 +5,26 @@ from __future__ import annotations
 import json
 import re
 import socket
-import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 import torch
-import uvicorn
+from served import KEY, KEYS, Place, serve_a_tiny_model
 
-from zili.config.model import ModelConfig
-from zili.data.chat import ChatTemplate
-from zili.data.tokenizer import Tokenizer
 from zili.errors import ConfigError
-from zili.models.decoder import Decoder
-from zili.serving.api import Served, make_app
-from zili.serving.engine import Engine
 from zili.serving.generation import Sampling, generate
 from zili.serving.keys import Holder, Key, Keys, TooMuch
 from zili.serving.streaming import StopText
 
-KEY = "sk-of-the-tests"
-KEYS = Keys(
-    (
-        Holder("tests", Key(key=KEY)),
-        Holder("seldom", Key(key="sk-seldom", requests_per_minute=2)),
-        Holder("little", Key(key="sk-little", tokens_per_day=10)),
-    )
-)
-
-
-@dataclass
-class Place:
-    url: str
-    served: Served
-    model: Decoder
-    """The same as is served, for comparison."""
-
-    def client(self, key: str = KEY) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
-
-    def post(self, path: str, body: Any, key: str = KEY) -> tuple[int, dict[str, Any]]:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-        request = urllib.request.Request(self.url + path, data, headers)
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                return answer.status, json.load(answer)
-        except urllib.error.HTTPError as error:
-            return error.code, json.load(error)
-
 
 @pytest.fixture(scope="module")
 def place() -> Iterator[Place]:
-    tokenizer = Tokenizer.train(["What is the colour of snow? white", "Und der Himmel ist blau."] * 4, 300)
-    config = ModelConfig(
-        vocab_size=320, hidden_size=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_hidden_size=48, max_length=256
-    )
-    config = config.model_copy(update={"init_std": 0.3})
-    models = [Decoder(config).eval() for _ in range(2)]
-    for model in models:
-        model.init_weights(1)
-    with Engine(models[0], slots=4, vocabulary=tokenizer.vocab_size) as engine, socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        served = Served(engine, tokenizer, ChatTemplate.named("telechat2"), "tiny", KEYS)
-        server = uvicorn.Server(uvicorn.Config(make_app(served), log_level="error"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [place]}, daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        yield Place(f"http://127.0.0.1:{place.getsockname()[1]}", served, models[1])
-        server.should_exit = True
-        thread.join(30)
+    yield from serve_a_tiny_model(KEYS)
 
 
 ASKED: list[Any] = [{"role": "user", "content": "What is the colour of snow?"}]
