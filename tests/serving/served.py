@@ -8,7 +8,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from zili.data.chat import ChatTemplate
 from zili.data.tokenizer import Tokenizer
 from zili.models.decoder import Decoder
 from zili.serving.api import Served, make_app
-from zili.serving.engine import Engine
+from zili.serving.engine import Answer, Ask, Engine, Token
 from zili.serving.keys import Holder, Key, Keys
 
 KEY = "sk-of-the-tests"
@@ -54,9 +55,47 @@ class Place:
             return error.code, json.load(error)
 
 
+class Scripted:
+    """An engine that says what it is told to, whatever is asked; it notes the prompts."""
+
+    context, load, usage = 4096, (0, 0), 0.0
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.text = ""
+        self.prompts: list[str] = []
+
+    def submit(self, ask: Ask, notify: Callable[[], None] | None = None) -> Answer:
+        self.prompts.append(self._tokenizer.decode(list(ask.prompt)))
+        answer = Answer(ask, notify)
+        for id_ in self._tokenizer.encode(self.text).tolist():
+            answer._say(Token(id_, None, {}))
+        answer._say(finished="stop")
+        return answer
+
+
+def tiny_tokenizer() -> Tokenizer:
+    return Tokenizer.train(["What is the colour of snow? white", "Und der Himmel ist blau."] * 4, 300)
+
+
+@contextmanager
+def listening(served: Served) -> Iterator[str]:
+    """Where `served` is reached."""
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(make_app(served), log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [place]}, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{place.getsockname()[1]}"
+        server.should_exit = True
+        thread.join(30)
+
+
 def serve_a_tiny_model(keys: Keys) -> Iterator[Place]:
     """Until the iterator is closed."""
-    tokenizer = Tokenizer.train(["What is the colour of snow? white", "Und der Himmel ist blau."] * 4, 300)
+    tokenizer = tiny_tokenizer()
     config = ModelConfig(
         vocab_size=320, hidden_size=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_hidden_size=48, max_length=256
     )
@@ -64,14 +103,7 @@ def serve_a_tiny_model(keys: Keys) -> Iterator[Place]:
     models = [Decoder(config).eval() for _ in range(2)]
     for model in models:
         model.init_weights(1)
-    with Engine(models[0], slots=4, vocabulary=tokenizer.vocab_size) as engine, socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
+    with Engine(models[0], slots=4, vocabulary=tokenizer.vocab_size) as engine:
         served = Served(engine, tokenizer, ChatTemplate.named("telechat2"), "tiny", keys)
-        server = uvicorn.Server(uvicorn.Config(make_app(served), log_level="error"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [place]}, daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        yield Place(f"http://127.0.0.1:{place.getsockname()[1]}", served, models[1])
-        server.should_exit = True
-        thread.join(30)
+        with listening(served) as url:
+            yield Place(url, served, models[1])

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from zili.serving.generation import Sampling
 from zili.serving.keys import Keys, TooMuch
 from zili.serving.metrics import CONTENT_TYPE, Metrics
 from zili.serving.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from zili.serving.reply import Call, Parts, Reply
 from zili.serving.streaming import Said, Stream
 
 _OPEN = ("/health", "/metrics", "/openapi.json", "/", "/page")
@@ -164,19 +166,31 @@ class _Api:
             raise Refusal(400, "the model has no chat template: use /v1/completions", param="messages")
         try:
             turns = [message.plain() for message in asked.messages]
-            options = {"add_generation_prompt": True, **asked.chat_template_kwargs}
+            options = {"add_generation_prompt": True, "tools": asked.offered or None, **asked.chat_template_kwargs}
             prompt = self.served.template.render(self.tokenizer, turns, **options).ids
         except (DataError, TypeError) as error:
             raise Refusal(400, str(error), param="messages") from error
         top = asked.top_logprobs if asked.logprobs else None
         streams = self._begin(request, asked, [prompt] * asked.n, asked.longest, top)
         head = self._head("chatcmpl", "chat.completion")
+        # Some templates open an answer's thoughts themselves.
+        thinking = self.tokenizer.decode(prompt[-16:]).rstrip().endswith("<think>")
+        replies = [Reply(thinking=thinking, tools=bool(asked.offered)) for _ in streams]
         if asked.stream:
-            return self._sse(asked, streams, head | {"object": "chat.completion.chunk"}, self._delta, [prompt])
+            chunk = head | {"object": "chat.completion.chunk"}
+            return self._sse(asked, streams, chunk, partial(self._delta, replies=replies), [prompt])
         choices = []
         for index, (said, tokens, finish) in enumerate(await self._all(streams, request)):
-            message = {"role": "assistant", "content": said, "refusal": None}
-            choice = {"index": index, "message": message, "finish_reason": finish}
+            whole = _joined(replies[index].push(said), replies[index].finish())
+            calls = [_called(call) for call in whole.calls]
+            message: dict[str, Any] = {
+                "role": "assistant",
+                "content": whole.content if whole.content or not calls else None,
+            }
+            message |= {"reasoning_content": whole.reasoning} if whole.reasoning else {}
+            message |= {"tool_calls": calls} if calls else {}
+            choice = {"index": index, "message": {**message, "refusal": None}}
+            choice["finish_reason"] = "tool_calls" if calls and finish == "stop" else finish
             choices.append({**choice, "logprobs": self._chat_logprobs(tokens) if asked.logprobs else None})
         return {**head, "choices": choices, "usage": self._usage(streams, [prompt])}
 
@@ -318,11 +332,28 @@ class _Api:
 
         return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
-    def _delta(self, asked: ChatRequest | CompletionRequest, index: int, said: Said, first: bool) -> dict[str, Any]:
+    def _delta(
+        self,
+        asked: ChatRequest | CompletionRequest,
+        index: int,
+        said: Said,
+        first: bool,
+        *,
+        replies: list[Reply],
+    ) -> dict[str, Any]:
         assert isinstance(asked, ChatRequest)
-        delta = ({"role": "assistant"} if first else {}) | {"content": said.text}
+        reply, before = replies[index], replies[index].calls
+        parts = reply.push(said.text)
+        if said.finish:
+            parts = _joined(parts, reply.finish())
+        delta: dict[str, Any] = {"role": "assistant", "content": ""} if first else {}
+        delta |= {"content": parts.content} if parts.content else {}
+        delta |= {"reasoning_content": parts.reasoning} if parts.reasoning else {}
+        calls = [{"index": before + number, **_called(call)} for number, call in enumerate(parts.calls)]
+        delta |= {"tool_calls": calls} if calls else {}
+        finish = "tool_calls" if reply.calls and said.finish == "stop" else said.finish
         logprobs = self._chat_logprobs(said.tokens) if asked.logprobs else None
-        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": said.finish}
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
 
     def _text_choice(
         self, asked: ChatRequest | CompletionRequest, index: int, said: Said, first: bool
@@ -382,6 +413,15 @@ class _Api:
             "top_logprobs": likeliest,
             "text_offset": offsets[:-1],
         }
+
+
+def _joined(one: Parts, other: Parts) -> Parts:
+    return Parts(one.reasoning + other.reasoning, one.content + other.content, one.calls + other.calls)
+
+
+def _called(call: Call) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
 
 
 def _event(data: dict[str, Any]) -> str:

@@ -72,14 +72,39 @@ class TextPart(BaseModel):
     text: str
 
 
+class Function(BaseModel):
+    """What a tool is: its description goes to the chat template as it is."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: Annotated[str, Field(pattern=r"^[\w.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(BaseModel):
+    """One of `tools`."""
+
+    type: Literal["function"] = "function"
+    function: Function
+
+
 class ChatRequest(_Asked):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto"] = "auto"
     max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def offered(self) -> list[dict[str, Any]]:
+        """Tools that may be called, as a chat template takes them."""
+        tools = self.tools if self.tool_choice == "auto" else None
+        return [tool.model_dump(exclude_none=True) for tool in tools or []]
 
     @property
     def longest(self) -> int | None:
@@ -115,5 +140,5 @@ class DetokenizeRequest(BaseModel):
     tokens: list[Annotated[int, Field(ge=0)]]
 
 
-for _request in (_Asked, ChatRequest, CompletionRequest, Message):
+for _request in (_Asked, ChatRequest, CompletionRequest, Message, Tool):
     _request.model_rebuild()

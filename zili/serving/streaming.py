@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from zili.data.tokenizer import DecodeStream, Tokenizer
 from zili.serving.engine import Answer, Ask, Engine, Token
 from zili.serving.metrics import Metrics
+from zili.serving.reply import overlap
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class StopText:
             self.stopped = True
             sent, self._held = self._held[: min(places)], ""
             return sent
-        keep = max((self._overlap(stop) for stop in self._stops), default=0)
+        keep = max((overlap(self._held, stop) for stop in self._stops), default=0)
         cut = len(self._held) - keep
         sent, self._held = self._held[:cut], self._held[cut:]
         return sent
@@ -47,11 +48,6 @@ class StopText:
         """What was held back for nothing."""
         held, self._held = self._held, ""
         return held
-
-    def _overlap(self, stop: str) -> int:
-        """Length of the longest beginning of `stop` that the text ends with."""
-        longest = min(len(stop) - 1, len(self._held))
-        return next((size for size in range(longest, 0, -1) if self._held.endswith(stop[:size])), 0)
 
 
 class Stream:
