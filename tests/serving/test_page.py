@@ -174,6 +174,26 @@ def test_markdown_and_code_with_copy(page: Page, place: Place) -> None:
     assert page.evaluate("() => navigator.clipboard.readText()") == "print('x')\n"
 
 
+def test_thoughts_are_folded_and_not_sent_back(page: Page) -> None:
+    asked: list[Any] = []
+
+    def answer(route: Any) -> None:
+        asked.append(route.request.post_data_json)
+        deltas = ({"reasoning_content": "hm, *well*"}, {"content": "yes"})
+        lines = [f"data: {json.dumps({'choices': [{'index': 0, 'delta': delta}]})}\n\n" for delta in deltas]
+        route.fulfill(status=200, content_type="text/event-stream", body="".join(lines) + "data: [DONE]\n\n")
+
+    page.route("**/v1/chat/completions", answer)
+    ask(page, "one")
+    ended(page)
+    assert not page.locator(".thoughts em").is_visible()
+    page.locator(".thoughts summary").click()
+    assert page.locator(".thoughts em").inner_text() == "well"
+    ask(page, "two")
+    ended(page)
+    assert asked[1]["messages"][1] == {"role": "assistant", "content": "yes"}
+
+
 ATTACKS = [
     "<script>document.title='owned'</script>",
     "<img src=x onerror=\"document.title='owned'\">",

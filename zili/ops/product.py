@@ -91,7 +91,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`reference.linear` through oneDNN, with gradients; what is not fp32 takes torch's own way."""
     if x.dtype != torch.float32 or weight.dtype != torch.float32 or not x.numel():  # oneDNN refuses no rows
         return F.linear(x, weight, bias)
-    out = torch.ops.zili.linear(x, weight)
+    # Without a gradient there is nothing to add to oneDNN's, and being an operation of its own costs as much as a small
+    # product does. What is compiled keeps it.
+    plainly = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    out = onednn(x, weight) if plainly else torch.ops.zili.linear(x, weight)
     return out if bias is None else out + bias
 
 

@@ -185,14 +185,14 @@ function turnOf(conversation, turn, index) {
 }
 
 function fill(body, turn) {
-  const [, thoughts, rest] = turn.content.match(/^\s*<think>([\s\S]*?)(?:<\/think>([\s\S]*)|$)/) ?? [null, "", turn.content];
   const parts = [];
-  if (thoughts.trim()) {
-    const details = element("details", { className: "thoughts" }, element("summary", { textContent: say("thinking") }));
-    details.append(element("div", {}, markdown(thoughts)));
+  if (turn.thoughts?.trim()) {
+    const open = body.querySelector(".thoughts")?.open ?? false; // as whoever reads it left it
+    const details = element("details", { className: "thoughts", open }, element("summary", { textContent: say("thinking") }));
+    details.append(element("div", {}, markdown(turn.thoughts)));
     parts.push(details);
   }
-  body.replaceChildren(...parts, markdown(rest ?? ""));
+  body.replaceChildren(...parts, markdown(turn.content));
 }
 
 // ---- what can be done
@@ -279,6 +279,7 @@ async function answer(conversation, index) {
       if (event.error) throw new Error(event.error.message);
       const choice = event.choices?.[0];
       turn.content += choice?.delta?.content ?? "";
+      if (choice?.delta?.reasoning_content) turn.thoughts = (turn.thoughts ?? "") + choice.delta.reasoning_content;
       if (choice?.finish_reason === "length") turn.cut = true;
       if (event.usage) [turn.usage, turn.seconds] = [event.usage, (performance.now() - started) / 1000];
       paint(conversation, turn);
