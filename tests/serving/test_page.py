@@ -97,13 +97,20 @@ def test_a_conversation_with_the_model(page: Page, place: Place) -> None:
     assert page.title() == "What is the colour of snow? – Zili"
 
 
-def test_stop_stops_the_server(page: Page, place: Place) -> None:
+def test_stop_stops_the_server(page: Page, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, step = place.served.engine, place.served.engine._step
+
+    def slowly() -> None:
+        time.sleep(0.1)
+        step()
+
+    monkeypatch.setattr(engine, "_step", slowly)  # else it has said all before anyone can stop it
     ask(page, "Tell me everything")
     page.locator("#stop").wait_for()
     page.click("#stop")
     ended(page, "Stopped")
     end = time.monotonic() + 5
-    while place.served.engine.load != (0, 0):
+    while engine.load != (0, 0):
         assert time.monotonic() < end, "the server goes on"
         time.sleep(0.02)
     assert page.locator("#send").is_visible() and not page.locator("#stop").is_visible()
@@ -268,9 +275,9 @@ def test_a_phone(page: Page) -> None:
     ask(page, "long " + "c" * 300)
     ended(page)
     assert page.evaluate("() => document.documentElement.scrollWidth") <= 360
-    assert not page.locator("#new").is_visible()
+    page.locator("#new").wait_for(state="hidden")
     page.click("#open-side")
-    assert page.locator("#new").is_visible()
+    page.locator("#new").wait_for(state="visible")
     page.keyboard.press("Escape")
     page.locator("#side").wait_for(state="hidden")
 
