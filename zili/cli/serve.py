@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from zili.errors import ConfigError
+
+
+class Engines(StrEnum):
+    """Who answers."""
+
+    zili = "zili"
+    vllm = "vllm"
 
 
 def serve(
@@ -31,6 +39,9 @@ def serve(
     ] = None,
     slots: Annotated[int, typer.Option(help="Answers at once; further ones wait.", min=1)] = 16,
     context: Annotated[int | None, typer.Option(help="Tokens of prompt and answer; the model's by default.")] = None,
+    engine: Annotated[
+        Engines, typer.Option(help="vllm: hand a released folder to vLLM, with the right arguments.")
+    ] = Engines.zili,
     chip: Annotated[str, typer.Option(help="Where to run; `zili chips` lists names.")] = "auto",
 ) -> None:
     """Answer over HTTP as OpenAI's API does: /v1/chat/completions, /v1/completions, /v1/models, /tokenize."""
@@ -38,6 +49,8 @@ def serve(
 
     if path is None and not demo:
         raise typer.BadParameter("give a model, or --demo")
+    if engine is Engines.vllm:
+        _hand_over(path, demo, host, port, name, slots, context, keys, chip)
     try:
         from zili.serving.api import Served
         from zili.serving.keys import Keys
@@ -54,5 +67,38 @@ def serve(
     opened = open_folder(place, device=device)
     chosen = ChatTemplate.named(template) if template else opened.template
     called = name or (place.stem if place.is_file() else place.resolve().name)
-    with Engine(opened.model, slots=slots, context=context, vocabulary=opened.tokenizer.vocab_size) as engine:
-        listen(Served(engine, opened.tokenizer, chosen, called, known), host, port, typer.echo)
+    with Engine(opened.model, slots=slots, context=context, vocabulary=opened.tokenizer.vocab_size) as running:
+        listen(Served(running, opened.tokenizer, chosen, called, known), host, port, typer.echo)
+
+
+def _hand_over(
+    path: Path | None,
+    demo: bool,
+    host: str,
+    port: int,
+    name: str | None,
+    slots: int,
+    context: int | None,
+    keys: Path | None,
+    chip: str,
+) -> NoReturn:
+    from zili import chips
+    from zili.serving.handover import needs, to_vllm
+
+    if path is None or demo:
+        raise typer.BadParameter("vLLM takes a released folder: name one")
+    key = None
+    if keys is not None:
+        from zili.serving.keys import Keys
+
+        holders = Keys.read(keys).holders
+        if len(holders) > 1 or holders[0].key.requests_per_minute or holders[0].key.tokens_per_day:
+            raise ConfigError(f"{keys}: vLLM knows one key and no limits; put a gateway before it")
+        key = holders[0].key.key
+    backend = chips.choose(chip).backend.name
+    called = name or path.resolve().name
+    handover = to_vllm(path, host=host, port=port, name=called, slots=slots, context=context, chip=backend, key=key)
+    if (plugin := needs(backend)) is not None:
+        typer.echo(f"on {backend} vLLM needs its plugin: {plugin}")
+    typer.echo(" ".join(handover.arguments))
+    handover.run()

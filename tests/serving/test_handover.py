@@ -1,0 +1,83 @@
+"""What is handed to vLLM, by a program of its name that says what it got."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from zili.data.chat import ChatTemplate
+from zili.errors import CheckpointError, ConfigError
+from zili.serving.handover import to_vllm
+
+
+@pytest.fixture
+def release(tmp_path: Path) -> Path:
+    folder = tmp_path / "tele"
+    folder.mkdir()
+    config = {"architectures": ["TeleChat2ForCausalLM"], "auto_map": {"AutoConfig": "x"}, "torch_dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "model.safetensors").write_bytes(b"")
+    (folder / "chat_template.jinja").write_text(ChatTemplate.named("telechat2").source, encoding="utf-8")
+    return folder
+
+
+def serve(release: Path, *words: str, path: str = "") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PATH": f"{path}{os.pathsep}{os.environ['PATH']}"}
+    command = [sys.executable, "-m", "zili", "serve", str(release), "--engine", "vllm", *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_the_command(release: Path, tmp_path: Path) -> None:
+    program = tmp_path / "bin" / "vllm"
+    program.parent.mkdir()
+    program.write_text(
+        '#!/bin/sh\necho "$VLLM_API_KEY|$VLLM_NO_USAGE_STATS"; for word in "$@"; do echo "$word"; done\n'
+    )
+    program.chmod(0o755)
+    keys = tmp_path / "keys.toml"
+    keys.write_text("[me]\nkey = 'sk-12345678'\n", encoding="utf-8")
+    keys.chmod(0o600)
+    found = serve(release, "--keys", str(keys), "--context", "512", "--chip", "cpu", path=str(program.parent))
+    assert found.returncode == 0, found.stderr
+    shown, environment, *words = found.stdout.splitlines()
+    assert environment == "sk-12345678|1" and shown == " ".join(("vllm", *words)) and "sk-12345678" not in shown
+    assert words[:2] == ["serve", str(release)]
+    for pair in (
+        ("--served-model-name", "tele"),
+        ("--max-model-len", "512"),
+        ("--max-num-seqs", "16"),
+        ("--tool-call-parser", "hermes"),
+        ("--dtype", "float32"),
+    ):
+        assert pair in pairwise(words)
+    assert "--trust-remote-code" in words and "--reasoning-parser" not in words
+    keys.write_text("[me]\nkey = 'sk-12345678'\nrequests_per_minute = 5\n", encoding="utf-8")
+    limited = serve(release, "--keys", str(keys), path=str(program.parent))
+    assert limited.returncode == 3 and "one key and no limits" in limited.stderr
+
+
+def test_what_cannot_be_handed_over(release: Path, tmp_path: Path) -> None:
+    options = {"host": "127.0.0.1", "port": 8000, "name": "x", "slots": 1, "context": None, "chip": "cpu", "key": None}
+    with pytest.raises(ConfigError, match="give --port"):
+        to_vllm(release, **{**options, "port": 0})  # type: ignore[arg-type]
+    (release / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"zili export .*--as telechat2"):
+        to_vllm(release, **options)  # type: ignore[arg-type]
+    missing = to_vllm_without_vllm(tmp_path)
+    assert missing.returncode == 3 and "pip install vllm" in missing.stderr
+
+
+def to_vllm_without_vllm(tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    folder = tmp_path / "other"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    (folder / "model.safetensors").write_bytes(b"")
+    command = [sys.executable, "-m", "zili", "serve", str(folder), "--engine", "vllm", "--chip", "cpu"]
+    environment = {**os.environ, "PATH": str(tmp_path)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)

