@@ -10,6 +10,7 @@ ASCEND = Backend(
     collectives="hccl",
     vendor="Huawei",
     plugin="torch_npu",
+    vllm_plugin="vllm-ascend",
     plugin_pairs=True,
     install="pip install torch==2.13.0 torch_npu==2.13.* (torch's CPU build), beside CANN and its driver",
     device_nodes="/dev/davinci[0-9]*",

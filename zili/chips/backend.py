@@ -121,6 +121,8 @@ class Backend:
     capabilities: Mapping[str, Capability | Callable[[], Capability]] = field(default_factory=dict)
     """By name; a function where the machine has to be looked at, called when asked for."""
     notes: tuple[str, ...] = ()
+    vllm_plugin: str | None = None
+    """What vLLM needs beside itself to serve on it."""
 
     def capability(self, name: str, overrides: Mapping[str, Capability] | None = None) -> Capability:
         """The answer to one capability; `overrides` is what the chip model at hand changes.

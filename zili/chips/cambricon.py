@@ -10,6 +10,7 @@ CAMBRICON = Backend(
     collectives="cncl",
     vendor="Cambricon",
     plugin="torch_mlu",
+    vllm_plugin="vllm-mlu, of Cambricon's own SDK",
     install=(
         "use Cambricon's container, or its torch_mlu wheel for your torch, from developer.cambricon.com "
         "(it is not on PyPI)"

@@ -83,7 +83,7 @@ def _hand_over(
     chip: str,
 ) -> NoReturn:
     from zili import chips
-    from zili.serving.handover import needs, to_vllm
+    from zili.serving.handover import to_vllm
 
     if path is None or demo:
         raise typer.BadParameter("vLLM takes a released folder: name one")
@@ -95,10 +95,12 @@ def _hand_over(
         if len(holders) > 1 or holders[0].key.requests_per_minute or holders[0].key.tokens_per_day:
             raise ConfigError(f"{keys}: vLLM knows one key and no limits; put a gateway before it")
         key = holders[0].key.key
-    backend = chips.choose(chip).backend.name
+    backend = chips.choose(chip).backend
     called = name or path.resolve().name
-    handover = to_vllm(path, host=host, port=port, name=called, slots=slots, context=context, chip=backend, key=key)
-    if (plugin := needs(backend)) is not None:
-        typer.echo(f"on {backend} vLLM needs its plugin: {plugin}")
+    handover = to_vllm(
+        path, host=host, port=port, name=called, slots=slots, context=context, chip=backend.name, key=key
+    )
+    if backend.vllm_plugin is not None:
+        typer.echo(f"on {backend.name} vLLM needs its plugin: {backend.vllm_plugin}")
     typer.echo(" ".join(handover.arguments))
     handover.run()

