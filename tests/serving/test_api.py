@@ -198,8 +198,9 @@ def test_a_key_has_a_rate_and_a_quota(place: Place) -> None:
 
 
 def test_rates_fill_up_again() -> None:
-    now = [0.0]
+    now = [-5000.0]
     holder = Holder("x", Key(key="sk-12345", requests_per_minute=2, tokens_per_day=100), lambda: now[0])
+    now[0] = 0.0  # a day begins with the first request
     holder.ask()
     holder.ask()
     with pytest.raises(TooMuch, match="2 requests a minute") as refused:
@@ -210,6 +211,9 @@ def test_rates_fill_up_again() -> None:
     holder.used(100)
     now[0] = 1000.0
     with pytest.raises(TooMuch, match="100 tokens a day"):
+        holder.ask()
+    now[0] = 86_399.0
+    with pytest.raises(TooMuch):
         holder.ask()
     now[0] = 86_400.0
     holder.ask()

@@ -40,7 +40,7 @@ class Holder:
         self.name, self.key, self._clock = name, key, clock
         self._room = max(1.0, key.requests_per_minute or 1.0)
         self._seen = clock()
-        self._day = self._seen
+        self._day: float | None = None
         self.tokens = 0
 
     def ask(self) -> None:
@@ -50,7 +50,7 @@ class Holder:
         """
         now = self._clock()
         if self.key.tokens_per_day is not None:
-            if now - self._day >= 86_400:
+            if self._day is None or now - self._day >= 86_400:
                 self._day, self.tokens = now, 0
             if self.tokens >= self.key.tokens_per_day:
                 raise TooMuch(f"{self.key.tokens_per_day:,} tokens a day are used up", self._day + 86_400 - now)
