@@ -1,4 +1,4 @@
-"""What `preference.likelihood` is for, on a model so small that it takes two minutes: the table in docs/assistant.md.
+"""What `preference.likelihood` is for, on a model so small that it takes a few minutes: the table in docs/assistant.md.
 
     python benchmarks/sft_demo/displacement.py FOLDER
 
