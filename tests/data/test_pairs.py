@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -190,10 +191,16 @@ def test_one_question_is_on_one_side(tmp_path: Path, tokenizer: Tokenizer) -> No
         for number in range(60)
         for again in ("no", "never")
     ]
+    # Which parts at its first answer already: the question is the same.
+    for record in records[::2]:
+        question, chosen = {"role": "user", "content": record["prompt"]}, {"role": "assistant", "content": "Well?"}
+        more = [QUESTION, {"role": "assistant", "content": f"{record['chosen']} at last"}]
+        record |= {"chosen": [question, chosen, *more], "rejected": [question, REJECTED]}
     path = lines(tmp_path / "x.jsonl", *records)
     split_and_build([path], tokenizer, ChatTemplate.named("telechat2"), tmp_path / "data", held_out=0.3)
     sides = []
     for name in ("train", "held_out"):
         store = TokenStore.open(tmp_path / "data" / name)
-        sides.append({tokenizer.decode(store.document(number)) for number in range(0, len(store), 2)})
+        texts = (tokenizer.decode(store.document(number)) for number in range(0, len(store), 2))
+        sides.append({re.search(r"Say \d+", text)[0] for text in texts})  # type: ignore[index]
     assert len(sides[0]) + len(sides[1]) == 60 and not sides[0] & sides[1]

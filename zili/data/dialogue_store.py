@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import takewhile, zip_longest
 from pathlib import Path
 
 from zili.data.building import StoreWriter
@@ -153,5 +153,8 @@ def split_and_build(
 
 def _said(dialogue: Dialogue) -> str:
     """What says on which side a conversation is; pairs by their question, of which there may be several."""
-    messages = dialogue.messages if dialogue.rejected is None else dialogue.messages[:-1]
+    messages = dialogue.messages
+    if dialogue.rejected is not None:
+        both = zip(messages, dialogue.rejected, strict=False)
+        messages = [chosen for chosen, _ in takewhile(lambda turns: turns[0] == turns[1], both)]
     return json.dumps(messages, sort_keys=True, ensure_ascii=False)
