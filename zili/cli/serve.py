@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from zili.errors import ConfigError
+
+if TYPE_CHECKING:
+    from zili.serving.engine import Engine
 
 
 class Engines(StrEnum):
@@ -45,7 +48,7 @@ def serve(
     chip: Annotated[str, typer.Option(help="Where to run; `zili chips` lists names.")] = "auto",
 ) -> None:
     """Answer over HTTP as OpenAI's API does: /v1/chat/completions, /v1/completions, /v1/models, /tokenize."""
-    from zili.serving.place import open_device
+    from zili.serving.place import open_device, prepared
 
     if path is None and not demo:
         raise typer.BadParameter("give a model, or --demo")
@@ -58,16 +61,22 @@ def serve(
     except ImportError as error:
         raise ConfigError(f"{error.name} is not installed: pip install 'zili[serve]'") from error
     known = Keys.read(keys) if keys else Keys()
-    device = open_device(chip)
-    from zili.data.chat import ChatTemplate
-    from zili.serving.engine import Engine
-    from zili.serving.model_folder import demo_file, open_folder
+    from zili.serving.model_folder import OpenedModel, demo_file, open_folder
 
     place = demo_file() if path is None else path
-    opened = open_folder(place, device=device)
+
+    def prepare() -> tuple[OpenedModel, Engine]:
+        from zili.serving.engine import Engine
+
+        opened = open_folder(place, device=open_device(chip))
+        return opened, Engine(opened.model, slots=slots, context=context, vocabulary=opened.tokenizer.vocab_size)
+
+    opened, running = prepared(prepare)
+    from zili.data.chat import ChatTemplate
+
     chosen = ChatTemplate.named(template) if template else opened.template
     called = name or (place.stem if place.is_file() else place.resolve().name)
-    with Engine(opened.model, slots=slots, context=context, vocabulary=opened.tokenizer.vocab_size) as running:
+    with running:
         listen(Served(running, opened.tokenizer, chosen, called, known), host, port, typer.echo)
 
 

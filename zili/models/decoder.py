@@ -126,6 +126,8 @@ class Decoder(nn.Module):
         separate = last and not config.tied_embeddings
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False) if separate else None
         self.next_tokens = NextTokens(config) if last and config.mtp_layers else None
+        self.readout: Callable[[Tensor], Tensor] | None = None
+        """The product with the output matrix, where that lies in another form for it; None: as it is."""
         self.next_loss: Tensor | None = None
         """Losses of multi-token prediction, summed since the trainer last took them, 0-d."""
         self.preference: PreferenceLoss | None = None
@@ -216,7 +218,8 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`hidden [..., D]`, as `hidden_states` returns it, to fp32 logits `[..., V]`."""
-        return self._scaled(ops.linear(hidden, local(self.head_weight)).float(), self.config.logit_multiplier)
+        product = ops.linear(hidden, local(self.head_weight)) if self.readout is None else self.readout(hidden)
+        return self._scaled(product.float(), self.config.logit_multiplier)
 
     @staticmethod
     def _scaled(x: Tensor, multiplier: float) -> Tensor:

@@ -7,6 +7,7 @@ slot; who comes next with the same beginning goes on from there, or from a copy 
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
@@ -19,6 +20,7 @@ from torch import Tensor
 from zili.errors import CheckpointError, ConfigError
 from zili.models.decoder import Decoder
 from zili.serving.generation import DEFAULT_SAMPLING, Sampling, draw
+from zili.serving.packed import pack
 from zili.serving.slots import Piece, SlotCache, serve_from, served_length
 
 FinishReason = Literal["stop", "length", "context", "cancelled"]
@@ -48,6 +50,11 @@ class Ask:
     """Tell those of the prompt's tokens as well."""
     bias: dict[int, float] = field(default_factory=dict)
     """Added to the logits of tokens."""
+
+    @property
+    def greedy(self) -> bool:
+        """Whether each token is the likeliest as the model has it."""
+        return self.sampling.temperature == 0 and self.sampling.repetition_penalty == 1.0 and not self.bias
 
 
 class Answer:
@@ -101,7 +108,8 @@ class Answer:
             if token is not None:
                 self._tokens.append(token)
             self._finished, self.error = finished or self._finished, error or self.error
-            self._changed.notify_all()
+            if self._finished or self.error:
+                self._changed.notify_all()
         if self._notify is not None:
             self._notify()
 
@@ -145,6 +153,7 @@ class Engine:
         weight = model.head_weight
         self._cache = SlotCache(model.config, slots, self.context, dtype=weight.dtype, device=weight.device)
         serve_from(model, self._cache)
+        pack(model)
         self._vocabulary, self._slots = vocabulary, slots
         self._tokens_a_step = max(tokens_a_step, slots)
         self._waiting: deque[Answer] = deque()
@@ -246,8 +255,9 @@ class Engine:
         if speaking:
             places = torch.tensor([place for _, place in speaking], device=hidden.device)
             logits = self.model.logits(hidden[places])[:, : self._vocabulary].cpu()
-            for (sequence, _), row in zip(speaking, logits, strict=True):
-                self._say_next(sequence, row)
+            best, likeliest = logits.max(-1)  # of all at once: a pass for each takes longer than some layers
+            for number, (sequence, _) in enumerate(speaking):
+                self._say_next(sequence, logits[number], float(best[number]), int(likeliest[number]))
 
     def _drop_cancelled(self) -> None:
         for answer in [answer for answer in self._waiting if answer.cancelled]:
@@ -268,13 +278,14 @@ class Engine:
                 slot = next(iter(self._kept))  # the one that was used longest ago
             others = [(_common(one.ids[: one.computed], prompt, limit), one.slot) for one in self._running]
             longest, other = max(others, default=(0, 0))
+            del self._kept[slot]
+            random = torch.Generator().manual_seed(answer.ask.sampling.seed)
+            # Among those that run before anything can fail, so that it hears of it.
+            self._running.append(sequence := _Sequence(answer, slot, prompt, found, random))
             if longest > found:
                 self._cache.copy(other, slot, longest)
-                found = longest
-            del self._kept[slot]
-            answer.reused = found
-            random = torch.Generator().manual_seed(answer.ask.sampling.seed)
-            self._running.append(_Sequence(answer, slot, prompt, found, random))
+                sequence.computed = longest
+            answer.reused = sequence.computed
 
     def _tell_prompt(self, sequence: _Sequence, piece: Piece, hidden: Tensor) -> None:
         """Log-probabilities of the tokens after those of `piece`, as far as they are the prompt's."""
@@ -286,17 +297,14 @@ class Engine:
             logits = self.model.logits(hidden[: len(following)])[:, : self._vocabulary].cpu()
             answer.prompt += [self._token(answer.ask, id_, row) for id_, row in zip(following, logits, strict=True)]
 
-    def _say_next(self, sequence: _Sequence, logits: Tensor) -> None:
+    def _say_next(self, sequence: _Sequence, logits: Tensor, highest: float, likeliest: int) -> None:
         ask, answer = sequence.answer.ask, sequence.answer
         if sequence.said >= ask.max_new_tokens:  # of 0
             self._finish(sequence, "length")
             return
-        scores = logits
-        if ask.bias:
-            ids = torch.tensor([id_ for id_ in ask.bias if id_ < len(logits)], dtype=torch.int64)
-            scores = logits.index_add(0, ids, torch.tensor([ask.bias[int(id_)] for id_ in ids], dtype=logits.dtype))
         try:
-            token = draw(scores, sequence.ids, ask.sampling, sequence.random)
+            plainly = ask.greedy and not math.isnan(highest)
+            token = likeliest if plainly else draw(_biased(logits, ask), sequence.ids, ask.sampling, sequence.random)
         except CheckpointError as error:
             self._running.remove(sequence)
             self._release(sequence, keep=False)
@@ -329,6 +337,14 @@ class Engine:
 
     def _release(self, sequence: _Sequence, *, keep: bool) -> None:
         self._kept[sequence.slot] = sequence.ids[: sequence.computed] if keep else []
+
+
+def _biased(logits: Tensor, ask: Ask) -> Tensor:
+    ids = [id_ for id_ in ask.bias if id_ < len(logits)]
+    if not ids:
+        return logits
+    values = torch.tensor([ask.bias[id_] for id_ in ids], dtype=logits.dtype)
+    return logits.index_add(0, torch.tensor(ids), values)
 
 
 def _common(kept: Sequence[int], prompt: Sequence[int], limit: int) -> int:

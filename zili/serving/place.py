@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar
 
 from zili import chips
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 
 def open_device(name: str = "auto") -> torch.device:
@@ -25,3 +29,14 @@ def open_device(name: str = "auto") -> torch.device:
     if activation.device.type != "cpu":
         print(f"running on {chosen.backend.name}: {chosen.reason}", file=sys.stderr)
     return activation.device
+
+
+def prepared(prepare: Callable[[], T]) -> T:
+    """What `prepare` returns, run in a thread that ends with it: for what is to be used by another thread.
+
+    Whichever thread asks for a product has OpenMP start helpers for it, which stay with it. Once there are more of them
+    in the process than CPUs, none waits busily for the next product any more, and an engine's small products take half
+    as long again.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(prepare).result()

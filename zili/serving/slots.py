@@ -7,7 +7,7 @@ cache and the core of its attention.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zili import ops
 from zili.config.model import ModelConfig
 from zili.models.attention import CausalAttention
 from zili.models.decoder import Decoder
@@ -35,16 +34,49 @@ class Piece:
         return self.start + len(self.ids)
 
 
-class _Plan(NamedTuple):
-    """Where the tokens of a step go, `[N]` each: single tokens first, then longer pieces."""
+class _Run(NamedTuple):
+    """Single tokens whose slots lie beside each other, so that their keys are one view."""
 
-    slots: Tensor
+    tokens: int
+    slots: slice
+    longest: int
+    visible: Tensor
+    """`[tokens, 1, 1, longest]`: which keys are of each one's sequence."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """`query [tokens, H, d]`, `key, value [slots, K, T, d]` -> `[tokens, H, d_v]`."""
+        keys, values = (kept[self.slots, :, : self.longest].to(query.dtype) for kept in (key, value))
+        # Heads that share a key are its queries, so that no key is copied.
+        grouped = query.unflatten(1, (key.shape[1], -1))
+        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self.visible).flatten(1, 2)
+
+
+class _Longer(NamedTuple):
+    """Consecutive tokens of one sequence."""
+
+    tokens: int
+    slot: int
+    end: int
+    visible: Tensor | None
+    """`[tokens, end]`: which keys each may see; None: it is the sequence's beginning, and plainly causal."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """As `_Run.attend`."""
+        keys, values = (kept[self.slot, None, :, : self.end].to(query.dtype) for kept in (key, value))
+        mask, causal = self.visible, self.visible is None
+        queries = query.transpose(0, 1)[None]
+        attended = F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=causal, enable_gqa=True)
+        return attended[0].transpose(0, 1)
+
+
+class _Plan(NamedTuple):
+    """Where the tokens of a step go: single tokens first, by slot, then longer pieces."""
+
+    rows: Tensor
+    """Of `[slots * K * T]`, `[N * K]`: where each token's keys go."""
     positions: Tensor
-    singles: int
-    lengths: Tensor
-    """Of the single tokens' sequences, `[singles]`."""
-    pieces: tuple[Piece, ...]
-    """Those that are longer."""
+    """`[N]`."""
+    parts: tuple[_Run | _Longer, ...]
 
 
 class SlotCache:
@@ -53,20 +85,21 @@ class SlotCache:
     def __init__(
         self, config: ModelConfig, slots: int, context: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
-        heads = (config.layers, slots, context, config.kv_heads)
-        self.context = context
-        self.keys = torch.zeros((*heads, config.head_dim), dtype=dtype, device=device)
-        self.values = torch.zeros((*heads, config.value_head_dim), dtype=dtype, device=device)
+        self.context, self._heads = context, config.kv_heads
+        # Keys of a head lie together, as attention reads them.
+        shape = (config.layers, slots, config.kv_heads, context)
+        self.keys = torch.zeros((*shape, config.head_dim), dtype=dtype, device=device)
+        self.values = torch.zeros((*shape, config.value_head_dim), dtype=dtype, device=device)
         self.plan: _Plan | None = None
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Give slot `target` the first `length` tokens of `source`."""
         for kept in (self.keys, self.values):
-            kept[:, target, :length] = kept[:, source, :length]
+            kept[:, target, :, :length] = kept[:, source, :, :length]
 
     def lay(self, pieces: Sequence[Piece]) -> tuple[Tensor, list[int]]:
         """Plan a step: its ids `[1, N]`, and for each piece in the order given the place of its last token."""
-        order = sorted(range(len(pieces)), key=lambda i: len(pieces[i].ids) > 1)
+        order = sorted(range(len(pieces)), key=lambda i: (len(pieces[i].ids) > 1, pieces[i].slot))
         ids: list[int] = []
         slots: list[int] = []
         positions: list[int] = []
@@ -77,14 +110,17 @@ class SlotCache:
             slots += [piece.slot] * len(piece.ids)
             positions += range(piece.start, piece.end)
             last[number] = len(ids) - 1
-        singles = [pieces[number] for number in order if len(pieces[number].ids) == 1]
+        ordered = [pieces[number] for number in order]
         device = self.keys.device
+        where = torch.tensor(positions, device=device)
+        heads = torch.tensor(slots, device=device)[:, None] * self._heads + torch.arange(self._heads, device=device)
         self.plan = _Plan(
-            torch.tensor(slots, device=device),
-            torch.tensor(positions, device=device),
-            len(singles),
-            torch.tensor([piece.end for piece in singles], dtype=torch.int64, device=device),
-            tuple(pieces[number] for number in order if len(pieces[number].ids) > 1),
+            (heads * self.context + where[:, None]).flatten(),
+            where,
+            (
+                *_runs([piece for piece in ordered if len(piece.ids) == 1], device),
+                *(_longer(piece, device) for piece in ordered if len(piece.ids) > 1),
+            ),
         )
         return torch.tensor([ids], device=device), last
 
@@ -104,12 +140,13 @@ class _SlotEntry:
     layer: int
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store `key, value [1, N, K, d]`; returns those of all slots, `[slots, T, K, d]`."""
+        """Store `key, value [1, N, K, d]`; returns those of all slots, `[slots, K, T, d]`."""
         cache = self.cache
         assert cache.plan is not None
         keys, values = cache.keys[self.layer], cache.values[self.layer]
-        keys[cache.plan.slots, cache.plan.positions] = key[0].to(keys.dtype)
-        values[cache.plan.slots, cache.plan.positions] = value[0].to(values.dtype)
+        for kept, new in ((keys, key), (values, value)):
+            size = kept.shape[-1]
+            kept.view(-1, size).index_copy_(0, cache.plan.rows, new.reshape(-1, size).to(kept.dtype))
         return keys, values
 
 
@@ -121,31 +158,36 @@ class SlotAttention(CausalAttention):
         self._cache = cache
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, document_ids: Tensor | None, dropout: float) -> Tensor:
-        """`query [1, N, H, d]`, `key, value [slots, T, K, d]` -> `[1, N, H, d_v]`."""
+        """`query [1, N, H, d]`, `key, value [slots, K, T, d]` -> `[1, N, H, d_v]`."""
         plan = self._cache.plan
         assert plan is not None
-        out = []
-        if plan.singles:
-            out.append(self._single(query[0, : plan.singles], key, value, plan))
-        start = plan.singles
-        for piece in plan.pieces:
-            own = query[:, start : start + len(piece.ids)]
-            here = slice(piece.slot, piece.slot + 1)
-            seen = [kept[here, : piece.end].to(query.dtype) for kept in (key, value)]
-            out.append(ops.attention(own, *seen)[0])
-            start += len(piece.ids)
-        return torch.cat(out)[None]
+        out, start = [], 0
+        for part in plan.parts:
+            out.append(part.attend(query[0, start : start + part.tokens], key, value))
+            start += part.tokens
+        return torch.cat(out)[None] if len(out) > 1 else out[0][None]
 
-    @staticmethod
-    def _single(query: Tensor, key: Tensor, value: Tensor, plan: _Plan) -> Tensor:
-        """`query [n, H, d]`, one of each sequence. Heads that share a key are its queries, so that no key is copied."""
-        longest = int(plan.lengths.max())
-        slots = plan.slots[: plan.singles]
-        keys, values = (kept[slots, :longest].to(query.dtype).transpose(1, 2) for kept in (key, value))
-        grouped = query.unflatten(1, (key.shape[2], -1))
-        visible = torch.arange(longest, device=query.device) < plan.lengths[:, None]
-        attended = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=visible[:, None, None])
-        return attended.flatten(1, 2)
+
+def _runs(singles: list[Piece], device: torch.device) -> Iterator[_Run]:
+    """Of single tokens in the order of their slots."""
+    start = 0
+    for stop in range(1, len(singles) + 1):
+        if stop < len(singles) and singles[stop].slot == singles[stop - 1].slot + 1:
+            continue
+        run = singles[start:stop]
+        longest = max(piece.end for piece in run)
+        ends = torch.tensor([piece.end for piece in run], device=device)
+        visible = (torch.arange(longest, device=device) < ends[:, None])[:, None, None]
+        yield _Run(len(run), slice(run[0].slot, run[-1].slot + 1), longest, visible)
+        start = stop
+
+
+def _longer(piece: Piece, device: torch.device) -> _Longer:
+    visible = None
+    if piece.start:
+        places = torch.arange(piece.end, device=device)
+        visible = places <= places[piece.start :, None]
+    return _Longer(len(piece.ids), piece.slot, piece.end, visible)
 
 
 def served_length(config: ModelConfig, wanted: int) -> int:
