@@ -22,6 +22,7 @@ from zili.data.tokenizer import Tokenizer
 from zili.models.decoder import Decoder
 from zili.serving.api import Served, make_app
 from zili.serving.engine import Answer, Ask, Engine, Token
+from zili.serving.gate import Limits
 from zili.serving.keys import Holder, Key, Keys
 
 KEY = "sk-of-the-tests"
@@ -58,7 +59,7 @@ class Place:
 class Scripted:
     """An engine that says what it is told to, whatever is asked; it notes the prompts."""
 
-    context, load, usage = 4096, (0, 0), 0.0
+    context, load, usage, free = 4096, (0, 0), 0.0, 16
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -93,17 +94,24 @@ def listening(served: Served) -> Iterator[str]:
         thread.join(30)
 
 
-def serve_a_tiny_model(keys: Keys) -> Iterator[Place]:
+def serve_a_tiny_model(keys: Keys, context: int = 256, limits: Limits | None = None) -> Iterator[Place]:
     """Until the iterator is closed."""
     tokenizer = tiny_tokenizer()
     config = ModelConfig(
-        vocab_size=320, hidden_size=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_hidden_size=48, max_length=256
+        vocab_size=320,
+        hidden_size=32,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        head_dim=8,
+        ffn_hidden_size=48,
+        max_length=context,
     )
     config = config.model_copy(update={"init_std": 0.3})
     models = [Decoder(config).eval() for _ in range(2)]
     for model in models:
         model.init_weights(1)
     with Engine(models[0], slots=4, vocabulary=tokenizer.vocab_size) as engine:
-        served = Served(engine, tokenizer, ChatTemplate.named("telechat2"), "tiny", keys)
+        served = Served(engine, tokenizer, ChatTemplate.named("telechat2"), "tiny", keys, limits or Limits())
         with listening(served) as url:
             yield Place(url, served, models[1])

@@ -136,6 +136,15 @@ class Tokenizer:
         """Of `tokenizer.json` as written, byte for byte."""
         return hashlib.sha256(self.definition.encode()).hexdigest()
 
+    def tokens(self) -> dict[str, int]:
+        """All tokens, as the vocabulary spells them, with their ids."""
+        return self._inner.get_vocab(with_added_tokens=True)
+
+    def decoders(self) -> set[str]:
+        """The steps by which a token's spelling becomes text: "ByteLevel", "ByteFallback", ..."""
+        decoder = json.loads(self.definition).get("decoder") or {}
+        return {step["type"] for step in (decoder, *decoder.get("decoders", ())) if "type" in step}
+
     def special_id(self, token: str) -> int:
         """The id of a special token by name. Raises `DataError` naming those there are."""
         if token not in self.special_tokens:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,24 +14,28 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
 
 import zili
 from zili.data.chat import ChatTemplate
 from zili.data.tokenizer import Tokenizer
 from zili.errors import ConfigError, DataError
+from zili.serving import wording
 from zili.serving.conversation import Dialogue
-from zili.serving.engine import Ask, Engine, Token
+from zili.serving.delivery import events, whole
+from zili.serving.engine import Ask, Engine, Guide
+from zili.serving.gate import Gate, Limits
 from zili.serving.generation import Sampling
-from zili.serving.keys import Keys, TooMuch
+from zili.serving.keys import Keys
 from zili.serving.metrics import CONTENT_TYPE, Metrics
 from zili.serving.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from zili.serving.reply import Call, Parts, Reply
+from zili.serving.refusal import ErrorBody, Refusal
+from zili.serving.reply import Reply
 from zili.serving.streaming import Said, Stream
+from zili.serving.structure import Forms, Part
 
-_OPEN = ("/health", "/metrics", "/openapi.json", "/", "/page")
-"""Paths that need no key."""
 _PAGE = Path(__file__).with_name("page")
 _HEADERS = {
     # The page brings everything along; what a model writes can neither run nor fetch.
@@ -41,6 +43,17 @@ _HEADERS = {
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
+}
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorBody, "description": "It cannot be answered as it is."},
+    401: {"model": ErrorBody, "description": "The key is not known."},
+    404: {"model": ErrorBody, "description": "There is no such model."},
+    408: {"model": ErrorBody, "description": "The request did not come in time."},
+    413: {"model": ErrorBody, "description": "The request is too large."},
+    429: {"model": ErrorBody, "description": "The key's rate or quota is used up; see Retry-After."},
+    500: {"model": ErrorBody, "description": "A defect, of the server or of the model's weights."},
+    503: {"model": ErrorBody, "description": "Too many are waiting; see Retry-After."},
+    504: {"model": ErrorBody, "description": "The answer took too long."},
 }
 
 
@@ -54,15 +67,8 @@ class Served:
     name: str
     keys: Keys = field(default_factory=Keys)
     """Whoever asks names one of them; none: anyone may ask."""
+    limits: Limits = field(default_factory=Limits)
     created: int = field(default_factory=lambda: int(time.time()))
-
-
-class Refusal(Exception):
-    """A request that is answered with an error."""
-
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.param, self.code = status, param, code
 
 
 def make_app(served: Served) -> FastAPI:
@@ -73,23 +79,27 @@ def make_app(served: Served) -> FastAPI:
         summary="OpenAI's API over a model of yours.",
         docs_url=None,  # they would fetch from a CDN
         redoc_url=None,
+        responses=_REFUSALS,
     )
     app.exception_handler(Refusal)(_refused)
     app.exception_handler(RequestValidationError)(_invalid)
-    app.middleware("http")(_with_key(served.keys))
+    app.exception_handler(HTTPException)(_no_route)
+    app.exception_handler(Exception)(_failed)
+    app.add_middleware(Gate, keys=served.keys, limits=served.limits)
     api = _Api(served)
 
     @app.get("/health", response_class=JSONResponse)
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/metrics", response_class=Response)
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
         return Response(api.metrics.text(), media_type=CONTENT_TYPE)
 
+    answered: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
     app.get("/v1/models")(api.models)
-    app.post("/v1/chat/completions", response_model=None)(api.chat)
-    app.post("/v1/completions", response_model=None)(api.complete)
+    app.post("/v1/chat/completions", response_model=None, responses=answered)(api.chat)
+    app.post("/v1/completions", response_model=None, responses=answered)(api.complete)
     app.post("/tokenize")(api.tokenize)
     app.post("/detokenize")(api.detokenize)
 
@@ -101,41 +111,25 @@ def make_app(served: Served) -> FastAPI:
     return app
 
 
-def _error(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
-    kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(status)
-    kind = kind or ("invalid_request_error" if status < 500 else "server_error")
-    return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status)
-
-
-async def _refused(_: Request, error: Exception) -> JSONResponse:
+async def _refused(_: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)
-    return _error(error.status, str(error), error.param, error.code)
+    return error.response()
 
 
-async def _invalid(_: Request, error: Exception) -> JSONResponse:
+async def _invalid(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"] if part != "body")
-    return _error(400, f"{place}: {first['msg']}" if place else str(first["msg"]), place or None)
+    return Refusal(400, f"{place}: {first['msg']}" if place else str(first["msg"]), param=place or None).response()
 
 
-def _with_key(keys: Keys) -> Callable[..., Any]:
-    async def check(request: Request, proceed: Callable[[Request], Awaitable[Any]]) -> Any:
-        path = request.url.path
-        if keys.holders and path not in _OPEN and not path.startswith("/page/"):
-            holder = keys.find(request.headers.get("authorization", "").removeprefix("Bearer "))
-            if holder is None:
-                return _error(401, "the key is not known; send it as Authorization: Bearer KEY", code="invalid_api_key")
-            try:
-                holder.ask()
-            except TooMuch as error:
-                refused = _error(429, str(error), code="rate_limit_exceeded")
-                refused.headers["Retry-After"] = str(error.retry_after)
-                return refused
-            request.state.used = holder.used
-        return await proceed(request)
+async def _no_route(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return Refusal(error.status_code, str(error.detail), headers=error.headers).response()
 
-    return check
+
+async def _failed(_: Request, error: Exception) -> Response:
+    return Refusal(500, f"the server failed ({type(error).__name__})").response()
 
 
 class _Api:
@@ -147,20 +141,26 @@ class _Api:
         self.metrics = Metrics(served.engine, served.name)
         template = served.template or ChatTemplate.named("chatml")
         self.stop_ids = Dialogue(served.tokenizer, template).stop_ids
+        self._forms = Forms(served.tokenizer, self.stop_ids)
+        self._tagged = "<param_key>" in template.source
 
     async def models(self) -> dict[str, Any]:
+        """The one that is served."""
         model = {"id": self.served.name, "object": "model", "created": self.served.created, "owned_by": "zili"}
         return {"object": "list", "data": [{**model, "max_model_len": self.engine.context}]}
 
     async def tokenize(self, asked: TokenizeRequest) -> dict[str, Any]:
-        ids = self.tokenizer.encode(asked.prompt).tolist()
+        """A text's ids."""
+        ids = self._encoded(asked.prompt)
         return {"tokens": ids, "count": len(ids), "max_model_len": self.engine.context}
 
     async def detokenize(self, asked: DetokenizeRequest) -> dict[str, Any]:
+        """The text of ids."""
         self._known(asked.tokens)
         return {"prompt": self.tokenizer.decode(asked.tokens)}
 
     async def chat(self, asked: ChatRequest, request: Request) -> Any:
+        """The next turn of a conversation."""
         self._check_model(asked.model)
         if self.served.template is None:
             raise Refusal(400, "the model has no chat template: use /v1/completions", param="messages")
@@ -170,48 +170,45 @@ class _Api:
             prompt = self.served.template.render(self.tokenizer, turns, **options).ids
         except (DataError, TypeError) as error:
             raise Refusal(400, str(error), param="messages") from error
-        top = asked.top_logprobs if asked.logprobs else None
-        streams = self._begin(request, asked, [prompt] * asked.n, asked.longest, top)
-        head = self._head("chatcmpl", "chat.completion")
         # Some templates open an answer's thoughts themselves.
         thinking = self.tokenizer.decode(prompt[-16:]).rstrip().endswith("<think>")
+        guide = await self._guide(asked.form_with_calls(tagged=self._tagged), thinking=thinking)
+        top = asked.top_logprobs if asked.logprobs else None
+        streams = self._begin(request, asked, [prompt] * asked.n, asked.longest, top, guide)
+        head = self._head("chatcmpl", "chat.completion")
         replies = [Reply(thinking=thinking, tools=bool(asked.offered)) for _ in streams]
         if asked.stream:
             chunk = head | {"object": "chat.completion.chunk"}
-            return self._sse(asked, streams, chunk, partial(self._delta, replies=replies), [prompt])
+            return self._events(asked, streams, chunk, partial(self._delta, asked, replies), [prompt])
         choices = []
-        for index, (said, tokens, finish) in enumerate(await self._all(streams, request)):
-            whole = _joined(replies[index].push(said), replies[index].finish())
-            calls = [_called(call) for call in whole.calls]
-            message: dict[str, Any] = {
-                "role": "assistant",
-                "content": whole.content if whole.content or not calls else None,
-            }
-            message |= {"reasoning_content": whole.reasoning} if whole.reasoning else {}
-            message |= {"tool_calls": calls} if calls else {}
-            choice = {"index": index, "message": {**message, "refusal": None}}
-            choice["finish_reason"] = "tool_calls" if calls and finish == "stop" else finish
-            choices.append({**choice, "logprobs": self._chat_logprobs(tokens) if asked.logprobs else None})
-        return {**head, "choices": choices, "usage": self._usage(streams, [prompt])}
+        for index, answer in enumerate(await whole(streams, request, self.served.limits.answer_seconds)):
+            parts = replies[index].push(answer.text) + replies[index].finish()
+            finish = "tool_calls" if parts.calls and answer.finish == "stop" else answer.finish
+            choice = {"index": index, "message": wording.message(parts), "finish_reason": finish}
+            told = wording.chat_logprobs(self.tokenizer, answer.tokens) if asked.logprobs else None
+            choices.append({**choice, "logprobs": told})
+        return {**head, "choices": choices, "usage": wording.usage(streams, [prompt])}
 
     async def complete(self, asked: CompletionRequest, request: Request) -> Any:
+        """What follows a text."""
         self._check_model(asked.model)
+        if asked.stream and asked.echo:
+            raise Refusal(400, "echo is not streamed", param="echo")
         prompts = [self._ids(prompt) for prompt in asked.prompts]
         each = [prompt for prompt in prompts for _ in range(asked.n)]
-        streams = self._begin(request, asked, each, asked.max_tokens, asked.logprobs, of_prompt=asked.echo)
+        guide = await self._guide(asked.form)
+        streams = self._begin(request, asked, each, asked.max_tokens, asked.logprobs, guide, of_prompt=asked.echo)
         head = self._head("cmpl", "text_completion")
         if asked.stream:
-            if asked.echo:
-                raise Refusal(400, "echo is not streamed", param="echo")
-            return self._sse(asked, streams, head, self._text_choice, prompts)
+            return self._events(asked, streams, head, partial(self._text, asked), prompts)
         choices = []
-        for index, (said, tokens, finish) in enumerate(await self._all(streams, request)):
-            text, told = said, tokens
+        for index, answer in enumerate(await whole(streams, request, self.served.limits.answer_seconds)):
+            text, told = answer.text, answer.tokens
             if asked.echo:
-                text, told = self.tokenizer.decode(each[index]) + said, [*streams[index].answer.prompt, *tokens]
-            logprobs = self._logprobs(told) if asked.logprobs is not None else None
-            choices.append({"index": index, "text": text, "finish_reason": finish, "logprobs": logprobs})
-        return {**head, "choices": choices, "usage": self._usage(streams, prompts)}
+                text, told = self.tokenizer.decode(each[index]) + text, [*streams[index].answer.prompt, *told]
+            logprobs = wording.logprobs(self.tokenizer, told) if asked.logprobs is not None else None
+            choices.append({"index": index, "text": text, "finish_reason": answer.finish, "logprobs": logprobs})
+        return {**head, "choices": choices, "usage": wording.usage(streams, prompts)}
 
     # ---- what is asked
 
@@ -226,9 +223,15 @@ class _Api:
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt).tolist() or [self.tokenizer.end_id]
+            return self._encoded(prompt) or [self.tokenizer.end_id]
         self._known(prompt)
         return prompt
+
+    def _encoded(self, text: str) -> list[int]:
+        try:
+            return self.tokenizer.encode(text).tolist()
+        except DataError as error:
+            raise Refusal(400, str(error), param="prompt") from error
 
     def _known(self, ids: Sequence[int]) -> None:
         beyond = next((id_ for id_ in ids if id_ >= self.tokenizer.vocab_size), None)
@@ -242,9 +245,15 @@ class _Api:
         prompts: list[list[int]],
         longest: int | None,
         top: int | None,
+        guide: Callable[[], Guide] | None,
         *,
         of_prompt: bool = False,
     ) -> list[Stream]:
+        waiting, most = self.engine.load[1], self.served.limits.waiting
+        if len(prompts) > most:
+            raise Refusal(400, f"{len(prompts)} answers are asked for at once; {most} may be")
+        if waiting + len(prompts) > most + self.engine.free:
+            raise Refusal(503, f"{waiting} answers wait already, {most} may", code="busy", headers={"Retry-After": "1"})
         seed = secrets.randbits(32) if asked.seed is None else asked.seed % 2**63
         streams: list[Stream] = []
         used = getattr(request.state, "used", lambda tokens: None)
@@ -263,10 +272,11 @@ class _Api:
                     prompt,
                     room if longest is None else longest,
                     Sampling(asked.temperature, asked.top_p, asked.top_k, asked.repetition_penalty, seed + number),
-                    frozenset() if asked.ignore_eos else self.stop_ids,
+                    frozenset() if asked.ignore_eos and guide is None else self.stop_ids,
                     log_probabilities=top,
                     of_prompt=of_prompt,
                     bias=self._bias(asked.logit_bias),
+                    guide=guide,
                 )
                 stream = Stream(self.engine, self.tokenizer, ask, asked.stops, metrics=self.metrics, used=used)
                 streams.append(stream)
@@ -287,182 +297,53 @@ class _Api:
             raise Refusal(400, f"a token is beyond {self.tokenizer.vocab_size}", param="logit_bias")
         return bias
 
-    # ---- what is answered
-
-    async def _all(self, streams: list[Stream], request: Request) -> list[tuple[str, list[Token], str]]:
-        """Text, tokens and end of each; whoever hangs up meanwhile frees the slots."""
-        gone = asyncio.create_task(_gone(request))
-        work = asyncio.gather(*(_whole(stream) for stream in streams))
+    async def _guide(self, form: Part | None, *, thinking: bool = False) -> Callable[[], Guide] | None:
+        if form is None:
+            return None
         try:
-            await asyncio.wait((gone, work), return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                raise Refusal(499, "the client has gone")
-            return await work
-        finally:
-            gone.cancel()
-            work.cancel()
-            for stream in streams:
-                stream.cancel()
+            # Compiling a large one takes seconds, in which the others go on.
+            return await asyncio.to_thread(self._forms.of, form, thinking=thinking)
+        except ConfigError as error:
+            raise Refusal(400, str(error), param="response_format") from error
 
-    def _sse(
-        self,
-        asked: ChatRequest | CompletionRequest,
-        streams: list[Stream],
-        head: dict[str, Any],
-        choice: Callable[[ChatRequest | CompletionRequest, int, Said, bool], dict[str, Any]],
-        prompts: list[list[int]],
-    ) -> StreamingResponse:
-        async def events() -> AsyncIterator[str]:
-            started: set[int] = set()
-            try:
-                async with aclosing(_merged(streams)) as merged:
-                    async for index, said in merged:
-                        part = choice(asked, index, said, index not in started)
-                        started.add(index)
-                        usage = {"usage": None} if asked.with_usage else {}
-                        yield _event({**head, "choices": [part], **usage})
-                if asked.with_usage:
-                    yield _event({**head, "choices": [], "usage": self._usage(streams, prompts)})
-                yield "data: [DONE]\n\n"
-            except Exception as error:  # the status was sent long ago
-                yield _event({"error": {"message": str(error), "type": "server_error", "param": None, "code": None}})
-            finally:
-                for stream in streams:
-                    stream.cancel()
-
-        return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-
-    def _delta(
-        self,
-        asked: ChatRequest | CompletionRequest,
-        index: int,
-        said: Said,
-        first: bool,
-        *,
-        replies: list[Reply],
-    ) -> dict[str, Any]:
-        assert isinstance(asked, ChatRequest)
-        reply, before = replies[index], replies[index].calls
-        parts = reply.push(said.text)
-        if said.finish:
-            parts = _joined(parts, reply.finish())
-        delta: dict[str, Any] = {"role": "assistant", "content": ""} if first else {}
-        delta |= {"content": parts.content} if parts.content else {}
-        delta |= {"reasoning_content": parts.reasoning} if parts.reasoning else {}
-        calls = [{"index": before + number, **_called(call)} for number, call in enumerate(parts.calls)]
-        delta |= {"tool_calls": calls} if calls else {}
-        finish = "tool_calls" if reply.calls and said.finish == "stop" else said.finish
-        logprobs = self._chat_logprobs(said.tokens) if asked.logprobs else None
-        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-
-    def _text_choice(
-        self, asked: ChatRequest | CompletionRequest, index: int, said: Said, first: bool
-    ) -> dict[str, Any]:
-        assert isinstance(asked, CompletionRequest)
-        logprobs = self._logprobs(said.tokens) if asked.logprobs is not None else None
-        return {"index": index, "text": said.text, "logprobs": logprobs, "finish_reason": said.finish}
+    # ---- what is answered
 
     def _head(self, kind: str, name: str) -> dict[str, Any]:
         created = int(time.time())
         return {"id": f"{kind}-{uuid.uuid4().hex}", "object": name, "created": created, "model": self.served.name}
 
-    @staticmethod
-    def _usage(streams: list[Stream], prompts: list[list[int]]) -> dict[str, Any]:
-        prompt, said = sum(map(len, prompts)), sum(stream.tokens for stream in streams)
-        reused = sum(stream.answer.reused for stream in streams)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": said,
-            "total_tokens": prompt + said,
-            "prompt_tokens_details": {"cached_tokens": min(reused, prompt)},
-        }
+    def _events(
+        self,
+        asked: ChatRequest | CompletionRequest,
+        streams: list[Stream],
+        head: dict[str, Any],
+        choice: Callable[[int, Said, bool], dict[str, Any]],
+        prompts: list[list[int]],
+    ) -> Response:
+        none_yet = {"usage": None} if asked.with_usage else {}
 
-    def _chat_logprobs(self, tokens: list[Token]) -> dict[str, Any]:
-        content = [
-            {
-                **self._named(token.id),
-                "logprob": token.log_probability,
-                "top_logprobs": [
-                    {**self._named(id_), "logprob": value}
-                    for id_, value in sorted(token.likeliest.items(), key=lambda pair: -pair[1])
-                ],
-            }
-            for token in tokens
-        ]
-        return {"content": content, "refusal": None}
+        def chunk(index: int, said: Said, first: bool) -> dict[str, Any]:
+            return {**head, "choices": [choice(index, said, first)], **none_yet}
 
-    def _named(self, id_: int) -> dict[str, Any]:
-        text = self.tokenizer.decode([id_])
-        return {"token": text, "bytes": list(text.encode())}
+        def last() -> dict[str, Any]:
+            return {**head, "choices": [], "usage": wording.usage(streams, prompts)}
 
-    def _logprobs(self, tokens: list[Token]) -> dict[str, Any]:
-        texts = [self.tokenizer.decode([token.id]) for token in tokens]
-        offsets = [0]
-        for text in texts:
-            offsets.append(offsets[-1] + len(text))
-        likeliest: list[dict[str, float] | None] = []
-        for token in tokens:
-            if token.log_probability is None:
-                likeliest.append(None)
-                continue
-            top = {self.tokenizer.decode([id_]): value for id_, value in token.likeliest.items()}
-            likeliest.append({self.tokenizer.decode([token.id]): token.log_probability, **top})
-        return {
-            "tokens": texts,
-            "token_logprobs": [token.log_probability for token in tokens],
-            "top_logprobs": likeliest,
-            "text_offset": offsets[:-1],
-        }
+        return events(streams, self.served.limits.answer_seconds, chunk, last if asked.with_usage else None)
 
+    def _delta(self, asked: ChatRequest, replies: list[Reply], index: int, said: Said, first: bool) -> dict[str, Any]:
+        reply, before = replies[index], replies[index].calls
+        parts = reply.push(said.text)
+        if said.finish:
+            parts += reply.finish()
+        delta: dict[str, Any] = {"role": "assistant", "content": ""} if first else {}
+        delta |= {"content": parts.content} if parts.content else {}
+        delta |= {"reasoning_content": parts.reasoning} if parts.reasoning else {}
+        calls = [{"index": before + number, **wording.called(call)} for number, call in enumerate(parts.calls)]
+        delta |= {"tool_calls": calls} if calls else {}
+        finish = "tool_calls" if reply.calls and said.finish == "stop" else said.finish
+        logprobs = wording.chat_logprobs(self.tokenizer, said.tokens) if asked.logprobs else None
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
 
-def _joined(one: Parts, other: Parts) -> Parts:
-    return Parts(one.reasoning + other.reasoning, one.content + other.content, one.calls + other.calls)
-
-
-def _called(call: Call) -> dict[str, Any]:
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
-
-
-def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
-
-
-async def _whole(stream: Stream) -> tuple[str, list[Token], str]:
-    text, tokens = [], []
-    async for said in stream.pieces():
-        text.append(said.text)
-        tokens += said.tokens
-    assert said.finish is not None
-    return "".join(text), tokens, said.finish
-
-
-async def _merged(streams: list[Stream]) -> AsyncGenerator[tuple[int, Said], None]:
-    """Pieces of all streams as they come, each with the number of its stream."""
-    pieces: asyncio.Queue[tuple[int, Said | Exception]] = asyncio.Queue()
-
-    async def pump(index: int, stream: Stream) -> None:
-        try:
-            async for said in stream.pieces():
-                pieces.put_nowait((index, said))
-        except Exception as error:
-            pieces.put_nowait((index, error))
-
-    pumps = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
-    try:
-        left = len(streams)
-        while left:
-            index, said = await pieces.get()
-            if isinstance(said, Exception):
-                raise said
-            yield index, said
-            left -= said.finish is not None
-    finally:
-        for task in pumps:
-            task.cancel()
-
-
-async def _gone(request: Request) -> None:
-    """Returns when whoever asked has hung up."""
-    while not await request.is_disconnected():
-        await asyncio.sleep(0.2)
+    def _text(self, asked: CompletionRequest, index: int, said: Said, first: bool) -> dict[str, Any]:
+        logprobs = wording.logprobs(self.tokenizer, said.tokens) if asked.logprobs is not None else None
+        return {"index": index, "text": said.text, "logprobs": logprobs, "finish_reason": said.finish}

@@ -12,18 +12,28 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from zili.errors import CheckpointError, ConfigError
+from zili.errors import ConfigError, ZiliError
 from zili.models.decoder import Decoder
 from zili.serving.generation import DEFAULT_SAMPLING, Sampling, draw
 from zili.serving.packed import pack
 from zili.serving.slots import Piece, SlotCache, serve_from, served_length
 
 FinishReason = Literal["stop", "length", "context", "cancelled"]
+
+
+class Guide(Protocol):
+    """What one answer may say next."""
+
+    def allowed(self, scores: Tensor) -> Tensor:
+        """`scores [V]`, minus infinity where a token may not come. Raises ZiliError, none may."""
+
+    def accept(self, token: int) -> None:
+        """It has come."""
 
 
 class Token(NamedTuple):
@@ -50,11 +60,14 @@ class Ask:
     """Tell those of the prompt's tokens as well."""
     bias: dict[int, float] = field(default_factory=dict)
     """Added to the logits of tokens."""
+    guide: Callable[[], Guide] | None = None
+    """Makes what holds the answer to a form, its end included."""
 
     @property
     def greedy(self) -> bool:
         """Whether each token is the likeliest as the model has it."""
-        return self.sampling.temperature == 0 and self.sampling.repetition_penalty == 1.0 and not self.bias
+        plain = self.sampling.temperature == 0 and self.sampling.repetition_penalty == 1.0
+        return plain and not self.bias and self.guide is None
 
 
 class Answer:
@@ -124,6 +137,7 @@ class _Sequence:
     """Of these, how many have their keys in the slot."""
     random: torch.Generator
     said: int = 0
+    guide: Guide | None = None
 
 
 class Engine:
@@ -175,6 +189,11 @@ class Engine:
     def load(self) -> tuple[int, int]:
         """How many sequences run, and how many wait."""
         return len(self._running), len(self._waiting)
+
+    @property
+    def free(self) -> int:
+        """Slots that nobody uses or waits for."""
+        return max(0, self._slots - len(self._running) - len(self._waiting))
 
     @property
     def usage(self) -> float:
@@ -282,6 +301,7 @@ class Engine:
             random = torch.Generator().manual_seed(answer.ask.sampling.seed)
             # Among those that run before anything can fail, so that it hears of it.
             self._running.append(sequence := _Sequence(answer, slot, prompt, found, random))
+            sequence.guide = answer.ask.guide() if answer.ask.guide else None
             if longest > found:
                 self._cache.copy(other, slot, longest)
                 sequence.computed = longest
@@ -304,8 +324,8 @@ class Engine:
             return
         try:
             plainly = ask.greedy and not math.isnan(highest)
-            token = likeliest if plainly else draw(_biased(logits, ask), sequence.ids, ask.sampling, sequence.random)
-        except CheckpointError as error:
+            token = likeliest if plainly else self._draw(sequence, logits)
+        except ZiliError as error:
             self._running.remove(sequence)
             self._release(sequence, keep=False)
             answer._say(error=error)
@@ -320,6 +340,15 @@ class Engine:
             self._finish(sequence, "length")
         elif len(sequence.ids) >= self.context:
             self._finish(sequence, "context")
+
+    @staticmethod
+    def _draw(sequence: _Sequence, logits: Tensor) -> int:
+        ask, guide = sequence.answer.ask, sequence.guide
+        scores = _biased(logits, ask)
+        token = draw(guide.allowed(scores) if guide else scores, sequence.ids, ask.sampling, sequence.random)
+        if guide is not None and token not in ask.stop_ids:
+            guide.accept(token)
+        return token
 
     @staticmethod
     def _token(ask: Ask, token: int, logits: Tensor) -> Token:

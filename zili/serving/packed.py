@@ -8,15 +8,17 @@ cannot be trained or saved, so this is for a model that answers only.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zili import ops
 from zili.models.attention import Attention
 from zili.models.cache import CacheEntry
-from zili.models.decoder import Decoder
+from zili.models.decoder import Block, Decoder
 from zili.models.feed_forward import FeedForward
 from zili.models.layers import Embedding, Linear
 
+_product = torch.ops.mkldnn._linear_pointwise
 _ROWS = 512
 """Rows of a product that oneDNN lays the blocks out for. They do as well for few, but not those for 1 for many."""
 
@@ -31,45 +33,50 @@ class PackedLinear(nn.Module):
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weights, _ROWS)
         self._bias = torch.cat([bias.detach() for bias in biases]) if biases else None
 
-    def forward(self, x: Tensor, then: str = "none") -> Tensor:
-        """`then` is what oneDNN does to each result before it is written: "swish", for one."""
-        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, then, [], "")
+    def forward(self, x: Tensor) -> Tensor:
+        return _product(x, self._weight, self._bias, "none", [], "")
+
+    def silu(self, x: Tensor) -> Tensor:
+        """Of the product, without a pass of its own."""
+        return _product(x, self._weight, self._bias, "swish", [], "")
 
     def times(self, x: Tensor, other: Tensor) -> Tensor:
         """The product times `other [..., O]`, without a pass of its own."""
-        return torch.ops.mkldnn._linear_pointwise.binary(x, other, self._weight, self._bias, "mul")
+        return _product.binary(x, other, self._weight, self._bias, "mul")
 
 
-class PackedFeedForward(nn.Module):
-    """As the `FeedForward` it is made of."""
+class PackedBlock(nn.Module):
+    """A `Block` with a cache, in few operations: on few rows a small one takes as long as a product."""
 
-    def __init__(self, plain: FeedForward) -> None:
+    def __init__(self, plain: Block) -> None:
         super().__init__()
-        self._gate, self._up, self._down = PackedLinear(plain.gate), PackedLinear(plain.up), PackedLinear(plain.down)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._down(self._up.times(x, self._gate(x, "swish")))
-
-
-class PackedAttention(nn.Module):
-    """As the `Attention` it is made of, whose core it takes: query, key and value are one product."""
-
-    def __init__(self, plain: Attention) -> None:
-        super().__init__()
-        self._input, self._output = PackedLinear(plain.query, plain.key, plain.value), PackedLinear(plain.output)
-        self._heads = plain.query.out_features // plain.head_dim
-        self._kv_heads = plain.key.out_features // plain.head_dim
-        self._head_dim, self.core = plain.head_dim, plain.core
+        attention, feed_forward = plain.attention, plain.feed_forward
+        assert isinstance(attention, Attention) and isinstance(feed_forward, FeedForward)
+        self._norms = [(norm.weight.detach(), norm.eps) for norm in (plain.attention_norm, plain.feed_forward_norm)]
+        self._head_dim, self._core = attention.head_dim, attention.core
+        self._heads, self._kv_heads = (
+            linear.out_features // attention.head_dim for linear in (attention.query, attention.key)
+        )
+        self._input = PackedLinear(attention.query, attention.key, attention.value)
+        self._output = PackedLinear(attention.output)
+        self._gate, self._up = PackedLinear(feed_forward.gate), PackedLinear(feed_forward.up)
+        self._down = PackedLinear(feed_forward.down)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, document_ids: Tensor | None, cache_entry: CacheEntry
     ) -> Tensor:
-        """As `Attention.forward`, with a cache."""
-        joined = self._input(x).unflatten(-1, (-1, self._head_dim))
-        plain, value = joined.split((self._heads + self._kv_heads, self._kv_heads), 2)
-        query, key = ops.rotate(plain, cos, sin).split((self._heads, self._kv_heads), 2)
-        attended = self.core(query, *cache_entry.append(key, value), document_ids, 0.0)
-        return self._output(attended.flatten(-2))
+        """As `Block.forward`."""
+        heads = self._input(self._normed(x, 0)).unflatten(-1, (-1, self._head_dim))
+        turned = ops.rotate(heads[:, :, : -self._kv_heads], cos, sin)
+        query, key = turned[:, :, : self._heads], turned[:, :, self._heads :]
+        key, value = cache_entry.append(key, heads[:, :, -self._kv_heads :])
+        x = x + self._output(self._core(query, key, value, document_ids, 0.0).flatten(-2))
+        normed = self._normed(x, 1)
+        return x + self._down(self._up.times(normed, self._gate.silu(normed)))
+
+    def _normed(self, x: Tensor, number: int) -> Tensor:
+        weight, eps = self._norms[number]
+        return F.rms_norm(x, weight.shape, weight, eps)
 
 
 @torch.no_grad()
@@ -95,11 +102,11 @@ def _packed(module: nn.Module) -> nn.Module | None:
     linears = [child for child in module.modules() if isinstance(child, Linear)]
     if not all(one.leave is None and one.lora_a is None and _packs(one.weight) for one in linears):
         return None
-    if type(module) is Attention and len({one.bias is None for one in (module.query, module.key, module.value)}) == 1:
-        return PackedAttention(module)
-    if type(module) is FeedForward:
-        return PackedFeedForward(module)
-    return PackedLinear(module) if type(module) is Linear else None
+    if type(module) is Linear:
+        return PackedLinear(module)
+    if type(module) is not Block or type(module.attention) is not Attention:
+        return None
+    return PackedBlock(module) if type(module.feed_forward) is FeedForward else None
 
 
 def _packs(weight: Tensor) -> bool:

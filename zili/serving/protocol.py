@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from zili.serving import structure
 
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 _MOST_CHOICES = 16
@@ -28,6 +31,8 @@ class _Asked(BaseModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     user: str | None = None
 
     @property
@@ -40,11 +45,75 @@ class _Asked(BaseModel):
     def with_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def form(self) -> structure.Part | None:
+        """What the answer must look like; None: as it likes."""
+        if self.structured_outputs is not None:
+            return self.structured_outputs.form
+        return None if self.response_format is None else self.response_format.form
+
 
 class StreamOptions(BaseModel):
     """`stream_options`."""
 
     include_usage: bool = False
+
+
+class JsonSchema(BaseModel):
+    """Of `response_format`."""
+
+    name: Annotated[str, Field(pattern=r"^[\w-]{1,64}$")] = "answer"
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """`response_format`, OpenAI's way to a form."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema comes with the type json_schema, and only with it")
+        return self
+
+    @property
+    def form(self) -> structure.Part | None:
+        if self.json_schema is not None:
+            return structure.schema(self.json_schema.schema_)
+        return structure.schema({"type": "object"}) if self.type == "json_object" else None
+
+
+class StructuredOutputs(BaseModel):
+    """`structured_outputs`, vLLM's way to a form: one of these."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    regex: str | None = None
+    choice: Annotated[list[str], Field(min_length=1)] | None = None
+    grammar: str | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> StructuredOutputs:
+        if sum(one is not None for one in (self.json_, self.regex, self.choice, self.grammar)) != 1:
+            raise ValueError("one of json, regex, choice and grammar")
+        if isinstance(self.json_, str):
+            self.json_ = json.loads(self.json_)
+            if not isinstance(self.json_, dict):
+                raise ValueError("json: a schema is an object")
+        return self
+
+    @property
+    def form(self) -> structure.Part:
+        if isinstance(self.json_, dict):
+            return structure.schema(self.json_)
+        if self.regex is not None:
+            return structure.regex(self.regex)
+        return structure.one_of(self.choice) if self.choice else structure.grammar(self.grammar or "")
 
 
 class Message(BaseModel):
@@ -89,22 +158,54 @@ class Tool(BaseModel):
     function: Function
 
 
+class _Named(BaseModel):
+    name: str
+
+
+class OneTool(BaseModel):
+    """`tool_choice` that names one."""
+
+    type: Literal["function"] = "function"
+    function: _Named
+
+
 class ChatRequest(_Asked):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto"] = "auto"
+    tool_choice: Literal["none", "auto", "required"] | OneTool = "auto"
+    parallel_tool_calls: bool = True
     max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
+    @model_validator(mode="after")
+    def _known_tool(self) -> ChatRequest:
+        if self.tool_choice == "required" and not self.tools:
+            raise ValueError("tool_choice: there are no tools to call")
+        if isinstance(self.tool_choice, OneTool) and not self.offered:
+            raise ValueError(f"tool_choice: there is no tool {self.tool_choice.function.name!r}")
+        return self
+
     @property
     def offered(self) -> list[dict[str, Any]]:
         """Tools that may be called, as a chat template takes them."""
-        tools = self.tools if self.tool_choice == "auto" else None
-        return [tool.model_dump(exclude_none=True) for tool in tools or []]
+        tools = [] if self.tool_choice == "none" else self.tools or []
+        if isinstance(self.tool_choice, OneTool):
+            tools = [tool for tool in tools if tool.function.name == self.tool_choice.function.name]
+        return [tool.model_dump(exclude_none=True) for tool in tools]
+
+    def form_with_calls(self, *, tagged: bool) -> structure.Part | None:
+        """What the answer must look like, calls of tools included; `tagged` as of `structure.calls`."""
+        if not self.offered:
+            return self.form
+        several = self.parallel_tool_calls and not isinstance(self.tool_choice, OneTool)
+        calls = structure.calls(self.offered, several=several, tagged=tagged)
+        if self.tool_choice != "auto":
+            return calls
+        return None if self.form is None else {"type": "or", "elements": [calls, self.form]}
 
     @property
     def longest(self) -> int | None:

@@ -32,6 +32,9 @@ class Parts:
     content: str = ""
     calls: list[Call] = field(default_factory=list)
 
+    def __add__(self, other: Parts) -> Parts:
+        return Parts(self.reasoning + other.reasoning, self.content + other.content, self.calls + other.calls)
+
 
 class Reply:
     """Takes a text apart. Tags that are not whole yet are held back; a call that cannot be read stays text."""

@@ -1,0 +1,194 @@
+"""Answers that are held to a form, whatever a model would rather say."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+import torch
+from served import KEYS, Place, serve_a_tiny_model, tiny_tokenizer
+
+from zili.data.tokenizer import Tokenizer
+from zili.errors import ConfigError
+from zili.serving.structure import Forms, Part, calls, grammar, one_of, regex, schema
+
+CITY = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+    "required": ["city"],
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "parameters": CITY}},
+    {"type": "function", "function": {"name": "now"}},
+]
+ASKED: Any = [{"role": "user", "content": "snow?"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def forms(tokenizer: Tokenizer) -> Forms:
+    return Forms(tokenizer, {tokenizer.end_id})
+
+
+def allows(forms: Forms, tokenizer: Tokenizer, form: Part, text: str, *, thinking: bool = False) -> bool:
+    """Whether `text`, and then its end, may be said."""
+    guide = forms.of(form, thinking=thinking)()
+    for id_ in [*tokenizer.encode(text).tolist(), tokenizer.end_id]:
+        if guide.allowed(torch.zeros(tokenizer.vocab_size))[id_] < 0:
+            return False
+        guide.accept(id_)
+    return True
+
+
+HERMES = '<tool_call>\n{"name": "weather", "arguments": {"city": "Xi\'an", "days": 3}}\n</tool_call>'
+NOW = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+TAGGED = (
+    '<tool_call>weather<param_key>city</param_key><param_value>Xi\'an < "3"</param_value>'
+    "<param_key>days</param_key><param_value>3</param_value></tool_call>"
+)
+one, several = calls(TOOLS, several=False, tagged=False), calls(TOOLS, several=True, tagged=False)
+tagged = calls(TOOLS, several=False, tagged=True)
+CASES: list[tuple[Part, str, bool]] = [
+    (schema(CITY), '{"city": "北京", "days": 3}', True),
+    (schema(CITY), '{\n  "city": "x"\n}', True),
+    (schema(CITY), '{"days": 3}', False),
+    (schema(CITY), '{"city": "x", "days": 3.5}', False),
+    (schema(CITY), '{"city": "x"} and more', False),
+    (schema(CITY), '{"city": "x"' + " " * 200 + "}", False),
+    (schema({"type": "object"}), '{"a": [1, {"b": null}]}', True),
+    (schema({"type": "object"}), "[1]", False),
+    (regex(r"\d{3}-\d{4}"), "555-1234", True),
+    (regex(r"\d{3}-\d{4}"), "555-12345", False),
+    (one_of(["red", "blue"]), "blue", True),
+    (one_of(["red", "blue"]), "b", False),
+    (grammar('root ::= "a" root | "b"'), "aaab", True),
+    (one, HERMES, True),
+    (one, NOW, True),
+    (one, HERMES + "\n" + NOW, False),
+    (several, HERMES + "\n" + NOW, True),
+    (one, HERMES.replace("weather", "wether"), False),
+    (one, HERMES.replace("3", '"3"'), False),
+    (one, "Let me see.", False),
+    (tagged, TAGGED, True),
+    (tagged, TAGGED.replace("<param_value>3", "<param_value>three"), False),
+    (tagged, "<tool_call>weather</tool_call>", False),
+    (tagged, "<tool_call>now</tool_call>", True),
+]
+
+
+@pytest.mark.parametrize(("form", "text", "may"), CASES)
+def test_what_may_be_said(forms: Forms, tokenizer: Tokenizer, form: Part, text: str, may: bool) -> None:
+    assert allows(forms, tokenizer, form, text) == may
+
+
+def test_thoughts_come_before_the_form(forms: Forms, tokenizer: Tokenizer) -> None:
+    assert allows(forms, tokenizer, one_of(["red"]), "Is it red? Yes.</think>red", thinking=True)
+    assert not allows(forms, tokenizer, one_of(["red"]), "Is it red? Yes.</think>blue", thinking=True)
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        (schema({"type": "nonsense"}), "nonsense"),
+        (schema({"$ref": "#/nowhere"}), "nowhere"),
+        (schema({"type": "string", "pattern": "("}), "parenthesis"),
+        (regex("("), "parenthesis"),
+        (grammar("root := x"), "EBNF"),
+        (regex("a" * 100_000), "longer than 65,536"),
+    ],
+)
+def test_what_is_no_form(forms: Forms, form: Part, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        forms.of(form)
+
+
+# ---- over the API, from a model of random weights
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[Place]:
+    yield from serve_a_tiny_model(KEYS, context=1024)
+
+
+CHOICE = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["white", "blue"]}, "sure": {"type": "boolean"}},
+    "required": ["colour", "sure"],
+}
+FORMAT: Any = {"type": "json_schema", "json_schema": {"name": "choice", "schema": CHOICE, "strict": True}}
+PAINT: Any = {"type": "function", "function": {"name": "paint", "parameters": CHOICE}}
+WAIT: Any = {"type": "function", "function": {"name": "wait"}}
+
+
+def test_json_of_a_schema(place: Place) -> None:
+    for seed in range(3):
+        answer = place.client().chat.completions.create(
+            model="tiny", messages=ASKED, response_format=FORMAT, seed=seed, n=2, logprobs=True
+        )
+        for choice in answer.choices:
+            assert choice.finish_reason == "stop" and choice.message.content is not None
+            said = json.loads(choice.message.content)
+            assert said["colour"] in ("white", "blue") and isinstance(said["sure"], bool) and len(said) == 2
+
+
+def test_a_stream_and_a_completion_of_a_pattern(place: Place) -> None:
+    outputs = {"structured_outputs": {"regex": r"\d{3}-\d{4}"}, "ignore_eos": True}
+    parts = place.client().chat.completions.create(model="tiny", messages=ASKED, stream=True, extra_body=outputs)
+    assert re.fullmatch(r"\d{3}-\d{4}", "".join(part.choices[0].delta.content or "" for part in parts))
+    answer = place.client().completions.create(
+        model="tiny", prompt=["snow", "sky"], max_tokens=20, extra_body={"structured_outputs": {"choice": ["a", "bb"]}}
+    )
+    assert all(choice.text in ("a", "bb") and choice.finish_reason == "stop" for choice in answer.choices)
+
+
+def test_calls_that_must_be_made(place: Place) -> None:
+    named: Any = {"type": "function", "function": {"name": "paint"}}
+    for choice in ("required", named):
+        answer = place.client().chat.completions.create(
+            model="tiny",
+            messages=ASKED,
+            tools=[PAINT, WAIT] if choice == named else [PAINT],
+            tool_choice=choice,
+            parallel_tool_calls=False,
+            seed=1,
+        )
+        assert answer.choices[0].finish_reason == "tool_calls" and answer.choices[0].message.content is None
+        (call,) = answer.choices[0].message.tool_calls or []
+        assert call.type == "function" and call.function.name == "paint"
+        assert json.loads(call.function.arguments)["colour"] in ("white", "blue")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"response_format": {"type": "json_schema"}}, "json_schema comes with"),
+        ({"response_format": {"type": "yaml"}}, "response_format"),
+        ({"structured_outputs": {"regex": "("}}, "parenthesis"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "one of json"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs"),
+        ({"tool_choice": "required"}, "no tools"),
+        ({"tools": [WAIT], "tool_choice": {"type": "function", "function": {"name": "paint"}}}, "no tool 'paint'"),
+    ],
+)
+def test_refusals(place: Place, more: dict[str, Any], said: str) -> None:
+    status, answer = place.post("/v1/chat/completions", {"messages": ASKED, **more})
+    assert status == 400 and said in answer["error"]["message"], answer
+
+
+def test_others_answer_while_one_is_held(place: Place) -> None:
+    """A form changes nothing for who has none."""
+    plain = place.client().completions.create(model="tiny", prompt="snow", temperature=0, max_tokens=30).choices[0].text
+    both = place.client().chat.completions.with_raw_response
+    with pytest.raises(openai.BadRequestError):
+        both.create(model="tiny", messages=ASKED, extra_body={"structured_outputs": {"regex": "["}})
+    place.client().chat.completions.create(model="tiny", messages=ASKED, response_format=FORMAT)
+    again = place.client().completions.create(model="tiny", prompt="snow", temperature=0, max_tokens=30)
+    assert again.choices[0].text == plain

@@ -1,0 +1,108 @@
+"""What is asked of every request before it reaches a route: a key, a body of some size, in some time."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from zili.serving.keys import Keys, TooMuch
+from zili.serving.refusal import Refusal
+
+_OPEN = ("/health", "/metrics", "/openapi.json", "/", "/page")
+"""Paths that need no key."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of a server, so that nobody can take all of it."""
+
+    body_bytes: int = 4 << 20
+    body_seconds: float = 30
+    """A request must have come in whole by then."""
+    waiting: int = 256
+    """Answers that wait for a slot; further ones are refused."""
+    answer_seconds: float = 600
+    """An answer must be finished by then, its waiting included."""
+    silent_seconds: float = 60
+    """Who does not take what is sent to him is hung up on."""
+
+
+class Gate:
+    """An ASGI application before another."""
+
+    def __init__(self, app: ASGIApp, keys: Keys, limits: Limits) -> None:
+        self._app, self._keys, self._limits = app, keys, limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            self._check_key(scope)
+            body = await self._body(scope, receive)
+        except Refusal as error:
+            await error.response()(scope, receive, send)
+            return
+        if body is None:
+            return
+
+        async def replay() -> Message:
+            nonlocal body
+            if body is None:
+                return await receive()
+            message: Message = {"type": "http.request", "body": body, "more_body": False}
+            body = None
+            return message
+
+        async def send_in_time(message: Message) -> None:
+            async with asyncio.timeout(self._limits.silent_seconds):
+                await send(message)
+
+        try:
+            await self._app(scope, replay, send_in_time)
+        except TimeoutError:  # the server hangs up, as the answer is not whole
+            return
+
+    def _check_key(self, scope: Scope) -> None:
+        path = scope["path"]
+        if not self._keys.holders or path in _OPEN or path.startswith("/page/"):
+            return
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        holder = self._keys.find(given.decode("latin-1").removeprefix("Bearer "))
+        if holder is None:
+            message = "the key is not known; send it as Authorization: Bearer KEY"
+            raise Refusal(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        try:
+            holder.ask()
+        except TooMuch as error:
+            headers = {"Retry-After": str(error.retry_after)}
+            raise Refusal(429, str(error), code="rate_limit_exceeded", headers=headers) from error
+        scope.setdefault("state", {})["used"] = holder.used
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
+        """All of it; None where whoever asked has gone."""
+        most = self._limits.body_bytes
+        told = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        too_much = Refusal(413, f"the body has more than {most:,} bytes", code="request_too_large")
+        too_much.headers = {"Connection": "close"}  # the rest of it is not read
+        if int(told) > most:
+            raise too_much
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self._limits.body_seconds):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    body += message.get("body", b"")
+                    if len(body) > most:
+                        raise too_much
+                    if not message.get("more_body", False):
+                        return bytes(body)
+        except TimeoutError as error:
+            seconds = f"{self._limits.body_seconds:g}"
+            raise Refusal(
+                408, f"the body did not come in {seconds} seconds", headers={"Connection": "close"}
+            ) from error
