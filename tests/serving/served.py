@@ -59,7 +59,7 @@ class Place:
 class Scripted:
     """An engine that says what it is told to, whatever is asked; it notes the prompts."""
 
-    context, load, usage, free = 4096, (0, 0), 0.0, 16
+    context, load, usage, slots = 4096, (0, 0), 0.0, 16
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer

@@ -179,7 +179,7 @@ class _Api:
         replies = [Reply(thinking=thinking, tools=bool(asked.offered)) for _ in streams]
         if asked.stream:
             chunk = head | {"object": "chat.completion.chunk"}
-            return self._events(asked, streams, chunk, partial(self._delta, asked, replies), [prompt])
+            return self._events(request, asked, streams, chunk, partial(self._delta, asked, replies), [prompt])
         choices = []
         for index, answer in enumerate(await whole(streams, request, self.served.limits.answer_seconds)):
             parts = replies[index].push(answer.text) + replies[index].finish()
@@ -200,7 +200,7 @@ class _Api:
         streams = self._begin(request, asked, each, asked.max_tokens, asked.logprobs, guide, of_prompt=asked.echo)
         head = self._head("cmpl", "text_completion")
         if asked.stream:
-            return self._events(asked, streams, head, partial(self._text, asked), prompts)
+            return self._events(request, asked, streams, head, partial(self._text, asked), prompts)
         choices = []
         for index, answer in enumerate(await whole(streams, request, self.served.limits.answer_seconds)):
             text, told = answer.text, answer.tokens
@@ -249,11 +249,12 @@ class _Api:
         *,
         of_prompt: bool = False,
     ) -> list[Stream]:
-        waiting, most = self.engine.load[1], self.served.limits.waiting
+        most = self.served.limits.waiting
         if len(prompts) > most:
             raise Refusal(400, f"{len(prompts)} answers are asked for at once; {most} may be")
-        if waiting + len(prompts) > most + self.engine.free:
-            raise Refusal(503, f"{waiting} answers wait already, {most} may", code="busy", headers={"Retry-After": "1"})
+        if sum(self.engine.load) + len(prompts) > self.engine.slots + most:
+            message = f"{self.engine.load[1]} answers wait already, {most} may"
+            raise Refusal(503, message, code="busy", headers={"Retry-After": "1"})
         seed = secrets.randbits(32) if asked.seed is None else asked.seed % 2**63
         streams: list[Stream] = []
         used = getattr(request.state, "used", lambda tokens: None)
@@ -314,6 +315,7 @@ class _Api:
 
     def _events(
         self,
+        request: Request,
         asked: ChatRequest | CompletionRequest,
         streams: list[Stream],
         head: dict[str, Any],
@@ -328,7 +330,7 @@ class _Api:
         def last() -> dict[str, Any]:
             return {**head, "choices": [], "usage": wording.usage(streams, prompts)}
 
-        return events(streams, self.served.limits.answer_seconds, chunk, last if asked.with_usage else None)
+        return events(streams, request, self.served.limits.answer_seconds, chunk, last if asked.with_usage else None)
 
     def _delta(self, asked: ChatRequest, replies: list[Reply], index: int, said: Said, first: bool) -> dict[str, Any]:
         reply, before = replies[index], replies[index].calls

@@ -50,6 +50,7 @@ async def whole(streams: list[Stream], request: Request, seconds: float) -> list
 
 def events(
     streams: list[Stream],
+    request: Request,
     seconds: float,
     chunk: Callable[[int, Said, bool], dict[str, Any]],
     last: Callable[[], dict[str, Any]] | None,
@@ -63,6 +64,8 @@ def events(
 
     async def written() -> AsyncIterator[str]:
         started: set[int] = set()
+        # A server notices by what it cannot send, but who waits for a slot is sent nothing.
+        watch = asyncio.create_task(_let_go(streams, request))
         try:
             async with aclosing(_merged(streams, seconds)) as merged:
                 async for index, said in merged:
@@ -74,6 +77,7 @@ def events(
         except Exception as error:  # the status was sent long ago
             yield _event(_told(error).body())
         finally:
+            watch.cancel()
             for stream in streams:
                 stream.cancel()
 
@@ -132,6 +136,12 @@ async def _merged(streams: list[Stream], seconds: float) -> AsyncGenerator[tuple
     finally:
         for task in pumps:
             task.cancel()
+
+
+async def _let_go(streams: list[Stream], request: Request) -> None:
+    await _gone(request)
+    for stream in streams:
+        stream.cancel()
 
 
 async def _gone(request: Request) -> None:

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from zili.errors import ConfigError, ZiliError
+from zili.errors import ConfigError
 from zili.models.decoder import Decoder
 from zili.serving.generation import DEFAULT_SAMPLING, Sampling, draw
 from zili.serving.packed import pack
@@ -168,7 +168,7 @@ class Engine:
         self._cache = SlotCache(model.config, slots, self.context, dtype=weight.dtype, device=weight.device)
         serve_from(model, self._cache)
         pack(model)
-        self._vocabulary, self._slots = vocabulary, slots
+        self._vocabulary, self.slots = vocabulary, slots
         self._tokens_a_step = max(tokens_a_step, slots)
         self._waiting: deque[Answer] = deque()
         self._running: list[_Sequence] = []
@@ -191,14 +191,9 @@ class Engine:
         return len(self._running), len(self._waiting)
 
     @property
-    def free(self) -> int:
-        """Slots that nobody uses or waits for."""
-        return max(0, self._slots - len(self._running) - len(self._waiting))
-
-    @property
     def usage(self) -> float:
         """Share of the slots' room that running sequences use."""
-        return sum(len(one.ids) for one in list(self._running)) / (self._slots * self.context)
+        return sum(len(one.ids) for one in list(self._running)) / (self.slots * self.context)
 
     def submit(self, ask: Ask, notify: Callable[[], None] | None = None) -> Answer:
         """Begin to answer.
@@ -325,7 +320,7 @@ class Engine:
         try:
             plainly = ask.greedy and not math.isnan(highest)
             token = likeliest if plainly else self._draw(sequence, logits)
-        except ZiliError as error:
+        except Exception as error:  # whatever it is, it is this sequence's alone
             self._running.remove(sequence)
             self._release(sequence, keep=False)
             answer._say(error=error)

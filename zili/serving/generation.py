@@ -15,6 +15,8 @@ from torch import Tensor
 
 from zili.errors import CheckpointError, ConfigError
 
+_COLDEST = 1e-5
+"""Temperatures below are 0: logits divided by them would not be numbers."""
 PREFILL_CHUNK = 512
 """Prompt tokens a forward pass: a whole long prompt's logits over a large vocabulary would take gigabytes."""
 
@@ -145,7 +147,7 @@ def draw(logits: Tensor, seen: Sequence[int], sampling: Sampling, random: torch.
         )
     if sampling.repetition_penalty != 1.0:
         logits = _penalised(logits, seen, sampling.repetition_penalty)
-    if sampling.temperature == 0:
+    if sampling.temperature < _COLDEST:
         return int(logits.argmax())
     scores = _likeliest(logits / sampling.temperature, sampling.top_k, sampling.top_p)
     return int(torch.multinomial(scores.softmax(-1), 1, generator=random))
@@ -168,5 +170,6 @@ def _likeliest(scores: Tensor, top_k: int, top_p: float) -> Tensor:
         mass = ordered.softmax(-1)
         # A token stays while the mass before it is short of top_p: the likeliest one always does.
         beyond = mass.cumsum(-1) - mass >= top_p
+        beyond[0] = False  # also where top_p is too small for fp32
         scores = scores.index_fill(0, order[beyond], -torch.inf)
     return scores

@@ -5,28 +5,42 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel as _BaseModel
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from zili.serving import structure
 
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+def _integral(value: Any) -> Any:
+    # In JSON 1.0 is a whole number as well as 1.
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_integral)]
+Ids = Annotated[list[Annotated[Whole, Field(ge=0)]], Field(min_length=1)]
 _MOST_CHOICES = 16
+
+
+class BaseModel(_BaseModel):
+    """Nothing is taken for what it is not: "5" is no number."""
+
+    model_config = ConfigDict(strict=True)
 
 
 class _Asked(BaseModel):
     """Fields that chat and completions share. Unknown fields are let pass, as OpenAI's clients send ever new ones."""
 
-    model_config = ConfigDict(extra="ignore", strict=False)
+    model_config = ConfigDict(extra="ignore")
 
     model: str | None = None
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_tokens: Annotated[Whole, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    top_k: Annotated[Whole, Field(ge=0)] = 0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    seed: Annotated[Whole, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
-    n: Annotated[int, Field(ge=1, le=_MOST_CHOICES)] = 1
+    n: Annotated[Whole, Field(ge=1, le=_MOST_CHOICES)] = 1
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -176,9 +190,9 @@ class ChatRequest(_Asked):
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | OneTool = "auto"
     parallel_tool_calls: bool = True
-    max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_completion_tokens: Annotated[Whole, Field(ge=0)] | None = None
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] = 0
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -216,9 +230,9 @@ class CompletionRequest(_Asked):
     """`POST /v1/completions`."""
 
     prompt: str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=0)] | None = 16
+    max_tokens: Annotated[Whole, Field(ge=0)] | None = 16
     echo: bool = False
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -238,7 +252,7 @@ class TokenizeRequest(BaseModel):
 class DetokenizeRequest(BaseModel):
     """`POST /detokenize`."""
 
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: list[Annotated[Whole, Field(ge=0)]]
 
 
 for _request in (_Asked, ChatRequest, CompletionRequest, Message, Tool):

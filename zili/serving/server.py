@@ -24,6 +24,7 @@ def listen(served: Served, host: str, port: int, say: Callable[[str], None]) -> 
     place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         place.bind((host, port))
+        place.listen(2048)  # who has read the address may come at once
     except OSError as error:
         place.close()
         raise ConfigError(f"{host}:{port} cannot be listened at: {error.strerror}; give another --port") from error
