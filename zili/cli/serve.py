@@ -42,6 +42,8 @@ def serve(
     ] = None,
     slots: Annotated[int, typer.Option(help="Answers at once; further ones wait.", min=1)] = 16,
     context: Annotated[int | None, typer.Option(help="Tokens of prompt and answer; the model's by default.")] = None,
+    queue: Annotated[int, typer.Option(help="Answers that may wait; further ones are refused.", min=1)] = 256,
+    timeout: Annotated[float, typer.Option(help="Seconds an answer may take, its waiting included.", min=1)] = 600,
     engine: Annotated[
         Engines, typer.Option(help="vllm: hand a released folder to vLLM, with the right arguments.")
     ] = Engines.zili,
@@ -56,6 +58,7 @@ def serve(
         _hand_over(path, demo, host, port, name, slots, context, keys, chip)
     try:
         from zili.serving.api import Served
+        from zili.serving.gate import Limits
         from zili.serving.keys import Keys
         from zili.serving.server import listen
     except ImportError as error:
@@ -77,7 +80,8 @@ def serve(
     chosen = ChatTemplate.named(template) if template else opened.template
     called = name or (place.stem if place.is_file() else place.resolve().name)
     with running:
-        listen(Served(running, opened.tokenizer, chosen, called, known), host, port, typer.echo)
+        limits = Limits(waiting=queue, answer_seconds=timeout)
+        listen(Served(running, opened.tokenizer, chosen, called, known, limits), host, port, typer.echo)
 
 
 def _hand_over(
