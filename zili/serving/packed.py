@@ -1,8 +1,8 @@
 """Weights as the CPU's product reads them.
 
 A product of few rows takes as long as its weight takes to be read. oneDNN copies a weight that lies in rows into blocks
-of its own at every product; with blocks from the start, 16 rows took it 0.6 to 0.7 of the time. They cannot be trained or saved,
-so this is for a model that answers only.
+of its own at every product; with blocks from the start, 16 rows took it 0.6 to 0.7 of the time. They cannot be
+trained or saved, so this is for a model that answers only.
 """
 
 from __future__ import annotations
