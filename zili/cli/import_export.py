@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from zili.cli.options import program
-from zili.errors import ConfigError, DataError
+from zili.cli.options import dtype_named, program
+from zili.errors import DataError
 
 if TYPE_CHECKING:
-    import torch
-
     from zili.release.record import Evaluation
 
 Dtype = Annotated[
@@ -40,7 +38,7 @@ def import_(
     from zili.serving.model_folder import demo_file
 
     place = fetch(source) if is_hub_name(source) else demo_file() if source == "demo" else Path(source)
-    model = import_model(place, to, dtype=_dtype(dtype), max_shard_bytes=int(shard_gb * 1e9))
+    model = import_model(place, to, dtype=dtype_named(dtype) if dtype else None, max_shard_bytes=int(shard_gb * 1e9))
     layout = model.origin.layout if model.origin else "zili"
     typer.echo(f"{source} is in the {layout} layout, {count_parameters(model.config).total:,} parameters")
     if (to / "tokenizer.json").is_file():
@@ -69,7 +67,7 @@ def export(
         source,
         to,
         layout=layout,
-        dtype=_dtype(dtype),
+        dtype=dtype_named(dtype) if dtype else None,
         max_shard_bytes=int(shard_gb * 1e9),
         evaluations=_evaluations(source, scores or []),
         license_name=license_name,
@@ -134,12 +132,3 @@ def _held_out(source: Path) -> list[Evaluation]:
     size = number(last, "bytes")
     task = f"held-out text, {size:,.0f} bytes" if size else "held-out text"
     return [Evaluation(task, f"bits per byte at step {last['step']:,}", float(last["bits_per_byte"]))]
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    import torch
-
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name is not None and name not in names:
-        raise ConfigError(f"--dtype {name!r} is not one of {', '.join(names)}")
-    return names[name] if name else None

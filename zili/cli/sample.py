@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from zili.cli.options import Chip
+
 
 def sample(
     path: Annotated[Path, typer.Argument(help="Run, checkpoint or model folder.", metavar="PATH")],
@@ -20,7 +22,7 @@ def sample(
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this mass; 1: all.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Draw from this many likeliest tokens; 0: all.")] = 0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 avoids tokens already there.")] = 1.0,
-    chip: Annotated[str, typer.Option(help="Where to run; `zili chips` lists names.")] = "auto",
+    chip: Chip = "auto",
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a sample.")] = False,
 ) -> None:

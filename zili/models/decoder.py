@@ -171,6 +171,7 @@ class Decoder(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """`[V, D]`: the output matrix, which is the embedding's when tied."""
+        assert self.readout is None, "it lies in another form"
         weight = self.head or self.embedding
         assert weight is not None, "only the part with the last layer has it"
         return weight.weight

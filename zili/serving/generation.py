@@ -152,7 +152,10 @@ def draw(logits: Tensor, seen: Sequence[int], sampling: Sampling, random: torch.
     if sampling.temperature < _COLDEST:
         return int(logits.argmax())
     scores = _likeliest(logits / sampling.temperature, sampling.top_k, sampling.top_p)
-    return int(torch.multinomial(scores.softmax(-1), 1, generator=random))
+    # One random number and the sum up to each token: `torch.multinomial` draws one for every token of the vocabulary.
+    below = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
+    share = 1 - torch.rand(1, generator=random, dtype=torch.float64)  # above 0: a token without mass is never hit
+    return int(torch.searchsorted(below, share * below[-1]))
 
 
 def _penalised(logits: Tensor, seen: Sequence[int], penalty: float) -> Tensor:

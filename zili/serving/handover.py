@@ -31,22 +31,35 @@ class Handover:
         os.execve(program, self.arguments, {**os.environ, **self.environment})
 
 
-def to_vllm(
-    folder: Path, *, host: str, port: int, name: str, slots: int, context: int | None, chip: str, key: str | None
-) -> Handover:
+@dataclass(frozen=True)
+class Offer:
+    """How a model is offered, whoever answers."""
+
+    host: str
+    port: int
+    name: str
+    slots: int
+    """Answers at once."""
+    context: int | None
+    """Tokens of prompt and answer; None: the model's."""
+    dtype: str | None
+    """Of weights and products; None: for the engine to say."""
+
+
+def to_vllm(folder: Path, offer: Offer, *, chip: str, key: str | None) -> Handover:
     """The command for `folder`, as `zili export` left it or a hub holds it.
 
     Raises:
         CheckpointError: it is no folder that vLLM loads.
         ConfigError: no port is given, which vLLM does not choose.
     """
-    if port == 0:
+    if offer.port == 0:
         raise ConfigError("vLLM chooses no port by itself; give --port")
     config = _config(folder)
-    arguments = ["vllm", "serve", str(folder), "--host", host, "--port", str(port), "--served-model-name", name]
-    arguments += ["--max-num-seqs", str(slots)]
-    if context is not None:
-        arguments += ["--max-model-len", str(context)]
+    arguments = ["vllm", "serve", str(folder), "--host", offer.host, "--port", str(offer.port)]
+    arguments += ["--served-model-name", offer.name, "--max-num-seqs", str(offer.slots)]
+    if offer.context is not None:
+        arguments += ["--max-model-len", str(offer.context)]
     if "auto_map" in config:
         arguments.append("--trust-remote-code")  # of our own writing, in the folder
     template = _template(folder)
@@ -55,8 +68,12 @@ def to_vllm(
     if "<think>" in template:
         arguments += ["--reasoning-parser", "deepseek_r1"]
     environment = {"VLLM_NO_USAGE_STATS": "1"}
+    stored = config.get("torch_dtype", config.get("dtype"))
+    if offer.dtype is not None:
+        arguments += ["--dtype", offer.dtype]
+    elif chip == "cpu" and stored == "float32":  # there "auto" lowers it
+        arguments += ["--dtype", "float32"]
     if chip == "cpu":
-        arguments += ["--dtype", "float32" if config.get("torch_dtype", config.get("dtype")) == "float32" else "auto"]
         environment |= {"VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind")}
     if key is not None:
         environment["VLLM_API_KEY"] = key  # not an argument: those are seen by everyone on the machine

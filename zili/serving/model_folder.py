@@ -34,8 +34,8 @@ class OpenedModel:
     """Whether it may have learned to answer: false for a run of ours that has read plain text only."""
 
 
-def open_folder(path: Path, *, device: str | torch.device = "cpu") -> OpenedModel:
-    """A run, a checkpoint of it, a Zili model folder or a Hugging Face folder, with its tokenizer.
+def open_folder(path: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> OpenedModel:
+    """A run, a checkpoint of it, a Zili model folder or a Hugging Face folder, with its tokenizer; weights in `dtype`.
 
     Raises:
         CheckpointError: no model there, or a tokenizer that knows more tokens than the model.
@@ -43,7 +43,7 @@ def open_folder(path: Path, *, device: str | torch.device = "cpu") -> OpenedMode
     """
     tokenizer, place = find_tokenizer(path)
     own = chat_template_of(place)
-    model = zili.load(path, device=device)
+    model = zili.load(path, device=device, dtype=dtype)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise CheckpointError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}; "

@@ -110,4 +110,9 @@ def _packed(module: nn.Module) -> nn.Module | None:
 
 
 def _packs(weight: Tensor) -> bool:
-    return torch.backends.mkldnn.is_available() and weight.device.type == "cpu" and weight.dtype == torch.float32
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    # Without instructions for it oneDNN refuses bfloat16.
+    return weight.dtype == torch.float32 or (
+        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
