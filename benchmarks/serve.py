@@ -3,8 +3,8 @@
     python benchmarks/serve.py smollm2 --vllm .venv-interop/bin/python
     python benchmarks/serve.py telechat2-30m --vllm .venv-interop/bin/python
 
-All load one exported folder in fp32, each in a process of its own, with as many threads as there are CPUs, and take
-turns: in each round every one answers the same prompts of random tokens, greedily, to the last token.
+All load one exported folder in `--dtype`, each in a process of its own, with as many threads as there are CPUs, and
+take turns: in each round every one answers the same prompts of random tokens, greedily, to the last token.
 
 With prompts and answers of one length (`prefill`: to the first token of all, `decode`: from there to the last)
 `transformers` gets one batch of equal rows, the best case there is for it. With lengths as people's differ (`mixed`:
@@ -36,7 +36,7 @@ Answer = Callable[[list[list[int]], list[int]], list[list[int]]]
 def main() -> None:
     arguments = _arguments()
     if arguments.worker:
-        _work(arguments.worker, arguments.model)
+        _work(arguments.worker, arguments.model, arguments.dtype)
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
@@ -44,7 +44,7 @@ def main() -> None:
         pythons = {"zili": sys.executable, "transformers": sys.executable}
         if arguments.vllm:
             pythons["vllm"] = arguments.vllm
-        workers = {name: _Worker(python, name, folder) for name, python in pythons.items()}
+        workers = {name: _Worker(python, name, folder, arguments.dtype) for name, python in pythons.items()}
         for streams in arguments.streams:
             _race(workers, streams, arguments.prompt, arguments.answer, arguments.rounds)
         for worker in workers.values():
@@ -59,6 +59,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=128, help="tokens")
     parser.add_argument("--answer", type=int, default=64, help="tokens")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -101,10 +102,10 @@ def _make(name: str, folder: Path) -> None:
 # ---- in the processes of the engines
 
 
-def _work(name: str, folder: str) -> None:
+def _work(name: str, folder: str, dtype: str) -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
-    answer, vocabulary = {"zili": _zili, "transformers": _transformers, "vllm": _vllm}[name](folder)
+    answer, vocabulary = {"zili": _zili, "transformers": _transformers, "vllm": _vllm}[name](folder, dtype)
     out.write(f"{vocabulary}\n")
     out.flush()
     for line in sys.stdin:
@@ -120,14 +121,17 @@ def _work(name: str, folder: str) -> None:
         out.flush()
 
 
-def _zili(folder: str) -> tuple[Answer, int]:
+def _zili(folder: str, dtype: str) -> tuple[Answer, int]:
     from zili.serving.place import open_device, prepared
 
     def prepare() -> Any:
+        import torch
+
         from zili.serving.engine import Engine
         from zili.serving.model_folder import open_folder
 
-        return Engine(open_folder(Path(folder), device=open_device("cpu")).model, slots=16, context=1024)
+        opened = open_folder(Path(folder), device=open_device("cpu"), dtype=getattr(torch, dtype))
+        return Engine(opened.model, slots=16, context=1024)
 
     engine = prepared(prepare)
     from zili.serving.engine import Ask
@@ -141,12 +145,12 @@ def _zili(folder: str) -> tuple[Answer, int]:
     return answer, engine.model.config.vocab_size
 
 
-def _transformers(folder: str) -> tuple[Answer, int]:
+def _transformers(folder: str, dtype: str) -> tuple[Answer, int]:
     import torch
     from transformers import AutoModelForCausalLM
 
     # Remote code of our own writing, where the folder has some.
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=True).eval()
     model.generation_config.eos_token_id = None
 
     def answer(prompts: list[list[int]], tokens: list[int]) -> list[list[int]]:
@@ -160,12 +164,12 @@ def _transformers(folder: str) -> tuple[Answer, int]:
     return answer, model.config.vocab_size
 
 
-def _vllm(folder: str) -> tuple[Answer, int]:
+def _vllm(folder: str, dtype: str) -> tuple[Answer, int]:
     from vllm import LLM, SamplingParams
 
     model = LLM(
         model=folder,
-        dtype="float32",
+        dtype=dtype,  # type: ignore[arg-type]
         max_model_len=1024,
         max_num_seqs=16,
         trust_remote_code=True,
@@ -186,7 +190,7 @@ def _vllm(folder: str) -> tuple[Answer, int]:
 class _Worker:
     """An engine in its own process."""
 
-    def __init__(self, python: str, name: str, folder: Path) -> None:
+    def __init__(self, python: str, name: str, folder: Path, dtype: str) -> None:
         environment = {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_NO_USAGE_STATS": "1",
@@ -198,7 +202,7 @@ class _Worker:
             "PYTHONWARNINGS": "ignore",
         }
         self._process = subprocess.Popen(
-            [python, __file__, str(folder), "--worker", name],
+            [python, __file__, str(folder), "--worker", name, "--dtype", dtype],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

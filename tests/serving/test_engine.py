@@ -76,6 +76,26 @@ def test_log_probabilities_are_those_of_a_full_pass(engine: Engine) -> None:
     assert answer.wait(60) == [] and answer.finished == "length" and len(answer.prompt) == len(prompt)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", MODELS)
+def test_half_precision_says_nearly_the_same(kind: str, dtype: torch.dtype) -> None:
+    prompt = prompts(5)[2]
+    plain = made(kind)
+    with torch.no_grad():
+        exact = plain(torch.tensor([prompt[:-1]]))[0].log_softmax(-1)
+        for parameter in plain.parameters():
+            parameter.data = parameter.data.to(dtype)
+        unpacked = plain(torch.tensor([prompt[:-1]]))[0].log_softmax(-1)
+    with Engine(plain, slots=2, tokens_a_step=16) as engine:
+        answer = engine.submit(Ask(prompt, 0, GREEDY, log_probabilities=0, of_prompt=True))
+        answer.wait(60)
+    following = torch.tensor(prompt[1:])[:, None]
+    found = torch.tensor([token.log_probability for token in answer.prompt[1:]])
+    off = (found - exact.gather(1, following)[:, 0]).square().mean().sqrt()
+    allowed = (unpacked - exact).gather(1, following)[:, 0].square().mean().sqrt()
+    assert 0 < off < 1.5 * allowed
+
+
 def test_the_same_beginning_is_not_computed_again(engine: Engine) -> None:
     prompt = prompts(9, 60)[1]
     assert len(prompt) > 20
