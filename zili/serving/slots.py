@@ -41,7 +41,7 @@ class _Run(NamedTuple):
     slots: slice
     longest: int
     visible: Tensor
-    """`[tokens, 1, 1, longest]`: which keys are of each one's sequence."""
+    """`[tokens, 1, 1, longest]`, added to scores: 0 where a key is of a token's sequence, else minus infinity."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """`query [tokens, H, d]`, `key, value [slots, K, T, d]` -> `[tokens, H, d_v]`."""
@@ -58,7 +58,7 @@ class _Longer(NamedTuple):
     slot: int
     end: int
     visible: Tensor | None
-    """`[tokens, end]`: which keys each may see; None: it is the sequence's beginning, and plainly causal."""
+    """`[tokens, end]`, as `_Run`'s; None: it is the sequence's beginning, and plainly causal."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """As `_Run.attend`."""
@@ -118,8 +118,8 @@ class SlotCache:
             (heads * self.context + where[:, None]).flatten(),
             where,
             (
-                *_runs([piece for piece in ordered if len(piece.ids) == 1], device),
-                *(_longer(piece, device) for piece in ordered if len(piece.ids) > 1),
+                *_runs([piece for piece in ordered if len(piece.ids) == 1], self.keys),
+                *(_longer(piece, self.keys) for piece in ordered if len(piece.ids) > 1),
             ),
         )
         return torch.tensor([ids], device=device), last
@@ -168,26 +168,31 @@ class SlotAttention(CausalAttention):
         return torch.cat(out)[None] if len(out) > 1 else out[0][None]
 
 
-def _runs(singles: list[Piece], device: torch.device) -> Iterator[_Run]:
-    """Of single tokens in the order of their slots."""
+def _runs(singles: list[Piece], like: Tensor) -> Iterator[_Run]:
+    """Of single tokens in the order of their slots; masks are `like` keys."""
     start = 0
     for stop in range(1, len(singles) + 1):
         if stop < len(singles) and singles[stop].slot == singles[stop - 1].slot + 1:
             continue
         run = singles[start:stop]
         longest = max(piece.end for piece in run)
-        ends = torch.tensor([piece.end for piece in run], device=device)
-        visible = (torch.arange(longest, device=device) < ends[:, None])[:, None, None]
-        yield _Run(len(run), slice(run[0].slot, run[-1].slot + 1), longest, visible)
+        ends = torch.tensor([piece.end for piece in run], device=like.device)
+        hidden = torch.arange(longest, device=like.device) >= ends[:, None]
+        yield _Run(len(run), slice(run[0].slot, run[-1].slot + 1), longest, _added(hidden, like)[:, None, None])
         start = stop
 
 
-def _longer(piece: Piece, device: torch.device) -> _Longer:
+def _longer(piece: Piece, like: Tensor) -> _Longer:
     visible = None
     if piece.start:
-        places = torch.arange(piece.end, device=device)
-        visible = places <= places[piece.start :, None]
+        places = torch.arange(piece.end, device=like.device)
+        visible = _added(places > places[piece.start :, None], like)
     return _Longer(len(piece.ids), piece.slot, piece.end, visible)
+
+
+def _added(hidden: Tensor, like: Tensor) -> Tensor:
+    """A mask in the form that attention would make of it at every layer."""
+    return torch.zeros_like(hidden, dtype=like.dtype).masked_fill_(hidden, -torch.inf)
 
 
 def served_length(config: ModelConfig, wanted: int) -> int:

@@ -25,6 +25,12 @@ const WORDS = {
     other: "English",
   },
 };
+// Not characters: a font without them shows boxes.
+const DRAWINGS = {
+  rename: "M4 20h4L19 9l-4-4L4 16zM13 7l4 4",
+  export: "M12 4v11m-5-5 5 5 5-5M5 20h14",
+  remove: "M4 7h16M9 7V4h6v3M6 7l1 13h10l1-13M10 11v5m4-5v5",
+};
 const STORE = "zili.chat.1";
 const $ = (id) => document.getElementById(id);
 
@@ -72,6 +78,18 @@ function element(tag, properties = {}, ...children) {
 
 function button(name, act, { label = say(name), ...properties } = {}) {
   return element("button", { type: "button", textContent: label, ariaLabel: say(name), title: say(name), onclick: act, ...properties });
+}
+
+function drawn(name, act) {
+  const made = button(name, act, { label: "", className: "more" });
+  const picture = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  const line = document.createElementNS(picture.namespaceURI, "path");
+  picture.setAttribute("viewBox", "0 0 24 24");
+  picture.setAttribute("aria-hidden", "true");
+  line.setAttribute("d", DRAWINGS[name]);
+  picture.append(line);
+  made.append(picture);
+  return made;
 }
 
 function markdown(text) {
@@ -136,9 +154,9 @@ function showList() {
         ariaCurrent: one.id === state.now ? "true" : null,
         onclick: () => open(one.id),
       }),
-      button("rename", () => rename(one), { label: "✎", className: "more" }),
-      button("export", () => save(one), { label: "⤓", className: "more" }),
-      button("remove", () => remove(one), { label: "🗑", className: "more" }),
+      drawn("rename", () => rename(one)),
+      drawn("export", () => save(one)),
+      drawn("remove", () => remove(one)),
     ),
   );
   $("conversations").replaceChildren(...rows);
