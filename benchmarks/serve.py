@@ -169,7 +169,7 @@ def _vllm(folder: str, dtype: str) -> tuple[Answer, int]:
 
     model = LLM(
         model=folder,
-        dtype=dtype,  # type: ignore[arg-type]
+        dtype=dtype,
         max_model_len=1024,
         max_num_seqs=16,
         trust_remote_code=True,
