@@ -28,7 +28,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-ENGINES = ("zili", "transformers", "one by one", "vllm")
+ENGINES = ("zili", "transformers", "vllm")
 Answer = Callable[[list[list[int]], list[int]], list[list[int]]]
 """Answers prompts greedily with so many tokens each, and returns their ids."""
 
@@ -46,7 +46,10 @@ def main() -> None:
             pythons["vllm"] = arguments.vllm
         workers = {name: _Worker(python, name, folder, arguments.dtype) for name, python in pythons.items()}
         for streams in arguments.streams:
-            _race(workers, streams, arguments.prompt, arguments.answer, arguments.rounds)
+            names = [name for name in ENGINES if name in workers]
+            if streams > 1 and not arguments.no_one_by_one:
+                names.insert(names.index("transformers") + 1, "one by one")
+            _race(workers, names, streams, arguments.prompt, arguments.answer, arguments.rounds)
         for worker in workers.values():
             worker.close()
 
@@ -60,6 +63,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--answer", type=int, default=64, help="tokens")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--no-one-by-one", action="store_true", help="leave it out: it takes most of the time")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -231,10 +235,9 @@ class _Worker:
         self._process.wait(60)
 
 
-def _race(workers: dict[str, _Worker], streams: int, prompt: int, answer: int, rounds: int) -> None:
+def _race(workers: dict[str, _Worker], names: list[str], streams: int, prompt: int, answer: int, rounds: int) -> None:
     draw = random.Random(streams)
     vocabulary = min(worker.vocabulary for worker in workers.values())
-    names = [name for name in ENGINES if name in workers or (name == "one by one" and streams > 1)]
     kinds = ("prefill", "decode", "mixed") if streams > 1 else ("prefill", "decode")
     rates: dict[str, dict[str, list[float]]] = {kind: {name: [] for name in names} for kind in kinds}
     alike = dict.fromkeys(names, 0)
