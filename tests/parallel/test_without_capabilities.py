@@ -28,7 +28,7 @@ WHOLE = "chip.capabilities.fsdp2=false"
         slow(Layout("shards=2 pipeline=2 schedule=zero_bubble"), "dense"),
         slow(Layout("shards=2 expert=2"), "mixture"),
         slow(Layout("replicas=2 tensor=2"), "mixture"),
-        (Layout("tensor=2 expert=2"), "mixture"),
+        slow(Layout("tensor=2 expert=2"), "mixture"),
         slow(Layout("shards=2 pipeline=2 expert=2"), "mixture"),
         slow(Layout("replicas=2 shards=2 tensor=2 expert=2"), "mixture"),
     ],

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from served import tiny_shape
 
 from zili.config.model import ModelConfig
 from zili.data.tokenizer import Tokenizer
@@ -21,17 +22,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def shape() -> ModelConfig:
-    return ModelConfig(
-        vocab_size=320,
-        hidden_size=32,
-        layers=2,
-        heads=4,
-        kv_heads=2,
-        head_dim=8,
-        ffn_hidden_size=48,
-        max_length=64,
-        init_std=0.4,
-    )
+    return tiny_shape(64, init_std=0.4)
 
 
 @pytest.fixture(scope="session")

@@ -79,6 +79,20 @@ def tiny_tokenizer() -> Tokenizer:
     return Tokenizer.train(["What is the colour of snow? white", "Und der Himmel ist blau."] * 4, 300)
 
 
+def tiny_shape(context: int, init_std: float = 0.3) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=320,
+        hidden_size=32,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        head_dim=8,
+        ffn_hidden_size=48,
+        max_length=context,
+        init_std=init_std,
+    )
+
+
 @contextmanager
 def listening(served: Served) -> Iterator[str]:
     """Where `served` is reached."""
@@ -97,18 +111,7 @@ def listening(served: Served) -> Iterator[str]:
 def serve_a_tiny_model(keys: Keys, context: int = 256, limits: Limits | None = None) -> Iterator[Place]:
     """Until the iterator is closed."""
     tokenizer = tiny_tokenizer()
-    config = ModelConfig(
-        vocab_size=320,
-        hidden_size=32,
-        layers=2,
-        heads=4,
-        kv_heads=2,
-        head_dim=8,
-        ffn_hidden_size=48,
-        max_length=context,
-    )
-    config = config.model_copy(update={"init_std": 0.3})
-    models = [Decoder(config).eval() for _ in range(2)]
+    models = [Decoder(tiny_shape(context)).eval() for _ in range(2)]
     for model in models:
         model.init_weights(1)
     with Engine(models[0], slots=4, vocabulary=tokenizer.vocab_size) as engine:

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from served import Place, serve_a_tiny_model, tiny_tokenizer
+from served import Place, serve_a_tiny_model, tiny_shape, tiny_tokenizer
 
-from zili.config.model import ModelConfig
 from zili.models.decoder import Decoder
 from zili.release.native import write_native
 from zili.release.tensors import HeldTensors
@@ -137,9 +136,7 @@ def test_who_takes_nothing_is_hung_up_on() -> None:
 @contextmanager
 def a_server(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """`zili serve` with a tiny model: where it is reached, and its process."""
-    config = ModelConfig(
-        vocab_size=320, hidden_size=32, layers=2, heads=2, kv_heads=2, head_dim=16, ffn_hidden_size=48, max_length=4000
-    )
+    config = tiny_shape(4000)
     write_native(folder, config, None, HeldTensors(Decoder(config).state_dict()), 10**9)
     tiny_tokenizer().save(folder)
     command = [sys.executable, "-c", "from zili.cli import main; main()", "serve", str(folder), "--port", "0", *options]

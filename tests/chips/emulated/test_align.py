@@ -111,6 +111,7 @@ def memory(config: RunConfig) -> tuple[int, int, int]:
     return *peaks, host.peak
 
 
+@pytest.mark.slow
 def test_its_memory_does_not_grow_with_the_depth(runs: Runs, with_plugins: Environment) -> None:
     found = [
         on_processes(1, memory, recipe(runs, "dense", f"model.layers={layers}"), environment=with_plugins(CAMBRICON))[0]

@@ -145,6 +145,7 @@ def test_a_dropped_reduction_is_found(with_plugins: Environment, tmp_path: Path)
     assert any("all_reduce" in finding["name"] for finding in report.bad()), report.bad()
 
 
+@pytest.mark.slow
 def test_a_slow_process_is_named(with_plugins: Environment, tmp_path: Path) -> None:
     fault = {"operation": "all_reduce", "kind": "slow", "amount": 0.1, "rank": 2}
     report = doctor(ASCEND, with_plugins, tmp_path, fault, only="collectives", processes=3)
