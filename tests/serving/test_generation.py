@@ -99,6 +99,10 @@ def test_a_diverged_model_is_named(shape) -> None:
         broken.norm.weight.fill_(math.nan)
     with pytest.raises(CheckpointError, match="NaN"):
         next(generate(broken, PROMPT, max_new_tokens=4, sampling=GREEDY))
+    overflowed = torch.tensor([0.0, math.inf, 1.0])
+    for sampling in (Sampling(), Sampling(top_p=0.5), Sampling(top_k=2)):
+        with pytest.raises(CheckpointError, match="infinite"):
+            draw(overflowed, [], sampling, torch.Generator())
 
 
 def shares(logits: torch.Tensor, sampling: Sampling, draws: int = 4000) -> dict[int, float]:

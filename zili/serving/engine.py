@@ -318,7 +318,7 @@ class Engine:
             self._finish(sequence, "length")
             return
         try:
-            plainly = ask.greedy and not math.isnan(highest)
+            plainly = ask.greedy and math.isfinite(highest)
             token = likeliest if plainly else self._draw(sequence, logits)
         except Exception as error:  # whatever it is, it is this sequence's alone
             self._running.remove(sequence)

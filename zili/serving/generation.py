@@ -142,9 +142,9 @@ def _last_logits(model: CausalModel, ids: Sequence[int], cache: Any) -> Tensor:
 
 def draw(logits: Tensor, seen: Sequence[int], sampling: Sampling, random: torch.Generator) -> int:
     """One token from `logits [V]` (fp32, CPU); `seen` are the tokens the repetition penalty counts."""
-    if torch.isnan(logits).any():
+    if not torch.isfinite(logits.max()):  # NaN, where there is one
         raise CheckpointError(
-            "the model's logits are not numbers (NaN): its weights have diverged or were damaged; "
+            "the model's logits are not numbers (NaN, or infinite): its weights have diverged or were damaged; "
             "take an earlier checkpoint"
         )
     if sampling.repetition_penalty != 1.0:
