@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -149,3 +151,17 @@ def test_a_tokenizer_of_another_model(run: Path, tmp_path: Path, published: Path
     Tokenizer.train([chr(i) * 9 for i in range(0x4E00, 0x4F00)], vocab_size=600).save(tmp_path)
     with pytest.raises(CheckpointError, match="do not belong together"):
         open_folder(tmp_path)
+
+
+@pytest.mark.parametrize("words", [("sample", "x"), ("chat", "x"), ("eval", "x", "--text", "x"), ("serve", "x")])
+def test_the_chip_is_chosen_before_torch_loads(words: tuple[str, ...]) -> None:
+    """What a vendor's plugin reads from the environment must be there by then."""
+    code = (
+        "import sys\n"
+        "from zili import chips\n"
+        "chips.activate = lambda backend: sys.exit(20 + ('torch' in sys.modules))\n"
+        "from zili.cli import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 20, done.stderr
