@@ -85,7 +85,7 @@ def _config(folder: Path) -> dict[str, Any]:
     if not file.is_file() or not any(folder.glob("*.safetensors")):
         raise CheckpointError(
             f"{folder}: vLLM takes a released folder (config.json, *.safetensors): "
-            f"zili export {folder} --to releases/{folder.name} --as telechat2, or llama"
+            f"zili export {folder} --to releases/{folder.stem if folder.is_file() else folder.name} --as telechat2, or llama"
         )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
