@@ -55,9 +55,10 @@ def serve(
         raise typer.BadParameter("give a model, or --demo")
     device = None
     if engine is Engines.zili:
-        from zili.serving.place import open_device
+        from zili.serving.place import open_device, prepared
 
-        device = open_device(chip)  # before anything loads torch
+        # Before anything else loads torch; not in this thread, since choosing operations multiplies.
+        device = prepared(lambda: open_device(chip))
     from zili.serving.handover import Offer
     from zili.serving.model_folder import demo_file
 

@@ -83,9 +83,10 @@ def to_vllm(folder: Path, offer: Offer, *, chip: str, key: str | None) -> Handov
 def _config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file() or not any(folder.glob("*.safetensors")):
+        name = folder.stem if folder.is_file() else folder.name
         raise CheckpointError(
             f"{folder}: vLLM takes a released folder (config.json, *.safetensors): "
-            f"zili export {folder} --to releases/{folder.stem if folder.is_file() else folder.name} --as telechat2, or llama"
+            f"zili export {folder} --to releases/{name} --as telechat2, or llama"
         )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
