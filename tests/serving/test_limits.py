@@ -37,8 +37,8 @@ def place() -> Iterator[Place]:
     yield from serve_a_tiny_model(Keys(), context=4000, limits=LIMITS)
 
 
-def idle(place: Place, seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
+def idle(place: Place) -> None:
+    end = time.monotonic() + 20
     while place.served.engine.load != (0, 0):
         assert time.monotonic() < end, "a slot is still taken"
         time.sleep(0.02)
