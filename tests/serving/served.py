@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import openai
-import uvicorn
 
 from zili.config.model import ModelConfig
 from zili.data.chat import ChatTemplate
 from zili.data.tokenizer import Tokenizer
 from zili.models.decoder import Decoder
-from zili.serving.api import Served, make_app
+from zili.serving.api import Served
 from zili.serving.engine import Answer, Ask, Engine, Token
 from zili.serving.gate import Limits
 from zili.serving.keys import Holder, Key, Keys
+from zili.serving.server import make_server
 
 KEY = "sk-of-the-tests"
 KEYS = Keys(
@@ -98,7 +98,7 @@ def listening(served: Served) -> Iterator[str]:
     """Where `served` is reached."""
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(make_app(served), log_level="error"))
+        server = make_server(served)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [place]}, daemon=True)
         thread.start()
         while not server.started:

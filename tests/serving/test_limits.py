@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import random
@@ -15,7 +14,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from served import Place, serve_a_tiny_model, tiny_shape, tiny_tokenizer
 from zili.models.decoder import Decoder
 from zili.release.native import write_native
 from zili.release.tensors import HeldTensors
-from zili.serving.gate import Gate, Limits
+from zili.serving.gate import Limits
 from zili.serving.keys import Keys
 
 LIMITS = Limits(body_bytes=2000, body_seconds=0.5, waiting=3, answer_seconds=1.0)
@@ -110,24 +109,58 @@ def test_nowhere_and_the_wrong_way(place: Place) -> None:
     assert status == 405 and answer["error"]["message"] == "Method Not Allowed"
 
 
-def test_who_takes_nothing_is_hung_up_on() -> None:
-    taken: list[Any] = []
+@pytest.fixture
+def impatient() -> Iterator[Place]:
+    """With all the time in the world to answer, and none for who does not take or ask."""
+    yield from serve_a_tiny_model(Keys(), context=4000, limits=Limits(silent_seconds=0.3, body_seconds=0.3))
 
-    async def answer(scope: Any, receive: Any, send: Any) -> None:
-        for number in range(3):
-            await send({"type": "http.response.body", "body": b"%d" % number, "more_body": True})
 
-    async def ask() -> Any:
-        return {"type": "http.request", "body": b"", "more_body": False}
+def who_takes_little(place: Place, **asked: Any) -> socket.socket:
+    """The end of a client that asked, and into which little fits."""
+    line = socket.socket()
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    line.settimeout(10)
+    host, port = place.url.removeprefix("http://").split(":")
+    line.connect((host, int(port)))
+    body = json.dumps({**FOREVER, "stream": True, **asked}).encode()
+    line.sendall(request("/v1/completions", body, "Connection: close\r\n"))
+    return line
 
-    async def take(message: Any) -> None:
-        taken.append(message["body"])
-        if len(taken) == 2:
-            await asyncio.sleep(60)
 
-    gate = Gate(answer, Keys(), Limits(silent_seconds=0.1))
-    asyncio.run(asyncio.wait_for(gate({"type": "http", "path": "/", "headers": []}, ask, take), 10))
-    assert taken == [b"0", b"1"]
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system cannot tell")
+def test_who_takes_nothing_is_hung_up_on(impatient: Place) -> None:
+    with who_takes_little(impatient) as line:
+        time.sleep(0.1)
+        began = time.monotonic()
+        idle(impatient)
+        assert time.monotonic() - began < 3  # the whole answer takes more than 5
+        with urllib.request.urlopen(f"{impatient.url}/metrics", timeout=10) as told:
+            assert 'finished_reason="abort",model_name="tiny"} 1.0' in told.read().decode()
+        with pytest.raises(ConnectionResetError):
+            while line.recv(65536):
+                pass
+
+
+def test_who_takes_slowly_is_waited_for(impatient: Place) -> None:
+    with who_takes_little(impatient, max_tokens=300) as line:
+        answer = b""
+        while piece := line.recv(4096):
+            answer += piece
+            time.sleep(0.02)
+    assert b"data: [DONE]" in answer
+
+
+def test_who_asks_nothing_is_hung_up_on(impatient: Place) -> None:
+    with wire(impatient.url) as silent, wire(impatient.url) as stuck, wire(impatient.url) as again:
+        stuck.sendall(b"GET /health HTTP/1.1\r\nHost:")
+        again.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        answer = b""
+        while b"ok" not in answer:
+            answer += again.recv(1000)
+        again.sendall(b"GET /hea")
+        for line in (silent, stuck, again):
+            with suppress(ConnectionResetError):
+                assert line.recv(100) == b""  # its end
 
 
 @contextmanager

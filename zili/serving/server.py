@@ -1,14 +1,19 @@
-"""Listening for HTTP, and an end that lets answers be finished."""
+"""Listening for HTTP: connections that end where nobody asks or takes, and an end that lets answers be finished."""
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from zili.errors import ConfigError
 from zili.serving.api import Served, make_app
+from zili.serving.gate import Limits
 
 _SECONDS_TO_FINISH = 30
 
@@ -30,8 +35,55 @@ def listen(served: Served, host: str, port: int, say: Callable[[str], None]) -> 
         raise ConfigError(f"{host}:{port} cannot be listened at: {error.strerror}; give another --port") from error
     shown = f"[{host}]" if family == socket.AF_INET6 else host
     say(f"{served.name}: http://{shown}:{place.getsockname()[1]}/v1, context {served.engine.context:,} tokens")
-    options = uvicorn.Config(
-        make_app(served), log_level="warning", timeout_graceful_shutdown=_SECONDS_TO_FINISH, server_header=False
-    )
     with place:
-        uvicorn.Server(options).run(sockets=[place])
+        make_server(served).run(sockets=[place])
+
+
+def make_server(served: Served) -> uvicorn.Server:
+    """What is run with a socket that listens."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            make_app(served),
+            http=partial(_Connection, served.limits),  # type: ignore[arg-type]  # it is called, no more
+            log_level="warning",
+            timeout_graceful_shutdown=_SECONDS_TO_FINISH,
+            server_header=False,
+        )
+    )
+
+
+class _Connection(H11Protocol):
+    """Ends where the other side begins to ask and does not finish, or takes nothing of what is sent."""
+
+    def __init__(self, limits: Limits, **given: Any) -> None:
+        super().__init__(**given)
+        self._limits = limits
+        self._asking: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            # The kernel's, since megabytes fit into its buffers before anybody here learns that they are not taken.
+            milliseconds = round(self._limits.silent_seconds * 1000)
+            line = transport.get_extra_info("socket")
+            line.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+
+    def data_received(self, data: bytes) -> None:
+        if self._asking is None:
+            self._await_head()
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_awaiting()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_awaiting()
+        super().connection_lost(exc)
+
+    def _await_head(self) -> None:
+        self._asking = self.loop.call_later(self._limits.body_seconds, self.transport.abort)
+
+    def _stop_awaiting(self) -> None:
+        if self._asking is not None:
+            self._asking.cancel()
+            self._asking = None
