@@ -49,8 +49,9 @@ def alone(model: Decoder, prompt: list[int], count: int) -> list[int]:
     return list(generate(model, prompt, max_new_tokens=count, sampling=GREEDY))
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_greedy_ids_are_those_of_each_alone(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "compiler"), [*((kind, "") for kind in MODELS), ("grouped", "no-such-compiler")])
+def test_greedy_ids_are_those_of_each_alone(kind: str, compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", compiler)
     asked = prompts(24)
     expected = [alone(made(kind), prompt, 20) for prompt in asked]
     with Engine(made(kind), slots=5, tokens_a_step=32) as engine:

@@ -49,9 +49,14 @@ def bf16_units() -> Capability:
     return Capability(False, "the CPU has no bf16 units: bf16 runs at about a quarter of fp32", "run")
 
 
+def compiler_command() -> str:
+    """The C++ compiler, as torch.compile looks for it: CXX, then the system's."""
+    return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+
+
 def compiler() -> Capability:
-    """torch.compile writes C++ for the CPU: it looks at CXX, then the system's compiler."""
-    command = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    """torch.compile writes C++ for the CPU."""
+    command = compiler_command()
     found = shutil.which(command)
     if found:
         return Capability(True, f"C++ compiler {found}", "run")

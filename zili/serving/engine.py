@@ -20,6 +20,7 @@ from torch import Tensor
 from zili.errors import ConfigError
 from zili.models.decoder import Decoder
 from zili.serving.generation import DEFAULT_SAMPLING, Sampling, draw
+from zili.serving.kernels import compiled
 from zili.serving.packed import pack
 from zili.serving.slots import Piece, SlotCache, serve_from, served_length
 
@@ -165,9 +166,12 @@ class Engine:
         self.model = model.eval()
         self.context = served_length(model.config, context or model.config.max_length)
         weight = model.head_weight
-        self._cache = SlotCache(model.config, slots, self.context, dtype=weight.dtype, device=weight.device)
+        kernels = compiled(model.config, weight.dtype) if weight.device.type == "cpu" else None
+        self._cache = SlotCache(
+            model.config, slots, self.context, dtype=weight.dtype, device=weight.device, kernels=kernels
+        )
         serve_from(model, self._cache)
-        pack(model)
+        pack(model, kernels)
         self._vocabulary, self.slots = vocabulary, slots
         self._tokens_a_step = max(tokens_a_step, slots)
         self._waiting: deque[Answer] = deque()

@@ -7,16 +7,15 @@ trained or saved, so this is for a model that answers only.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from zili.models.attention import Attention
-from zili.models.cache import CacheEntry
 from zili.models.decoder import Block, Decoder
 from zili.models.feed_forward import FeedForward
-from zili.models.layers import Linear, RMSNorm
+from zili.models.layers import Linear
+from zili.serving.kernels import Kernels
+from zili.serving.slots import SlotEntry
 
 _product = torch.ops.mkldnn._linear_pointwise
 _ROWS = 512
@@ -35,87 +34,53 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return _product(x, self._weight, self._bias, "none", [], "")
 
-    def silu(self, x: Tensor) -> Tensor:
-        """Of the product, without a pass of its own."""
-        return _product(x, self._weight, self._bias, "swish", [], "")
-
-    def times(self, x: Tensor, other: Tensor) -> Tensor:
-        """The product times `other [..., O]`, without a pass of its own."""
-        return _product.binary(x, other, self._weight, self._bias, "mul")
+    def plus(self, x: Tensor, other: Tensor) -> Tensor:
+        """The product plus `other [..., O]`, without a pass of its own."""
+        return _product.binary(x, other, self._weight, self._bias, "add")
 
 
 class PackedBlock(nn.Module):
     """A `Block` with a cache, in few operations: on few rows each costs about the same, however little it does."""
 
-    def __init__(self, plain: Block) -> None:
+    def __init__(self, plain: Block, kernels: Kernels) -> None:
         super().__init__()
         attention, feed_forward = plain.attention, plain.feed_forward
         assert isinstance(attention, Attention) and isinstance(feed_forward, FeedForward)
-        self._norms = [_Norm(plain.attention_norm), _Norm(plain.feed_forward_norm)]
-        self._head_dim, self._core = attention.head_dim, attention.core
-        self._heads, self._kv_heads = (
-            linear.out_features // attention.head_dim for linear in (attention.query, attention.key)
-        )
-        self._input = PackedLinear(*_joined(attention))
-        self._output, self._gate, self._up, self._down = (
-            PackedLinear(linear.weight, linear.bias)
-            for linear in (attention.output, feed_forward.gate, feed_forward.up, feed_forward.down)
-        )
+        self._kernels, self._core, self._head_dim = kernels, attention.core, attention.head_dim
+        self._heads = attention.query.out_features // attention.head_dim
+        norms = (plain.attention_norm, plain.feed_forward_norm)
+        self._norms = [(norm.weight.detach().float(), norm.eps) for norm in norms]
+        self._input = PackedLinear(*_stacked(attention.query, attention.key, attention.value))
+        self._output = PackedLinear(attention.output.weight, attention.output.bias)
+        self._wide = PackedLinear(*_stacked(feed_forward.gate, feed_forward.up))
+        self._down = PackedLinear(feed_forward.down.weight, feed_forward.down.bias)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, document_ids: Tensor | None, cache_entry: CacheEntry
+        self, x: Tensor, cos: Tensor, sin: Tensor, document_ids: Tensor | None, cache_entry: SlotEntry
     ) -> Tensor:
         """As `Block.forward`."""
-        heads = self._input(self._norms[0](x)).unflatten(-1, (-1, self._head_dim))
-        turned = _turned(heads[:, :, : -self._kv_heads], cos, sin)
-        query, key = turned[:, :, : self._heads], turned[:, :, self._heads :]
-        key, value = cache_entry.append(key, heads[:, :, -self._kv_heads :])
-        x = x + self._output(self._core(query, key, value, document_ids, 0.0).flatten(-2))
-        normed = self._norms[1](x)
-        return x + self._down(self._up.times(normed, self._gate.silu(normed)))
+        joined = self._input(self._kernels.norm(x, *self._norms[0]))
+        keys, values = cache_entry.kept
+        self._kernels.place(joined, cos, sin, cache_entry.rows, keys, values)
+        query = joined.unflatten(-1, (-1, self._head_dim))[:, :, : self._heads]
+        x = self._output.plus(self._core(query, keys, values, document_ids, 0.0).flatten(-2), x)
+        joined = self._wide(self._kernels.norm(x, *self._norms[1]))
+        return self._down.plus(self._kernels.swiglu(joined), x)
 
 
-class _Norm:
-    """`RMSNorm`, in fewer operations."""
-
-    def __init__(self, plain: RMSNorm) -> None:
-        size = plain.weight.numel()
-        self._weight = plain.weight.detach().float() * math.sqrt(size)
-        self._least = torch.tensor([math.sqrt(plain.eps * size)])
-
-    def __call__(self, x: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        return (x / torch.hypot(length, self._least) * self._weight).to(x.dtype)
-
-
-def _joined(attention: Attention) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of query, key and value as one, with rows of the first two where `_turned` looks for them."""
-    linears = (attention.query, attention.key, attention.value)
-    half = attention.head_dim // 2
-
-    def placed(rows: Tensor, linear: Linear) -> Tensor:
-        """Element i of a head beside i + half."""
-        if linear is attention.value:
-            return rows
-        return rows.unflatten(0, (-1, 2, half)).transpose(1, 2).flatten(0, 2)
-
-    biases = [placed(linear.bias, linear) for linear in linears if linear.bias is not None]
-    weight = torch.cat([placed(linear.weight, linear) for linear in linears])
-    return weight, torch.cat(biases) if biases else None
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`ops.rotate`, of heads with the elements that it mixes beside each other: a product of complex numbers."""
-    by = torch.complex(cos, sin)[:, None, : cos.shape[-1] // 2]
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * by).flatten(-2).to(x.dtype)
+def _stacked(*linears: Linear) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of `linears` as one."""
+    weights: list[Tensor] = [linear.weight for linear in linears]
+    biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
+    return torch.cat(weights), torch.cat(biases) if biases else None
 
 
 @torch.no_grad()
-def pack(model: Decoder) -> None:
+def pack(model: Decoder, kernels: Kernels | None) -> None:
     """Lay out the weights of `model`, on a CPU, for answering alone; on other chips they lie well as they are.
 
-    Parts that are not made of plain `Linear` keep their form: those with an adapter, experts.
+    Parts that are not made of plain `Linear` keep their form: those with an adapter, experts. Without kernels blocks do
+    too, of packed `Linear`s.
     """
     if not _packs(model.head_weight):
         return
@@ -125,20 +90,20 @@ def pack(model: Decoder) -> None:
     model.head = None
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if made := _packed(child):
+            if made := _packed(child, kernels):
                 setattr(parent, name, made)
 
 
-def _packed(module: nn.Module) -> nn.Module | None:
+def _packed(module: nn.Module, kernels: Kernels | None) -> nn.Module | None:
     """`module` in its packed form; None: it has none, though what it is made of may."""
     linears = [child for child in module.modules() if isinstance(child, Linear)]
     if not all(one.leave is None and one.lora_a is None and _packs(one.weight) for one in linears):
         return None
     if type(module) is Linear:
         return PackedLinear(module.weight, module.bias)
-    if type(module) is not Block or type(module.attention) is not Attention:
+    if kernels is None or type(module) is not Block or type(module.attention) is not Attention:
         return None
-    return PackedBlock(module) if type(module.feed_forward) is FeedForward else None
+    return PackedBlock(module, kernels) if type(module.feed_forward) is FeedForward else None
 
 
 def _packs(weight: Tensor) -> bool:

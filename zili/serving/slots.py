@@ -19,6 +19,7 @@ from zili.config.model import ModelConfig
 from zili.models.attention import CausalAttention
 from zili.models.decoder import Decoder
 from zili.models.rotary import scaling
+from zili.serving.kernels import Kernels
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,22 @@ class _Run(NamedTuple):
         return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self.visible).flatten(1, 2)
 
 
+class _Singles(NamedTuple):
+    """Single tokens, wherever their slots are."""
+
+    kernels: Kernels
+    positions: Tensor
+    rows: Tensor
+
+    @property
+    def tokens(self) -> int:
+        return len(self.positions)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """As `_Run.attend`."""
+        return self.kernels.attend(query.to(key.dtype), self.positions, self.rows, key, value).to(query.dtype)
+
+
 class _Longer(NamedTuple):
     """Consecutive tokens of one sequence."""
 
@@ -76,16 +93,23 @@ class _Plan(NamedTuple):
     """Of `[slots * K * T]`, `[N * K]`: where each token's keys go."""
     positions: Tensor
     """`[N]`."""
-    parts: tuple[_Run | _Longer, ...]
+    parts: tuple[_Singles | _Run | _Longer, ...]
 
 
 class SlotCache:
     """Room for `context` tokens in each of `slots` sequences; a `Decoder`'s cache while a step runs."""
 
     def __init__(
-        self, config: ModelConfig, slots: int, context: int, *, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        slots: int,
+        context: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        kernels: Kernels | None = None,
     ) -> None:
-        self.context, self._heads = context, config.kv_heads
+        self.context, self._heads, self._kernels = context, config.kv_heads, kernels
         # Keys of a head lie together, as attention reads them.
         shape = (config.layers, slots, config.kv_heads, context)
         self.keys = torch.zeros((*shape, config.head_dim), dtype=dtype, device=device)
@@ -114,14 +138,14 @@ class SlotCache:
         device = self.keys.device
         where = torch.tensor(positions, device=device)
         heads = torch.tensor(slots, device=device)[:, None] * self._heads + torch.arange(self._heads, device=device)
-        self.plan = _Plan(
-            (heads * self.context + where[:, None]).flatten(),
-            where,
-            (
-                *_runs([piece for piece in ordered if len(piece.ids) == 1], self.keys),
-                *(_longer(piece, self.keys) for piece in ordered if len(piece.ids) > 1),
-            ),
-        )
+        rows = (heads * self.context + where[:, None]).flatten()
+        singles = [piece for piece in ordered if len(piece.ids) == 1]
+        parts: list[_Singles | _Run | _Longer] = []
+        if self._kernels is None:
+            parts += _runs(singles, self.keys)
+        elif singles:
+            parts.append(_Singles(self._kernels, where[: len(singles)], rows))
+        self.plan = _Plan(rows, where, (*parts, *(_longer(piece, self.keys) for piece in ordered[len(singles) :])))
         return torch.tensor([ids], device=device), last
 
     # ---- what a `Decoder` asks of a cache
@@ -130,24 +154,34 @@ class SlotCache:
         """As `KeyValueCache.extend`: rotary tables are those of a full context, whatever is in it."""
         return self.context - input_ids.shape[1], input_ids
 
-    def entry(self, layer: int, start: int) -> _SlotEntry:
-        return _SlotEntry(self, layer)
+    def entry(self, layer: int, start: int) -> SlotEntry:
+        return SlotEntry(self, layer)
 
 
 @dataclass(frozen=True)
-class _SlotEntry:
+class SlotEntry:
+    """One layer's part of a cache."""
+
     cache: SlotCache
     layer: int
 
+    @property
+    def kept(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all slots, `[slots, K, T, d]`."""
+        return self.cache.keys[self.layer], self.cache.values[self.layer]
+
+    @property
+    def rows(self) -> Tensor:
+        """Of `[slots * K * T]`, `[N * K]`: where the keys of a step's tokens go."""
+        assert self.cache.plan is not None
+        return self.cache.plan.rows
+
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store `key, value [1, N, K, d]`; returns those of all slots, `[slots, K, T, d]`."""
-        cache = self.cache
-        assert cache.plan is not None
-        keys, values = cache.keys[self.layer], cache.values[self.layer]
-        for kept, new in ((keys, key), (values, value)):
+        for kept, new in zip(self.kept, (key, value), strict=True):
             size = kept.shape[-1]
-            kept.view(-1, size).index_copy_(0, cache.plan.rows, new.reshape(-1, size).to(kept.dtype))
-        return keys, values
+            kept.view(-1, size).index_copy_(0, self.rows, new.reshape(-1, size).to(kept.dtype))
+        return self.kept
 
 
 class SlotAttention(CausalAttention):

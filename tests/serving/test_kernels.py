@@ -1,0 +1,130 @@
+"""The compiled kernels against PyTorch's operations."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from zili import ops
+from zili.config.model import ModelConfig
+from zili.serving.kernels import Kernels, compiled
+
+SHAPES = {"grouped": (6, 2, 24), "one key head": (4, 1, 64), "a key head each": (3, 3, 10)}
+"""Heads, key heads, size of a head."""
+CLOSE = {torch.float32: {"rtol": 2e-6, "atol": 2e-6}, torch.bfloat16: {"rtol": 2**-8, "atol": 1e-6}}
+SLOTS, CONTEXT = 5, 700
+
+
+def config(heads: int, kv_heads: int, head_dim: int) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=96, hidden_size=32, layers=1, heads=heads, kv_heads=kv_heads, head_dim=head_dim, ffn_hidden_size=48
+    )
+
+
+@pytest.fixture(params=CLOSE, ids=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(params=SHAPES)
+def shape(request: pytest.FixtureRequest) -> tuple[int, int, int]:
+    return SHAPES[request.param]
+
+
+@pytest.fixture
+def kernels(shape: tuple[int, int, int], dtype: torch.dtype) -> Kernels:
+    made = compiled(config(*shape), dtype)
+    assert made is not None
+    return made
+
+
+def drawn(*size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return (2 * torch.randn(*size, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+@pytest.mark.parametrize("size", [(1, 1, 7), (1, 16, 576), (1, 40, 600)])
+def test_norm(dtype: torch.dtype, size: tuple[int, ...]) -> None:
+    kernels = compiled(config(*SHAPES["grouped"]), dtype)
+    assert kernels is not None
+    x, weight = drawn(*size, dtype=dtype), drawn(size[-1], seed=1)
+    expected = F.rms_norm(x.float(), weight.shape, weight, 1e-5)
+    torch.testing.assert_close(kernels.norm(x, weight, 1e-5).float(), expected, **CLOSE[dtype])
+
+
+@pytest.mark.parametrize("size", [(1, 1, 14), (1, 40, 600)])
+def test_swiglu(dtype: torch.dtype, size: tuple[int, ...]) -> None:
+    kernels = compiled(config(*SHAPES["grouped"]), dtype)
+    assert kernels is not None
+    joined = drawn(*size, dtype=dtype) * 20
+    joined[0, 0, :4] = torch.tensor([-200.0, 200, 0, -1e-3])
+    gate, up = joined.float().chunk(2, -1)
+    torch.testing.assert_close(kernels.swiglu(joined).float(), F.silu(gate) * up, **CLOSE[dtype])
+
+
+@pytest.mark.parametrize("positions", [[0], [3, 0, 699, 130, 64], [17, 18, 19]])
+def test_attention(kernels: Kernels, shape: tuple[int, int, int], dtype: torch.dtype, positions: list[int]) -> None:
+    """Of tokens in slots drawn at random, whose keys are placed first."""
+    heads, kv_heads, size = shape
+    count = len(positions)
+    keys = drawn(SLOTS, kv_heads, CONTEXT, size, dtype=dtype)
+    values = drawn(SLOTS, kv_heads, CONTEXT, size, dtype=dtype, seed=1)
+    joined = drawn(1, count, (heads + 2 * kv_heads) * size, dtype=dtype, seed=2)
+    angles = drawn(count, size // 2, seed=3).repeat(1, 2)
+    slots = torch.randperm(SLOTS, generator=torch.Generator().manual_seed(4))[:count]
+    where = torch.tensor(positions)
+    rows = ((slots[:, None] * kv_heads + torch.arange(kv_heads)) * CONTEXT + where[:, None]).flatten()
+
+    split = joined.clone().unflatten(-1, (-1, size))
+    turned = ops.rotate(split[:, :, :-kv_heads].float(), angles.cos(), angles.sin())[0]
+    expected_keys, expected_values = keys.clone(), values.clone()
+    for token, (slot, position) in enumerate(zip(slots, positions, strict=True)):
+        expected_keys[slot, :, position] = turned[token, heads:]
+        expected_values[slot, :, position] = split[0, token, -kv_heads:]
+
+    kernels.place(joined, angles.cos(), angles.sin(), rows, keys, values)
+    query = joined[0].unflatten(-1, (-1, size))[:, :heads]
+    torch.testing.assert_close(query.float(), turned[:, :heads].float(), **CLOSE[dtype])
+    torch.testing.assert_close(keys.float(), expected_keys.float(), **CLOSE[dtype])
+    assert torch.equal(values, expected_values)
+
+    found = kernels.attend(query, where, rows, keys, values)
+    for token, (slot, position) in enumerate(zip(slots, positions, strict=True)):
+        one = query[None, token, :, None].float()
+        before = (kept[slot, None, :, : position + 1].float() for kept in (keys, values))
+        expected = F.scaled_dot_product_attention(one, *before, enable_gqa=True)[0, :, 0]
+        torch.testing.assert_close(found[token].float(), expected, rtol=CLOSE[dtype]["rtol"], atol=1e-5)
+
+
+def test_numbers_that_are_none_are_not_hidden(dtype: torch.dtype) -> None:
+    kernels = compiled(config(1, 1, 8), dtype)
+    assert kernels is not None
+    for bad in (math.nan, math.inf):
+        x = drawn(1, 2, 16, dtype=dtype)
+        x[0, 1, 3] = bad
+        assert not kernels.norm(x, torch.ones(16), 1e-5)[0, 1].isfinite().all()
+        assert not kernels.swiglu(x)[0, 1].isfinite().all()
+        assert kernels.norm(x, torch.ones(16), 1e-5)[0, 0].isfinite().all()
+        keys, values = drawn(1, 1, 9, 8, dtype=dtype), drawn(1, 1, 9, 8, dtype=dtype)
+        for damaged in (keys, values):
+            kept = damaged.clone()
+            damaged[0, 0, 2, 5] = bad
+            found = kernels.attend(x[:1, :1, :8], torch.tensor([8]), torch.tensor([8]), keys, values)
+            assert not found.isfinite().all()
+            damaged.copy_(kept)
+
+
+@pytest.mark.parametrize(("compiler", "reason"), [("no-such-compiler", "No such file"), ("false", "exit status 1")])
+def test_without_a_compiler(
+    compiler: str, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    assert compiled(config(*SHAPES["grouped"]), torch.float32) is None
+    told = capsys.readouterr().err
+    assert "answers come slower" in told and reason in told
+
+
+def test_what_there_is_no_kernel_for() -> None:
+    assert compiled(config(*SHAPES["grouped"]), torch.float16) is None

@@ -1,0 +1,97 @@
+"""kernels.c, compiled for the sizes of a model where the machine has a compiler."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from zili.chips.cpu import compiler_command
+from zili.config.model import ModelConfig
+
+_SOURCE = Path(__file__).with_name("kernels.c")
+# Nothing of -ffast-math that would take numbers for finite: damaged weights are noticed by NaN.
+_OPTIONS = (
+    *("-std=c11", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
+    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+)
+_NUMBERS = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
+
+
+class Kernels:
+    """The functions of kernels.c on tensors of the dtype that it was compiled for, whose numbers lie in a row."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        count, place = ctypes.c_int64, ctypes.c_void_p
+        self._norm, self._swiglu = library.norm, library.swiglu
+        self._place, self._attend = library.place, library.attend
+        self._norm.argtypes = (count, count, place, place, ctypes.c_float, place)
+        self._swiglu.argtypes = (count, count, place, place)
+        self._place.argtypes = (count, *[place] * 6)
+        self._attend.argtypes = (count, place, count, *[place] * 5)
+        self._norm.restype = self._swiglu.restype = self._place.restype = None
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """RMSNorm of `x [..., D]`, `weight [D]` in float32."""
+        out = torch.empty_like(x)
+        width = weight.numel()
+        self._norm(x.numel() // width, width, x.data_ptr(), weight.data_ptr(), eps, out.data_ptr())
+        return out
+
+    def swiglu(self, joined: Tensor) -> Tensor:
+        """`silu(gate) * up` of `joined [..., 2F]`, gate first; `[..., F]`."""
+        width = joined.shape[-1] // 2
+        out = joined.new_empty((*joined.shape[:-1], width))
+        self._swiglu(out.numel() // width, width, joined.data_ptr(), out.data_ptr())
+        return out
+
+    def place(self, heads: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Turn the queries of `heads [1, N, (H + 2K) * d]` by `cos, sin [N, d]`; put the rest in `rows [N * K]`."""
+        self._place(heads.shape[1], *(one.data_ptr() for one in (heads, cos, sin, rows, keys, values)))
+
+    def attend(self, query: Tensor, positions: Tensor, rows: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Of `query [n, H, d]`, each at `positions [n]` of the sequence that `rows [n * K]` are of; `[n, H, d]`."""
+        if query.stride()[1:] != (query.shape[-1], 1):
+            query = query.contiguous()
+        out = torch.empty(query.shape, dtype=query.dtype)
+        pointers = (one.data_ptr() for one in (positions, rows, keys, values, out))
+        if not self._attend(len(query), query.data_ptr(), query.stride(0), *pointers):
+            raise MemoryError("no memory for the scores of attention")
+        return out
+
+
+def compiled(config: ModelConfig, dtype: torch.dtype) -> Kernels | None:
+    """For a model's attention on a CPU; None: there are none for it, or, as standard error then says, no compiler."""
+    if dtype not in _NUMBERS or config.latent is not None:
+        return None
+    sizes = {"HEADS": config.heads, "KV_HEADS": config.kv_heads, "HEAD_DIM": config.head_dim}
+    defined = (f"-D{name}={size}" for name, size in sizes.items())
+    with tempfile.TemporaryDirectory() as scratch:  # half a second at each start, and no file of anybody else is loaded
+        file = Path(scratch) / "kernels.so"
+        command = [
+            compiler_command(),
+            *_OPTIONS,
+            *_NUMBERS[dtype],
+            *defined,
+            "-o",
+            str(file),
+            "-x",
+            "c",
+            str(_SOURCE),
+            "-lm",
+        ]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            return Kernels(ctypes.CDLL(str(file)))
+        except subprocess.CalledProcessError as error:
+            reason = next(iter(error.stderr.splitlines()), str(error))
+        except OSError as error:
+            reason = str(error)
+    told = f"answers come slower: kernels.c was not compiled ({reason}; install a C++ compiler, or set CXX)"
+    print(told, file=sys.stderr)
+    return None
