@@ -45,6 +45,20 @@ def drawn(*size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torc
     return (2 * torch.randn(*size, generator=torch.Generator().manual_seed(seed))).to(dtype)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 4, 7, 16, 64, 150])
+@pytest.mark.parametrize(("width", "out"), [(5, 3), (64, 24), (33, 200)])
+def test_product(dtype: torch.dtype, rows: int, width: int, out: int) -> None:
+    kernels = compiled(config(*SHAPES["grouped"]), dtype)
+    assert kernels is not None
+    x, weight, bias = drawn(2, rows, width, dtype=dtype)[1:], drawn(out, width, dtype=dtype, seed=1), drawn(out, seed=2)
+    laid_out, other = kernels.laid_out(weight), drawn(out, rows, dtype=dtype, seed=3).T[None]
+    plain = x.double() @ weight.double().T
+    close = {**CLOSE[dtype], "atol": 1e-5 * width}
+    torch.testing.assert_close(kernels.product(x, laid_out, out, None).double(), plain, **close)
+    torch.testing.assert_close(kernels.product(x, laid_out, out, bias).double(), plain + bias, **close)
+    torch.testing.assert_close(kernels.product(x, laid_out, out, None, other).double(), plain + other, **close)
+
+
 @pytest.mark.parametrize("size", [(1, 1, 7), (1, 16, 576), (1, 40, 600)])
 def test_norm(dtype: torch.dtype, size: tuple[int, ...]) -> None:
     kernels = compiled(config(*SHAPES["grouped"]), dtype)
@@ -104,6 +118,8 @@ def test_numbers_that_are_none_are_not_hidden(dtype: torch.dtype) -> None:
     for bad in (math.nan, math.inf):
         x = drawn(1, 2, 16, dtype=dtype)
         x[0, 1, 3] = bad
+        product = kernels.product(x, kernels.laid_out(drawn(3, 16, dtype=dtype)), 3, None)
+        assert not product[0, 1].isfinite().any() and product[0, 0].isfinite().all()
         assert not kernels.norm(x, torch.ones(16), 1e-5)[0, 1].isfinite().all()
         assert not kernels.swiglu(x)[0, 1].isfinite().all()
         assert kernels.norm(x, torch.ones(16), 1e-5)[0, 0].isfinite().all()

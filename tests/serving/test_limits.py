@@ -163,12 +163,16 @@ def test_who_asks_nothing_is_hung_up_on(impatient: Place) -> None:
                 assert line.recv(100) == b""  # its end
 
 
-@contextmanager
-def a_server(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """`zili serve` with a tiny model: where it is reached, and its process."""
+def write_tiny(folder: Path) -> None:
     config = tiny_shape(4000)
     write_native(folder, config, None, HeldTensors(Decoder(config).state_dict()), 10**9)
     tiny_tokenizer().save(folder)
+
+
+@contextmanager
+def a_server(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """`zili serve` with a tiny model: where it is reached, and its process."""
+    write_tiny(folder)
     command = [sys.executable, "-c", "from zili.cli import main; main()", "serve", str(folder), "--port", "0", *options]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
@@ -189,6 +193,28 @@ def test_the_end_lets_answers_finish(tmp_path: Path) -> None:
             rest = answer.read().decode()
         assert '"finish_reason": "length"' in rest and rest.endswith("data: [DONE]\n\n")
         assert server.wait(30) in (0, -signal.SIGTERM)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+def test_nothing_multiplies_in_the_main_thread(tmp_path: Path) -> None:
+    """OpenMP's helpers of a second thread cost a server half of its speed: `zili.serving.place.prepared`."""
+    write_tiny(tmp_path)
+    code = (
+        "import os, uvicorn\n"
+        "def run(self, sockets):\n"
+        "    import torch\n"
+        "    before = len(os.listdir('/proc/self/task'))\n"
+        "    torch.ones(512, 512) @ torch.ones(512, 512)\n"
+        "    print(len(os.listdir('/proc/self/task')) - before, 'started just now')\n"
+        "uvicorn.Server.run = run\n"
+        "from zili.cli import main\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-c", code, "serve", str(tmp_path), "--port", "0"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "3"}
+    )
+    assert done.stdout.endswith("2 started just now\n")
 
 
 def memory(process: int) -> float:

@@ -1,4 +1,4 @@
-/* What an engine does between the products of a layer, each in one pass over memory.
+/* What a layer does for a step of an engine: products, and what lies between them, each in one pass over memory.
 
 Compiled by kernels.py for the sizes of one model: HEADS, KV_HEADS, HEAD_DIM, and BFLOAT16 where its numbers are that.
 Sums are float32. */
@@ -45,6 +45,92 @@ static inline float exponential(float x) {
     float power;
     memcpy(&power, &bits, sizeof power);
     return series * power;
+}
+
+/* Some numbers at once, whole registers of them. Rows of a product meet them there: ROWS * VECTORS sums, VECTORS of the
+   weight and a number of a row are all the registers there are, so that each is fetched once. */
+#ifdef __AVX512F__
+enum { LANES = 16, ROWS = 8, VECTORS = 3 };
+#define KEEP(register) __asm__("" : "+v"(register))
+#elif defined(__AVX__)
+enum { LANES = 8, ROWS = 4, VECTORS = 3 };
+#define KEEP(register) __asm__("" : "+x"(register))
+#else
+enum { LANES = 4, ROWS = 4, VECTORS = 4 };
+#define KEEP(register) (void)(register)
+#endif
+enum { BLOCK = VECTORS * LANES, PART = 64 };
+typedef float vector __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(number))));
+
+static inline vector wide_vector(const number *from) {
+#ifdef BFLOAT16
+    typedef number narrow_vector __attribute__((vector_size(LANES * sizeof(number)), aligned(sizeof(number))));
+    typedef uint32_t bits __attribute__((vector_size(LANES * sizeof(uint32_t))));
+    return (vector)(__builtin_convertvector(*(const narrow_vector *)from, bits) << 16);
+#else
+    return *(const vector *)from;
+#endif
+}
+
+/* Outputs in a block of a weight. */
+int64_t block(void) { return BLOCK; }
+
+/* `rows` rows of x [rows, in], at most ROWS, times a block [in, BLOCK] of a weight; adds bias and other where there are
+   any. `left` outputs of the block there are, of `out` in a row. Meanwhile it asks for what is read next, at `ahead`,
+   `step` bytes for each number of a row. */
+static void tile(int64_t rows, int64_t in, int64_t out, const float *x, const number *weight, const char *ahead,
+                 int64_t step, int64_t left, const float *bias, const number *other, number *to) {
+    const float *row[ROWS];
+    vector sum[ROWS][VECTORS];
+    for (int r = 0; r < ROWS; r++) {
+        row[r] = x + (r < rows ? r : rows - 1) * in;
+        for (int v = 0; v < VECTORS; v++) sum[r][v] = (vector){0};
+    }
+    for (int64_t i = 0; i < in; i++, weight += BLOCK, ahead += step) {
+        vector kept[VECTORS];
+        for (int v = 0; v < VECTORS; v++) {
+            kept[v] = wide_vector(weight + v * LANES);
+            KEEP(kept[v]); /* else GCC fetches it again for each row, which takes a third longer */
+        }
+        __builtin_prefetch(ahead);
+        for (int r = 0; r < ROWS; r++)
+            for (int v = 0; v < VECTORS; v++) sum[r][v] += kept[v] * row[r][i];
+    }
+    for (int r = 0; r < rows; r++, to += out) {
+        float found[BLOCK];
+        memcpy(found, sum[r], sizeof found);
+        for (int64_t o = 0; o < (left < BLOCK ? left : BLOCK); o++)
+            to[o] = narrow(found[o] + (bias ? bias[o] : 0) + (other ? wide(other[r * out + o]) : 0));
+    }
+}
+
+/* to [rows, out] = x [rows, in] times weight, plus bias [out] and other [rows, out] unless they are null. The weight
+   lies in blocks, [out / BLOCK, in, BLOCK], so that it is read as it lies. Returns whether there was memory for it. */
+int product(int64_t rows, int64_t in, int64_t out, const number *x, const number *weight, const float *bias,
+            const number *other, number *to) {
+    const float *wide_x = (const float *)x;
+#ifdef BFLOAT16
+    float *scratch = malloc(sizeof(float) * rows * in);
+    if (!scratch) return 0;
+    for (int64_t i = 0; i < rows * in; i++) scratch[i] = wide(x[i]);
+    wide_x = scratch;
+#endif
+    int64_t parts = (rows + PART - 1) / PART, blocks = (out + BLOCK - 1) / BLOCK;
+    /* A part of the rows stays near while it meets all blocks. */
+#pragma omp parallel for schedule(static) collapse(2)
+    for (int64_t part = 0; part < parts; part++)
+        for (int64_t b = 0; b < blocks; b++) {
+            int64_t first = part * PART, last = rows < first + PART ? rows : first + PART, o = b * BLOCK;
+            int64_t step = BLOCK * sizeof(number) / ((last - first + ROWS - 1) / ROWS);
+            const char *ahead = (const char *)(weight + (o + BLOCK) * in);
+            for (int64_t row = first; row < last; row += ROWS, ahead += step * in)
+                tile(last - row < ROWS ? last - row : ROWS, in, out, wide_x + row * in, weight + o * in, ahead, step,
+                     out - o, bias ? bias + o : 0, other ? other + row * out + o : 0, to + row * out + o);
+        }
+#ifdef BFLOAT16
+    free(scratch);
+#endif
+    return 1;
 }
 
 /* RMSNorm of x [rows, width]: x / sqrt(mean(x^2) + eps) * weight [width]. */

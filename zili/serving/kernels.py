@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zili.chips.cpu import compiler_command
@@ -24,20 +25,39 @@ _NUMBERS = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
 
 
 class Kernels:
-    """The functions of kernels.c on tensors of the dtype that it was compiled for, whose numbers lie in a row."""
+    """The functions of kernels.c, which says what they do, on tensors of `dtype`."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         count, place = ctypes.c_int64, ctypes.c_void_p
-        self._norm, self._swiglu = library.norm, library.swiglu
+        self._product, self._norm, self._swiglu = library.product, library.norm, library.swiglu
         self._place, self._attend = library.place, library.attend
+        self._block = library.block()
+        self._product.argtypes = (count, count, count, *[place] * 5)
         self._norm.argtypes = (count, count, place, place, ctypes.c_float, place)
         self._swiglu.argtypes = (count, count, place, place)
         self._place.argtypes = (count, *[place] * 6)
         self._attend.argtypes = (count, place, count, *[place] * 5)
         self._norm.restype = self._swiglu.restype = self._place.restype = None
 
+    def laid_out(self, weight: Tensor) -> Tensor:
+        """`weight [O, I]` as `product` reads it."""
+        whole = F.pad(weight, (0, 0, 0, -len(weight) % self._block))
+        return whole.unflatten(0, (-1, self._block)).transpose(1, 2).contiguous()
+
+    def product(self, x: Tensor, weight: Tensor, out: int, bias: Tensor | None, other: Tensor | None = None) -> Tensor:
+        """`x [..., I]` times a weight of `out` rows `laid_out`, plus `bias [O]` in float32, plus `other [..., O]`."""
+        x, other = x.contiguous(), None if other is None else other.contiguous()
+        to = x.new_empty((*x.shape[:-1], out))
+        width = x.shape[-1]
+        pointers = (None if one is None else one.data_ptr() for one in (x, weight, bias, other, to))
+        if not self._product(x.numel() // width, width, out, *pointers):
+            raise MemoryError("no memory for the rows of a product")
+        return to
+
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """RMSNorm of `x [..., D]`, `weight [D]` in float32."""
+        x = x.contiguous()
         out = torch.empty_like(x)
         width = weight.numel()
         self._norm(x.numel() // width, width, x.data_ptr(), weight.data_ptr(), eps, out.data_ptr())
@@ -87,7 +107,7 @@ def compiled(config: ModelConfig, dtype: torch.dtype) -> Kernels | None:
         ]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
-            return Kernels(ctypes.CDLL(str(file)))
+            return Kernels(ctypes.CDLL(str(file)), dtype)
         except subprocess.CalledProcessError as error:
             reason = next(iter(error.stderr.splitlines()), str(error))
         except OSError as error:
