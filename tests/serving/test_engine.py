@@ -22,6 +22,7 @@ LATENT = {"query_rank": 16, "key_value_rank": 12, "rope_head_dim": 8, "value_hea
 MODELS = {
     "grouped": {**SIZES, "kv_heads": 2, "head_dim": 8, "qkv_bias": True},
     "one key head": {**SIZES, "kv_heads": 1, "head_dim": 8},
+    "experts": {**SIZES, "kv_heads": 2, "head_dim": 8, "mixture": MIXTURE},
     "latent, experts": {**SIZES, "kv_heads": 4, "head_dim": 16, "mixture": MIXTURE, "latent": LATENT},
 }
 GREEDY = Sampling(temperature=0)

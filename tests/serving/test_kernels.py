@@ -45,7 +45,7 @@ def drawn(*size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torc
     return (2 * torch.randn(*size, generator=torch.Generator().manual_seed(seed))).to(dtype)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 4, 7, 16, 64, 150])
+@pytest.mark.parametrize("rows", [1, 3, 4, 7, 16, 64, 65, 150])
 @pytest.mark.parametrize(("width", "out"), [(5, 3), (64, 24), (33, 200)])
 def test_product(dtype: torch.dtype, rows: int, width: int, out: int) -> None:
     kernels = compiled(config(*SHAPES["grouped"]), dtype)

@@ -59,12 +59,13 @@ enum { LANES = 8, ROWS = 4, VECTORS = 3 };
 enum { LANES = 4, ROWS = 4, VECTORS = 4 };
 #define KEEP(register) (void)(register)
 #endif
-enum { BLOCK = VECTORS * LANES, PART = 64 };
-typedef float vector __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(number))));
+enum { BLOCK = VECTORS * LANES, MOST = 64 };
+typedef float vector __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(number)), may_alias));
 
 static inline vector wide_vector(const number *from) {
 #ifdef BFLOAT16
-    typedef number narrow_vector __attribute__((vector_size(LANES * sizeof(number)), aligned(sizeof(number))));
+    typedef number narrow_vector
+        __attribute__((vector_size(LANES * sizeof(number)), aligned(sizeof(number)), may_alias));
     typedef uint32_t bits __attribute__((vector_size(LANES * sizeof(uint32_t))));
     return (vector)(__builtin_convertvector(*(const narrow_vector *)from, bits) << 16);
 #else
@@ -104,8 +105,9 @@ static void tile(int64_t rows, int64_t in, int64_t out, const float *x, const nu
     }
 }
 
-/* to [rows, out] = x [rows, in] times weight, plus bias [out] and other [rows, out] unless they are null. The weight
-   lies in blocks, [out / BLOCK, in, BLOCK], so that it is read as it lies. Returns whether there was memory for it. */
+/* to [rows, out], a row at least, is x [rows, in] times weight, plus bias [out] and other [rows, out] unless these are
+   null. The weight lies in blocks, [out / BLOCK, in, BLOCK], so that it is read as it lies. Returns whether there was
+   memory for it. */
 int product(int64_t rows, int64_t in, int64_t out, const number *x, const number *weight, const float *bias,
             const number *other, number *to) {
     const float *wide_x = (const float *)x;
@@ -115,13 +117,14 @@ int product(int64_t rows, int64_t in, int64_t out, const number *x, const number
     for (int64_t i = 0; i < rows * in; i++) scratch[i] = wide(x[i]);
     wide_x = scratch;
 #endif
-    int64_t parts = (rows + PART - 1) / PART, blocks = (out + BLOCK - 1) / BLOCK;
-    /* A part of the rows stays near while it meets all blocks. */
+    /* MOST rows at a time, which stay near while they meet all blocks; all parts of about one size. */
+    int64_t parts = (rows + MOST - 1) / MOST, blocks = (out + BLOCK - 1) / BLOCK;
+    int64_t tiles = (rows + parts * ROWS - 1) / (parts * ROWS), size = tiles * ROWS;
+    int64_t step = BLOCK * sizeof(number) / tiles;
 #pragma omp parallel for schedule(static) collapse(2)
     for (int64_t part = 0; part < parts; part++)
         for (int64_t b = 0; b < blocks; b++) {
-            int64_t first = part * PART, last = rows < first + PART ? rows : first + PART, o = b * BLOCK;
-            int64_t step = BLOCK * sizeof(number) / ((last - first + ROWS - 1) / ROWS);
+            int64_t first = part * size, last = rows < first + size ? rows : first + size, o = b * BLOCK;
             const char *ahead = (const char *)(weight + (o + BLOCK) * in);
             for (int64_t row = first; row < last; row += ROWS, ahead += step * in)
                 tile(last - row < ROWS ? last - row : ROWS, in, out, wide_x + row * in, weight + o * in, ahead, step,
