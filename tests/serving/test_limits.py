@@ -196,6 +196,7 @@ def test_the_end_lets_answers_finish(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+@pytest.mark.skipif(os.cpu_count() == 1, reason="one CPU has no helpers")
 def test_nothing_multiplies_in_the_main_thread(tmp_path: Path) -> None:
     """OpenMP's helpers of a second thread cost a server half of its speed: `zili.serving.place.prepared`."""
     write_tiny(tmp_path)
@@ -205,16 +206,15 @@ def test_nothing_multiplies_in_the_main_thread(tmp_path: Path) -> None:
         "    import torch\n"
         "    before = len(os.listdir('/proc/self/task'))\n"
         "    torch.ones(1 << 20).exp_()\n"
-        "    print(len(os.listdir('/proc/self/task')) - before, 'started just now')\n"
+        "    print(len(os.listdir('/proc/self/task')) - before, torch.get_num_threads() - 1)\n"
         "uvicorn.Server.run = run\n"
         "from zili.cli import main\n"
         "main()\n"
     )
     command = [sys.executable, "-c", code, "serve", str(tmp_path), "--port", "0"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "3"}
-    )
-    assert done.stdout.endswith("2 started just now\n")
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    just_now, helpers = done.stdout.split()[-2:]
+    assert just_now == helpers != "0"
 
 
 def memory(process: int) -> float:
