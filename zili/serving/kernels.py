@@ -90,21 +90,10 @@ def compiled(config: ModelConfig, dtype: torch.dtype) -> Kernels | None:
     if dtype not in _NUMBERS or config.latent is not None:
         return None
     sizes = {"HEADS": config.heads, "KV_HEADS": config.kv_heads, "HEAD_DIM": config.head_dim}
-    defined = (f"-D{name}={size}" for name, size in sizes.items())
+    flags = [*_OPTIONS, *_NUMBERS[dtype], *(f"-D{name}={size}" for name, size in sizes.items())]
     with tempfile.TemporaryDirectory() as scratch:  # half a second at each start, and no file of anybody else is loaded
         file = Path(scratch) / "kernels.so"
-        command = [
-            compiler_command(),
-            *_OPTIONS,
-            *_NUMBERS[dtype],
-            *defined,
-            "-o",
-            str(file),
-            "-x",
-            "c",
-            str(_SOURCE),
-            "-lm",
-        ]
+        command = [compiler_command(), *flags, "-o", str(file), "-x", "c", str(_SOURCE), "-lm"]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
             return Kernels(ctypes.CDLL(str(file)), dtype)
