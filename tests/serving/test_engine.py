@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -96,6 +98,27 @@ def test_half_precision_says_nearly_the_same(kind: str, dtype: torch.dtype) -> N
     off = (found - exact.gather(1, following)[:, 0]).square().mean().sqrt()
     allowed = (unpacked - exact).gather(1, following)[:, 0].square().mean().sqrt()
     assert 0 < off < 1.5 * allowed
+
+
+def test_bfloat16_answers_with_its_own_likeliest_tokens() -> None:
+    plain, packed = made("grouped").bfloat16(), made("grouped").bfloat16()
+    prompt = prompts(5)[2]
+    with Engine(packed, slots=2, tokens_a_step=16) as engine:
+        answer = engine.submit(Ask(prompt, 12, GREEDY))
+        said = [token.id for token in answer.wait(60)]
+    with torch.no_grad():
+        logits = plain(torch.tensor([[*prompt, *said[:-1]]]))[0, len(prompt) - 1 :].float()
+    chosen = logits.gather(1, torch.tensor(said)[:, None])[:, 0]
+    assert (logits.max(-1).values - chosen < 0.05 * logits.std()).all()  # where two are as likely, rounding decides
+
+
+def test_what_is_packed_is_in_memory_once() -> None:
+    model = made("grouped")
+    before = [weakref.ref(parameter) for parameter in model.layers.parameters()]
+    with Engine(model, slots=2):
+        gc.collect()
+        kept = [reference for reference in before if reference() is not None]
+        assert len(kept) == 0
 
 
 def test_the_same_beginning_is_not_computed_again(engine: Engine) -> None:

@@ -26,7 +26,7 @@ class Limits:
     answer_seconds: float = 600
     """An answer must be finished by then, its waiting included."""
     silent_seconds: float = 60
-    """Who takes nothing of what is sent for so long is hung up on, where the system can tell: Linux."""
+    """Who takes next to nothing of what is sent for so long is hung up on, where the system can tell: Linux."""
 
 
 class Gate:

@@ -91,16 +91,16 @@ def compiled(config: ModelConfig, dtype: torch.dtype) -> Kernels | None:
         return None
     sizes = {"HEADS": config.heads, "KV_HEADS": config.kv_heads, "HEAD_DIM": config.head_dim}
     flags = [*_OPTIONS, *_NUMBERS[dtype], *(f"-D{name}={size}" for name, size in sizes.items())]
-    with tempfile.TemporaryDirectory() as scratch:  # half a second at each start, and no file of anybody else is loaded
-        file = Path(scratch) / "kernels.so"
-        command = [compiler_command(), *flags, "-o", str(file), "-x", "c", str(_SOURCE), "-lm"]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True)
+    try:
+        # Half a second at each start, and no file of anybody else is loaded.
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch) / "kernels.so"
+            command = [compiler_command(), *flags, "-o", str(file), "-x", "c", str(_SOURCE), "-lm"]
+            subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
             return Kernels(ctypes.CDLL(str(file)), dtype)
-        except subprocess.CalledProcessError as error:
-            reason = next(iter(error.stderr.splitlines()), str(error))
-        except OSError as error:
-            reason = str(error)
-    told = f"answers come slower: kernels.c was not compiled ({reason}; install a C++ compiler, or set CXX)"
-    print(told, file=sys.stderr)
+    except subprocess.CalledProcessError as error:
+        reason = next((line for line in error.stderr.splitlines() if "error" in line), str(error))
+    except OSError as error:  # no compiler, no room, nowhere to load from
+        reason = str(error)
+    print(f"answers come slower: kernels.c was not compiled by {compiler_command()} ({reason})", file=sys.stderr)
     return None

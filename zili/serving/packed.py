@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from zili.chips.cpu import bf16_units
 from zili.models.attention import Attention
 from zili.models.decoder import Block, Decoder
 from zili.models.feed_forward import FeedForward
@@ -114,10 +115,17 @@ def pack(model: Decoder, kernels: Kernels | None) -> None:
     assert output is not None
     model.readout = _laid_out(output.weight.detach(), None, kernels)
     model.head = None
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if made := _packed(child, kernels):
-                setattr(parent, name, made)
+    _pack_parts(model, kernels)
+
+
+def _pack_parts(parent: nn.Module, kernels: Kernels | None) -> None:
+    # By name, so that nothing here keeps a part that was packed: one is in memory twice at a time.
+    for name in [name for name, _ in parent.named_children()]:
+        made = _packed(getattr(parent, name), kernels)
+        if made is None:
+            _pack_parts(getattr(parent, name), kernels)
+        else:
+            setattr(parent, name, made)
 
 
 def _packed(module: nn.Module, kernels: Kernels | None) -> nn.Module | None:
@@ -143,9 +151,9 @@ def _packs(weight: Tensor, kernels: Kernels | None) -> bool:
 
 
 def _compiles(weight: Tensor, kernels: Kernels) -> bool:
-    return weight.dtype == kernels.dtype and not _has_bfloat16(weight)
+    return weight.dtype == kernels.dtype and not (_has_bfloat16(weight) and bf16_units().value)
 
 
 def _has_bfloat16(weight: Tensor) -> bool:
-    """Whether oneDNN has instructions for the numbers of `weight`, which are bfloat16; without, it refuses them."""
+    """Whether oneDNN takes the numbers of `weight`, which are bfloat16: in some CPUs by fp32's instructions."""
     return weight.dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
