@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -24,6 +25,13 @@ def config(heads: int, kv_heads: int, head_dim: int) -> ModelConfig:
     )
 
 
+@cache
+def made(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Kernels:
+    kernels = compiled(config(heads, kv_heads, head_dim), dtype)
+    assert kernels is not None
+    return kernels
+
+
 @pytest.fixture(params=CLOSE, ids=["float32", "bfloat16"])
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
@@ -36,9 +44,7 @@ def shape(request: pytest.FixtureRequest) -> tuple[int, int, int]:
 
 @pytest.fixture
 def kernels(shape: tuple[int, int, int], dtype: torch.dtype) -> Kernels:
-    made = compiled(config(*shape), dtype)
-    assert made is not None
-    return made
+    return made(*shape, dtype)
 
 
 def drawn(*size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -48,8 +54,7 @@ def drawn(*size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torc
 @pytest.mark.parametrize("rows", [1, 3, 4, 7, 16, 64, 65, 150])
 @pytest.mark.parametrize(("width", "out"), [(5, 3), (64, 24), (33, 200)])
 def test_product(dtype: torch.dtype, rows: int, width: int, out: int) -> None:
-    kernels = compiled(config(*SHAPES["grouped"]), dtype)
-    assert kernels is not None
+    kernels = made(*SHAPES["grouped"], dtype)
     x, weight, bias = drawn(2, rows, width, dtype=dtype)[1:], drawn(out, width, dtype=dtype, seed=1), drawn(out, seed=2)
     laid_out, other = kernels.laid_out(weight), drawn(out, rows, dtype=dtype, seed=3).T[None]
     plain = x.double() @ weight.double().T
@@ -61,8 +66,7 @@ def test_product(dtype: torch.dtype, rows: int, width: int, out: int) -> None:
 
 @pytest.mark.parametrize("size", [(1, 1, 7), (1, 16, 576), (1, 40, 600)])
 def test_norm(dtype: torch.dtype, size: tuple[int, ...]) -> None:
-    kernels = compiled(config(*SHAPES["grouped"]), dtype)
-    assert kernels is not None
+    kernels = made(*SHAPES["grouped"], dtype)
     x, weight = drawn(*size, dtype=dtype), drawn(size[-1], seed=1)
     expected = F.rms_norm(x.float(), weight.shape, weight, 1e-5)
     torch.testing.assert_close(kernels.norm(x, weight, 1e-5).float(), expected, **CLOSE[dtype])
@@ -70,8 +74,7 @@ def test_norm(dtype: torch.dtype, size: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("size", [(1, 1, 14), (1, 40, 600)])
 def test_swiglu(dtype: torch.dtype, size: tuple[int, ...]) -> None:
-    kernels = compiled(config(*SHAPES["grouped"]), dtype)
-    assert kernels is not None
+    kernels = made(*SHAPES["grouped"], dtype)
     joined = drawn(*size, dtype=dtype) * 20
     joined[0, 0, :4] = torch.tensor([-200.0, 200, 0, -1e-3])
     gate, up = joined.float().chunk(2, -1)
@@ -113,8 +116,7 @@ def test_attention(kernels: Kernels, shape: tuple[int, int, int], dtype: torch.d
 
 
 def test_numbers_that_are_none_are_not_hidden(dtype: torch.dtype) -> None:
-    kernels = compiled(config(1, 1, 8), dtype)
-    assert kernels is not None
+    kernels = made(1, 1, 8, dtype)
     for bad in (math.nan, math.inf):
         x = drawn(1, 2, 16, dtype=dtype)
         x[0, 1, 3] = bad
