@@ -172,7 +172,7 @@ def _weights(config: RunConfig, steps: int | None) -> dict[str, bytes]:
         while trainer.step < steps:
             trainer.train_step(trainer.loader.batch(trainer.step))
         trainer.save()
-        trainer._saver.wait()
+        trainer.saver.wait()
     return {name: tensor.detach().numpy().tobytes() for name, tensor in trainer.model.named_parameters()}
 
 

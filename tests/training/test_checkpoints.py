@@ -247,7 +247,7 @@ def test_a_checkpoint_from_another_kind_of_device_says_what_differs(recipe: Reci
     state = trainer.device.rng_state()
     trainer.device.rng_state = lambda: {**state, "elsewhere": torch.zeros(16, dtype=torch.uint8)}  # type: ignore[method-assign]
     trainer.save()
-    trainer._saver.wait()
+    trainer.saver.wait()
     recorder = Recorder()
     assert open_trainer(recipe(), [recorder]).resume()
     assert any("another kind of device" in note and "dropout" in note for note in recorder.notes)

@@ -112,10 +112,20 @@ def die_after_step(config: RunConfig, step: int) -> None:
     train(config, At(step, die))
 
 
+class _DieWhileSaving(Callback):
+    def __init__(self, step: int, function: str) -> None:
+        self.step = step
+        self.function = function
+
+    def after_step(self, trainer: Trainer) -> None:
+        if trainer.step == self.step:
+            trainer.saver.wait()  # or the save before, still at work in its thread, would be the one that dies
+            mock.patch.object(saving, self.function, side_effect=lambda *_: die()).start()
+
+
 def die_while_saving(config: RunConfig, step: int, function: str) -> None:
     """Train, and be killed where the checkpoint of `step` calls `function` of `zili.training.saving`."""
-    patches = mock.patch.object(saving, function, side_effect=lambda *_: die())
-    train(config, At(step, patches.start))
+    train(config, _DieWhileSaving(step, function))
 
 
 def start(target: Callable[..., object], *arguments: object) -> BaseProcess:
@@ -127,10 +137,13 @@ def start(target: Callable[..., object], *arguments: object) -> BaseProcess:
     return process
 
 
-def run_apart(target: Callable[..., object], *arguments: object) -> int | None:
+def run_apart(target: Callable[..., object], *arguments: object) -> int:
     """Run `target` in a process of its own to its end; returns its exit code, negative for a signal."""
     process = start(target, *arguments)
-    process.join(60)
+    process.join(300)
+    if process.exitcode is None:
+        process.kill()
+        raise AssertionError(f"{target.__name__} did not end in 300 seconds")
     return process.exitcode
 
 

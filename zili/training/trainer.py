@@ -74,7 +74,7 @@ class Trainer:
         fused = device.capability("fused_adamw").value
         self.optimizers = build_optimizers(list(self.parallel.named_parameters()), config.optimizer, self._dtype, fused)
         keep, asynchronous = config.checkpoint.keep, config.checkpoint.asynchronous
-        self._saver = Saver(self.checkpoint_folder, self.world, keep=keep, asynchronous=asynchronous)
+        self.saver = Saver(self.checkpoint_folder, self.world, keep=keep, asynchronous=asynchronous)
         self._saved_at: int | None = None
         self._last: tuple[Tensor, Tensor] | None = None
         self._loads: Tensor | None = None
@@ -165,7 +165,7 @@ class Trainer:
             **checkpoints.optimizer_tensors(named, self.optimizers),
             **{checkpoints.generator_key(k, self.world.rank): v for k, v in self.device.rng_state().items()},
         }
-        path = self._saver.save(state, tensors)
+        path = self.saver.save(state, tensors)
         self._saved_at = self.step
         for callback in self.callbacks:
             callback.on_checkpoint(self)
@@ -190,7 +190,7 @@ class Trainer:
             self.interrupted = self._stop(interruption) and not self.done
             if self._saved_at != self.step:
                 self.save()
-            self._saver.wait()
+            self.saver.wait()
         for callback in self.callbacks:
             callback.on_end(self)
 
@@ -266,7 +266,7 @@ class Trainer:
     def _refuse_non_finite(self, loss: Tensor, norm: Tensor) -> None:
         if is_sound(float(loss), float(norm), saturates=not self.device.capability("inf_nan").value):
             return
-        self._saver.wait()
+        self.saver.wait()
         kept = checkpoints.list_checkpoints(self.checkpoint_folder)
         way_out = f"the newest checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
         raise TrainingError(
