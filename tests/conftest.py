@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from zili.config import RunConfig, build_config
 from zili.data import Document, Tokenizer, build_store
@@ -16,6 +17,9 @@ from zili.data import Document, Tokenizer, build_store
 TEXT = r"self reliance 自立 kemandirian trains def return lambda class 中国 naïve 3.14 it's , . ( )"
 WORDS = [*TEXT.split(), "\n"]
 Recipe = Callable[..., RunConfig]
+# An example that takes long says something of the machine, which others may be using.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 
 def made_up_texts(count: int, seed: int) -> list[str]:

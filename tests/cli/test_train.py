@@ -8,12 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from zili.config import load_recipe
 from zili.data import Document, Tokenizer, build_store
@@ -102,11 +102,12 @@ def test_a_signal_to_the_process_saves_and_the_same_command_goes_on(
     endless = [*command, "training.steps=1000000", "--set", "checkpoint.every=0"]
     metrics = tmp_path / "run" / "metrics.jsonl"
     process = subprocess.Popen(endless, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    end = time.monotonic() + 60
-    while not (metrics.exists() and '"train"' in metrics.read_text()) and time.monotonic() < end:
-        time.sleep(0.02)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    try:
+        until(lambda: metrics.exists() and '"train"' in metrics.read_text())
+        process.send_signal(number)
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
     assert process.returncode == 130, err
     assert err == "" and "Go on with:\n" in out and "zili train" in out
     (saved,) = list_checkpoints(tmp_path / "run" / "checkpoints")

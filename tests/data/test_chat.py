@@ -203,7 +203,7 @@ def test_transformers_renders_the_same(
 
 @pytest.mark.parametrize("name", template_names())
 @given(words=st.lists(st.sampled_from([*MARKS, "<_us", "er>", "<", "_end>", "\ue000", "\ue001", "a", "天", "\n"])))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_nobody_speaks_for_another(tokenizer: Tokenizer, name: str, words: list[str]) -> None:
     """Whatever is said, the special ids are those of the template, and the text is what was said."""
     text = "x" + "".join(words) + "x"

@@ -213,7 +213,7 @@ def test_a_share_is_kept_apart_by_content(tmp_path: Path, tokenizer: Tokenizer) 
 
 
 @given(lengths=st.lists(st.integers(1, 40), max_size=60), room=st.integers(5, 40))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_packing_keeps_everything_that_fits(lengths: list[int], room: int) -> None:
     order = random.Random(len(lengths)).sample(range(len(lengths)), len(lengths))
     rows = packed(lengths, room, order)

@@ -30,7 +30,7 @@ def test_gigatoken_gives_the_same_ids(tokenizer: Tokenizer, make_texts: Callable
     assert encoder.encode([])[1].size == 0
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=4))
 def test_gigatoken_gives_the_same_ids_on_any_text(tokenizer: Tokenizer, texts: list[str]) -> None:
     pytest.importorskip("gigatoken")

@@ -25,7 +25,7 @@ def test_permutation_is_even() -> None:
     assert sorted(permutation(1000, 3, 0)) == list(range(1000))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(weights=st.lists(st.floats(1e-2, 1e2), min_size=1, max_size=5), blocks=st.integers(0, 10**9))
 def test_counts_stay_within_one_sample_of_the_weights(weights: list[float], blocks: int) -> None:
     mixture = Mixture(weights, seed=0)

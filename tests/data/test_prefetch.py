@@ -3,6 +3,7 @@ import time
 
 import pytest
 import torch
+from waiting import until
 
 from zili.data import TokenStore
 from zili.data.loader import Batch, Loader
@@ -62,13 +63,23 @@ def test_closes_with_a_full_queue_and_twice() -> None:
 
 
 def test_waiting_is_measured() -> None:
-    with Prefetcher(Source(seconds=0.05)) as slow:
-        next(slow), next(slow)
-        assert slow.waited > 0.05
-    with Prefetcher(Source(seconds=0.001)) as fast:
-        next(fast)
-        before = fast.waited
+    class Held(Source):
+        let_go = threading.Event()
+
+        def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+            if step == 1:
+                self.let_go.wait()
+            return super().batch(step, rows)
+
+    with Prefetcher(Held()) as slow:
+        next(slow)
+        threading.Timer(0.5, Held.let_go.set).start()
+        next(slow)
+        assert slow.waited > 0.25
+    source = Source()
+    with Prefetcher(source, depth=6) as fast:
+        until(lambda: len(source.made) > 5)
         for _ in range(5):
-            time.sleep(0.02)  # the step
+            time.sleep(0.1)  # the step
             next(fast)
-        assert fast.waited - before < 0.02
+        assert fast.waited < 0.25, "what was there already is not waited for, and a step is no waiting"

@@ -70,13 +70,13 @@ def test_ids_and_text_are_sentencepiece_s(pair: tuple[Tokenizer, object], text: 
 
 
 @given(text=st.text(st.sampled_from(CHARACTERS), max_size=80))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_any_text(pair: tuple[Tokenizer, object], text: str) -> None:
     check(pair, text)
 
 
 @given(text=st.text(max_size=60))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_unicode(pair: tuple[Tokenizer, object], text: str) -> None:
     check(pair, text)
 

@@ -37,13 +37,13 @@ def test_odd_texts_round_trip(tokenizer: Tokenizer, text: str) -> None:
     assert not np.isin(ids, list(tokenizer.special_tokens.values())).any()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=ANY_TEXT)
 def test_any_text_round_trips(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=ANY_TEXT)
 def test_streamed_text_is_the_text(tokenizer: Tokenizer, text: str) -> None:
     stream = DecodeStream(tokenizer)

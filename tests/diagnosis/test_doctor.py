@@ -8,12 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from waiting import until
 
 from zili.ops.yardstick import distance
 
@@ -22,7 +21,7 @@ COMMAND = [sys.executable, "-m", "zili", "doctor", "--chip", "cpu"]
 
 def doctor(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **variables}
-    return subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False, timeout=180, env=environment)
+    return subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False, timeout=600, env=environment)
 
 
 def test_this_machine(tmp_path: Path) -> None:
@@ -53,18 +52,9 @@ def test_it_is_not_for_torchrun() -> None:
     assert finished.returncode == 7 and "run it by itself, without torchrun" in finished.stderr
 
 
-def until(look: Callable[[], Any], seconds: float = 30) -> Any:
-    """What `look` gives as soon as it is true."""
-    end = time.monotonic() + seconds
-    while not (found := look()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-    return found
-
-
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads processes from Linux's /proc")
 def test_its_processes_end_when_it_is_killed(tmp_path: Path) -> None:
-    command = [*COMMAND, "--processes", "2", "--only", "collectives", "--folder", str(tmp_path)]
+    command = [*COMMAND, "--processes", "2", "--only", "collectives", "--patience", "600", "--folder", str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as started:
         children = Path(f"/proc/{started.pid}/task/{started.pid}/children")
 

@@ -24,7 +24,7 @@ from zili.config import RunConfig
 from zili.training.callbacks import Callback, StepRecord
 from zili.training.trainer import Trainer
 
-_SECONDS = 300
+_SECONDS = 900
 PEAK = 1e11
 
 
@@ -52,8 +52,11 @@ def on_processes(
     context.set_forkserver_preload(["zili.rehearsal", "zili.cli.launch", "torch.utils.tensorboard"])
     port = free_port()
     results: multiprocessing.Queue[Any] = context.Queue()
+    all_in = context.Event()
     processes = [
-        context.Process(target=_on_one, args=(rank, count, port, dict(environment or {}), results, work, arguments))
+        context.Process(
+            target=_on_one, args=(rank, count, port, dict(environment or {}), results, all_in, work, arguments)
+        )
         for rank in range(count)
     ]
     for process in processes:
@@ -70,6 +73,7 @@ def on_processes(
                     break
             if any(isinstance(result, Failed) for result in found.values()):
                 break  # the others wait for one that has given up
+        all_in.set()
         for process in processes[: None if len(found) == count else 0]:
             process.join(10)
     finally:
@@ -106,6 +110,7 @@ def _on_one(
     port: int,
     environment: Mapping[str, str],
     results: Any,
+    all_in: Any,
     work: Callable[..., Any],
     arguments: Any,
 ) -> None:
@@ -126,6 +131,7 @@ def _on_one(
     except BaseException:
         results.put((rank, Failed(traceback.format_exc())))
     finally:
+        all_in.wait(60)  # who leaves while another reads its last message may take that along
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import openai
 
@@ -106,6 +107,19 @@ def listening(served: Served) -> Iterator[str]:
         yield f"http://127.0.0.1:{place.getsockname()[1]}"
         server.should_exit = True
         thread.join(30)
+
+
+@contextmanager
+def slowed(engine: Engine) -> Iterator[None]:
+    """Each step takes a tenth of a second more, so that an answer lasts as long as a test needs it."""
+    step = engine._step
+
+    def slowly() -> None:
+        time.sleep(0.1)
+        step()
+
+    with mock.patch.object(engine, "_step", slowly):
+        yield
 
 
 def serve_a_tiny_model(keys: Keys, context: int = 256, limits: Limits | None = None) -> Iterator[Place]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import socket
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any
 import openai
 import pytest
 import torch
-from served import KEY, KEYS, Place, serve_a_tiny_model
+from served import KEY, KEYS, Place, serve_a_tiny_model, slowed
+from waiting import until
 
 from zili.errors import ConfigError
 from zili.serving.generation import Sampling, generate
@@ -165,17 +165,15 @@ def test_tokens_there_and_back(place: Place) -> None:
 def test_who_hangs_up_frees_the_slot(place: Place, stream: bool) -> None:
     body = json.dumps({"prompt": "snow", "max_tokens": 250, "stream": stream, "ignore_eos": True, "n": 4}).encode()
     host, port = place.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as wire:
+    load = lambda: place.served.engine.load  # noqa: E731
+    with slowed(place.served.engine), socket.create_connection((host, int(port)), timeout=60) as wire:
         head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
         wire.sendall(f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
         if stream:
             assert wire.recv(100)
-        else:
-            time.sleep(0.05)
-    end = time.monotonic() + 10
-    while place.served.engine.load != (0, 0):
-        assert time.monotonic() < end, "a slot is still taken"
-        time.sleep(0.02)
+        until(lambda: load() == (4, 0))
+        wire.close()
+        until(lambda: load() == (0, 0), seconds=10)  # not the 25 that the answers would take
 
 
 def test_what_might_become_a_stop_is_held_back() -> None:

@@ -32,7 +32,7 @@ CASES = [
 
 @pytest.mark.parametrize(("text", "options", "reasoning", "content", "calls"), CASES)
 @given(cuts=st.lists(st.integers(1, 9), max_size=60))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_parts_do_not_depend_on_where_it_is_cut(
     text: str, options: dict[str, bool], reasoning: str, content: str, calls: list[Call], cuts: list[int]
 ) -> None:

@@ -23,6 +23,7 @@ from tiny_run import (
     train,
 )
 from torch import Tensor
+from waiting import until
 
 from zili.config import RunConfig
 from zili.training.checkpoints import list_checkpoints, verify
@@ -91,10 +92,8 @@ def test_a_run_killed_while_it_writes_a_checkpoint_ends_in_the_same_bytes(
 @pytest.mark.parametrize("delay", [0.0, 0.013, 0.05])
 def test_a_run_killed_at_any_moment_ends_in_the_same_bytes(recipe: Recipe, delay: float) -> None:
     config = recipe(*DROPOUT, "checkpoint.every=1", "training.steps=30")
-    process = start(train, config)
-    end = time.monotonic() + 60
-    while not list_checkpoints(config.folder / "checkpoints") and time.monotonic() < end:
-        time.sleep(0.002)
+    process = start(train, config, At(29, signal.pause))  # it never ends by itself
+    until(lambda: list_checkpoints(config.folder / "checkpoints"))
     time.sleep(delay)
     process.kill()
     process.join()
@@ -129,9 +128,11 @@ def test_a_second_ctrl_c_ends_the_run_at_once(recipe: Recipe) -> None:
         interrupt()
         interrupt()
 
+    trainer = open_trainer(recipe(), [At(3, twice)])
     with pytest.raises(KeyboardInterrupt):
-        train(recipe(), At(3, twice))
-    assert list_checkpoints(recipe().folder / "checkpoints")[-1].name == "step-00000002"
+        trainer.fit()
+    trainer.saver.wait()  # as the end of a process does
+    assert list_checkpoints(trainer.checkpoint_folder)[-1].name == "step-00000002"
 
 
 def first_losses(config: RunConfig) -> list[float]:

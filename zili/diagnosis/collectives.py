@@ -29,6 +29,7 @@ from zili import chips
 from zili.chips.device import Device
 from zili.diagnosis import capabilities
 from zili.diagnosis.findings import Finding, Severity
+from zili.diagnosis.speed import fastest_call
 from zili.ops import reference
 from zili.ops.examples import example
 from zili.ops.yardstick import compared
@@ -36,7 +37,7 @@ from zili.parallel.world import join, leave
 
 AREA = "collectives"
 PATIENCE = 60.0
-"""Seconds without a word from any process after which they are ended."""
+"""Seconds without a word from any process after which they are ended; never fewer before all have said one."""
 _BYTES, _FEW_BYTES = 4 << 20, 4 << 10
 """What a process brings: so much that bandwidth decides, and so little that latency does."""
 _ROUNDS = 5
@@ -123,17 +124,21 @@ def _read_errors(worker: _Process) -> None:
 
 def _watch(workers: list[_Process], patience: float) -> list[Finding]:
     """Wait for all to be done; findings about those that ended early or fell silent, or none."""
-    said, since = -1, time.monotonic()
+    said, since, bound = -1, time.monotonic(), PATIENCE
     while not all(worker.done for worker in workers):
         ended = [worker for worker in workers if worker.handle.poll() is not None and not worker.done]
         if ended:
             time.sleep(0.5)  # the others may be ending because of the first: whoever failed by itself says why
+            ended = [worker for worker in ended if not worker.done]  # or its last word was not read yet
+        if ended:
             return [_of_the_dead(ended)]
         now = sum(len(worker.lines) for worker in workers)
         if now != said:
             said, since = now, time.monotonic()
-        elif time.monotonic() - since > patience:
-            return [_of_the_silent(workers, patience)]
+            # Until its first word a process imports, which takes long from a slow disk.
+            bound = patience if all(worker.lines for worker in workers) else max(patience, PATIENCE)
+        elif time.monotonic() - since > bound:
+            return [_of_the_silent(workers, bound)]
         time.sleep(0.05)
     return []
 
@@ -316,14 +321,8 @@ def _product(device: Device) -> dict[str, Any]:
     """Whether this process's device multiplies rightly, and FLOP/s of a product, all devices being at work."""
     found = compared(reference.linear, reference.linear, *example("linear", "cpu", torch.float32), device.torch)
     a = torch.ones(_SIDE, _SIDE, device=device.torch)
-    best = float("inf")
-    for _ in range(_ROUNDS):
-        device.synchronize()
-        started = time.perf_counter()
-        a @ a
-        device.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return {"right": all(measured.fits for measured in found.values()), "rate": 2 * _SIDE**3 / best}
+    seconds = fastest_call(lambda: a @ a, device)
+    return {"right": all(measured.fits for measured in found.values()), "rate": 2 * _SIDE**3 / seconds}
 
 
 class Begun(NamedTuple):

@@ -41,8 +41,8 @@ def examine_speed(device: Device) -> Iterator[Finding]:
         yield from _copies(device)
 
 
-def _best(work: Callable[[], object], device: Device) -> float:
-    """Seconds of the fastest call within the time there is."""
+def fastest_call(work: Callable[[], object], device: Device) -> float:
+    """Seconds of the fastest call of `work()` within a third of a second, after one to warm up."""
     work()
     best, end = float("inf"), time.perf_counter() + _SECONDS
     while time.perf_counter() < end or best == float("inf"):
@@ -60,7 +60,7 @@ def _matmul_curve(device: Device, dtype: torch.dtype) -> dict[int, float]:
     with torch.no_grad():
         for size in _SIZES:
             a, b = (torch.ones(size, size, dtype=dtype, device=device.torch) for _ in range(2))
-            seconds = _best(lambda a=a, b=b: ops.linear(a, b), device)  # type: ignore[misc]
+            seconds = fastest_call(lambda a=a, b=b: ops.linear(a, b), device)  # type: ignore[misc]
             curve[size] = 2 * size**3 / seconds
             if 8 * seconds > 2 * _SECONDS:
                 break
@@ -75,7 +75,7 @@ def _published(device: Device, precision: str) -> float | None:
 def _memory(device: Device) -> Finding:
     a = torch.ones(_COPY // 4, device=device.torch)
     b = torch.empty_like(a)
-    rate = 2 * _COPY / _best(lambda: torch.mul(a, 2.0, out=b), device)
+    rate = 2 * _COPY / fastest_call(lambda: torch.mul(a, 2.0, out=b), device)
     return Finding("speed", "memory", Severity.GOOD, f"{rate / 1e9:.3g} GB/s", figures={"bytes/s": rate})
 
 
@@ -83,7 +83,7 @@ def _copies(device: Device) -> Iterator[Finding]:
     host = torch.ones(_COPY // 4)
     there = host.to(device.torch)
     for name, work in (("host to device", lambda: there.copy_(host)), ("device to host", lambda: host.copy_(there))):
-        rate = _COPY / _best(work, device)
+        rate = _COPY / fastest_call(work, device)
         yield Finding("speed", name, Severity.GOOD, f"{rate / 1e9:.3g} GB/s", figures={"bytes/s": rate})
 
 

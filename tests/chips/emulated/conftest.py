@@ -20,7 +20,7 @@ def library(pytestconfig: pytest.Config) -> Path:
         pytest.skip("no C++ compiler to build the emulated device with (Debian: apt install g++)")
     folder = Path(pytestconfig.cache.mkdir("emulated-device"))
     command = [sys.executable, emulated.__file__, str(folder)]
-    built = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    built = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800)
     assert built.returncode == 0, built.stderr
     return Path(built.stdout.split()[-1])
 

@@ -199,7 +199,7 @@ def test_the_command(runs: Runs, with_plugins: Environment, tmp_path: Path) -> N
 
     def align(*words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "zili", "align", str(file), "--steps", "1", *words]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
 
     wrong = align("--page", str(page))
     assert wrong.returncode == 10, wrong.stderr

@@ -28,7 +28,7 @@ def train(recipe: Callable[..., RunConfig], tmp_path: Path) -> Callable[..., sub
         words = [word for override in overrides for word in ("--set", override)]
         command = [sys.executable, "-m", "zili", "train", str(file), *words]
         environment = {**os.environ, **variables}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
 
     return run
 
