@@ -48,7 +48,7 @@ $(VENV)-interop/.installed: pyproject.toml
 $(VENV)-ascend/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-ascend
 	$(VENV)-ascend/bin/pip install --quiet $(TORCH_OPTIONS) torch==2.13.0
-	$(VENV)-ascend/bin/pip install --quiet torch_npu==2.13.0 'pytest>=8' --editable .
+	$(VENV)-ascend/bin/pip install --quiet torch_npu==2.13.0 'pytest>=8' hypothesis --editable .
 	touch $@
 
 lint: $(VENV)/.tests-installed
