@@ -9,11 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from waiting import until
 
+from zili.diagnosis import collectives
+from zili.diagnosis.findings import Finding
 from zili.ops.yardstick import distance
 
 COMMAND = [sys.executable, "-m", "zili", "doctor", "--chip", "cpu"]
@@ -72,6 +75,43 @@ def test_its_processes_end_when_it_is_killed(tmp_path: Path) -> None:
         finally:
             os.kill(second, signal.SIGCONT)
         until(lambda: ended(second))
+
+
+class Gone:
+    """A process that has ended well."""
+
+    def poll(self) -> int:
+        return 0
+
+
+class Running:
+    def poll(self) -> None:
+        return None
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, handle: Any, patience: float, *meanwhile: dict[str, Any]) -> list[Finding]:
+    """What is found about a process that says one of `meanwhile` whenever whoever watches sleeps; {} is nothing."""
+    worker, left = collectives._Process(0, handle), list(meanwhile)
+
+    def sleep(_: float) -> None:
+        if left and (line := left.pop(0)):
+            worker.lines.append(line)
+
+    monkeypatch.setattr(collectives.time, "sleep", sleep)
+    return collectives._watch([worker], patience)
+
+
+def test_silence_is_counted_from_the_first_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = {"done": True}
+    assert watched(monkeypatch, Running(), 0.0, {}, {}, {}, done) == []
+    (silent,) = watched(monkeypatch, Running(), 0.0, {}, {"begin": "a product"}, {}, {}, done)
+    assert "a product" in silent.seen
+
+
+def test_a_last_word_that_is_read_late_is_no_death(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert watched(monkeypatch, Gone(), 60.0, {"done": True}) == []
+    (dead,) = watched(monkeypatch, Gone(), 60.0, {"begin": "a product"})
+    assert "ended with code 0 at a product" in dead.seen
 
 
 def ended(process: int) -> bool:

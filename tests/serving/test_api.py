@@ -165,15 +165,15 @@ def test_tokens_there_and_back(place: Place) -> None:
 def test_who_hangs_up_frees_the_slot(place: Place, stream: bool) -> None:
     body = json.dumps({"prompt": "snow", "max_tokens": 250, "stream": stream, "ignore_eos": True, "n": 4}).encode()
     host, port = place.url.removeprefix("http://").split(":")
-    load = lambda: place.served.engine.load  # noqa: E731
-    with slowed(place.served.engine), socket.create_connection((host, int(port)), timeout=60) as wire:
+    engine = place.served.engine
+    with slowed(engine), socket.create_connection((host, int(port)), timeout=60) as wire:
         head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
         wire.sendall(f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
         if stream:
             assert wire.recv(100)
-        until(lambda: load() == (4, 0))
+        until(lambda: engine.load == (4, 0))
         wire.close()
-        until(lambda: load() == (0, 0), seconds=10)  # not the 25 that the answers would take
+        until(lambda: engine.load == (0, 0), seconds=10)  # not the 25 that the answers would take
 
 
 def test_what_might_become_a_stop_is_held_back() -> None:

@@ -28,7 +28,9 @@ def doctor(
         int | None, typer.Option(min=1, help="Processes for the collectives; the devices in sight if not given.")
     ] = None,
     folder: Annotated[Path, typer.Option(help="Where checkpoints would go: its disk is timed.")] = Path(),
-    patience: Annotated[float, typer.Option(min=1, help="Seconds of silence after which processes are ended.")] = 60.0,
+    patience: Annotated[
+        float, typer.Option(min=1, help="Seconds of silence after which processes that have begun are ended.")
+    ] = 60.0,
     only: Annotated[
         list[str] | None, typer.Option(help=f"Examine this alone; may be given again: {', '.join(AREAS)}.")
     ] = None,

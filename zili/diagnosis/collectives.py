@@ -124,7 +124,7 @@ def _read_errors(worker: _Process) -> None:
 
 def _watch(workers: list[_Process], patience: float) -> list[Finding]:
     """Wait for all to be done; findings about those that ended early or fell silent, or none."""
-    said, since, bound = -1, time.monotonic(), PATIENCE
+    said, since = -1, time.monotonic()
     while not all(worker.done for worker in workers):
         ended = [worker for worker in workers if worker.handle.poll() is not None and not worker.done]
         if ended:
@@ -133,10 +133,10 @@ def _watch(workers: list[_Process], patience: float) -> list[Finding]:
         if ended:
             return [_of_the_dead(ended)]
         now = sum(len(worker.lines) for worker in workers)
+        # Until its first word a process imports, which takes long from a slow disk.
+        bound = patience if all(worker.lines for worker in workers) else max(patience, PATIENCE)
         if now != said:
             said, since = now, time.monotonic()
-            # Until its first word a process imports, which takes long from a slow disk.
-            bound = patience if all(worker.lines for worker in workers) else max(patience, PATIENCE)
         elif time.monotonic() - since > bound:
             return [_of_the_silent(workers, bound)]
         time.sleep(0.05)

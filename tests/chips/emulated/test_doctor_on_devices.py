@@ -139,6 +139,7 @@ def test_a_dropped_reduction_is_found(with_plugins: Environment, tmp_path: Path)
         tmp_path,
         {"operation": "all_reduce", "kind": "drop", "rank": 1},
         only="collectives",
+        patience=10,
     )
     assert report.code == 10
     assert any("all_reduce" in finding["name"] for finding in report.bad()), report.bad()
