@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 from collections.abc import Callable, Iterator
@@ -10,6 +11,10 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
+
+# Before anything imports torch: tiny products gain nothing from threads, and beside other work those of OpenMP wait for
+# each other by spinning (two tests took 99.6 s with two threads beside other work, and 5.0 s with one).
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from zili.config import RunConfig, build_config
 from zili.data import Document, Tokenizer, build_store

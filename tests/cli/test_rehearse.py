@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forks import zili
 from tiny_models import tiny_recipe
 
 from zili.config import dump_recipe
@@ -18,9 +17,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def rehearse(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "zili", "rehearse", *words]
-    environment = {**os.environ, **variables}
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, env=environment)
+    return zili("rehearse", *words, environment=variables)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import queue
 import random
 import signal
 import socket
-import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import forks
 import torch
 
 from zili.config import RunConfig
@@ -48,8 +48,7 @@ def on_processes(
     They are forks of one that has torch imported, but no plugin: those in their `environment` are theirs alone.
     Raises `AssertionError` with the traceback of the first that failed.
     """
-    context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["zili.rehearsal", "zili.cli.launch", "torch.utils.tensorboard"])
+    context = forks.context()
     port = free_port()
     results: multiprocessing.Queue[Any] = context.Queue()
     all_in = context.Event()
@@ -104,6 +103,12 @@ class Failed:
     trace: str
 
 
+def place(rank: int, count: int, port: int) -> dict[str, str]:
+    """What torchrun tells process `rank` of `count` on this machine."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+    return {**{name: str(value) for name, value in place.items()}, "MASTER_ADDR": "127.0.0.1"}
+
+
 def _on_one(
     rank: int,
     count: int,
@@ -114,17 +119,7 @@ def _on_one(
     work: Callable[..., Any],
     arguments: Any,
 ) -> None:
-    os.environ.update(
-        environment,
-        RANK=str(rank),
-        WORLD_SIZE=str(count),
-        LOCAL_RANK=str(rank),
-        LOCAL_WORLD_SIZE=str(count),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    # Python read PYTHONPATH when the process that this one is a fork of began.
-    sys.path += [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder not in sys.path]
+    forks.take_environment({**environment, **place(rank, count, port)})
     torch.set_num_threads(1)
     try:
         results.put((rank, work(*arguments)))

@@ -23,8 +23,11 @@ class Rows:
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when != "call":
             return
-        for name, row in report.user_properties:
+        from tiny_models import Row  # pytest knows the way
+
+        for name, noted in report.user_properties:
             if name == "row":
+                row = Row(**noted)
                 bounds = ", ".join(f"{bound:.0e}" for bound in dict.fromkeys((row.bound, row.norms_bound)))
                 within = "" if report.passed else " **failed**"
                 self.lines.append(

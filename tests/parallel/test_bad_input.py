@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from many import files_of, free_port
+from forks import Zili
+from many import files_of, free_port, place
 
 from zili.config import RunConfig, dump_recipe
 from zili.training.checkpoints import list_checkpoints
@@ -43,35 +42,18 @@ class Runner:
 
     def __call__(self, *overrides: str, count: int = 2) -> Outcome:
         started = [self._start(rank, count, port, overrides) for port in [free_port()] for rank in range(count)]
-        late = threading.Timer(_SECONDS, lambda: [process.kill() for process in started])
-        late.start()
         try:
-            said = [process.communicate() for process in started]
+            ended = [process.end() for process in started]
         finally:
-            late.cancel()
             for process in started:
                 process.kill()
-        out, err = ("".join(parts) for parts in zip(*said, strict=True))
+        out, err = "".join(one.stdout for one in ended), "".join(one.stderr for one in ended)
         assert "Traceback" not in out + err, err
-        return Outcome([process.returncode for process in started], " ".join(out.split()), err)
+        return Outcome([one.returncode for one in ended], " ".join(out.split()), err)
 
-    def _start(self, rank: int, count: int, port: int, overrides: tuple[str, ...]) -> subprocess.Popen[str]:
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-        environment = {
-            **os.environ,
-            **{name: str(value) for name, value in place.items()},
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            "COLUMNS": "300",
-        }
-        return subprocess.Popen(
-            [sys.executable, "-m", "zili", "train", str(self.file), *words(overrides)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def _start(self, rank: int, count: int, port: int, overrides: tuple[str, ...]) -> Zili:
+        environment = {**place(rank, count, port), "COLUMNS": "300"}
+        return Zili("train", self.file, *words(overrides), environment=environment)
 
 
 def words(overrides: tuple[str, ...]) -> list[str]:
@@ -145,11 +127,11 @@ def test_checkpoints_that_are_damaged_or_of_another_run(zili: Runner) -> None:
 @pytest.mark.slow
 def test_torchrun_says_it_once_too(zili: Runner) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    place = ["--master-addr", "127.0.0.1", "--master-port", str(free_port()), "-m", "zili", "train", str(zili.file)]
+    command = ["--master-addr", "127.0.0.1", "--master-port", str(free_port()), "-m", "zili", "train", str(zili.file)]
 
     def run(*overrides: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*torchrun, *place, *words(overrides)], capture_output=True, text=True, check=False, timeout=_SECONDS
+            [*torchrun, *command, *words(overrides)], capture_output=True, text=True, check=False, timeout=_SECONDS
         )
 
     wrong = run("parallel.shards=4")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -158,7 +158,7 @@ class Row:
 
     def check(self, request: pytest.FixtureRequest) -> None:
         """Note this row for the table, and compare it with its bounds."""
-        request.node.user_properties.append(("row", self))
+        request.node.user_properties.append(("row", asdict(self)))
         assert self.losses <= self.bound, self
         assert self.norms <= self.norms_bound, self
 

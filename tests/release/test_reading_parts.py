@@ -1,10 +1,10 @@
 """Reading a part of a tensor, of a sharded checkpoint, and into a model that is cut over processes."""
 
 import hashlib
-import multiprocessing
 from functools import partial
 from itertools import product
 
+import forks
 import pytest
 import torch
 from published_folders import PUBLISHED, write_checkpoint
@@ -239,10 +239,8 @@ def what_differs(rank, folders):
 def test_each_process_reads_its_own_part(tmp_path):
     write_checkpoint(tmp_path / "step-00000003", Decoder(MIXTURE))
     export_model(tmp_path, tmp_path / "out")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["zili.parallel.apply", "zili.release"])
     # A process for each rank: torch keeps meshes, and with them the rank that they were made for.
-    with context.Pool(2, maxtasksperchild=1) as pool:
+    with forks.context().Pool(2, maxtasksperchild=1) as pool:
         work = partial(what_differs, folders=[tmp_path, tmp_path / "out"])
         assert pool.map(work, (0, 5, 6, 7), chunksize=1) == [[]] * 4
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from forks import zili
 
 from zili.data.chat import ChatTemplate
 from zili.errors import CheckpointError, ConfigError
@@ -29,9 +29,8 @@ def release(tmp_path: Path) -> Path:
 
 
 def serve(release: Path, *words: str, path: str = "") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PATH": f"{path}{os.pathsep}{os.environ['PATH']}"}
-    command = [sys.executable, "-m", "zili", "serve", str(release), "--engine", "vllm", *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    environment = {"PATH": f"{path}{os.pathsep}{os.environ['PATH']}"}
+    return zili("serve", release, "--engine", "vllm", *words, environment=environment)
 
 
 def test_the_command(release: Path, tmp_path: Path) -> None:
@@ -87,6 +86,4 @@ def to_vllm_without_vllm(tmp_path: Path) -> subprocess.CompletedProcess[str]:
     folder.mkdir()
     (folder / "config.json").write_text("{}", encoding="utf-8")
     (folder / "model.safetensors").write_bytes(b"")
-    command = [sys.executable, "-m", "zili", "serve", str(folder), "--engine", "vllm", "--chip", "cpu"]
-    environment = {**os.environ, "PATH": str(tmp_path)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    return zili("serve", folder, "--engine", "vllm", "--chip", "cpu", environment={"PATH": str(tmp_path)})

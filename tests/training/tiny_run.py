@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest import mock
 
+import forks
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -130,9 +130,7 @@ def die_while_saving(config: RunConfig, step: int, function: str) -> None:
 
 def start(target: Callable[..., object], *arguments: object) -> BaseProcess:
     """Run `target` in a process of its own."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["zili.training.trainer", "torch.utils.tensorboard"])
-    process = context.Process(target=target, args=arguments)
+    process = forks.context().Process(target=target, args=arguments)
     process.start()
     return process
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,6 +12,7 @@ from weakref import WeakSet, finalize
 import pytest
 import torch
 from emulated import Fault
+from forks import zili
 from many import on_processes
 from pairs import polite_pairs
 from plugins import ASCEND, CAMBRICON, Environment
@@ -195,11 +194,10 @@ def test_the_command(runs: Runs, with_plugins: Environment, tmp_path: Path) -> N
     laid_out = recipe(runs, "dense", "parallel.tensor=2", "training.recompute=full")  # neither matters to align
     file.write_text(dump_recipe(laid_out), encoding="utf-8")
     fault = '[{"operation": "aten::silu", "kind": "scale", "amount": 0.01}]'
-    environment = {**os.environ, **with_plugins(CAMBRICON, EMULATED_FAULTS=fault)}
+    environment = with_plugins(CAMBRICON, EMULATED_FAULTS=fault)
 
     def align(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "zili", "align", str(file), "--steps", "1", *words]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+        return zili("align", file, "--steps", "1", *words, environment=environment)
 
     wrong = align("--page", str(page))
     assert wrong.returncode == 10, wrong.stderr

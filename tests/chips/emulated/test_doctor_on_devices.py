@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from emulated import FAULTS
+from forks import zili
 from plugins import ASCEND, CAMBRICON, UNHEARD_OF, Environment, Vendor
 
 
@@ -34,18 +32,11 @@ def doctor(
     processes: int = 2,
     patience: int = 60,
 ) -> Report:
-    environment = {**os.environ, **with_plugins(vendor, **{FAULTS: json.dumps(faults)})}
+    environment = with_plugins(vendor, **{FAULTS: json.dumps(faults)})
     words = ["doctor", "--json", "--chip", vendor.backend, "--processes", str(processes), "--folder", str(folder)]
     words += ["--only", only] if only else []
     started = time.monotonic()
-    finished = subprocess.run(
-        [sys.executable, "-m", "zili", *words, "--patience", str(patience)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
+    finished = zili(*words, "--patience", patience, environment=environment)
     assert finished.stdout.startswith("{"), finished.stderr
     report = Report(json.loads(finished.stdout))
     report.code, report.seconds = finished.returncode, time.monotonic() - started

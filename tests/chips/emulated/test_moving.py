@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 from many import Curve, on_processes, train
 from plugins import ASCEND, CAMBRICON, UNHEARD_OF, Environment, Vendor
@@ -86,11 +84,10 @@ def test_quickstart_as_a_vendors_user(vendor: Vendor, with_plugins: Environment,
     text.mkdir()
     for i in range(20):
         (text / f"{i}.txt").write_text("\n".join(random.Random(i).choices(PHRASES, k=60)), encoding="utf-8")
-    environment = {**os.environ, **with_plugins(vendor)}
+    environment = with_plugins(vendor)
 
     def zili(*words: object) -> str:
-        command = [sys.executable, "-m", "zili", *map(str, words)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+        done = forks.zili(*words, environment=environment)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forks import zili
 from many import on_processes, train
 from plugins import Environment, Vendor
 from tiny_models import BOUND, Layout, Row, Runs
@@ -18,12 +19,7 @@ LAYOUT = Layout("shards=2")
 
 def test_an_afternoon(runs: Runs, with_plugins: Environment, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     folder = tmp_path / "zili-acme"
-    made = subprocess.run(
-        [sys.executable, "-m", "zili", "chips", "new", "acme", "--folder", str(folder)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    made = zili("chips", "new", "acme", "--folder", folder)
     assert "zili_acme.py" in made.stdout and "docs/new_chip.md" in made.stdout
     # What `pip install --editable` would do, without asking the package index for setuptools.
     info = folder / "zili_acme-0.1.dist-info"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import emulated
 import pytest
+from forks import zili
 from plugins import ASCEND, CAMBRICON, Environment
 
 from zili.config import RunConfig, dump_recipe
@@ -26,9 +27,7 @@ def train(recipe: Callable[..., RunConfig], tmp_path: Path) -> Callable[..., sub
 
     def run(variables: dict[str, str], *overrides: str) -> subprocess.CompletedProcess[str]:
         words = [word for override in overrides for word in ("--set", override)]
-        command = [sys.executable, "-m", "zili", "train", str(file), *words]
-        environment = {**os.environ, **variables}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+        return zili("train", file, *words, environment=variables)
 
     return run
 
