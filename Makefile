@@ -4,6 +4,8 @@ PYTHON ?= python3
 # For example TORCH_OPTIONS="--index-url ..." with the index of CPU builds that pytorch.org names for your system.
 TORCH_OPTIONS ?=
 RUN := $(VENV)/bin/python -m
+# A worker a core, each of one thread; who has run out of tests takes over another's.
+PYTEST := $(RUN) pytest -n auto --dist worksteal --durations 20
 
 .PHONY: quickstart test test-all test-ascend test-interop lint format docs clean
 
@@ -13,12 +15,12 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.tests-installed
 	$(RUN) ruff check .
 	$(RUN) mypy
-	$(RUN) pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(VENV)/.tests-installed
 	$(RUN) ruff check .
 	$(RUN) mypy
-	$(RUN) pytest
+	$(PYTEST)
 
 # Huawei's wheel in an environment of its own, since it changes `import torch`; on stand-ins for CANN, nothing computed.
 test-ascend: $(VENV)-ascend/.installed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,30 @@ def ctrl_c_is_heard() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def every_file_begins_with_the_reference_operations() -> None:
+    _choose({})
+
+
+@pytest.fixture(autouse=True)
+def operations_are_the_tests_own() -> Iterator[None]:
+    """What one test chooses in this process is no other's: any may come next."""
+    before = _chosen()
+    yield
+    _choose(before)
+
+
+def _chosen() -> dict[str, str]:
+    ops = sys.modules.get("zili.ops")  # without it, nothing was chosen; it would import torch
+    return ops.chosen() if ops else {}
+
+
+def _choose(versions: dict[str, str]) -> None:
+    """Those not in `versions` become the reference."""
+    if (now := _chosen()) != {**dict.fromkeys(now, "reference"), **versions}:
+        sys.modules["zili.ops"].choose("cpu", "fp32", versions, now.keys() - versions)
 
 
 @pytest.fixture(scope="session")

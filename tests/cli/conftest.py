@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,13 +24,10 @@ Zili = Callable[..., Outcome]
 
 
 @pytest.fixture
-def zili(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Zili]:
+def zili(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Zili:
     """`zili("train", path, ...)` runs `main` in this process; a traceback fails the test by itself."""
-    from zili import ops
-
     monkeypatch.setattr("zili.training.trainer.matmul_peak", lambda *_: 1e11)  # 0.3 s a run
     monkeypatch.setenv("COLUMNS", "200")
-    before = ops.chosen()
 
     def run(*arguments: object) -> Outcome:
         monkeypatch.setattr("sys.argv", ["zili", *map(str, arguments)])
@@ -40,8 +37,7 @@ def zili(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         said = capsys.readouterr()
         return Outcome(int(caught.value.code or 0), said.out, said.err)
 
-    yield run
-    ops.choose("cpu", "fp32", before)
+    return run
 
 
 @pytest.fixture

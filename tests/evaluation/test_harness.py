@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from zili import ops
 from zili.config.model import ModelConfig
 from zili.data.chat import ChatTemplate
 from zili.data.tokenizer import Tokenizer
@@ -142,15 +140,6 @@ def test_a_conversation_is_asked_in_the_template_s_ids(opened: tuple[OpenedModel
         scorer.conversation(talk)
 
 
-@pytest.fixture
-def operations() -> Iterator[None]:
-    """A command chooses the versions of operations for its process: here they become what they were."""
-    before = ops.chosen()
-    yield
-    ops.choose("cpu", "fp32", before)
-
-
-@pytest.mark.usefixtures("operations")
 def test_own_tasks_run_without_a_network(
     opened: tuple[OpenedModel, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

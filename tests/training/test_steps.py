@@ -56,20 +56,16 @@ def test_recomputation_repeats_dropouts_numbers(recipe: Recipe) -> None:
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_compiled_blocks_follow_the_eager_losses_and_resume_to_the_same_bits(recipe: Recipe, recompute: str) -> None:
     """With the faster operations, as on a user's machine, and documents that end inside the rows."""
-    before = ops.chosen()
     ops.choose("cpu", "fp32", {"linear": "onednn", "attention": "blocked", "linear_cross_entropy": "chunked"})
-    try:
-        settings = [f"training.recompute={recompute}", "training.steps=4", "schedule.kind=constant"]
-        eager = losses(recipe(*settings, f"folder={recipe().folder}-eager"))
-        compiled = recipe(*settings, "chip.compile=true", f"folder={recipe().folder}-compiled")
-        assert losses(compiled) == pytest.approx(eager, rel=1e-5)
-        stopped = recipe(*settings, "chip.compile=true", f"folder={recipe().folder}-stopped")
-        half = train(stopped.model_copy(update={"training": stopped.training.model_copy(update={"steps": 2})}))
-        assert half.step == 2
-        train(stopped)
-        assert_same_bits(final_tensors(stopped), final_tensors(compiled))
-    finally:
-        ops.choose("cpu", "fp32", before)
+    settings = [f"training.recompute={recompute}", "training.steps=4", "schedule.kind=constant"]
+    eager = losses(recipe(*settings, f"folder={recipe().folder}-eager"))
+    compiled = recipe(*settings, "chip.compile=true", f"folder={recipe().folder}-compiled")
+    assert losses(compiled) == pytest.approx(eager, rel=1e-5)
+    stopped = recipe(*settings, "chip.compile=true", f"folder={recipe().folder}-stopped")
+    half = train(stopped.model_copy(update={"training": stopped.training.model_copy(update={"steps": 2})}))
+    assert half.step == 2
+    train(stopped)
+    assert_same_bits(final_tensors(stopped), final_tensors(compiled))
 
 
 def test_a_steps_loss_is_the_mean_over_all_targets_of_the_batch(recipe: Recipe) -> None:
