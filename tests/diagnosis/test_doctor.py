@@ -6,21 +6,18 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from forks import zili
+from forks import Zili, zili
 from waiting import until
 
 from zili.diagnosis import collectives
 from zili.diagnosis.findings import Finding
 from zili.ops.yardstick import distance
-
-COMMAND = [sys.executable, "-m", "zili", "doctor", "--chip", "cpu"]
 
 
 def doctor(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -57,24 +54,23 @@ def test_it_is_not_for_torchrun() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads processes from Linux's /proc")
 def test_its_processes_end_when_it_is_killed(tmp_path: Path) -> None:
-    command = [*COMMAND, "--processes", "2", "--only", "collectives", "--patience", "600", "--folder", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as started:
-        children = Path(f"/proc/{started.pid}/task/{started.pid}/children")
+    words = ("--processes", "2", "--only", "collectives", "--patience", "600", "--folder", tmp_path)
+    started = Zili("doctor", "--chip", "cpu", *words)
+    children = Path(f"/proc/{started.process.pid}/task/{started.process.pid}/children")
 
-        def workers() -> list[int]:
-            found = list(map(int, children.read_text().split()))
-            return found if len(found) == 2 else []
+    def workers() -> list[int]:
+        found = list(map(int, children.read_text().split()))
+        return found if len(found) == 2 else []
 
-        first, second = until(workers)
-        os.kill(second, signal.SIGSTOP)  # the first will wait for it, and would for ever
-        try:
-            until(lambda: waits(first))
-            started.kill()
-            started.wait(10)
-            until(lambda: ended(first))
-        finally:
-            os.kill(second, signal.SIGCONT)
-        until(lambda: ended(second))
+    first, second = until(workers)
+    os.kill(second, signal.SIGSTOP)  # the first will wait for it, and would for ever
+    try:
+        until(lambda: waits(first))
+        started.kill()
+        until(lambda: ended(first))
+    finally:
+        os.kill(second, signal.SIGCONT)
+    until(lambda: ended(second))
 
 
 class Gone:

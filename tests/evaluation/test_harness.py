@@ -13,7 +13,7 @@ from zili.config.model import ModelConfig
 from zili.data.chat import ChatTemplate
 from zili.data.tokenizer import Tokenizer
 from zili.errors import ConfigError, DataError
-from zili.evaluation.harness import Scorer, as_harness_model, run_tasks
+from zili.evaluation.harness import Scorer, as_harness_model, harness_package, run_tasks
 from zili.models.decoder import Decoder
 from zili.release import export_model
 from zili.release.native import write_native
@@ -182,6 +182,24 @@ metric_list: [{{metric: acc}}]
     )
     (score,) = [one for one in run_tasks(scorer, ["mine"], include=tmp_path) if one.metric == "acc"]
     assert (score.value, score.samples, score.generated) == (0.75, 4, False)
+
+
+def test_the_thousands_of_lm_evals_tasks_are_read_only_when_wanted(
+    opened: tuple[OpenedModel, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    real = harness_package().tasks.TaskManager
+
+    def manager(*, include_defaults: bool = True, **more: Any) -> Any:
+        read.append(include_defaults)
+        return real(include_defaults=False, **more)
+
+    monkeypatch.setattr(harness_package().tasks, "TaskManager", manager)
+    run_tasks(Scorer(opened[0]), ["zili_copy"], limit=1)
+    assert read == [False]
+    with pytest.raises(ConfigError, match="no task 'gsm8k'"):  # not in what was read instead
+        run_tasks(Scorer(opened[0]), ["zili_copy", "gsm8k"], limit=1)
+    assert read[-1] is True
 
 
 def test_a_task_that_is_not_there(opened: tuple[OpenedModel, Path], monkeypatch: pytest.MonkeyPatch) -> None:

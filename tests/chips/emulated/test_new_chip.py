@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,13 @@ from tiny_models import BOUND, Layout, Row, Runs
 
 ACME = Vendor("acme", "torch_acme", "acme", "acmeccl", "ACME-1")
 LAYOUT = Layout("shards=2")
+
+
+def its_own_tests(folder: Path) -> tuple[int, str]:
+    """pytest's exit code and words."""
+    with redirect_stdout(StringIO()) as said:
+        code = pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(folder / "tests")])
+    return int(code), said.getvalue()
 
 
 def test_an_afternoon(runs: Runs, with_plugins: Environment, tmp_path: Path, request: pytest.FixtureRequest) -> None:
@@ -28,15 +35,8 @@ def test_an_afternoon(runs: Runs, with_plugins: Environment, tmp_path: Path, req
     (info / "entry_points.txt").write_text("[zili.backends]\nacme = zili_acme:BACKEND\n")
     variables = with_plugins(ACME)
     variables["PYTHONPATH"] = os.pathsep.join((str(folder), variables["PYTHONPATH"]))
-    tested = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder / "tests")],
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert "3 passed" in tested.stdout, tested.stdout
+    ((code, said),) = on_processes(1, its_own_tests, folder, environment=variables)
+    assert code == 0 and "3 passed" in said, said
     config = runs.recipe("dense", *LAYOUT.overrides, "chip.name=acme", "training.steps=5", "chip.precision=fp32")
     curve = on_processes(2, train, config, environment=variables)[0]
     Row.of("shards=2 on acme", 2, "dense", runs.alone("dense", "training.steps=5"), curve, BOUND).check(request)
