@@ -62,6 +62,9 @@ def quickstart(
     print_choices((*launch.choices, *pace), console)
     trainer = run(launch, console)
     if trainer.interrupted:
+        from zili.training.interruption import ignore_repeats
+
+        ignore_repeats()
         console.print(f"Stopped at step {trainer.step}; the checkpoint is written. Go on with the same command:")
         console.print(f"  {_command(text, folder, text_field, on_error)}", highlight=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED)

@@ -23,6 +23,7 @@ def train(
 ) -> None:
     """Train a recipe to its last step, from the newest checkpoint of its run folder if there is one."""
     from zili.cli.launch import prepare_launch, print_choices, print_next, run
+    from zili.training.interruption import ignore_repeats
 
     console = Console(quiet=processes()[0] > 0)  # the first process speaks for all
     launch = prepare_launch(load_recipe(recipe, overrides or []))
@@ -30,6 +31,7 @@ def train(
     trainer = run(launch, console)
     folder = launch.recipe.folder
     if trainer.interrupted:
+        ignore_repeats()
         console.print(f"Stopped at step {trainer.step}; the checkpoint is written. Go on with:", highlight=False)
         recipe_file = shlex.quote(str(folder / "recipe.toml"))
         console.print(f"  {program()} train {recipe_file}", highlight=False, soft_wrap=True)
