@@ -11,12 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from zili import errors
 from zili.chips.device import Device
 from zili.errors import ZiliError
 from zili.parallel.collectives import Peers
 from zili.parallel.layout import Layout, processes
+from zili.parallel.lives import own_life
 
 Result = TypeVar("Result")
 _TIMEOUT = timedelta(minutes=30)
@@ -31,7 +33,9 @@ def join(device: Device) -> None:
     if processes()[1] > 1 and not dist.is_initialized():
         collectives = device.backend.collectives
         named = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{collectives}"
-        dist.init_process_group(named, timeout=_TIMEOUT)
+        store, rank, size = next(rendezvous("env://", timeout=_TIMEOUT))
+        life = own_life(store, rank, size, _TIMEOUT)
+        dist.init_process_group(named, store=life, rank=rank, world_size=size, timeout=_TIMEOUT)
 
 
 def leave() -> None:
