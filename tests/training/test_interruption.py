@@ -12,6 +12,7 @@ import pytest
 from tiny_run import At, Recipe, interrupt, start, train
 from torch.distributed.launcher.api import LaunchConfig
 
+from zili.config import RunConfig
 from zili.errors import ConfigError
 from zili.training.checkpoints import list_checkpoints, verify
 from zili.training.interruption import grace_seconds
@@ -62,16 +63,20 @@ def test_a_sigterm_heard_again_while_saving_leaves_the_checkpoint_whole(
     assert saved.name == "step-00000003" and trainer.interrupted
 
 
-def test_a_sigterm_after_the_grace_ends_at_once(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "0.1")
-    config = recipe("checkpoint.every=0")
+def insist(config: RunConfig) -> None:
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "0.1"
 
     def later() -> None:
         interrupt(signal.SIGTERM)
         time.sleep(0.2)
         interrupt(signal.SIGTERM)
 
-    process = start(train, config, At(3, later))
+    train(config, At(3, later))
+
+
+def test_a_sigterm_after_the_grace_ends_at_once(recipe: Recipe) -> None:
+    config = recipe("checkpoint.every=0")
+    process = start(insist, config)
     process.join(120)
     assert process.exitcode == -signal.SIGTERM
     assert not list_checkpoints(config.folder / "checkpoints")

@@ -135,6 +135,10 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def count(self, true: bool) -> int:
+        """On how many processes it is `true`; all of them ask and all of them learn."""
+        return int(self.sum(torch.tensor(float(true))))
+
     def from_first(self, make: Callable[[], Result]) -> Result:
         """What the first process makes, on every process; if it fails there, it fails everywhere."""
         made: list[Result | None] = [self.agree(lambda: make() if self.is_first else None)]
