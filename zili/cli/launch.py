@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from zili.cli.options import program
+from zili.cli.options import program, starter
 from zili.config import Choice, RunConfig, dump_recipe
 from zili.durable import locked, write_whole
 from zili.errors import ConfigError
@@ -111,10 +111,10 @@ def run(launch: Launch, console: Console) -> Trainer:
         sinks.append(board)
     if not world.is_first:  # one process speaks; all of them compute
         callbacks, sinks = [], []
-    held_out = _open_held_out(launch)
+    held_out = world.agree(lambda: _open_held_out(launch))
     if held_out is not None:
         callbacks.insert(0, HeldOutEvaluation(measure_of(held_out, launch.tokenizer), sinks))
-    trainer = Trainer(config, launch.loader, launch.setup.device, callbacks, world)
+    trainer = world.agree(lambda: Trainer(config, launch.loader, launch.setup.device, callbacks, world))
     if world.is_first:
         for line in launch.loader.report:
             console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
@@ -182,7 +182,8 @@ def print_next(folder: Path, console: Console) -> None:
     from zili.evaluation.report import next_commands
 
     for command in next_commands(folder):
-        line = command.line.replace("zili", program(), 1)
+        trains = command.line.startswith("zili train")
+        line = command.line.replace("zili", starter() if trains else program(), 1)
         console.print(f"  {line:<46} # {command.purpose}", highlight=False, markup=False, soft_wrap=True)
 
 

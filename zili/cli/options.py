@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from zili.errors import ConfigError
+from zili.parallel.layout import processes, torchrun
 
 if TYPE_CHECKING:
     import torch
@@ -54,4 +55,17 @@ def program() -> str:
     if shutil.which("zili"):
         return "zili"
     own = Path(sys.argv[0])
-    return os.path.relpath(own) if own.name == "zili" else f"{os.path.relpath(sys.executable)} -m zili"
+    return os.path.relpath(own) if own.name == "zili" else f"{_python()} -m zili"
+
+
+def starter() -> str:
+    """`program()`, by torchrun where several processes run this one."""
+    size = processes()[1]
+    if size == 1:
+        return program()
+    line = torchrun(size)
+    return line if shutil.which("torchrun") else line.replace("torchrun", f"{_python()} -m torch.distributed.run", 1)
+
+
+def _python() -> str:
+    return os.path.relpath(sys.executable)

@@ -20,7 +20,8 @@ from zili.cli.launch import RECIPE_FILE, Launch, prepare_launch, print_choices, 
 from zili.cli.options import OnError, OnErrorOption, Overrides, TextField, program
 from zili.cli.train import INTERRUPTED
 from zili.config import Choice, RunConfig, build_config, load_recipe
-from zili.errors import ConfigError
+from zili.errors import ConfigError, LayoutError
+from zili.parallel.layout import processes
 
 _SECONDS_AFTER_TRAINING = 20
 """Kept for compressors, samples and the report."""
@@ -86,7 +87,10 @@ def _command(text: list[Path], folder: Path, text_field: str, on_error: OnError)
 
 
 def _refuse_early(folder: Path, restart: bool, overrides: list[str]) -> None:
-    """A mistyped override or an unknown chip, before minutes of reading text and before an earlier run is dropped."""
+    """A mistyped override, an unknown chip or torchrun, before minutes of reading text and before an earlier run is
+    dropped."""
+    if processes()[1] > 1:
+        raise LayoutError("zili quickstart is one process: run it by itself, without torchrun; zili train takes many")
     earlier = folder / RECIPE_FILE
     if earlier.exists() and not restart:
         recipe = load_recipe(earlier, overrides)

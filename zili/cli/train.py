@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from zili.cli.options import Overrides, program
+from zili.cli.options import Overrides, starter
 from zili.config import load_recipe
 from zili.parallel.layout import processes
 
@@ -34,7 +34,7 @@ def train(
         ignore_repeats()
         console.print(f"Stopped at step {trainer.step}; the checkpoint is written. Go on with:", highlight=False)
         recipe_file = shlex.quote(str(folder / "recipe.toml"))
-        console.print(f"  {program()} train {recipe_file}", highlight=False, soft_wrap=True)
+        console.print(f"  {starter()} train {recipe_file}", highlight=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED)
     console.print(f"Done: {trainer.step} steps, {trainer.tokens:,} tokens, in {folder}. Next:", highlight=False)
     print_next(folder, console)

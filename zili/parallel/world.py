@@ -54,6 +54,15 @@ def await_the_others() -> None:
             dist.all_reduce(torch.zeros(1), async_op=True).wait(_PATIENCE)
 
 
+def is_of_the_others(error: Exception) -> bool:
+    """Whether `error` is how collectives say that another process is gone or does not answer. Gloo's have no class of
+    their own (torch 2.13)."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("gloo" in text or "caused pair closure" in text)
+
+
 class World:
     """The processes of one run on their mesh. With one process there is no mesh, and every sum is its argument."""
 

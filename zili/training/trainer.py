@@ -277,10 +277,12 @@ class Trainer:
         self.saver.wait()
         kept = checkpoints.list_checkpoints(self.checkpoint_folder)
         way_out = f"the newest checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
-        raise TrainingError(
+        error = TrainingError(
             f"step {self.step}: loss {float(loss)}, gradient norm {float(norm)}; {way_out}. "
             "Lower optimizer.learning_rate, or lengthen schedule.warmup_steps"
         )
+        error.agreed = True  # both numbers are sums over all processes
+        raise error
 
     def _state_that_belongs(self, path: Path) -> checkpoints.RunState:
         """`run.json` of `path`; refuses to go on with another model or another order of data than the checkpoint's."""
