@@ -101,6 +101,7 @@ def run(launch: Launch, console: Console) -> Trainer:
     from zili.training.callbacks import Callback, MetricsLog, ProgressDisplay, TensorBoardLog
     from zili.training.trainer import Trainer
 
+    _refuse_adapters_of_nothing(launch.setup.config)
     config, world = launch.setup.config, launch.setup.world
     progress, metrics = ProgressDisplay(console), MetricsLog(config.folder)
     callbacks: list[Callback] = [metrics, progress]
@@ -129,6 +130,19 @@ def run(launch: Launch, console: Console) -> Trainer:
     return trainer
 
 
+def _refuse_adapters_of_nothing(config: RunConfig) -> None:
+    from zili.training.checkpoints import list_checkpoints
+
+    begins = config.training.start_from is None and not list_checkpoints(config.folder / "checkpoints")
+    if begins and config.model.lora is not None:
+        error = ConfigError(
+            "model.lora trains adapters beside a model, and none is named, so it would be one at random: name it with "
+            "model.folder, or its weights with training.start_from"
+        )
+        error.agreed = True  # every process has read the same recipe
+        raise error
+
+
 def begin(trainer: Trainer, held_out: TokenStore | DialogueLoader | None = None) -> None:
     """Bring a run to where it goes on: its newest checkpoint, or the model that it starts from. Pairs get their
     reference.
@@ -142,6 +156,9 @@ def begin(trainer: Trainer, held_out: TokenStore | DialogueLoader | None = None)
     start, resumed = trainer.config.training.start_from, trainer.resume()
     if not resumed and start is not None:
         trainer.world.agree(lambda: _start_from(trainer, start))
+    elif not resumed and isinstance(trainer.loader, DialogueLoader):
+        seed = trainer.config.seed
+        trainer.note(f"weights drawn from seed {seed}: no model is named to go on from (training.start_from)")
     loaders = (trainer.loader, held_out)
     of_pairs = [loader for loader in loaders if isinstance(loader, DialogueLoader) and loader.pairs]
     if of_pairs:

@@ -17,9 +17,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from zili import chips
 from zili.cli.launch import RECIPE_FILE, Launch, prepare_launch, print_choices, print_next, run
-from zili.cli.options import OnError, OnErrorOption, Overrides, TextField, program
+from zili.cli.options import OnError, OnErrorOption, Overrides, TextField, program, read_recipe
 from zili.cli.train import INTERRUPTED
-from zili.config import Choice, RunConfig, build_config, load_recipe
+from zili.config import Choice, RunConfig, build_config
 from zili.errors import ConfigError, LayoutError
 from zili.parallel.layout import processes
 
@@ -93,7 +93,7 @@ def _refuse_early(folder: Path, restart: bool, overrides: list[str]) -> None:
         raise LayoutError("zili quickstart is one process: run it by itself, without torchrun; zili train takes many")
     earlier = folder / RECIPE_FILE
     if earlier.exists() and not restart:
-        recipe = load_recipe(earlier, overrides)
+        recipe = read_recipe(earlier, overrides)
     else:
         recipe = _new_recipe(folder, _ANY_STEPS, overrides)
     if recipe.folder != folder:
@@ -137,7 +137,7 @@ def _prepare(
 def _launch(folder: Path, overrides: list[str], deadline: float, console: Console) -> tuple[Launch, tuple[Choice, ...]]:
     """The run begun earlier in this folder, or a new one of as many steps as fit before the deadline."""
     if (folder / RECIPE_FILE).exists():
-        launch = prepare_launch(load_recipe(folder / RECIPE_FILE, overrides))
+        launch = prepare_launch(read_recipe(folder / RECIPE_FILE, overrides))
         own = str(launch.recipe.training.steps)
         return launch, (Choice("training.steps", own, "the run's own; --minutes counts for a new run"),)
     launch = prepare_launch(_new_recipe(folder, _ANY_STEPS, overrides))

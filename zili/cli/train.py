@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from zili.cli.options import Overrides, starter
-from zili.config import load_recipe
+from zili.cli.options import Overrides, read_recipe, starter
 from zili.parallel.layout import processes
 
 INTERRUPTED = 130
@@ -26,7 +25,7 @@ def train(
     from zili.training.interruption import ignore_repeats
 
     console = Console(quiet=processes()[0] > 0)  # the first process speaks for all
-    launch = prepare_launch(load_recipe(recipe, overrides or []))
+    launch = prepare_launch(read_recipe(recipe, overrides))
     print_choices(launch.choices, console)
     trainer = run(launch, console)
     folder = launch.recipe.folder

@@ -37,8 +37,8 @@ def grace_seconds() -> float:
 
 
 def ignore_repeats() -> None:
-    """For a process that was asked to end and is about to: asked again, it keeps its exit code."""
-    if threading.current_thread() is threading.main_thread():
+    """For a process that was asked to end and is about to: torchrun may yet pass on what it was told itself."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
 
