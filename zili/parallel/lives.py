@@ -33,7 +33,7 @@ def own_life(store: dist.Store, rank: int, size: int, patience: timedelta) -> di
     store = dist.PrefixStore(f"zili/{size}", store)
     own = uuid4().hex
     life = _call_all(store, own, size, patience) if rank == 0 else _await_call(store, own, rank, patience)
-    return dist.PrefixStore(life, store)
+    return dist.PrefixStore(f"life/{life}", store)
 
 
 def _call_all(store: dist.Store, life: str, size: int, patience: timedelta) -> str:
@@ -66,7 +66,7 @@ def _await_call(store: dist.Store, own: str, rank: int, patience: timedelta) -> 
 
 
 def _place(life: str, rank: int) -> str:
-    return f"{life}/{rank}"
+    return f"came/{life}/{rank}"
 
 
 def _call(name: str) -> str:
