@@ -25,7 +25,7 @@ from zili.cli import (
     serve,
     train,
 )
-from zili.cli.ending import end_by, leave_the_others, leave_word, place
+from zili.cli.ending import end_by, leave_the_others, leave_word, place, stay_behind
 
 _UsageError: Any = typer.BadParameter.__base__
 """click's, which typer brings along under a name of its own."""
@@ -42,9 +42,13 @@ class _Commands(TyperGroup):
                 print("zili: interrupted; run the same command again to go on", file=sys.stderr)
             raise typer.Exit(train.INTERRUPTED) from None
         except _UsageError as error:
-            if place()[2] == 0:
+            first = place()[2] == 0
+            if not first:
+                stay_behind()
+            leave_word(f"zili: {error.format_message()}", error.exit_code)
+            if first:
                 raise
-            raise typer.Exit(error.exit_code) from None  # the first process of the machine says it
+            raise typer.Exit(error.exit_code) from None
 
 
 app = typer.Typer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 import traceback
@@ -31,12 +32,17 @@ def end_by(error: Exception) -> NoReturn:
         from zili.parallel.world import await_the_others
 
         await_the_others()
-    if not cause and _ERROR_FILE in os.environ:
-        # torchrun ends the processes of a machine as soon as one has ended, and names the first of them: let that be
-        # one that says why.
-        time.sleep(_SECONDS_BEHIND)
+    if not cause:
+        stay_behind()
     leave_word(text, code)
     _end(code)
+
+
+def stay_behind() -> None:
+    """Let another process end first: torchrun ends those of a machine as soon as one has ended, and names that one as
+    the root cause, so it should be one that says why."""
+    if _ERROR_FILE in os.environ:
+        time.sleep(_SECONDS_BEHIND)
 
 
 def leave_word(text: str, code: int) -> None:
@@ -93,8 +99,8 @@ def _lost_peer(error: Exception) -> PeerError | None:
 
     if not is_of_the_others(error):
         return None
-    first_line = str(error).partition("\n")[0]
-    return PeerError(f"another process of the run is gone or does not answer; it may have said why ({first_line})")
+    said = re.sub(r"^\[\S+:\d+\] ", "", str(error).partition("\n")[0])  # without the place in torch's sources
+    return PeerError(f"another process of the run is gone or does not answer; it may have said why. Here: {said}")
 
 
 def _is_heard(error: ZiliError) -> bool:
