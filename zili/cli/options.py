@@ -87,10 +87,11 @@ def _shape_in(folder: Path) -> ModelConfig | None:
         from zili.release.shape import shape_in as any_shape_in
 
         return any_shape_in(folder)
-    # In a process of its own: reading published layouts takes torch, which must not be here before the chip is chosen
-    # and its environment set.
+    # In a process of its own, without a chip's plugin: reading published layouts takes torch, which must not be here
+    # before the chip is chosen and its environment set.
     asked = [sys.executable, "-m", "zili.release.shape", str(folder)]
-    answer = subprocess.run(asked, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    answer = subprocess.run(asked, capture_output=True, text=True, check=False, env=environment)
     if answer.returncode:
         raise CheckpointError(answer.stderr.strip())
     return None if answer.stdout == "null\n" else ModelConfig.model_validate_json(answer.stdout)
