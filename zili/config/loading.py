@@ -50,12 +50,12 @@ def build_config(
 
     `[model] preset = "..."` is filled in from the preset. `folder = "..."` names a model: its shape is filled in, and
     its weights are what `training.start_from` is where the recipe does not say. `shape_of = "..."` is the shape alone.
-    `shape_in` reads it: Zili's own folders without torch, by default; `zili.release.shape_in` published ones too.
+    `shape_in` reads it: Zili's own folders without torch, by default; `zili.release.shape` has one for any.
     """
     table = _with_overrides(table, overrides)
     model, training = table.get("model", {}), table.get("training")
     table["model"] = _with_preset(model, origin, shape_in)
-    if isinstance(training, dict) and "folder" in model and "scaled_to" not in model:
+    if isinstance(training, dict) and isinstance(model, dict) and "folder" in model and "scaled_to" not in model:
         training.setdefault("start_from", model["folder"])
     try:
         return RunConfig.model_validate(table)
