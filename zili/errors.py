@@ -49,3 +49,9 @@ class LayoutError(ZiliError):
     """A parallel layout that does not divide the model, the batch or the world."""
 
     exit_code = 7
+
+
+class PeerError(ZiliError):
+    """Another process of the run is gone or does not answer: what it met is the cause, and this a consequence."""
+
+    exit_code = 11

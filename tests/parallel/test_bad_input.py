@@ -125,6 +125,12 @@ def test_checkpoints_that_are_damaged_or_of_another_run(zili: Runner) -> None:
 
 
 @pytest.mark.slow
+def test_what_all_processes_meet_after_they_joined_is_said_once(zili: Runner) -> None:
+    one_error(zili("optimizer.learning_rate=1e30", "optimizer.clip=0"), 8, "Lower optimizer.learning_rate")
+    one_error(zili("data.held_out=nowhere"), 4, "nowhere.json")
+
+
+@pytest.mark.slow
 def test_torchrun_says_it_once_too(zili: Runner) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command = ["--master-addr", "127.0.0.1", "--master-port", str(free_port()), "-m", "zili", "train", str(zili.file)]
@@ -135,13 +141,19 @@ def test_torchrun_says_it_once_too(zili: Runner) -> None:
         )
 
     wrong = run("parallel.shards=4")
-    assert wrong.returncode != 0 and wrong.stderr.count("asks for 4 processes") == 1
-    assert "exitcode  : 7" in wrong.stderr, "torchrun reports the code of the process that failed first"
+    assert wrong.returncode != 0
+    ours, torchruns = wrong.stderr.split("Traceback (most recent call last)")
+    cause = torchruns.partition("Root Cause")[2]
+    assert wrong.stderr.count("asks for 4 processes") == 2 and "asks for 4 processes" in ours
+    assert "exitcode  : 7" in cause and "traceback : zili: [parallel] asks for 4 processes" in cause
+    assert "start 4: torchrun --nproc-per-node 4 -m zili train" in cause
     assert not zili.folder.exists()
     right = run()
     assert right.returncode == 0 and right.stdout.count("Done: 4 steps") == 1, right
+    assert f"torchrun --nproc-per-node 2 -m zili train {zili.folder / 'recipe.toml'}" in right.stdout
     for path in zili.checkpoints:
         shutil.rmtree(path)
         path.mkdir()
     damaged = run()
-    assert damaged.returncode != 0 and damaged.stderr.count("all 2 checkpoints") == 1, damaged.stderr
+    assert damaged.returncode != 0 and damaged.stderr.count("all 2 checkpoints") == 2, damaged.stderr
+    assert "all 2 checkpoints" in damaged.stderr.partition("Root Cause")[2]

@@ -10,13 +10,14 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from many import Curve, curve_of, on_processes, train
+from many import Curve, curve_of, on_processes, open_trainer, train
 from tiny_models import BOUND, Kind, Layout, Row, Runs, slow
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from zili.config import RunConfig
 from zili.training import saving
+from zili.training.callbacks import Callback
 from zili.training.checkpoints import list_checkpoints, one_process, verify
 
 HALF = 10
@@ -151,3 +152,30 @@ def hidden(folder: Path) -> list[str]:
 
 def names(folder: Path) -> list[str]:
     return [path.name for path in list_checkpoints(folder)]
+
+
+class Notes(Callback):
+    """What the first process tells its user; the command gives the others no callbacks."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def on_note(self, text: str) -> None:
+        self.texts.append(text)
+
+
+def noted_by_the_first(config: RunConfig) -> list[str]:
+    notes = Notes()
+    open_trainer(config, [notes] if os.environ["RANK"] == "0" else []).resume()
+    return notes.texts
+
+
+def test_generators_that_start_anew_elsewhere_are_told_of(runs: Runs) -> None:
+    config = runs.recipe("dense", "model.hidden_dropout=0.1", "training.steps=2")
+    train(config)
+    (alone,) = on_processes(1, noted_by_the_first, config)
+    assert not any("dropout" in text for text in alone), alone
+    first, second = on_processes(2, noted_by_the_first, config)
+    (told,) = (text for text in first if "dropout" in text)
+    assert "by fewer processes: dropout draws other numbers in 1 of 2 processes" in told
+    assert second == []

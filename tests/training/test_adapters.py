@@ -101,6 +101,30 @@ def test_matrices_that_are_not_there_are_named(recipe: Recipe) -> None:
         recipe("model.lora={matrices=['query', 'keys']}")
 
 
+EXPERTS = "model.mixture={experts=4, top_k=2, ffn_hidden_size=32%s}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "adapted"),
+    [
+        (("model.lora={matrices=[]}",), "down"),
+        # Routed experts get no adapters, so there is none where these matrices are theirs alone.
+        (("model.lora={matrices=['gate', 'up', 'down']}", EXPERTS % ""), "output"),
+    ],
+)
+def test_adapters_that_leave_nothing_to_train_are_refused(
+    recipe: Recipe, overrides: tuple[str, ...], adapted: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"lora\.matrices \[.*leaves nothing to train; name some of .*{adapted}$"):
+        recipe(*overrides)
+
+
+@pytest.mark.parametrize("more", [", shared_experts=1", ", dense_layers=1"])
+def test_adapters_of_what_is_beside_the_experts_are_trained(recipe: Recipe, more: str) -> None:
+    config = recipe("model.lora={matrices=['gate']}", EXPERTS % more)
+    assert any(is_adapter(name) for name in parameter_shapes(config.model))
+
+
 def test_a_run_from_before_adapters_and_fp32_tables_goes_on(recipe: Recipe) -> None:
     """Its run.json has none of the keys that came later."""
     train(recipe("training.steps=2"))

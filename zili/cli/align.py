@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from zili.cli.options import Overrides
-from zili.config import RunConfig, load_recipe
+from zili.cli.options import Overrides, read_recipe
+from zili.config import RunConfig
 from zili.diagnosis.findings import EXIT_CODES, Severity
 from zili.errors import ConfigError, LayoutError
 from zili.parallel.layout import processes
@@ -36,7 +36,7 @@ def align(
         raise ConfigError(f"--against {against}: only cpu, which every chip can be compared with in one process")
     if processes()[1] > 1:
         raise LayoutError("zili align runs in one process; start it without torchrun")
-    config = load_recipe(recipe, overrides or [])
+    config = read_recipe(recipe, overrides)
 
     from zili.diagnosis.align import align as compare
     from zili.diagnosis.align import write_page

@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from zili.cli.options import Overrides
-from zili.config import ModelConfig, dump_recipe, load_preset, load_recipe, preset_names
+from zili.cli.options import Overrides, read_recipe
+from zili.config import ModelConfig, dump_recipe, load_preset, preset_names
 from zili.config.reference import reference
 
 app = typer.Typer(no_args_is_help=True, help="Show what a recipe means, list presets.")
@@ -21,7 +21,7 @@ def show(recipe: Annotated[Path, typer.Argument(help="TOML recipe.")], overrides
     """Print the resolved configuration, and the reason of every automatic choice as comments."""
     from zili.training.setup import set_up
 
-    setup = set_up(load_recipe(recipe, overrides or []))
+    setup = set_up(read_recipe(recipe, overrides))
     for choice in setup.choices:
         typer.echo(f"# {choice}")
     typer.echo(dump_recipe(setup.config), nl=False)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from zili.cli.options import program
+from zili.cli.options import program, starter
 from zili.config import Choice, RunConfig, dump_recipe
 from zili.durable import locked, write_whole
 from zili.errors import ConfigError
@@ -101,6 +101,7 @@ def run(launch: Launch, console: Console) -> Trainer:
     from zili.training.callbacks import Callback, MetricsLog, ProgressDisplay, TensorBoardLog
     from zili.training.trainer import Trainer
 
+    _refuse_adapters_of_nothing(launch.setup.config)
     config, world = launch.setup.config, launch.setup.world
     progress, metrics = ProgressDisplay(console), MetricsLog(config.folder)
     callbacks: list[Callback] = [metrics, progress]
@@ -111,10 +112,10 @@ def run(launch: Launch, console: Console) -> Trainer:
         sinks.append(board)
     if not world.is_first:  # one process speaks; all of them compute
         callbacks, sinks = [], []
-    held_out = _open_held_out(launch)
+    held_out = world.agree(lambda: _open_held_out(launch))
     if held_out is not None:
         callbacks.insert(0, HeldOutEvaluation(measure_of(held_out, launch.tokenizer), sinks))
-    trainer = Trainer(config, launch.loader, launch.setup.device, callbacks, world)
+    trainer = world.agree(lambda: Trainer(config, launch.loader, launch.setup.device, callbacks, world))
     if world.is_first:
         for line in launch.loader.report:
             console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
@@ -127,6 +128,19 @@ def run(launch: Launch, console: Console) -> Trainer:
         finally:
             progress.close()
     return trainer
+
+
+def _refuse_adapters_of_nothing(config: RunConfig) -> None:
+    from zili.training.checkpoints import list_checkpoints
+
+    begins = config.training.start_from is None and not list_checkpoints(config.folder / "checkpoints")
+    if begins and config.model.lora is not None:
+        error = ConfigError(
+            "model.lora trains adapters beside a model, and none is named, so it would be one at random: name it with "
+            "model.folder, or its weights with training.start_from"
+        )
+        error.agreed = True  # every process has read the same recipe
+        raise error
 
 
 def begin(trainer: Trainer, held_out: TokenStore | DialogueLoader | None = None) -> None:
@@ -142,6 +156,9 @@ def begin(trainer: Trainer, held_out: TokenStore | DialogueLoader | None = None)
     start, resumed = trainer.config.training.start_from, trainer.resume()
     if not resumed and start is not None:
         trainer.world.agree(lambda: _start_from(trainer, start))
+    elif not resumed and isinstance(trainer.loader, DialogueLoader):
+        seed = trainer.config.seed
+        trainer.note(f"weights drawn from seed {seed}: no model is named to go on from (training.start_from)")
     loaders = (trainer.loader, held_out)
     of_pairs = [loader for loader in loaders if isinstance(loader, DialogueLoader) and loader.pairs]
     if of_pairs:
@@ -182,7 +199,8 @@ def print_next(folder: Path, console: Console) -> None:
     from zili.evaluation.report import next_commands
 
     for command in next_commands(folder):
-        line = command.line.replace("zili", program(), 1)
+        trains = command.line.startswith("zili train")
+        line = command.line.replace("zili", starter() if trains else program(), 1)
         console.print(f"  {line:<46} # {command.purpose}", highlight=False, markup=False, soft_wrap=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -11,7 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from zili.errors import ConfigError
+from zili.config import ModelConfig, RunConfig, load_recipe
+from zili.config.model_folder import shape_in
+from zili.errors import CheckpointError, ConfigError
+from zili.parallel.layout import processes, torchrun
 
 if TYPE_CHECKING:
     import torch
@@ -54,4 +58,40 @@ def program() -> str:
     if shutil.which("zili"):
         return "zili"
     own = Path(sys.argv[0])
-    return os.path.relpath(own) if own.name == "zili" else f"{os.path.relpath(sys.executable)} -m zili"
+    return os.path.relpath(own) if own.name == "zili" else f"{_python()} -m zili"
+
+
+def starter() -> str:
+    """`program()`, by torchrun where several processes run this one."""
+    size = processes()[1]
+    if size == 1:
+        return program()
+    line = torchrun(size)
+    return line if shutil.which("torchrun") else line.replace("torchrun", f"{_python()} -m torch.distributed.run", 1)
+
+
+def _python() -> str:
+    return os.path.relpath(sys.executable)
+
+
+def read_recipe(path: Path, overrides: list[str] | None = None) -> RunConfig:
+    """A recipe with its overrides; `[model] folder` may be any folder that holds a model."""
+    return load_recipe(path, overrides or [], shape_in=_shape_in)
+
+
+def _shape_in(folder: Path) -> ModelConfig | None:
+    own = shape_in(folder)
+    if own is not None or not folder.exists():
+        return own
+    if "torch" in sys.modules:
+        from zili.release.shape import shape_in as any_shape_in
+
+        return any_shape_in(folder)
+    # In a process of its own, without a chip's plugin: reading published layouts takes torch, which must not be here
+    # before the chip is chosen and its environment set.
+    asked = [sys.executable, "-m", "zili.release.shape", str(folder)]
+    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    answer = subprocess.run(asked, capture_output=True, text=True, check=False, env=environment)
+    if answer.returncode:
+        raise CheckpointError(answer.stderr.strip())
+    return None if answer.stdout == "null\n" else ModelConfig.model_validate_json(answer.stdout)

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from zili.chips.catalog import find_chip
-from zili.cli.options import Overrides
-from zili.config import RunConfig, build_config, dump_recipe, load_recipe
+from zili.cli.options import Overrides, read_recipe
+from zili.config import RunConfig, build_config, dump_recipe
 from zili.config.presets import load_preset
 from zili.durable import write_whole
 from zili.errors import ConfigError, ZiliError
@@ -119,7 +119,7 @@ def _config(
     if model.endswith(".toml"):
         given = [f"training.sequence_length={sequence}"] if sequence else []
         given += [f"training.global_batch={batch}"] if batch else []
-        config = load_recipe(Path(model), [*overrides, *given])
+        config = read_recipe(Path(model), [*overrides, *given])
         training = config.training
         a_step = training.global_batch * training.sequence_length
         if tokens:

@@ -17,10 +17,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from zili import chips
 from zili.cli.launch import RECIPE_FILE, Launch, prepare_launch, print_choices, print_next, run
-from zili.cli.options import OnError, OnErrorOption, Overrides, TextField, program
+from zili.cli.options import OnError, OnErrorOption, Overrides, TextField, program, read_recipe
 from zili.cli.train import INTERRUPTED
-from zili.config import Choice, RunConfig, build_config, load_recipe
-from zili.errors import ConfigError
+from zili.config import Choice, RunConfig, build_config
+from zili.errors import ConfigError, LayoutError
+from zili.parallel.layout import processes
 
 _SECONDS_AFTER_TRAINING = 20
 """Kept for compressors, samples and the report."""
@@ -62,6 +63,9 @@ def quickstart(
     print_choices((*launch.choices, *pace), console)
     trainer = run(launch, console)
     if trainer.interrupted:
+        from zili.training.interruption import ignore_repeats
+
+        ignore_repeats()
         console.print(f"Stopped at step {trainer.step}; the checkpoint is written. Go on with the same command:")
         console.print(f"  {_command(text, folder, text_field, on_error)}", highlight=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED)
@@ -83,10 +87,13 @@ def _command(text: list[Path], folder: Path, text_field: str, on_error: OnError)
 
 
 def _refuse_early(folder: Path, restart: bool, overrides: list[str]) -> None:
-    """A mistyped override or an unknown chip, before minutes of reading text and before an earlier run is dropped."""
+    """A mistyped override, an unknown chip or torchrun, before minutes of reading text and before an earlier run is
+    dropped."""
+    if processes()[1] > 1:
+        raise LayoutError("zili quickstart is one process: run it by itself, without torchrun; zili train takes many")
     earlier = folder / RECIPE_FILE
     if earlier.exists() and not restart:
-        recipe = load_recipe(earlier, overrides)
+        recipe = read_recipe(earlier, overrides)
     else:
         recipe = _new_recipe(folder, _ANY_STEPS, overrides)
     if recipe.folder != folder:
@@ -130,7 +137,7 @@ def _prepare(
 def _launch(folder: Path, overrides: list[str], deadline: float, console: Console) -> tuple[Launch, tuple[Choice, ...]]:
     """The run begun earlier in this folder, or a new one of as many steps as fit before the deadline."""
     if (folder / RECIPE_FILE).exists():
-        launch = prepare_launch(load_recipe(folder / RECIPE_FILE, overrides))
+        launch = prepare_launch(read_recipe(folder / RECIPE_FILE, overrides))
         own = str(launch.recipe.training.steps)
         return launch, (Choice("training.steps", own, "the run's own; --minutes counts for a new run"),)
     launch = prepare_launch(_new_recipe(folder, _ANY_STEPS, overrides))

@@ -17,8 +17,8 @@ from rich.table import Table
 
 from zili import chips
 from zili.chips.catalog import Chip, find_chip
-from zili.cli.options import Overrides
-from zili.config import RunConfig, load_recipe
+from zili.cli.options import Overrides, read_recipe
+from zili.config import RunConfig
 from zili.durable import write_whole
 from zili.errors import ConfigError, LayoutError, ZiliError
 from zili.parallel.layout import lay_out, processes
@@ -56,7 +56,7 @@ def rehearse(
     for file in (as_json, page):
         if file is not None and not file.parent.is_dir():
             raise ConfigError(f"{file} cannot be written: there is no folder {file.parent}")
-    config = load_recipe(recipe, overrides or [])
+    config = read_recipe(recipe, overrides)
     lay_out(config, count)
     model = find_chip(chip) if chip else None
     ranks = _ranks(config, count, rank, all_stages)

@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from zili.cli.options import Overrides, program
-from zili.config import load_recipe
+from zili.cli.options import Overrides, read_recipe, starter
 from zili.parallel.layout import processes
 
 INTERRUPTED = 130
@@ -23,16 +22,18 @@ def train(
 ) -> None:
     """Train a recipe to its last step, from the newest checkpoint of its run folder if there is one."""
     from zili.cli.launch import prepare_launch, print_choices, print_next, run
+    from zili.training.interruption import ignore_repeats
 
     console = Console(quiet=processes()[0] > 0)  # the first process speaks for all
-    launch = prepare_launch(load_recipe(recipe, overrides or []))
+    launch = prepare_launch(read_recipe(recipe, overrides))
     print_choices(launch.choices, console)
     trainer = run(launch, console)
     folder = launch.recipe.folder
     if trainer.interrupted:
+        ignore_repeats()
         console.print(f"Stopped at step {trainer.step}; the checkpoint is written. Go on with:", highlight=False)
         recipe_file = shlex.quote(str(folder / "recipe.toml"))
-        console.print(f"  {program()} train {recipe_file}", highlight=False, soft_wrap=True)
+        console.print(f"  {starter()} train {recipe_file}", highlight=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED)
     console.print(f"Done: {trainer.step} steps, {trainer.tokens:,} tokens, in {folder}. Next:", highlight=False)
     print_next(folder, console)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,17 +13,23 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from zili.config.model import ModelConfig
+from zili.config.model_folder import shape_in
 from zili.config.presets import load_preset
 from zili.config.run import RunConfig
 from zili.config.scaling import scaled_down
 from zili.errors import ConfigError
 
+_WHOLE_SHAPES = ("preset", "folder", "shape_of")
 _BRANCH = re.compile(r"bool|constrained-int|literal\[.*\]")
 """What pydantic adds to the place of an error for each branch of a union; no key is called so."""
 
 
-def load_recipe(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """Read a recipe, apply `table.key=value` overrides, validate.
+ShapeIn = Callable[[Path], ModelConfig | None]
+"""The shape of the model in a folder; None: there is none that it knows."""
+
+
+def load_recipe(path: Path, overrides: Iterable[str] = (), *, shape_in: ShapeIn = shape_in) -> RunConfig:
+    """Read a recipe, apply `table.key=value` overrides, validate. `shape_in` as in `build_config`.
 
     Raises:
         ConfigError: unreadable file, broken TOML, a malformed override, or an invalid configuration.
@@ -35,14 +40,23 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
         raise ConfigError(f"cannot read the recipe {path}: {error}") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
-    return build_config(table, overrides, origin=str(path))
+    return build_config(table, overrides, origin=str(path), shape_in=shape_in)
 
 
-def build_config(table: Mapping[str, Any], overrides: Iterable[str] = (), *, origin: str) -> RunConfig:
-    """Validate a raw table; `origin` names it in errors. `[model] preset = "..."` is filled in from the preset, and
-    `folder = "..."` from an imported model."""
+def build_config(
+    table: Mapping[str, Any], overrides: Iterable[str] = (), *, origin: str, shape_in: ShapeIn = shape_in
+) -> RunConfig:
+    """Validate a raw table; `origin` names it in errors.
+
+    `[model] preset = "..."` is filled in from the preset. `folder = "..."` names a model: its shape is filled in, and
+    its weights are what `training.start_from` is where the recipe does not say. `shape_of = "..."` is the shape alone.
+    `shape_in` reads it: Zili's own folders without torch, by default; `zili.release.shape` has one for any.
+    """
     table = _with_overrides(table, overrides)
-    table["model"] = _with_preset(table.get("model", {}), origin)
+    model, training = table.get("model", {}), table.get("training")
+    table["model"] = _with_preset(model, origin, shape_in)
+    if isinstance(training, dict) and isinstance(model, dict) and "folder" in model and "scaled_to" not in model:
+        training.setdefault("start_from", model["folder"])
     try:
         return RunConfig.model_validate(table)
     except ValidationError as error:
@@ -54,15 +68,16 @@ def dump_recipe(config: RunConfig) -> str:
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
-def _with_preset(model: Any, origin: str) -> Any:
+def _with_preset(model: Any, origin: str, shape_in: ShapeIn) -> Any:
     """The `[model]` table with its `preset` filled in, and made small where it says `scaled_to`."""
-    named = [key for key in ("preset", "folder") if isinstance(model, dict) and key in model]
+    named = [key for key in _WHOLE_SHAPES if isinstance(model, dict) and key in model]
     if not named:
         return model
-    own = {key: value for key, value in model.items() if key not in ("preset", "folder", "scaled_to")}
+    own = {key: value for key, value in model.items() if key not in (*_WHOLE_SHAPES, "scaled_to")}
     if len(named) > 1 or not isinstance(model[named[0]], str):
-        raise ConfigError(f"{origin}: give model.preset or model.folder, a name in quotes")
-    preset = load_preset(model["preset"]) if named == ["preset"] else _model_of(Path(model["folder"]), origin)
+        raise ConfigError(f"{origin}: give one of model.{', model.'.join(_WHOLE_SHAPES)}: a name in quotes")
+    name = model[named[0]]
+    preset = load_preset(name) if named == ["preset"] else _shape_of(named[0], Path(name), origin, shape_in)
     if "scaled_to" in model:
         preset = _scaled(preset, model["scaled_to"], origin)
     for table in ("rotary", "mixture", "latent"):
@@ -71,24 +86,14 @@ def _with_preset(model: Any, origin: str) -> Any:
     return {**preset, **own}
 
 
-def _model_of(folder: Path, origin: str) -> dict[str, Any]:
-    """The `[model]` table of a Zili model folder, as `zili import` makes them."""
-    path = folder / "model.json"
-    try:
-        model = json.loads(path.read_text(encoding="utf-8"))["model"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+def _shape_of(key: str, folder: Path, origin: str, shape_in: ShapeIn) -> dict[str, Any]:
+    shape = shape_in(folder)
+    if shape is None:
         raise ConfigError(
-            f"{origin}: model.folder = {str(folder)!r} is no Zili model folder ({error}); `zili import` makes one"
-        ) from error
-    return _without_none(model)
-
-
-def _without_none(table: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: _without_none(value) if isinstance(value, dict) else value
-        for key, value in table.items()
-        if value is not None
-    }
+            f"{origin}: model.{key} = {str(folder)!r} is no Zili model folder, run or checkpoint, and no published "
+            "model; see `zili import`"
+        )
+    return shape.model_dump(mode="json", exclude_none=True)
 
 
 def _scaled(preset: dict[str, Any], hidden_size: Any, origin: str) -> dict[str, Any]:

@@ -117,6 +117,13 @@ class ModelConfig(Section):
         for name in self.lora.matrices:
             if name not in there:
                 raise ValueError(f"lora.matrices: {name!r} is none of this model's: {', '.join(there)}")
+        # The last three are a plain feed-forward layer's, or the shared experts'.
+        experts_alone = self.mixture and not self.mixture.dense_layers and not self.mixture.shared_experts
+        adapted = there[:-3] if experts_alone else there
+        if not set(self.lora.matrices) & set(adapted):
+            raise ValueError(
+                f"lora.matrices {list(self.lora.matrices)} leaves nothing to train; name some of {', '.join(adapted)}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -95,7 +95,7 @@ class TrainingConfig(Section):
     steps: PositiveInt
     start_from: Path | None = None
     """Model folder whose weights a new run begins with: Hugging Face's, Zili's, or another run. Each process reads the
-    parts it holds. None: weights are drawn from the seed."""
+    parts it holds. None: the model that `[model] folder` names; without one, weights are drawn from the seed."""
     sequence_length: PositiveInt = 512
     """Tokens a sample."""
     global_batch: PositiveInt = 8
@@ -187,5 +187,7 @@ class RunConfig(Section):
                 f"({self.model.max_length})"
             )
         if self.preference is not None and training.start_from is None:
-            raise ValueError("preference: what is preferred is said of a model: name it, training.start_from")
+            raise ValueError(
+                "preference: what is preferred is said of a model: name it, training.start_from or model.folder"
+            )
         return self

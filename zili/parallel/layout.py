@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
-from math import prod
+from math import gcd, prod
 
 from zili.config import RunConfig
 from zili.config.model import ModelConfig
@@ -31,6 +31,17 @@ def processes() -> tuple[int, int, int]:
     except ValueError as error:
         raise LayoutError(f"RANK, WORLD_SIZE or LOCAL_RANK is not a number: {error}; start with torchrun") from error
     return rank, size, here
+
+
+def torchrun(world: int) -> str:
+    """The words that start `world` processes, before the command, on machines like those of this run, else with eight
+    on each. HOST is the first of several machines, and each of them is given the line."""
+    _, size, _ = processes()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    each = here if size > here or size == world else max(here, min(world, 8))
+    each = gcd(world, each)
+    machines = f"--nnodes {world // each} --rdzv-backend c10d --rdzv-endpoint HOST:29500 " if world > each else ""
+    return f"torchrun {machines}--nproc-per-node {each} -m zili"
 
 
 @dataclass(frozen=True)
@@ -100,20 +111,25 @@ def _sized(parallel: ParallelConfig, world: int) -> Layout:
     others = prod(size for name, size in sizes.items() if name not in ("shards", "expert"))
     if sizes["shards"] == "auto":
         if world % others:
+            fitting = max(1, round(world / others)) * others
             raise LayoutError(
-                f"{world} processes cannot be divided by parallel.replicas x context x tensor x pipeline = {others}; "
-                f"start a multiple of {others}, for example {max(1, round(world / others)) * others}"
+                f"{_counted(world)} cannot be divided by parallel.replicas x context x tensor x pipeline = {others}; "
+                f"start a multiple of {others}, for example {fitting}: {torchrun(fitting)} train RECIPE"
             )
         sizes["shards"] = world // others
     layout = Layout(**sizes)
     if layout.world != world:
         factors = " x ".join(f"{name} {sizes[name]}" for name in DIMENSIONS)
-        fitting = f', or set parallel.shards = {world // others} or "auto"' if world % others == 0 else ""
+        fitting = f'; or set parallel.shards = {world // others} or "auto"' if world % others == 0 else ""
         raise LayoutError(
-            f"[parallel] asks for {layout.world} processes ({factors}) and {world} {'is' if world == 1 else 'are'} "
-            f"running; start {layout.world}{fitting}"
+            f"[parallel] asks for {_counted(layout.world)} ({factors}) and {world} {'is' if world == 1 else 'are'} "
+            f"running; start {layout.world}: {torchrun(layout.world)} train RECIPE{fitting}"
         )
     return layout
+
+
+def _counted(processes: int) -> str:
+    return f"{processes} process{'es' * (processes != 1)}"
 
 
 def _problems(config: RunConfig, layout: Layout) -> Iterator[str]:

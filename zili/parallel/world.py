@@ -11,12 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from zili import errors
 from zili.chips.device import Device
 from zili.errors import ZiliError
 from zili.parallel.collectives import Peers
 from zili.parallel.layout import Layout, processes
+from zili.parallel.lives import own_life
 
 Result = TypeVar("Result")
 _TIMEOUT = timedelta(minutes=30)
@@ -31,7 +33,9 @@ def join(device: Device) -> None:
     if processes()[1] > 1 and not dist.is_initialized():
         collectives = device.backend.collectives
         named = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{collectives}"
-        dist.init_process_group(named, timeout=_TIMEOUT)
+        store, rank, size = next(rendezvous("env://", timeout=_TIMEOUT))
+        life = own_life(store, rank, size, _TIMEOUT)
+        dist.init_process_group(named, store=life, rank=rank, world_size=size, timeout=_TIMEOUT)
 
 
 def leave() -> None:
@@ -48,6 +52,15 @@ def await_the_others() -> None:
     if dist.is_initialized():
         with suppress(RuntimeError):  # the others may be gone, which is as good
             dist.all_reduce(torch.zeros(1), async_op=True).wait(_PATIENCE)
+
+
+def is_of_the_others(error: Exception) -> bool:
+    """Whether `error` is how collectives say that another process is gone or does not answer. Gloo's have no class of
+    their own (torch 2.13)."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("gloo" in text or "caused pair closure" in text)
 
 
 class World:
@@ -130,6 +143,10 @@ class World:
         if self.size > 1:
             dist.all_reduce(values)
         return values
+
+    def count(self, true: bool) -> int:
+        """On how many processes it is `true`; all of them ask and all of them learn."""
+        return int(self.sum(torch.tensor(float(true))))
 
     def from_first(self, make: Callable[[], Result]) -> Result:
         """What the first process makes, on every process; if it fails there, it fails everywhere."""

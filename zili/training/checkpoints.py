@@ -33,6 +33,7 @@ from zili.config import ModelConfig
 from zili.errors import CheckpointError
 from zili.models.arithmetic import parameter_shapes
 from zili.models.decoder import Decoder
+from zili.parallel.layout import processes
 
 RUN_FILE = "run.json"
 FORMAT = 1
@@ -181,7 +182,7 @@ def find_checkpoint(path: Path) -> Path | None:
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     damaged: list[str] = []
     found = newest_sound(folder, damaged.append)
-    for line in damaged:
+    for line in damaged if processes()[0] == 0 else ():  # all that start from it read it
         print(line, file=sys.stderr)
     return found
 

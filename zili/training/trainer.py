@@ -115,7 +115,10 @@ class Trainer:
         return torch.compiler.set_stance("force_eager")
 
     def note(self, text: str) -> None:
-        """Tell the user one line, through whatever shows and records the run."""
+        """Tell the user one line, through whatever shows and records the run.
+
+        Only the first process has that. What others know and it does not, it must be told before (`World.count`).
+        """
         for callback in self.callbacks:
             callback.on_note(text)
 
@@ -135,13 +138,20 @@ class Trainer:
         rng = self.world.agree(
             lambda: checkpoints.restore(found, self.config.model, tensors, named, self.optimizers, self.world.rank)
         )
-        if not rng:
-            self.note(f"{found} was written by fewer processes: dropout draws other numbers from here on")
-        elif not self.device.set_rng_state(rng):
-            self.note(f"{found} was written on another kind of device: dropout draws other numbers from here on")
+        self._take_up_generators(found, rng)
         self.step = self._saved_at = state.step
         self.note(f"resumed from {found} at step {state.step}")
         return True
+
+    def _take_up_generators(self, found: Path, rng: dict[str, Tensor]) -> None:
+        """Go on drawing as the checkpoint says; which processes cannot, only they know themselves."""
+        whole = bool(rng) and self.device.set_rng_state(rng)
+        new = self.world.count(not rng)
+        moved = self.world.count(bool(rng) and not whole)
+        for count, why in ((new, "by fewer processes"), (moved, "on another kind of device")):
+            if count:
+                where = f" in {count} of {self.world.size} processes" if self.world.size > 1 else ""
+                self.note(f"{found} was written {why}: dropout draws other numbers{where} from here on")
 
     def save(self) -> Path:
         """Begin to write a checkpoint of the present step; `fit` returns when it is whole.
@@ -196,9 +206,7 @@ class Trainer:
 
     def _stop(self, interruption: Interruption) -> bool:
         """Whether any process was interrupted: all stop after the same step."""
-        if self.world.size == 1:
-            return interruption.requested
-        return bool(self.world.sum(torch.tensor(float(interruption.requested))))
+        return self.world.count(interruption.requested) > 0
 
     def _one_step(self, batches: Prefetcher) -> None:
         started, waited = time.perf_counter(), batches.waited
@@ -269,10 +277,12 @@ class Trainer:
         self.saver.wait()
         kept = checkpoints.list_checkpoints(self.checkpoint_folder)
         way_out = f"the newest checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
-        raise TrainingError(
+        error = TrainingError(
             f"step {self.step}: loss {float(loss)}, gradient norm {float(norm)}; {way_out}. "
             "Lower optimizer.learning_rate, or lengthen schedule.warmup_steps"
         )
+        error.agreed = True  # both numbers are sums over all processes
+        raise error
 
     def _state_that_belongs(self, path: Path) -> checkpoints.RunState:
         """`run.json` of `path`; refuses to go on with another model or another order of data than the checkpoint's."""

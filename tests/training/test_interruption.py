@@ -1,0 +1,92 @@
+"""A request to end is often heard twice, and is one; who insists is obeyed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from tiny_run import At, Recipe, interrupt, start, train
+from torch.distributed.launcher.api import LaunchConfig
+
+from zili.config import RunConfig
+from zili.errors import ConfigError
+from zili.training.checkpoints import list_checkpoints, verify
+from zili.training.interruption import grace_seconds
+from zili.training.saving import Saver
+
+
+def heard(*numbers: int) -> Callable[[], None]:
+    def hear() -> None:
+        for number in numbers:
+            interrupt(number)
+
+    return hear
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        (signal.SIGTERM, signal.SIGTERM, signal.SIGTERM),
+        (signal.SIGHUP, signal.SIGHUP),
+        (signal.SIGTERM, signal.SIGHUP),  # systemd's SendSIGHUP
+        (signal.SIGTERM, signal.SIGINT),
+        (signal.SIGINT, signal.SIGTERM),
+    ],
+)
+def test_a_request_that_is_heard_twice_is_one(recipe: Recipe, numbers: tuple[int, ...]) -> None:
+    trainer = train(recipe(), At(3, heard(*numbers)))
+    assert (trainer.step, trainer.interrupted) == (3, True)
+    assert list_checkpoints(trainer.checkpoint_folder)[-1].name == "step-00000003"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_a_sigterm_heard_again_while_saving_leaves_the_checkpoint_whole(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, asynchronous: str
+) -> None:
+    write = Saver._write
+
+    def slow(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)  # the main thread hears it, whichever thread writes
+        time.sleep(0.2)
+        write(*arguments)
+
+    monkeypatch.setattr(Saver, "_write", slow)
+    config = recipe("checkpoint.every=0", f"checkpoint.asynchronous={asynchronous}")
+    trainer = train(config, At(3, heard(signal.SIGTERM)))
+    (saved,) = list_checkpoints(trainer.checkpoint_folder)
+    verify(saved)
+    assert saved.name == "step-00000003" and trainer.interrupted
+
+
+def insist(config: RunConfig) -> None:
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "0.1"
+
+    def later() -> None:
+        interrupt(signal.SIGTERM)
+        time.sleep(0.2)
+        interrupt(signal.SIGTERM)
+
+    train(config, At(3, later))
+
+
+def test_a_sigterm_after_the_grace_ends_at_once(recipe: Recipe) -> None:
+    config = recipe("checkpoint.every=0")
+    process = start(insist, config)
+    process.join(120)
+    assert process.exitcode == -signal.SIGTERM
+    assert not list_checkpoints(config.folder / "checkpoints")
+
+
+def test_the_grace_is_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    assert grace_seconds() == LaunchConfig(1, 1, 1).shutdown_timeout
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    assert grace_seconds() == LaunchConfig(1, 1, 1).shutdown_timeout == 600
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "long")
+    with pytest.raises(ConfigError, match="TORCH_ELASTIC_SHUTDOWN_TIMEOUT is 'long'"):
+        grace_seconds()
