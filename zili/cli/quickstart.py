@@ -21,6 +21,7 @@ from zili.cli.options import OnError, OnErrorOption, Overrides, TextField, progr
 from zili.cli.train import INTERRUPTED
 from zili.config import Choice, RunConfig, build_config, load_recipe
 from zili.errors import ConfigError
+from zili.parallel.layout import processes
 
 _SECONDS_AFTER_TRAINING = 20
 """Kept for compressors, samples and the report."""
@@ -83,7 +84,14 @@ def _command(text: list[Path], folder: Path, text_field: str, on_error: OnError)
 
 
 def _refuse_early(folder: Path, restart: bool, overrides: list[str]) -> None:
-    """A mistyped override or an unknown chip, before minutes of reading text and before an earlier run is dropped."""
+    """A mistyped override or an unknown chip, before minutes of reading text and before an earlier run is dropped.
+
+    And more than one process: each would prepare the text in the same folder at the same time.
+    """
+    if processes()[1] > 1:
+        raise ConfigError(
+            "zili quickstart runs as one process; go on with several: torchrun ... -m zili train RUN/recipe.toml"
+        )
     earlier = folder / RECIPE_FILE
     if earlier.exists() and not restart:
         recipe = load_recipe(earlier, overrides)
