@@ -110,6 +110,7 @@ def _save(folder: Path) -> float:
     state = checkpoints.RunState(1, 1, setup.config.model_dump(mode="json"), "none")
     saver = Saver(folder / "run" / "checkpoints", setup.world, keep=2, asynchronous=False)
     saver.save(state, checkpoints.model_tensors(model.named_tensors()))
+    saver.wait()
     return 0.0
 
 

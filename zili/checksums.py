@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import heapq
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Any, TypeVar
 
 from zili.errors import CheckpointError
 
 SUMS_FILE = "SHA256SUMS"
+_THREADS = 4
+"""Each hashes a file: one reads while another computes. A process is rarely given more cores than this."""
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 def sha256(path: Path) -> str:
@@ -23,11 +30,32 @@ def write_sums(folder: Path, sums: dict[str, str]) -> None:
     (folder / SUMS_FILE).write_text(lines, encoding="utf-8")
 
 
-def verify_sums(folder: Path, required: Iterable[str] = ()) -> dict[str, str]:
-    """Hash every file again; returns the hashes by name.
+def several_at_once(work: Callable[[Item], Made], items: Sequence[Item]) -> Iterator[Made]:
+    """`work` of each of `items`, in their order, on a few threads: hashlib lets the others run while it hashes."""
+    # Its threads are daemons, so that Ctrl-C need not wait for the end of a large file.
+    with ThreadPool(max(1, min(_THREADS, len(items)))) as pool:
+        yield from pool.imap(work, items)
+
+
+def share_of(sizes: Mapping[Item, int], part: int, parts: int) -> list[Item]:
+    """Which of the files with `sizes`, bytes, process `part` of `parts` hashes: from the largest to the smallest, each
+    goes to the process that has fewest bytes. The same on every process."""
+    own = []
+    least: list[tuple[int, int]] = [(0, number) for number in range(parts)]
+    names: list[Any] = sorted(sizes, key=lambda name: (-sizes[name], str(name)))
+    for name in names:
+        load, number = least[0]
+        heapq.heapreplace(least, (load + sizes[name], number))
+        if number == part:
+            own.append(name)
+    return own
+
+
+def read_sums(folder: Path, required: Iterable[str] = ()) -> dict[str, str]:
+    """The hashes that `folder` lists, by name.
 
     Raises:
-        CheckpointError: a file is missing, truncated, changed, or not listed; the message names it.
+        CheckpointError: there is no list, or it lacks a file of the folder, or one that is `required`.
     """
     try:
         lines = (folder / SUMS_FILE).read_text(encoding="utf-8").splitlines()
@@ -37,13 +65,26 @@ def verify_sums(folder: Path, required: Iterable[str] = ()) -> dict[str, str]:
     unlisted = sorted({*required, *(entry.name for entry in folder.iterdir())} - {*sums, SUMS_FILE})
     if unlisted:
         raise CheckpointError(f"{folder / SUMS_FILE} is cut short or older than the rest: it lacks {unlisted[0]}")
-    for name, expected in sums.items():
+    for name in sums:
         if Path(name).name != name:
             raise CheckpointError(f"{folder / SUMS_FILE} names {name!r}, which is not a file of this folder")
-        try:
-            found = sha256(folder / name)
-        except OSError as error:
-            raise CheckpointError(f"{folder / name} cannot be read: {error}") from error
-        if found != expected:
-            raise CheckpointError(f"{folder / name} is damaged: sha256 {found[:12]}..., expected {expected[:12]}...")
     return sums
+
+
+def verify_sums(folder: Path, sums: Mapping[str, str]) -> None:
+    """Hash the files in `sums` again: all that `read_sums` gave, or a share of them.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or changed; the message names it.
+    """
+    names = sorted(sums)
+    for name, found in zip(names, several_at_once(lambda name: _sha256_in(folder, name), names), strict=True):
+        if found != sums[name]:
+            raise CheckpointError(f"{folder / name} is damaged: sha256 {found[:12]}..., expected {sums[name][:12]}...")
+
+
+def _sha256_in(folder: Path, name: str) -> str:
+    try:
+        return sha256(folder / name)
+    except OSError as error:
+        raise CheckpointError(f"{folder / name} cannot be read: {error}") from error

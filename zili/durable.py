@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from zili.errors import CheckpointError, ConfigError, ZiliError
+
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
+"""What file systems without locks answer."""
 
 
 def sync(path: Path) -> None:
@@ -56,20 +61,44 @@ def whole_folder(target: Path, refused: type[ZiliError] = CheckpointError) -> It
         raise
 
 
+def soon(holds: Callable[[], bool], patience: float = 10.0) -> bool:
+    """Whether `holds()` within `patience` seconds: what another machine wrote may take a few to show, since clients of
+    network file systems keep names and sizes for a while."""
+    end = time.monotonic() + patience
+    while not holds():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
+
+
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[str | None]:
     """Keep a folder to this process; the system lets go of it when the process ends, however it ends.
 
+    Yields None, or what the file system says that has no locks: Lustre mounted without `flock`, some NFS.
+
     Raises:
-        ConfigError: another process holds it.
+        ConfigError: another process holds it, or it cannot be made or opened.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"another process trains in {folder}; wait for it, or give another folder") from error
-        yield
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be used: {error}; choose another folder") from error
+    try:
+        yield _lock(handle, folder)
     finally:
         os.close(handle)
+
+
+def _lock(handle: int, folder: Path) -> str | None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(f"another process trains in {folder}; wait for it, or give another folder") from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise ConfigError(f"{folder} cannot be locked: {error}; choose another folder") from error
+        return str(error)
+    return None

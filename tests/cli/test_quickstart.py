@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from zili.cli.quickstart import quickstart
+from zili.errors import LayoutError
 from zili.training.checkpoints import list_checkpoints
 
 Listing = Callable[[], list[str]]
@@ -199,3 +201,12 @@ def test_restart_keeps_the_earlier_run_when_the_new_text_cannot_be_read(zili, te
     before = sorted(path.name for path in run.iterdir())
     assert zili("quickstart", "--restart", "--text", run.parent / "nowhere", "--folder", run).code == 4
     assert sorted(path.name for path in run.iterdir()) == before
+
+
+def test_several_processes_are_refused_before_each_prepares_the_same_text(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(LayoutError, match="is one process"):
+        quickstart(folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -20,7 +20,11 @@ from unittest import mock
 import forks
 import torch
 
+from zili.chips import find_backend
+from zili.chips.device import Device
 from zili.config import RunConfig
+from zili.parallel.layout import Layout
+from zili.parallel.world import World, join
 from zili.training.callbacks import Callback, StepRecord
 from zili.training.trainer import Trainer
 
@@ -142,9 +146,17 @@ class Stop(Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+def world_here(size: int) -> World:
+    """The world of this process, one of `size` without a model."""
+    from zili.chips.activation import activate
+
+    device = Device(activate(find_backend("cpu"), index=0))
+    join(device)
+    return World(Layout(shards=size), device)
+
+
 def open_trainer(config: RunConfig, callbacks: Sequence[Callback] = ()) -> Trainer:
     """The trainer of `config` on a process of its world."""
-    from zili.chips import find_backend  # noqa: F401 - the package is preloaded
     from zili.cli.launch import prepare_launch
 
     with mock.patch("zili.training.setup.chips.activate", _activate):

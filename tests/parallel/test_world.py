@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from many import on_processes
+from many import on_processes, world_here
 
 from zili import chips
 from zili.chips.device import Device
 from zili.errors import CheckpointError, DataError, ZiliError
 from zili.parallel.layout import Layout
-from zili.parallel.world import World, join
+from zili.parallel.world import World
 
 
 class Heard(NamedTuple):
@@ -24,14 +24,6 @@ class Heard(NamedTuple):
     text: str
     agreed: bool
     seconds: float
-
-
-def world_here(size: int) -> World:
-    from zili.chips.activation import activate
-
-    device = Device(activate(chips.find_backend("cpu"), index=0))
-    join(device)
-    return World(Layout(shards=size), device)
 
 
 def agreements() -> dict[str, Any]:

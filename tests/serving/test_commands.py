@@ -47,6 +47,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, model: Decoder, tokenizer: Tok
         folder / "checkpoints", World(Layout(), Device(activate(find_backend("cpu")))), keep=1, asynchronous=False
     )
     saver.save(state, model_tensors(list(model.named_parameters())))
+    saver.wait()
     return folder
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import resource
 import time
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +169,58 @@ def test_die_after_step_kills(recipe: Recipe) -> None:
     """The other tests lean on it."""
     assert run_apart(die_after_step, recipe(), 1) == -9
     assert not (recipe().folder / "checkpoints").exists()
+
+
+def test_a_full_disk_leaves_gaps_in_the_record_and_is_said_once(recipe: Recipe) -> None:
+    """/dev/full refuses what is written to it as a full disk does."""
+    config, said = recipe(), list[str]()
+    log = MetricsLog(config.folder, said.append)
+
+    def fill() -> None:
+        log.path.rename(config.folder / "before")
+        log.path.symlink_to("/dev/full")
+
+    assert train(config, log, At(2, fill), At(4, log.path.unlink)).done
+    assert [line["step"] for line in lines(config.folder)] == [5, 6]
+    first, last = said
+    assert "No space left on device" in first and str(log.path) in first and "failed 2 times" in last
+
+
+class AtStep:
+    """What TensorBoard's log asks of a trainer."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+
+def test_tensorboard_goes_on_after_a_full_disk(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    said = list[str]()
+    log: Any = TensorBoardLog(tmp_path, said.append)
+    log.on_start(AtStep(0))
+    log.on_evaluation(1, {"loss": 1.0})
+    log.on_checkpoint(AtStep(1))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+    try:
+        for step in (2, 3, 4):
+            log.on_evaluation(step, {"loss": 1.0})
+            log.on_checkpoint(AtStep(step))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    time.sleep(1.1)  # event files are ordered by the second in their names
+    log.on_checkpoint(AtStep(4))
+    log.on_evaluation(5, {"loss": 2.0})
+    log.on_end(AtStep(5))
+    found = board(tmp_path)["eval/loss"]
+    assert found[0] == (1, 1.0) and found[-1] == (5, 2.0)
+    assert len(said) == 2 and "cannot be written" in said[0] and "has gaps" in said[1]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_log_on_a_full_disk_ends_no_run() -> None:
+    with suppress(OSError), Path("/dev/full").open("w") as full:
+        display = ProgressDisplay(Console(file=full))
+        display.on_note("a note")
+        display.on_evaluation(3, {"loss": 1.0})
+        with pytest.raises(OSError, match="No space"):
+            full.flush()

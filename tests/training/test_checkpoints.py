@@ -8,8 +8,12 @@ import os
 import resource
 import shutil
 import subprocess
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +21,8 @@ from tiny_run import At, Recipe, Recorder, final_tensors, hidden, interrupt, ope
 
 from zili.config import RunConfig
 from zili.errors import CheckpointError
-from zili.training import checkpoints
+from zili.training import checkpoints, saving
+from zili.training.callbacks import Callback
 from zili.training.saving import Saver
 from zili.training.trainer import Trainer
 
@@ -260,3 +265,76 @@ def test_a_damaged_checkpoint_never_pushes_out_the_sound_one_before_it(recipe: R
     train(recipe("training.steps=5", "schedule.kind=constant", "checkpoint.every=0"))
     kept = [path.name for path in checkpoints.list_checkpoints(first.checkpoint_folder)]
     assert kept == ["step-00000002", "step-00000005"]
+
+
+class Heard(Callback):
+    """What was noted, and at which step."""
+
+    def __init__(self) -> None:
+        self.notes: list[tuple[int, str]] = []
+        self.step = 0
+
+    def after_step(self, trainer: Trainer) -> None:
+        self.step = trainer.step
+        if trainer.step % 2:
+            # Wait for the thread as a long step would, without asking how it went.
+            while any(thread.name == "zili-checkpoint" for thread in threading.enumerate()):
+                time.sleep(0.01)
+
+    def on_note(self, text: str) -> None:
+        self.notes.append((self.step, text))
+
+
+def refusing(*steps: int) -> Any:
+    """A disk that is full when checkpoints of `steps` are written."""
+    real = saving._write_tensors
+
+    def write(aside: Path, *rest: Any) -> None:
+        if int(aside.name[-8:]) in steps:
+            raise OSError(28, "No space left on device")
+        real(aside, *rest)
+
+    return mock.patch.object(saving, "_write_tensors", write)
+
+
+@pytest.mark.parametrize("mode", ["asynchronous=true", "asynchronous=false"])
+def test_a_save_that_fails_is_noted_at_the_next_step_and_tried_again(recipe: Recipe, mode: str) -> None:
+    heard = Heard()
+    with refusing(4, 8, 10):
+        trainer = train(recipe("training.steps=12", f"checkpoint.{mode}"), heard)
+    assert names(trainer.checkpoint_folder) == ["step-00000006", "step-00000012"]
+    assert hidden(trainer.checkpoint_folder) == []
+    assert len(heard.notes) == 3
+    for (at, text), step, count in zip(heard.notes, (4, 8, 10), (1, 1, 2), strict=True):
+        assert at in (step, step + 1)
+        assert f"step-{step:08d}: " in text and "No space left on device" in text and f"({count} of" in text
+
+
+@pytest.mark.parametrize(("patience", "step"), [(1, 4), (3, 8)])
+def test_a_run_without_a_checkpoint_for_so_many_intervals_ends(recipe: Recipe, patience: int, step: int) -> None:
+    trainer = open_trainer(recipe("training.steps=40", f"checkpoint.patience={patience}"), [Heard()])
+    with refusing(*range(4, 40)), pytest.raises(CheckpointError, match="No space left on device") as caught:
+        trainer.fit()
+    assert f"{patience} saves in a row failed (checkpoint.patience)" in str(caught.value)
+    assert trainer.step in (step, step + 1) and names(trainer.checkpoint_folder) == ["step-00000002"]
+
+
+def test_a_last_save_that_fails_is_an_error(recipe: Recipe) -> None:
+    with refusing(6), pytest.raises(CheckpointError, match=r"cannot write .*step-00000006"):
+        train(recipe())
+
+
+def test_what_cannot_be_deleted_is_a_note(recipe: Recipe) -> None:
+    """As a file that somebody reads over NFS, or one that is write-protected."""
+    recorder, real = Recorder(), shutil.rmtree
+
+    def refuse(path: Path, *rest: Any, **options: Any) -> None:
+        if "step-00000002" in str(path) and not options:
+            raise OSError(39, "Directory not empty")
+        real(path, *rest, **options)
+
+    with mock.patch.object(shutil, "rmtree", refuse):
+        trainer = train(recipe(), recorder)
+    assert names(trainer.checkpoint_folder) == ["step-00000004", "step-00000006"]
+    (note,) = recorder.notes
+    assert "step-00000002" in note and "cannot be deleted" in note and "Directory not empty" in note

@@ -73,7 +73,7 @@ def test_a_run_killed_between_checkpoints_ends_in_the_same_bytes(
     assert_same_bits(final_tensors(config), uninterrupted(recipe, *settings))
 
 
-@pytest.mark.parametrize("function", ["_write_tensors", "_sums", "sync", "_drop"])
+@pytest.mark.parametrize("function", ["_write_tensors", "_written", "sync", "_drop"])
 def test_a_run_killed_while_it_writes_a_checkpoint_ends_in_the_same_bytes(
     recipe: Recipe, settings: tuple[str, ...], function: str
 ) -> None:

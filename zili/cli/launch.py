@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from zili.data.packing import DialogueLoader
     from zili.data.store import TokenStore
     from zili.data.tokenizer import Tokenizer
+    from zili.parallel.world import World
     from zili.training.setup import Setup
     from zili.training.trainer import Trainer
 
@@ -55,14 +58,28 @@ def prepare_launch(recipe: RunConfig) -> Launch:
     Raises:
         ZiliError: whatever makes the run impossible, before anything is written.
     """
+    from zili.parallel.machines import check_same
     from zili.training.setup import set_up
 
     setup = set_up(recipe)
-    tokenizer, loader = setup.world.agree(lambda: _open_data(recipe))
+    world, config = setup.world, setup.config  # the first process's: the recipe may be a copy too
+    tokenizer, loader, stores = world.agree(lambda: _open_data(config))
+    check_same(world, "token stores", " ".join(store.identity() for store in stores))
+    if config.data.verify:
+        _verify(stores, world)
     return Launch(recipe, setup, tokenizer, loader)
 
 
-def _open_data(recipe: RunConfig) -> tuple[Tokenizer, Batches]:
+def _verify(stores: list[TokenStore], world: World) -> None:
+    """Read the stores through, once a machine, as each may have copies of its own: its processes share the work."""
+    from zili.data.store import verify_stores
+
+    _, _, here = processes()
+    world.agree_patiently(lambda: verify_stores(stores, here, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def _open_data(recipe: RunConfig) -> tuple[Tokenizer, Batches, list[TokenStore]]:
+    """Tokenizer, loader, and all stores that the run reads, those held out among them."""
     from zili.data.packing import DialogueLoader, open_loader
     from zili.data.store import TokenStore
     from zili.data.tokenizer import Tokenizer
@@ -75,11 +92,9 @@ def _open_data(recipe: RunConfig) -> tuple[Tokenizer, Batches]:
         )
     stores = [(TokenStore.open(source.store), source.weight) for source in recipe.data.sources]
     held_out = [TokenStore.open(recipe.data.held_out)] if recipe.data.held_out else []
-    _, _, here = processes()
-    for store in [*(store for store, _ in stores), *held_out]:
+    read = [*(store for store, _ in stores), *held_out]
+    for store in read:
         store.check_tokenizer(tokenizer)
-        if recipe.data.verify and here == 0:  # one process a machine reads them through
-            store.verify()
     loader = open_loader(
         stores,
         sequence_length=recipe.training.sequence_length,
@@ -92,7 +107,7 @@ def _open_data(recipe: RunConfig) -> tuple[Tokenizer, Batches]:
             if recipe.preference is not None
             else "data.sources are pairs of answers: say how they are learned from, preference.beta"
         )
-    return tokenizer, loader
+    return tokenizer, loader, read
 
 
 def run(launch: Launch, console: Console) -> Trainer:
@@ -103,11 +118,12 @@ def run(launch: Launch, console: Console) -> Trainer:
 
     _refuse_adapters_of_nothing(launch.setup.config)
     config, world = launch.setup.config, launch.setup.world
-    progress, metrics = ProgressDisplay(console), MetricsLog(config.folder)
+    progress = ProgressDisplay(console)
+    metrics = MetricsLog(config.folder, progress.on_note)
     callbacks: list[Callback] = [metrics, progress]
     sinks: list[EvaluationSink] = [metrics, progress]
     if config.logging.tensorboard:
-        board = TensorBoardLog(config.folder)
+        board = TensorBoardLog(config.folder, progress.on_note)
         callbacks.append(board)
         sinks.append(board)
     if not world.is_first:  # one process speaks; all of them compute
@@ -115,12 +131,11 @@ def run(launch: Launch, console: Console) -> Trainer:
     held_out = world.agree(lambda: _open_held_out(launch))
     if held_out is not None:
         callbacks.insert(0, HeldOutEvaluation(measure_of(held_out, launch.tokenizer), sinks))
-    trainer = world.agree(lambda: Trainer(config, launch.loader, launch.setup.device, callbacks, world))
-    if world.is_first:
-        for line in launch.loader.report:
-            console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
-    with ExitStack() as held:
-        world.agree(lambda: held.enter_context(locked(config.folder)) if world.is_first else None)
+    with _run_folder(config.folder, world, progress.on_note):
+        trainer = world.agree(lambda: Trainer(config, launch.loader, launch.setup.device, callbacks, world))
+        if world.is_first:
+            for line in launch.loader.report:
+                console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
         begin(trainer, held_out)
         world.from_first(lambda: _leave_a_whole_run_folder(launch))
         try:
@@ -143,6 +158,22 @@ def _refuse_adapters_of_nothing(config: RunConfig) -> None:
         raise error
 
 
+@contextmanager
+def _run_folder(folder: Path, world: World, note: Callable[[str], None]) -> Iterator[None]:
+    """Keep the run's folder from other runs, and see that it is the same one for all processes of this."""
+    from zili.parallel.machines import check_shared_folder
+
+    checkpoints = folder / "checkpoints"  # it may be a mount or a link of its own
+    with ExitStack() as held:
+        no_locks = world.agree(lambda: held.enter_context(locked(folder)) if world.is_first else None)
+        if no_locks:
+            note(f"{folder} cannot be locked ({no_locks}): see to it that no other run trains in it meanwhile")
+        check_shared_folder(world, folder)
+        if world.from_first(checkpoints.is_dir):
+            check_shared_folder(world, checkpoints)
+        yield
+
+
 def begin(trainer: Trainer, held_out: TokenStore | DialogueLoader | None = None) -> None:
     """Bring a run to where it goes on: its newest checkpoint, or the model that it starts from. Pairs get their
     reference.
@@ -155,7 +186,7 @@ def begin(trainer: Trainer, held_out: TokenStore | DialogueLoader | None = None)
 
     start, resumed = trainer.config.training.start_from, trainer.resume()
     if not resumed and start is not None:
-        trainer.world.agree(lambda: _start_from(trainer, start))
+        _start_from(trainer, start)
     elif not resumed and isinstance(trainer.loader, DialogueLoader):
         seed = trainer.config.seed
         trainer.note(f"weights drawn from seed {seed}: no model is named to go on from (training.start_from)")
@@ -166,9 +197,15 @@ def begin(trainer: Trainer, held_out: TokenStore | DialogueLoader | None = None)
 
 
 def _start_from(trainer: Trainer, folder: Path) -> None:
-    from zili.release import load_into
+    from zili.parallel.machines import check_same
+    from zili.release import identity, load_into
+    from zili.training.checkpoints import find_checkpoint
 
-    load_into(trainer.parallel.parts, folder)
+    world = trainer.world
+    check_same(world, f"files in {folder}", world.agree(lambda: identity(folder)))
+    found = world.agree(lambda: find_checkpoint(folder, trainer.note, world))
+    parts = trainer.parallel.parts
+    world.agree(lambda: load_into(parts, found or folder, hashed=found is not None))
     trainer.note(f"weights from {folder}")
 
 

@@ -129,6 +129,9 @@ class CheckpointConfig(Section):
     """Write in the background: a step waits only until its tensors are copied."""
     keep: int = Field(2, ge=2)
     """Newest checkpoints kept. At least two, so that a damaged one has one before it."""
+    patience: PositiveInt = 3
+    """Saves in a row that may fail, a full disk say: after so many intervals without a checkpoint the run ends. Each
+    that fails before is noted, and the next one tries again."""
 
 
 class EvaluationConfig(Section):

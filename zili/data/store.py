@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from zili.checksums import several_at_once, share_of
 from zili.data.indexed import REBUILD, Index, read_index
 from zili.data.sources import FileRecord, measure
 from zili.data.tokenizer import Tokenizer
@@ -107,15 +108,8 @@ class TokenStore:
         return cls(Path(prefix), manifest, index, tokens, _open_mask(Path(f"{prefix}{MASK}"), manifest))
 
     def verify(self) -> None:
-        """Hash both files again. Raises `DataError` naming one whose content is not what was written."""
-        for suffix, record in self.manifest.files.items():
-            path, written = Path(f"{self.prefix}{suffix}"), record["sha256"]
-            _, found = measure(path)
-            if found != written:
-                raise DataError(
-                    f"{path}: content changed since it was built "
-                    f"(sha256 {found[:12]}, written {written[:12]}). {REBUILD}"
-                )
+        """Hash the files again. Raises `DataError` naming one whose content is not what was written."""
+        verify_stores([self])
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raises `DataError` when the store was built with another tokenizer: its ids mean other text."""
@@ -144,6 +138,23 @@ class TokenStore:
         """sha256 of what the store holds, the same wherever it lies."""
         suffixes = [".bin", ".idx", *((MASK,) if MASK in self.manifest.files else ())]
         return ":".join(self.manifest.files[suffix]["sha256"] for suffix in suffixes)
+
+
+def verify_stores(stores: Iterable[TokenStore], part: int = 0, parts: int = 1) -> None:
+    """Hash the files of `stores` again; of `parts` processes that share the work, process `part` its own.
+
+    Raises `DataError` naming a file whose content is not what was written.
+    """
+    written = {
+        Path(f"{store.prefix}{suffix}"): record for store in stores for suffix, record in store.manifest.files.items()
+    }
+    own = share_of({path: record["bytes"] for path, record in written.items()}, part, parts)
+    for path, (_, found) in zip(own, several_at_once(measure, own), strict=True):
+        expected = written[path]["sha256"]
+        if found != expected:
+            raise DataError(
+                f"{path}: content changed since it was built (sha256 {found[:12]}, written {expected[:12]}). {REBUILD}"
+            )
 
 
 def _open_mask(path: Path, manifest: Manifest) -> NDArray[Any] | None:

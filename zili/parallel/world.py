@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from multiprocessing.pool import ThreadPool
 from typing import TypeVar
 
 import torch
@@ -23,6 +24,8 @@ from zili.parallel.lives import own_life
 Result = TypeVar("Result")
 _TIMEOUT = timedelta(minutes=30)
 _PATIENCE = timedelta(seconds=10)
+_ROUND = 1.0
+"""Seconds between two signs of life of processes that are at long work."""
 
 
 def join(device: Device) -> None:
@@ -175,6 +178,20 @@ class World:
         if failure is not None:
             raise failure
         return result  # type: ignore[return-value]
+
+    def agree_patiently(self, work: Callable[[], Result]) -> Result:
+        """`agree`, for work that may take one process longer than the others may wait in a collective.
+
+        It runs in a thread and must leave the device alone; meanwhile all tell one another that they are at it.
+        """
+        if self.size == 1:
+            return self.agree(work)
+        with ThreadPool(1) as thread:
+            made, busy = thread.apply_async(work), True
+            while busy:
+                made.wait(_ROUND)
+                busy = bool(self.sum(torch.tensor(float(not made.ready()))))
+            return self.agree(made.get)
 
 
 def _said(failure: Exception | None, rank: int) -> tuple[str, str] | None:

@@ -2,6 +2,6 @@
 
 from zili.release.exporting import export_model
 from zili.release.importing import import_model
-from zili.release.opening import load, load_into, open_model
+from zili.release.opening import identity, load, load_into, open_model
 
-__all__ = ["export_model", "import_model", "load", "load_into", "open_model"]
+__all__ = ["export_model", "identity", "import_model", "load", "load_into", "open_model"]

@@ -75,8 +75,10 @@ def _overlap(piece: _Piece, index: Index) -> tuple[Index, Index]:
     return tuple(here), tuple(there)
 
 
-def open_checkpoint(folder: Path) -> tuple[ModelConfig, Tensors, Path]:
+def open_checkpoint(folder: Path, *, hashed: bool = False) -> tuple[ModelConfig, Tensors, Path]:
     """A checkpoint, or a run folder's newest sound one, and where it is: its model, hashes, names and shapes verified.
+
+    `hashed`: `folder` is a checkpoint whose hashes were verified already.
 
     Raises:
         CheckpointError: nothing there, damaged, or of another model.
@@ -86,7 +88,7 @@ def open_checkpoint(folder: Path) -> tuple[ModelConfig, Tensors, Path]:
     # Late: reading a published model needs no trainer.
     from zili.training.checkpoints import find_checkpoint, read_state
 
-    found = find_checkpoint(folder)
+    found = folder if hashed else find_checkpoint(folder)
     if found is None:
         raise CheckpointError(f"{folder} holds no checkpoint; give a run folder or a step-... folder")
     config = ModelConfig.model_validate(read_state(found).config["model"])

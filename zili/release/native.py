@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from zili.checksums import sha256
+from zili.checksums import several_at_once, sha256
 from zili.config.model import ModelConfig
 from zili.errors import CheckpointError
 from zili.models.arithmetic import parameter_shapes
@@ -77,12 +77,13 @@ def read_model_file(folder: Path) -> tuple[ModelConfig, Origin | None, dict[str,
 def read_native(folder: Path) -> tuple[ModelConfig, Origin | None, Tensors]:
     """A Zili model folder, its checksums and its tensors' names and shapes verified."""
     config, origin, files = read_model_file(folder)
-    for name, expected in files.items():
+    for name in files:
         if Path(name).name != name:
             raise CheckpointError(f"{folder} names {name!r}, which is not a file of this folder")
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name} is missing; import the model again")
-        if sha256(folder / name) != expected:
+    for name, found in zip(files, several_at_once(sha256, [folder / name for name in files]), strict=True):
+        if found != files[name]:
             raise CheckpointError(f"{folder / name} is not the file that was written (sha256); import the model again")
     tensors = open_tensors(folder)
     check_tensors(tensors.describe(), parameter_shapes(config), folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from zili.checksums import SUMS_FILE
 from zili.config.model import ModelConfig
 from zili.data.tokenizer import has_tokenizer
 from zili.errors import CheckpointError
@@ -33,6 +35,7 @@ LAYOUTS: tuple[Layout, ...] = (TeleChat2(), Llama(), TeleChat3(), TeleFLM(), Tel
 """In the order `export_model` tries them for a model that was never published."""
 GGUF_LAYOUT = GGUF()
 """Apart, as it is no folder with a config.json."""
+_WEIGHTS = (".safetensors", ".gguf", ".bin")
 
 
 @dataclass(frozen=True)
@@ -69,17 +72,17 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | 
     return decoder.eval()
 
 
-def load_into(parts: Iterable[Decoder], folder: str | Path) -> None:
+def load_into(parts: Iterable[Decoder], folder: str | Path, *, hashed: bool = False) -> None:
     """Fill the weights of `parts`, decoders or parts of one as a training process has them, from any folder `load`
     takes.
 
     Of a weight that is cut over processes each reads the part it has, in whatever form the folder is; nothing crosses
-    processes. Weights keep their dtype.
+    processes. Weights keep their dtype. `hashed`: `folder` is a checkpoint whose hashes were verified already.
 
     Raises:
         CheckpointError: as `load`, or `parts` are of another model.
     """
-    fill_from(parts, open_model(Path(folder)))
+    fill_from(parts, open_model(Path(folder), hashed=hashed))
 
 
 @torch.no_grad()
@@ -110,8 +113,22 @@ def own_part(tensor: Tensor) -> Index | None:
     return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
 
 
-def open_model(folder: Path) -> OpenModel:
-    """Any folder `load` takes, as names, shapes and a way to read them."""
+def identity(folder: Path) -> str:
+    """Tells copies of a folder that `load` takes apart by names and sizes of weight files, and by listed hashes."""
+    digest = hashlib.sha256()
+    for file in sorted([folder, *folder.rglob("*")]):
+        name = file.relative_to(folder)
+        if not file.is_file():
+            continue
+        if file.suffix in _WEIGHTS and not any(part.startswith(".") for part in name.parts):
+            digest.update(f"{name} {file.stat().st_size}\n".encode())
+        elif file.name in (SUMS_FILE, MODEL_FILE):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def open_model(folder: Path, *, hashed: bool = False) -> OpenModel:
+    """Any folder `load` takes, as names, shapes and a way to read them. `hashed` as `load_into` has it."""
     if is_native(folder):
         config, origin, tensors = read_native(folder)
         return OpenModel(config, tensors, origin, folder)
@@ -120,7 +137,7 @@ def open_model(folder: Path) -> OpenModel:
     file = find_gguf(folder)
     if file is not None:
         return open_gguf_model(file)
-    config, tensors, found = open_checkpoint(folder)
+    config, tensors, found = open_checkpoint(folder, hashed=hashed)
     around = [place for place in run_places(folder) if (place / MODEL_FILE).is_file()]
     origin = read_model_file(around[0])[1] if around else None
     return OpenModel(config, tensors, origin, _tokenizer_folder(folder), found)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from zili.checksums import verify_sums
+from zili.checksums import read_sums, verify_sums
 from zili.data.tokenizer import Tokenizer
 from zili.errors import CheckpointError
 from zili.release.companions import is_our_code, tokenizer_of
@@ -40,7 +40,8 @@ def verify_release(folder: Path, *, against: Path | None = None, transformers: b
     """
     if not (folder / RELEASE_FILE).is_file():
         raise CheckpointError(f"{folder} has no {RELEASE_FILE}: it is no release of `zili export`")
-    sums = verify_sums(folder, [RELEASE_FILE])
+    sums = read_sums(folder, [RELEASE_FILE])
+    verify_sums(folder, sums)
     findings = [Finding("files", f"{len(sums)} hashed again")]
     release, model = read_release(folder), open_model(folder)
     findings.append(_check_tokenizer(folder, release, tokenizer_of(folder)))

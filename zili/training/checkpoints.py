@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 import shutil
 import sys
 import warnings
@@ -28,12 +29,12 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.optim import Optimizer
 
-from zili.checksums import verify_sums
+from zili.checksums import read_sums, share_of, verify_sums
 from zili.config import ModelConfig
 from zili.errors import CheckpointError
 from zili.models.arithmetic import parameter_shapes
 from zili.models.decoder import Decoder
-from zili.parallel.layout import processes
+from zili.parallel.world import World
 
 RUN_FILE = "run.json"
 FORMAT = 1
@@ -64,6 +65,8 @@ def set_aside_after(path: Path) -> None:
         if later.name > path.name:
             aside = later.with_name(f"damaged-{later.name}")
             shutil.rmtree(aside, ignore_errors=True)
+            if aside.exists():  # one from before that cannot be deleted
+                aside = aside.with_name(f"{aside.name}-{secrets.token_hex(4)}")
             later.rename(aside)
 
 
@@ -73,16 +76,18 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(entry for entry in found if _STEP_FOLDER.fullmatch(entry.name))
 
 
-def newest_sound(folder: Path, report: Callable[[str], None]) -> Path | None:
+def newest_sound(folder: Path, report: Callable[[str], None], world: World | None = None) -> Path | None:
     """The newest checkpoint whose hashes hold; each damaged one is named through `report` and passed over.
+
+    With a `world` all its processes call it and share the work.
 
     Raises:
         CheckpointError: there are checkpoints and none of them is sound.
     """
-    checkpoints = list_checkpoints(folder)
+    checkpoints = list_checkpoints(folder) if world is None else world.from_first(lambda: list_checkpoints(folder))
     for path in reversed(checkpoints):
         try:
-            verify(path)
+            verify(path, world)
         except CheckpointError as error:
             report(f"passing over a damaged checkpoint: {error}")
         else:
@@ -94,13 +99,25 @@ def newest_sound(folder: Path, report: Callable[[str], None]) -> Path | None:
     return None
 
 
-def verify(path: Path) -> None:
-    """Hash every file again.
+def verify(path: Path, world: World | None = None) -> None:
+    """Hash every file again; with a `world`, every process its share, and all raise what one finds.
 
     Raises:
         CheckpointError: a file is missing, truncated or changed; the message names it.
     """
-    verify_sums(path, [RUN_FILE])
+    if world is None:
+        verify_sums(path, read_sums(path, [RUN_FILE]))
+        return
+    # Dealt out by what the first sees, since all have to deal alike.
+    sums, sizes = world.from_first(lambda: _sums_and_sizes(path))
+    own = {name: sums[name] for name in share_of(sizes, world.rank, world.size)}
+    world.agree_patiently(lambda: verify_sums(path, own))
+
+
+def _sums_and_sizes(path: Path) -> tuple[dict[str, str], dict[str, int]]:
+    sums = read_sums(path, [RUN_FILE])
+    # What is missing weighs nothing: whose share it is in will say so.
+    return sums, {name: (path / name).stat().st_size if (path / name).exists() else 0 for name in sums}
 
 
 def read_state(path: Path) -> RunState:
@@ -174,17 +191,17 @@ def load_model(path: Path) -> Decoder:
     return model.eval()
 
 
-def find_checkpoint(path: Path) -> Path | None:
-    """`path` itself when it is a checkpoint, else the newest sound one below it."""
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def find_checkpoint(path: Path, report: Callable[[str], None] = _say, world: World | None = None) -> Path | None:
+    """`path` itself when it is a checkpoint, else the newest sound one below it; hashed as `newest_sound` does."""
     if (path / RUN_FILE).is_file():
-        verify(path)
+        verify(path, world)
         return path
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    damaged: list[str] = []
-    found = newest_sound(folder, damaged.append)
-    for line in damaged if processes()[0] == 0 else ():  # all that start from it read it
-        print(line, file=sys.stderr)
-    return found
+    return newest_sound(folder, report, world)
 
 
 def newest_state(folder: Path) -> RunState | None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import secrets
 import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from queue import SimpleQueue
+from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -17,40 +21,70 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter
 
 from zili.checksums import SUMS_FILE, sha256, write_sums
-from zili.durable import sync
+from zili.durable import soon, sync
 from zili.errors import CheckpointError
 from zili.parallel.world import World
 from zili.training.checkpoints import RUN_FILE, RunState, list_checkpoints, one_process
 
 Result = TypeVar("Result")
+_SLOWEST = timedelta(days=1)
+
+
+class _Written(NamedTuple):
+    """A file of a checkpoint as the process sees it that wrote it."""
+
+    sha256: str
+    bytes: int
 
 
 class Saver:
     """Writes the checkpoints of a run, one at a time. Every process of the world calls it alike."""
 
-    def __init__(self, folder: Path, world: World, *, keep: int, asynchronous: bool) -> None:
-        """`keep`: newest checkpoints that stay. `asynchronous`: a save returns when its tensors are copied."""
+    def __init__(
+        self,
+        folder: Path,
+        world: World,
+        *,
+        keep: int,
+        asynchronous: bool,
+        patience: int = 1,
+        note: Callable[[str], None] = print,
+    ) -> None:
+        """`keep`: newest checkpoints that stay. `asynchronous`: a save returns when its tensors are copied.
+        `patience`: saves in a row that may fail, after which `lost` is true. `note` is told of what went wrong."""
         self.folder = folder
         self._world = world
         self._keep = keep
         self._asynchronous = asynchronous
+        self._patience = patience
+        self._note = note
         self._group: dist.ProcessGroup | None = None
         self._thread: threading.Thread | None = None
+        self._at_hand = False
         self._failure: BaseException | None = None
+        self._failed = 0
+        self._told: SimpleQueue[str] = SimpleQueue()
+
+    @property
+    def lost(self) -> bool:
+        """Whether `patience` saves in a row failed, or one met a defect; as far as this process knows yet."""
+        return self._failed >= self._patience or not isinstance(self._failure, CheckpointError | None)
 
     def save(self, state: RunState, tensors: dict[str, Tensor]) -> Path:
         """Begin to write `folder/step-XXXXXXXX`, after the save before is done. Returns its path.
 
-        Raises:
-            CheckpointError: the disk refused, now or in the save before; nothing half-written is left.
+        Where the disk refuses nothing half-written is left; `look` and `settle` tell it to `note`, `wait` raises it.
         """
-        self.wait()
+        self.settle()
         if self._world.size > 1 and self._group is None:
-            # Of its own: the messages of a save in the background must not meet those of the step.
-            self._group = dist.new_group(backend="gloo")
+            # Of its own: the messages of a save in the background must not meet those of the step. And patient: the
+            # disk of one process may be slower than any step.
+            self._group = dist.new_group(backend="gloo", timeout=_SLOWEST)
         target = self.folder / f"step-{state.step:08d}"
+        self._at_hand, self._failure = True, None
         if not self._asynchronous:
-            self._write(target, state, tensors)
+            self._attempt(target, state, tensors)
+            self.settle()
             return target
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         # Not a daemon: a process that ends lets the checkpoint at hand be finished.
@@ -58,14 +92,34 @@ class Saver:
         self._thread.start()
         return target
 
+    def look(self) -> None:
+        """`settle`, if that takes no waiting."""
+        if self._thread is None or not self._thread.is_alive():
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait until the save at hand has ended. One that failed is told to `note`, unless the run is `lost`."""
+        if self._ended() and self._failure is not None and not self.lost:
+            self._note(f"{self._failure}. Trying again ({self._failed} of checkpoint.patience {self._patience})")
+
     def wait(self) -> None:
         """Until the save at hand is whole. Raises what it failed with."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._ended()
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
+
+    def _ended(self) -> bool:
+        """Wait until the save at hand has ended; whether there was one that nobody had waited for."""
+        if not self._at_hand:
+            return False
+        if self._thread is not None:
+            self._thread.join()
+        self._thread, self._at_hand = None, False
+        self._failed = 0 if self._failure is None else self._failed + 1
+        while not self._told.empty():
+            self._note(self._told.get())
+        return True
 
     def _attempt(self, target: Path, state: RunState, tensors: dict[str, Tensor]) -> None:
         try:
@@ -79,8 +133,8 @@ class Saver:
         try:
             self._together(target, lambda: self._make_room(aside))
             self._together(target, lambda: _write_tensors(aside, tensors, self._group))
-            sums = self._together(target, lambda: _sums(aside, f"shard-{self._world.rank + 1:05d}-*"))
-            every = self._gathered(sums)
+            written = self._together(target, lambda: _written(aside, f"shard-{self._world.rank + 1:05d}-*"))
+            every = self._gathered(written)
             self._together(target, lambda: self._appear(aside, target, state, every))
         finally:
             if self._world.is_first:
@@ -93,27 +147,36 @@ class Saver:
                 shutil.rmtree(leftover, ignore_errors=True)
             aside.mkdir()
 
-    def _appear(self, aside: Path, target: Path, state: RunState, sums: dict[str, str]) -> None:
+    def _appear(self, aside: Path, target: Path, state: RunState, every: dict[str, _Written]) -> None:
         """The last of it, by the first process: until the rename there is no checkpoint, after it a whole one."""
         if not self._world.is_first:
             return
+        _refuse_missing(aside, every)
         (aside / RUN_FILE).write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
-        write_sums(aside, {**sums, **_sums(aside, RUN_FILE)})
+        every = {**every, **_written(aside, RUN_FILE)}
+        write_sums(aside, {name: file.sha256 for name, file in every.items()})
         sync(aside / SUMS_FILE)
         sync(aside)
         if target.exists():  # left by a run that was resumed from an older checkpoint
-            _drop(target)
+            self._drop_or_tell(target)
         aside.rename(target)
         sync(self.folder)
         for old in list_checkpoints(self.folder)[: -self._keep]:
-            _drop(old)
+            self._drop_or_tell(old)
 
-    def _gathered(self, sums: dict[str, str]) -> dict[str, str]:
+    def _drop_or_tell(self, path: Path) -> None:
+        """What cannot be deleted, since somebody reads it over NFS or it is write-protected, is no reason to stop."""
+        try:
+            _drop(path)
+        except OSError as error:
+            self._told.put(f"{path} is no longer needed and cannot be deleted: {error}")
+
+    def _gathered(self, written: dict[str, _Written]) -> dict[str, _Written]:
         if self._group is None:
-            return sums
-        everyones: list[dict[str, str] | None] = [None] * self._world.size
-        dist.all_gather_object(everyones, sums, group=self._group)
-        return {name: digest for own in everyones if own for name, digest in own.items()}
+            return written
+        everyones: list[dict[str, _Written] | None] = [None] * self._world.size
+        dist.all_gather_object(everyones, written, group=self._group)
+        return {name: file for own in everyones if own for name, file in own.items()}
 
     def _together(self, target: Path, work: Callable[[], Result]) -> Result:
         """`work()` on every process; where it fails on one, all say so."""
@@ -135,17 +198,40 @@ def _write_tensors(aside: Path, tensors: dict[str, Tensor], group: dist.ProcessG
         dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
 
 
-def _sums(folder: Path, pattern: str) -> dict[str, str]:
-    """sha256 of the files that match, by name; they are on the disk afterwards."""
+def _written(folder: Path, pattern: str) -> dict[str, _Written]:
+    """The files that match, by name; they are on the disk afterwards."""
     files = sorted(folder.glob(pattern))
     for file in files:
         sync(file)
-    return {file.name: sha256(file) for file in files}
+    return {file.name: _Written(sha256(file), file.stat().st_size) for file in files}
+
+
+def _refuse_missing(folder: Path, written: dict[str, _Written]) -> None:
+    """Raise unless this process sees every file that the processes wrote, with its size.
+
+    The sums are of what each process sees. Where `folder` is not one for all, files are on other machines.
+    """
+    for name, file in written.items():
+        if not soon(lambda: _size(folder / name) == file.bytes):  # noqa: B023 - called at once
+            raise CheckpointError(
+                f"cannot write the checkpoint {folder}: {name}, {file.bytes:,} bytes, was written by another process "
+                "and is not here: the run's folder is not shared by all machines (docs/parallel.md)"
+            )
+
+
+def _size(path: Path) -> int | None:
+    """Bytes, asked of the server: a network file system asks it again when a file is opened."""
+    try:
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_size
+    except OSError:
+        return None
 
 
 def _drop(path: Path) -> None:
     """Remove a checkpoint so that it is never seen half there."""
-    aside = path.with_name(f".{path.name}-dropped")
+    # Of a name of its own: one that could not be deleted may lie there still.
+    aside = path.with_name(f".{path.name}-dropped-{secrets.token_hex(4)}")
     path.rename(aside)
     shutil.rmtree(aside)
 

@@ -73,8 +73,14 @@ class Trainer:
                 router.share = loader.learned_share
         fused = device.capability("fused_adamw").value
         self.optimizers = build_optimizers(list(self.parallel.named_parameters()), config.optimizer, self._dtype, fused)
-        keep, asynchronous = config.checkpoint.keep, config.checkpoint.asynchronous
-        self.saver = Saver(self.checkpoint_folder, self.world, keep=keep, asynchronous=asynchronous)
+        self.saver = Saver(
+            self.checkpoint_folder,
+            self.world,
+            keep=config.checkpoint.keep,
+            asynchronous=config.checkpoint.asynchronous,
+            patience=config.checkpoint.patience,
+            note=self.note,
+        )
         self._saved_at: int | None = None
         self._last: tuple[Tensor, Tensor] | None = None
         self._loads: Tensor | None = None
@@ -128,7 +134,8 @@ class Trainer:
         Raises:
             CheckpointError: every checkpoint is damaged, or they belong to another model, optimizer or data order.
         """
-        found = self.world.from_first(lambda: checkpoints.newest_sound(self.checkpoint_folder, self.note))
+        world = self.world
+        found = world.agree(lambda: checkpoints.newest_sound(self.checkpoint_folder, self.note, world))
         if found is None:
             return False
         state = self.world.agree(lambda: self._state_that_belongs(found))
@@ -186,6 +193,7 @@ class Trainer:
 
         Raises:
             TrainingError: the loss or the gradient is no longer a finite number.
+            CheckpointError: the last save failed, or `checkpoint.patience` of them in a row.
         """
         self.parallel.train()
         for callback in self.callbacks:
@@ -197,7 +205,7 @@ class Trainer:
                     self._one_step(batches)
                     if self.config.checkpoint.every and self.step % self.config.checkpoint.every == 0:
                         self.save()
-            self.interrupted = self._stop(interruption) and not self.done
+            self.interrupted = not self.done
             if self._saved_at != self.step:
                 self.save()
             self.saver.wait()
@@ -205,8 +213,24 @@ class Trainer:
             callback.on_end(self)
 
     def _stop(self, interruption: Interruption) -> bool:
-        """Whether any process was interrupted: all stop after the same step."""
-        return self.world.count(interruption.requested) > 0
+        """Whether any process was interrupted: all stop after the same step.
+
+        Raises:
+            CheckpointError: too many saves in a row have failed.
+        """
+        self.saver.look()
+        told = self.world.sum(torch.tensor([float(interruption.requested), float(self.saver.lost)]))
+        interrupted, lost = (bool(count) for count in told)
+        if lost:
+            self.world.agree(self._give_up)
+        return interrupted
+
+    def _give_up(self) -> None:
+        try:
+            self.saver.wait()
+        except CheckpointError as error:
+            saves = f"{self.config.checkpoint.patience} saves in a row failed (checkpoint.patience)"
+            raise CheckpointError(f"{saves}; the last: {error}") from error
 
     def _one_step(self, batches: Prefetcher) -> None:
         started, waited = time.perf_counter(), batches.waited
@@ -274,7 +298,7 @@ class Trainer:
     def _refuse_non_finite(self, loss: Tensor, norm: Tensor) -> None:
         if is_sound(float(loss), float(norm), saturates=not self.device.capability("inf_nan").value):
             return
-        self.saver.wait()
+        self.saver.settle()
         kept = checkpoints.list_checkpoints(self.checkpoint_folder)
         way_out = f"the newest checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
         error = TrainingError(

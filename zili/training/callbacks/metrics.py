@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -17,6 +21,32 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.jsonl"
 
 
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+class _Missing:
+    """Counts what the disk refuses of a record: no reason to end a run. It is said at the first and at the end."""
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        self._path = path
+        self._say = say
+        self._count = 0
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._count += 1
+            if self._count == 1:
+                self._say(f"{self._path} cannot be written: {error}. The run goes on, its record will have gaps")
+
+    def sum_up(self) -> None:
+        if self._count:
+            self._say(f"{self._path} has gaps: writing it failed {self._count} times")
+
+
 class MetricsLog(Callback):
     """Appends one JSON object a line; `kind` says which: start, train, eval or note.
 
@@ -24,18 +54,22 @@ class MetricsLog(Callback):
     checkpoint drops the lines past that step first, since those steps happen again.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, say: Callable[[str], None] = _say) -> None:
+        """`say` is told when the disk refuses."""
         self.path = folder / METRICS_FILE
+        self._missing = _Missing(self.path, say)
 
     def write(self, kind: str, **values: Any) -> None:
-        """Append one record; the line reaches the operating system before this returns."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        """Append one record; the line reaches the operating system before this returns, or is missing."""
         line = json.dumps({"kind": kind, "time": time.time(), **values}) + "\n"
-        with self.path.open("a+b") as file:
-            file.write((b"\n" if _ends_cut(file) else b"") + line.encode())
+        with self._missing.counted():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a+b") as file:
+                file.write((b"\n" if _ends_cut(file) else b"") + line.encode())
 
     def on_start(self, trainer: Trainer) -> None:
-        self._drop_after(trainer.step)
+        with self._missing.counted():
+            self._drop_after(trainer.step)
         model = trainer.config.model
         self.write(
             "start",
@@ -56,6 +90,9 @@ class MetricsLog(Callback):
     def on_note(self, text: str) -> None:
         self.write("note", text=text)
 
+    def on_end(self, trainer: Trainer) -> None:
+        self._missing.sum_up()
+
     def _drop_after(self, step: int) -> None:
         if not self.path.exists():
             return
@@ -63,8 +100,11 @@ class MetricsLog(Callback):
         kept = [line for line in lines if _is_upto(line, step)]
         if len(kept) < len(lines):
             aside = self.path.with_suffix(".partial")
-            aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            aside.replace(self.path)
+            try:
+                aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+                aside.replace(self.path)
+            finally:
+                aside.unlink(missing_ok=True)
 
 
 def _ends_cut(file: BinaryIO) -> bool:
@@ -85,27 +125,58 @@ def _is_upto(line: str, step: int) -> bool:
 class TensorBoardLog(Callback):
     """The same figures as event files, for those who watch many runs at once."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, say: Callable[[str], None] = _say) -> None:
+        """`say` is told when the disk refuses."""
         self._folder = folder / "tensorboard"
+        self._missing = _Missing(self._folder, say)
         self._writer: Any = None
 
     def on_start(self, trainer: Trainer) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(self._folder, purge_step=trainer.step + 1)
+        threading.excepthook = _hushed
+        self._open(trainer.step)
 
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
-        for name, value in record.figures().items():
-            if name != "step":
-                self._writer.add_scalar(f"train/{name}", value, record.step)
+        self._add("train", record.step, record.figures())
 
     def on_evaluation(self, step: int, values: dict[str, float]) -> None:
         """Record one evaluation."""
-        for name, value in values.items():
-            self._writer.add_scalar(f"eval/{name}", value, step)
+        self._add("eval", step, values)
 
     def on_checkpoint(self, trainer: Trainer) -> None:
-        self._writer.flush()  # a run that is killed goes on from here and would not write these again
+        if self._writer is None:
+            self._open(trainer.step)
+        else:
+            # A run that is killed goes on from here and would not write these again.
+            self._attempt(lambda writer: writer.flush())
 
     def on_end(self, trainer: Trainer) -> None:
-        self._writer.close()
+        self._attempt(lambda writer: writer.close())
+        self._missing.sum_up()
+
+    def _open(self, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        with self._missing.counted():
+            self._writer = SummaryWriter(self._folder, purge_step=step + 1)
+
+    def _add(self, kind: str, step: int, values: dict[str, float]) -> None:
+        def add(writer: Any) -> None:
+            for name, value in values.items():
+                if name != "step":
+                    writer.add_scalar(f"{kind}/{name}", value, step)
+
+        self._attempt(add)
+
+    def _attempt(self, work: Callable[[Any], None]) -> None:
+        """`work` of the writer. One that was refused once refuses for ever: the next checkpoint opens another."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with self._missing.counted():
+                work(writer)
+                self._writer = writer
+
+
+def _hushed(met: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread hands a refusal of the disk on to its writer, and would print a traceback beside."""
+    if not (isinstance(met.exc_value, OSError) and type(met.thread).__module__.startswith("tensorboard.")):
+        threading.__excepthook__(met)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -58,7 +59,7 @@ class ProgressDisplay(Callback):
         steps = trainer.config.training.steps
         if record.step >= self._next_line or record.step == steps:
             self._next_line = record.step + math.ceil(steps / _PLAIN_LINES)
-            self.console.print(f"step {record.step}/{steps}  {figures}", highlight=False)
+            self._print(f"step {record.step}/{steps}  {figures}")
 
     def on_evaluation(self, step: int, values: dict[str, float]) -> None:
         """Show the newest held-out figure from now on."""
@@ -72,10 +73,14 @@ class ProgressDisplay(Callback):
             self._evaluated = f"  {values['loss']:.3f} nats/token held out"
             said = f"answers: {values['loss']:.4f} nats/token"
         if self._progress is None:
-            self.console.print(f"step {step}  held-out {said}", highlight=False)
+            self._print(f"step {step}  held-out {said}")
 
     def on_note(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._print(text, markup=False, soft_wrap=True)
+
+    def _print(self, text: str, **options: Any) -> None:
+        with suppress(OSError):  # a log on a full disk is no reason to end a run, and there is nowhere to say it
+            self.console.print(text, highlight=False, **options)
 
     def on_end(self, trainer: Trainer) -> None:
         self.close()

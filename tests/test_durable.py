@@ -1,0 +1,44 @@
+"""Folders that are held."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from zili.durable import locked, soon
+from zili.errors import ConfigError
+
+
+def test_a_folder_is_held_once(tmp_path: Path) -> None:
+    with locked(tmp_path / "run") as no_locks:
+        assert no_locks is None
+        with pytest.raises(ConfigError, match="another process trains"), locked(tmp_path / "run"):
+            pass
+    with locked(tmp_path / "run"):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_used_all_the_same(tmp_path: Path, number: int) -> None:
+    """Lustre mounted without `flock` answers ENOSYS, some NFS ENOLCK."""
+    with mock.patch.object(fcntl, "flock", side_effect=OSError(number, "it has none")), locked(tmp_path) as no_locks:
+        assert no_locks is not None and "it has none" in no_locks
+
+
+def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be used"), locked(tmp_path / "file" / "run"):
+        pass
+    broken = OSError(errno.EIO, "it is broken")
+    with mock.patch.object(fcntl, "flock", side_effect=broken), pytest.raises(ConfigError, match="it is broken"):
+        locked(tmp_path).__enter__()
+
+
+def test_soon_waits_and_gives_up() -> None:
+    answers = iter([False, False, True])
+    assert soon(lambda: next(answers))
+    assert not soon(lambda: False, patience=0.2)
