@@ -109,9 +109,9 @@ class ParallelModel:
         return self._once(total)
 
     def _sum_gradients(self) -> None:
-        if self.world.size > 1 and not self.world.sharded:
+        if self.world.size > 1:
             for part in self.parts:
-                sum_gradients(part, self.world)
+                sum_gradients(part, self.world, self._dtype)
 
     def loss_sum(self, input_ids: Tensor, labels: Tensor, *, document_ids: Tensor | None = None) -> Tensor:
         """Sum of the losses of whole rows `[B, S]`, which every process gives alike: each computes its share.
