@@ -173,14 +173,16 @@ class ParallelModel:
         return own * self.world.layout.data
 
     def _own(self, batch: Batch) -> Batch:
-        """Ids and labels of the positions this process has, documents of whole rows."""
-        inputs, labels, documents, reference = batch
+        """Ids and labels of the positions this process has, documents and padding of whole rows."""
+        inputs, labels, documents, reference, padding = batch
         if self.parts[0].config.mtp_layers and self.training and reference is None:
             labels = _with_next(labels, documents)
         if self._context is not None:
             inputs, labels = self._context.take(inputs), self._context.take(labels)
         place = self.world.device.type
-        return Batch(inputs, labels, documents, reference).each(lambda rows: rows.to(place, non_blocking=True))
+        padding = padding if self.parts[0].config.mixture is not None else None  # for their routers alone
+        own = Batch(inputs, labels, documents, reference, padding)
+        return own.each(lambda rows: rows.to(place, non_blocking=True))
 
     def _once(self, loss: Tensor) -> Tensor:
         """Tensor-parallel processes compute the same losses: they count once, in a sum over the world."""
