@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from many import curve_of, largest_difference, on_processes
-from tiny_models import BOUND, Kind, Runs, slow, tiny_recipe
+from tiny_models import BOUND, Kind, Layout, Runs, slow, tiny_recipe
 
 from zili import chips
 from zili.config import RunConfig
@@ -31,9 +31,6 @@ _OTHERS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
     ("mixture", ("preference.beta=0.1", "training.start_from=model")),
 )
 """Of which runs need more than the tiny text."""
-WORST = ("mixture", "parallel.pipeline=2", "training.recompute=selective")
-"""Multi-token prediction's experts on a pipeline: what sharding does around them is done another number of times when
-they are recomputed."""
 
 
 def recommended(dice: random.Random, config: RunConfig, world: int) -> RunConfig:
@@ -79,9 +76,11 @@ def run_and_compare(config: RunConfig, world: int, alone: list[float]) -> None:
     assert largest_difference(alone[:2], many.losses) <= BOUND
 
 
-def test_what_crashed_runs(runs: Runs) -> None:
-    kind, *layout = WORST
-    run_and_compare(runs.recipe(kind, *layout), 2, runs.alone(kind, steps=2).losses)
+@pytest.mark.parametrize("layout", [Layout("pipeline=2"), slow(Layout("tensor=2 pipeline=2 expert=2"))])
+def test_experts_of_multi_token_prediction_are_recomputed_on_a_pipeline(layout: Layout, runs: Runs) -> None:
+    """What sharding does around them is done another number of times then."""
+    config = runs.recipe("mixture", "training.recompute=selective", *layout.overrides)
+    run_and_compare(config, layout.world, runs.alone("mixture", steps=2).losses)
 
 
 @pytest.mark.slow
