@@ -261,6 +261,13 @@ def test_an_epoch_has_every_conversation_once_and_whole(tmp_path: Path, tokenize
     assert sorted(seen) == sorted(expected)
     assert loader.report[0].startswith(f"talk: 60 conversations in {count} rows of 128 tokens")
     assert "LEFT OUT" not in loader.report[0]
+    padding = loader.samples(np.arange(count)).padding
+    assert padding is not None
+    assert int((~padding).sum()) == sum(len(ids) for ids, _ in expected)
+    for filled_up, (inputs, labels, _) in zip(padding.tolist(), rows_of(loader, count), strict=True):
+        assert filled_up == sorted(filled_up), "at the end of a row"
+        assert {inputs[i] for i, pad in enumerate(filled_up) if pad} <= {tokenizer.end_id}
+        assert all(labels[i] == -100 for i, pad in enumerate(filled_up) if pad)
     labels = [label for _, row, _ in rows_of(loader, count) for label in row]
     assert loader.learned_share == pytest.approx(sum(label != -100 for label in labels) / len(labels))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,49 @@ def test_likelihoods_are_sums_over_the_continuation(opened: tuple[OpenedModel, P
         likeliest = all(int(logits[place - 1].argmax()) == whole[place] for place in range(begins, len(whole)))
         assert log_prob == pytest.approx(expected, abs=1e-4)
         assert greedy == likeliest
+
+
+GROWING = ["return the answer: 首都北京市。答案是不对的。中国的首都是北京。中国电信 impossible"] * 50
+TOGETHER = [
+    *(("    retur", choice) for choice in ("n x", "n", "ned", "xx")),
+    *(("impo", choice) for choice in ("rt", "rt os", "ssible")),
+    *(("中", choice) for choice in ("国", "央")),
+    *(("首都北", choice) for choice in ("京", "京市", "海")),
+    *(("答案是不", choice) for choice in ("对的", "错")),
+    ("retur ", "n"),
+]
+
+
+@pytest.fixture(scope="module")
+def growing(opened: tuple[OpenedModel, Path]) -> Scorer:
+    """A model whose tokenizer has long words as one token."""
+    return Scorer(replace(opened[0], tokenizer=Tokenizer.train(GROWING, 320)), batch_size=4)
+
+
+def test_a_continuation_that_grows_together_with_its_context_is_scored(growing: Scorer) -> None:
+    encode, model = growing.tokenizer.encode, growing.model
+    found = as_harness_model(growing).loglikelihood([Asked(*pair) for pair in TOGETHER])
+    merged = 0
+    for (context, continuation), (log_prob, _) in zip(TOGETHER, found, strict=True):
+        before, whole = encode(context.rstrip()).tolist(), encode(context + continuation).tolist()
+        # The last token that both have, counted from the front; all that follows it is scored.
+        begins = max(n for n in range(len(before) + 1) if whole[:n] == before[:n])
+        merged += begins < len(before)
+        with torch.no_grad():
+            logits = model(torch.tensor([[growing.tokenizer.end_id, *whole]]))[0].log_softmax(-1)
+        expected = sum(float(logits[place, whole[place]]) for place in range(begins, len(whole)))
+        assert log_prob == pytest.approx(expected, abs=1e-4) and log_prob < -1e-3, (context, continuation)
+        pair = [growing.tokenizer.end_id, *whole[:begins]], whole[begins:]
+        assert growing.encode_pair(context, continuation) == pair
+    assert merged >= 5, "the case is there"
+
+
+def test_an_answer_in_a_conversation_is_scored_after_its_ids(opened: tuple[OpenedModel, Path]) -> None:
+    scorer = Scorer(opened[0])
+    talk = [{"role": "user", "content": "which is larger?"}]
+    before, after = scorer.encode_pair(scorer.conversation(talk), " 山水")
+    assert before == scorer.template.render(scorer.tokenizer, talk, add_generation_prompt=True).ids
+    assert after == scorer.tokenizer.encode(" 山水").tolist()
 
 
 def test_lm_eval_s_own_model_in_transformers_agrees(opened: tuple[OpenedModel, Path], tmp_path: Path) -> None:

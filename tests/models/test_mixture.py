@@ -166,6 +166,37 @@ def test_balance_loss_does_not_depend_on_how_the_batch_is_cut():
     torch.testing.assert_close(built.router(x)[1], parts)
 
 
+PADDED = torch.tensor([9, 5, 1, 0])
+"""Tokens of each row of nine positions."""
+
+
+def padded(mixture):
+    """A mixture, rows of which some are filled up, and where."""
+    built = layer({"balance_loss": 0.01, **mixture})
+    return built, torch.randn(4, 9, 16), torch.arange(9) >= PADDED[:, None]
+
+
+@pytest.mark.parametrize("mixture", [{}, SIGMOID], ids=["softmax", "sigmoid"])
+def test_padding_counts_neither_in_the_load_nor_in_the_balance_loss(mixture):
+    built, x, padding = padded(mixture)
+    routes, loss, counts = built.router(x, padding)
+    rows = [row[None, :length] for row, length in zip(x, PADDED.tolist(), strict=True) if length]
+    # A row without its padding, and as much of the loss as its positions are of all.
+    expected = sum(balance_loss(built.router, row) * 9 / row.shape[1] for row in rows)
+    torch.testing.assert_close(loss, expected)
+    assert counts.tolist() == [sum(part) for part in zip(*(written_out(built, row)[1] for row in rows), strict=True)]
+    assert routes.counts.sum() == 4 * 9 * built.router.mixture.top_k, "it is routed all the same"
+
+
+def test_padding_changes_no_token_and_is_noted_nowhere():
+    built, x, padding = padded(SIGMOID)
+    torch.testing.assert_close(built(x, padding), built(x), rtol=0, atol=0)
+    built.router.load.zero_()
+    (built(x, padding) * 0.0).sum().backward()
+    assert built.router.load.sum() == 15 * built.router.mixture.top_k
+    torch.testing.assert_close(built.router(x, torch.zeros(4, 9, dtype=torch.bool))[1], built.router(x)[1])
+
+
 def test_biases_move_by_the_rate_towards_the_mean_load():
     router = Router(config({**SIGMOID, "bias_update_rate": 0.001}))
     router.expert_bias.copy_(torch.tensor([0.5, 0.5, 0.5, 0.5, 0.5, 0.5]))

@@ -46,6 +46,7 @@ def conversations(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         slow(Layout("pipeline=2"), "dense"),
         slow(Layout("shards=2 expert=2"), "mixture"),
         slow(Layout("pipeline=2"), "mixture"),
+        slow(Layout("shards=2 context=2 tensor=2 expert=4"), "mixture"),
     ],
 )
 def test_a_layout_has_the_curve_of_one_process(
@@ -54,6 +55,32 @@ def test_a_layout_has_the_curve_of_one_process(
     one, other = runs.alone(kind, conversations), runs.on(layout, kind, conversations)
     Row.of(f"{layout}, conversations", layout.world, kind, one, other, 2e-4, 2e-3).check(request)
     assert one.losses[-1] < one.losses[0]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [Layout("context=2 tensor=2"), slow(Layout("")), slow(Layout("shards=2 expert=2")), slow(Layout("pipeline=2"))],
+)
+def test_what_fills_rows_up_is_no_load_of_experts(layout: Layout, conversations: str, runs: Runs) -> None:
+    config = runs.recipe("mixture", conversations, "training.sequence_length=128", *layout.overrides)
+    for loads, tokens in on_processes(layout.world, _loads, config):
+        assert 0 < tokens < 0.99 * 16 * 128, "some of the batch is padding"
+        assert [sum(layer) for layer in loads] == [config.model.mixture.top_k * tokens] * len(loads)
+
+
+def _loads(config: RunConfig) -> tuple[list[list[float]], int]:
+    """Tokens that each expert was given in the first step, and those of conversations in its batch."""
+    trainer = open_trainer(config)
+    trainer.parallel.train()
+    whole = trainer.loader.batch(0)
+    tokens = 0
+    for labels, documents in zip(whole.labels, whole.document_ids, strict=True):
+        # Something of every conversation is learned.
+        of_some = {int(document) for document, label in zip(documents, labels, strict=True) if label != IGNORE_INDEX}
+        tokens += sum(int(document) in of_some for document in documents)
+    trainer.train_step(trainer.loader.batch(0, trainer.world.rows(trainer.config.training.global_batch)))
+    assert trainer._loads is not None
+    return trainer._loads.tolist(), tokens
 
 
 LORA = "model.lora={rank=4, alpha=8.0, matrices=['query', 'value', 'output', 'gate', 'down']}"

@@ -69,6 +69,7 @@ TWICE = [
     slow(Layout("replicas=2 shards=2"), "dense", ()),
     slow(Layout("shards=2 tensor=2 expert=4"), "mixture", ()),
     slow(Layout("shards=2 pipeline=2 expert=2"), "mixture", (MUON,)),
+    slow(Layout("shards=2 tensor=2 expert=4"), "mixture", ("chip.precision=bf16",)),
 ]
 
 

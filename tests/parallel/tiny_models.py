@@ -115,7 +115,7 @@ class Runs:
     def __init__(self, data: Path, folder: Path) -> None:
         self._data = data
         self._folder = folder
-        self._alone: dict[tuple[str, ...], Curve] = {}
+        self._alone: dict[tuple[str | int, ...], Curve] = {}
         self._count = 0
 
     def recipe(self, kind: Kind, *overrides: str) -> RunConfig:
@@ -123,11 +123,11 @@ class Runs:
         self._count += 1
         return tiny_recipe(kind, self._data, self._folder / f"run-{self._count}", *overrides)
 
-    def alone(self, kind: Kind, *overrides: str) -> Curve:
-        """What one process goes through."""
-        key = (kind, *overrides)
+    def alone(self, kind: Kind, *overrides: str, steps: int = STEPS) -> Curve:
+        """What one process goes through in the first `steps` steps."""
+        key = (kind, steps, *overrides)
         if key not in self._alone:
-            self._alone[key] = curve_of(self.recipe(kind, *overrides), 1)
+            self._alone[key] = curve_of(self.recipe(kind, *overrides), 1, None if steps == STEPS else steps)
         return self._alone[key]
 
     def on(self, layout: Layout, kind: Kind, *overrides: str, steps: int = STEPS) -> Curve:

@@ -57,7 +57,8 @@ def run_of(tmp_path, config, tokenizer=None):
 def test_a_file_says_what_its_source_does(tmp_path, name, dtype):
     folder, decoder = run_of(tmp_path, MODELS[name])
     release = export_model(folder, tmp_path / "out", layout="gguf", dtype=dtype)
-    assert release.layout == "gguf" and release.difference <= 1e-4
+    assert release.layout == "gguf" and release.but_for_rounding <= 1e-4
+    assert (release.difference <= 1e-4) == (dtype is None)
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
         *("model.gguf", "README.md", "release.json", "SHA256SUMS")
     }

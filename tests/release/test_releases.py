@@ -20,6 +20,7 @@ from zili.errors import CheckpointError
 from zili.models.decoder import Decoder
 from zili.release import export_model, import_model
 from zili.release.opening import LAYOUTS
+from zili.release.record import read_release
 from zili.release.verifying import verify_release
 from zili.serving.generation import Sampling, generate
 
@@ -282,6 +283,56 @@ def test_a_folder_exported_as_it_came_verifies(publish, tmp_path, name):
     assert sums
     verify_sums(tmp_path / "back", sums)
     assert len(verify_release(tmp_path / "back", transformers=False)) == 3
+
+
+def apart(folder, decoder, rows):
+    """Largest difference of a log-probability of the ids in `rows`, both models loaded whole."""
+    loaded, found = zili.load(folder), []
+    for row in map(torch.tensor, rows):
+        with torch.no_grad():
+            difference = loaded(row[None]).log_softmax(-1) - decoder(row[None]).log_softmax(-1)
+        found.append(float(difference[0, :-1].gather(1, row[1:, None]).abs().max()))
+    return max(found)
+
+
+@pytest.mark.parametrize("layout", ["telechat2", "llama"])
+def test_a_rounded_release_is_compared_with_what_was_trained(run, tmp_path, layout):
+    from zili.cli.app import app
+
+    folder, decoder = run(MODELS["telechat2"])
+    out = tmp_path / "out"
+    found = CliRunner().invoke(
+        app, ["export", str(folder), "--to", str(out), "--as", layout, "--dtype", "bfloat16"], catch_exceptions=False
+    )
+    release = read_release(out)
+    truth = apart(out, decoder, release.probe.ids)
+    assert truth > 1e-3, "rounding shows"
+    assert release.difference == pytest.approx(truth, rel=1e-2)
+    assert release.but_for_rounding <= 1e-4
+    assert f"within {release.difference:.2g} nats of {folder}" in found.output
+    assert f"{release.difference:.2g} nats" in (out / "README.md").read_text()
+    details = {one.what: one.detail for one in verify_release(out, against=folder, transformers=False)}
+    assert f"({release.difference:.2g} nats from the source's" in details["log-probabilities"]
+    assert f"as it is stored, within {release.difference:.2g} nats" in details["source"]
+    # What rounding did is no room for another model: this one is nearer to it than the rounded one.
+    with torch.no_grad():
+        decoder.head_weight.mul_(1 + 2**-9)
+    assert apart(out, decoder, release.probe.ids) < 1.5 * truth
+    shutil.rmtree(folder / "checkpoints")
+    write_checkpoint(folder / "checkpoints" / "step-00000004", decoder)
+    with pytest.raises(CheckpointError, match="source: they differ"):
+        verify_release(out, against=folder, transformers=False)
+
+
+def test_a_release_from_before_rounding_was_told_apart_verifies(run, tmp_path):
+    _, folder, _ = released(run, tmp_path, "telechat2", "telechat2", dtype=torch.bfloat16)
+    record = json.loads((folder / "release.json").read_text())
+    record["difference_from_source"] = record.pop("difference_but_for_rounding")
+    (folder / "release.json").write_text(json.dumps(record))
+    seal(folder)
+    first, *_ = [one for one in verify_release(folder, transformers=False) if one.what == "log-probabilities"]
+    assert "source" not in first.detail
+    verify_release(folder, against=tmp_path / "run", transformers=False)
 
 
 def test_the_command_says_what_held(run, tmp_path):

@@ -9,6 +9,7 @@ from torch.optim import AdamW, Optimizer
 
 from zili.config import ModelConfig
 from zili.config.run import OptimizerConfig
+from zili.models.arithmetic import training_state_bytes
 from zili.models.decoder import Decoder
 from zili.training.muon import Muon
 from zili.training.optimizers import build_optimizers, set_learning_rate
@@ -16,6 +17,7 @@ from zili.training.optimizers import build_optimizers, set_learning_rate
 SHAPE = {"vocab_size": 50, "hidden_size": 32, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 16}
 MATRICES = {"attention": ["query", "key", "value", "output"], "feed_forward": ["gate", "up", "down"]}
 IN_BLOCKS = {f"layers.{i}.{part}.{name}.weight" for i in (0, 1) for part, names in MATRICES.items() for name in names}
+MIXTURE = {"experts": 4, "top_k": 2, "ffn_hidden_size": 24, "bias": True, "scoring": "sigmoid"}
 
 
 def decoder(**changes: object) -> Decoder:
@@ -46,6 +48,42 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
     decayed, spared = (names_of(model, group) for group in adamw.param_groups)
     assert decayed == {"embedding.weight", "head.weight"}
     assert spared == {name for name, p in model.named_parameters() if p.ndim == 1}
+
+
+def test_muon_takes_the_block_of_multi_token_prediction_too() -> None:
+    model = decoder(mtp_layers=1)
+    muon, adamw = built(model, name="muon")
+    block = {name.replace("layers.0", "next_tokens.block") for name in IN_BLOCKS if name.startswith("layers.0")}
+    assert names_of(model, muon.param_groups[0]) == IN_BLOCKS | block | {"next_tokens.projection.weight"}
+    assert names_of(model, adamw.param_groups[0]) == {"embedding.weight", "head.weight"}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_adapters_are_one_optimizer_s(name: str) -> None:
+    model = decoder(lora={"rank": 2})
+    (only,) = built(model, name=name)
+    assert isinstance(only, Muon if name == "muon" else AdamW)
+    given = {key: torch.ones_like(p) if p.requires_grad else None for key, p in model.named_parameters()}
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    for key, p in model.named_parameters():
+        p.grad = given[key]
+    only.step()
+    moved = {key for key, p in model.named_parameters() if not torch.equal(p, before[key])}
+    assert moved == {key for key, gradient in given.items() if gradient is not None} != set()
+
+
+@pytest.mark.parametrize("changes", [{}, {"mtp_layers": 1}, {"lora": {"rank": 2}}, {"mixture": MIXTURE}])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_what_optimizers_keep_is_what_was_counted(name: str, changes: dict[str, object]) -> None:
+    model = decoder(**changes)
+    optimizers = built(model, name=name)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    for optimizer in optimizers:
+        optimizer.step()
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    kept = sum(t.nbytes for state in states for key, t in state.items() if key != "step")
+    assert training_state_bytes(model.config, optimizer=name).optimizer == kept
 
 
 def test_adamw_decays_matrices_and_spares_norms_and_biases() -> None:

@@ -12,7 +12,7 @@ from zili.cli.options import dtype_named, program
 from zili.errors import DataError
 
 if TYPE_CHECKING:
-    from zili.release.record import Evaluation
+    from zili.release.record import Evaluation, Release
 
 Dtype = Annotated[
     str | None, typer.Option(help="Convert to float32, bfloat16 or float16; the stored dtype if not given.")
@@ -76,7 +76,7 @@ def export(
     typer.echo(f"Wrote {to} in the {release.layout} layout{reason}, weights in {release.dtype}")
     for note in release.notes:
         typer.echo(f"  {note}")
-    typer.echo(f"Read back: log-probabilities within {release.difference:.2g} nats of {source}")
+    typer.echo(f"Read back: log-probabilities within {release.difference:.2g} nats of {source}{_rounding(release)}")
 
 
 def verify(
@@ -101,6 +101,14 @@ def verify(
     for finding in verify_release(folder, against=against, transformers=transformers):
         typer.echo(f"{finding.what}: {finding.detail}")
     typer.echo(f"{folder} holds")
+
+
+def _rounding(release: Release) -> str:
+    """How much of the difference is that of the dtype, where most is."""
+    rest = release.but_for_rounding
+    if rest is None or rest >= release.difference:
+        return ""
+    return f" as it is stored, within {rest:.2g} of it in {release.dtype}"
 
 
 def _evaluations(source: Path, scores: list[Path]) -> list[Evaluation]:

@@ -64,7 +64,8 @@ class OptimizerConfig(Section):
     """How weights move."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """muon: torch's Muon on the matrices inside the blocks, AdamW on embeddings, head, norms and biases."""
+    """muon: torch's Muon on the matrices inside the blocks, multi-token prediction's too, AdamW on embeddings, head,
+    routers, norms and biases."""
     learning_rate: PositiveFloat = 3e-4
     """Peak learning rate. Muon's update is scaled to AdamW's size, so one number serves both."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)

@@ -40,6 +40,8 @@ class Batch(NamedTuple):
     reference: Tensor | None = None
     """`[B, N]` fp32, where documents 2j and 2j + 1 of a row are a chosen and a rejected answer: the log-probability of
     each document under the reference model, 0 where a row has fewer."""
+    padding: Tensor | None = None
+    """`[B, S]` bool, true where a row is only filled up: what is no token of any document. None: nowhere."""
 
     def split(self, size: int) -> Iterator[Batch]:
         """The same, `size` rows at a time."""
@@ -47,8 +49,7 @@ class Batch(NamedTuple):
 
     def beside(self) -> dict[str, Tensor]:
         """What a decoder is called with beside the ids."""
-        named = {"labels": self.labels, "document_ids": self.document_ids, "reference": self.reference}
-        return {name: rows for name, rows in named.items() if rows is not None}
+        return {name: rows for name, rows in self._asdict().items() if name != "input_ids" and rows is not None}
 
     def rows(self, some: slice) -> Batch:
         """Some of its rows."""

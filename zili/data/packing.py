@@ -70,7 +70,8 @@ class DialogueLoader(MixedRows):
     """Batches of conversations, packed whole into rows of one length; `Loader`'s interface.
 
     A label is learned where the assistant says it, and `-100` everywhere else: what others say, and padding.
-    `document_ids` are those of the inputs, so that attention stays inside a conversation. Rows are packed once and
+    `document_ids` are those of the inputs, so that attention stays inside a conversation; `padding` is what is left of
+    a row, which counts in no expert's load either. Rows are packed once and
     shuffled each epoch; step k's batch depends on the seed, k and the stores alone. Pairs are packed as one.
     """
 
@@ -154,10 +155,12 @@ class DialogueLoader(MixedRows):
 def _laid(lines: Sequence[_Rows], numbers: Sequence[int], length: int) -> Batch:
     shape = (len(lines), length)
     inputs, labels = np.empty(shape, np.int64), np.empty(shape, np.int64)
-    documents = np.empty(shape, np.int32)
+    documents, padding = np.empty(shape, np.int32), np.ones(shape, np.bool_)
     for place, (line, number) in enumerate(zip(lines, numbers, strict=True)):
-        line.fill(number, inputs[place], labels[place], documents[place])
-    return Batch(torch.from_numpy(inputs), torch.from_numpy(labels), torch.from_numpy(documents))
+        end = line.fill(number, inputs[place], labels[place], documents[place])
+        padding[place, :end] = False
+    inputs_, labels_, documents_, padding_ = map(torch.from_numpy, (inputs, labels, documents, padding))
+    return Batch(inputs_, labels_, documents_, padding=padding_)
 
 
 class _Rows:
@@ -212,8 +215,8 @@ class _Rows:
 
     def fill(
         self, number: int, inputs: NDArray[np.int64], labels: NDArray[np.int64], documents: NDArray[np.int32]
-    ) -> None:
-        """Row `number` of the sequence into `[S]` arrays."""
+    ) -> int:
+        """Row `number` of the sequence into `[S]` arrays; returns where padding begins."""
         inputs[:], labels[:] = self.store.manifest.end_id, _NOT_LEARNED
         start = 0
         row = self.documents(number)
@@ -225,3 +228,4 @@ class _Rows:
             documents[start:end] = place
             start = end
         documents[start:] = len(row)
+        return start

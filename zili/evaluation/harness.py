@@ -59,14 +59,25 @@ class Scorer:
         self._device = opened.model.head_weight.device
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of both, cut where the context ends; spaces at its end belong to the continuation."""
+        """Ids of both, cut at the last token that the context has by itself too; spaces at its end belong to the
+        continuation.
+
+        A continuation may grow together with the context's last tokens (北 and 京 are one token, 北京): what is scored
+        then is the text from there on. Cut by the number of the context's tokens, as lm-eval's `_encode_pair` has it,
+        such a continuation would be empty, or begin later than it does, and all but certain. After a conversation
+        nothing grows together: an answer begins after a special token, or as a piece of its own.
+        """
+        if context.startswith(_CONVERSATION):
+            return self.prompt_ids(context), self.tokenizer.encode(continuation).tolist()
         trailing = len(context) - len(context.rstrip())
         if trailing:
             context, continuation = context[:-trailing], context[-trailing:] + continuation
         before = self.tokenizer.encode(context).tolist() if context else []
         whole = self.tokenizer.encode(context + continuation).tolist()
+        apart = (place for place, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b)
+        common = next(apart, min(len(before), len(whole)))
         # A document begins after an end token, in training as here.
-        return [self.tokenizer.end_id, *whole[: len(before)]], whole[len(before) :]
+        return [self.tokenizer.end_id, *whole[:common]], whole[common:]
 
     def log_likelihoods(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Iterator[tuple[int, float, bool]]:
         """Place, log-probability and whether it is the greedy one, of each continuation; the longest first."""

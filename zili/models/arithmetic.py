@@ -166,6 +166,12 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     )
 
 
+def is_hidden_matrix(name: str, shape: Shape) -> bool:
+    """Whether the parameter of that name is what Muon takes: a matrix, or a stack of them, inside the blocks, that of
+    multi-token prediction too. A router's is an output matrix (Jordan 2024 leaves those to AdamW)."""
+    return len(shape) >= 2 and name.startswith(("layers.", "next_tokens.")) and ".router." not in name
+
+
 def block_matrices(config: ModelConfig, *, active: bool = False) -> int:
     """Parameters in the matrices of all blocks, experts' stacks included; `active`: of those one token goes through."""
     total = 0
@@ -228,16 +234,19 @@ def training_state_bytes(
 ) -> StateBytes:
     """Memory of weights, gradients and optimizer moments, before any sharding.
 
-    AdamW keeps two moments a parameter. Muon keeps one for the matrices of the blocks and leaves embedding,
-    head, norms and biases to AdamW, as `zili.training` does. Both also keep a step count a tensor, left out
-    here.
+    AdamW keeps two moments a parameter. Muon keeps one for the matrices of the blocks (`is_hidden_matrix`) and leaves
+    the rest to AdamW. Both also keep a step count a tensor, left out here.
     """
     count = count_parameters(config)
     total = count.total + count.next_tokens
-    trained = total
-    if config.lora is not None:
-        trained = sum(prod(shape) for name, shape in parameter_shapes(config).items() if is_adapter(name))
-    moments = 2 * trained
+    trained = {
+        name: shape
+        for name, shape in parameter_shapes(config).items()
+        # A router's bias is moved by the load, not by an optimizer.
+        if (not name.endswith(".expert_bias") if config.lora is None else is_adapter(name))
+    }
+    elements = sum(map(prod, trained.values()))
+    moments = 2 * elements
     if optimizer == "muon":
-        moments -= block_matrices(config) if config.lora is None else trained
-    return StateBytes(weight_bytes * total, gradient_bytes * trained, moment_bytes * moments)
+        moments -= sum(prod(shape) for name, shape in trained.items() if is_hidden_matrix(name, shape))
+    return StateBytes(weight_bytes * total, gradient_bytes * elements, moment_bytes * moments)

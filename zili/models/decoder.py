@@ -40,11 +40,12 @@ class Block(nn.Module):
         sin: Tensor,
         document_ids: Tensor | None = None,
         cache_entry: CacheEntry | None = None,
+        padding: Tensor | None = None,
     ) -> Tensor:
-        """`x [B, S, D]`, `cos, sin [S, d]`, `document_ids [B, T]` -> `[B, S, D]`."""
+        """`x [B, S, D]`, `cos, sin [S, d]`, `document_ids [B, T]`, `padding [B, T]` -> `[B, S, D]`."""
         branch = self._drop(self.attention(self.attention_norm(x), cos, sin, document_ids, cache_entry))
         normed, x = self.feed_forward_norm.after_adding(x, branch)
-        return x + self._drop(self.feed_forward(normed))
+        return x + self._drop(self.feed_forward(normed, padding))
 
     def _drop(self, branch: Tensor) -> Tensor:
         return F.dropout(branch, self.dropout) if self.training and self.dropout else branch
@@ -184,6 +185,7 @@ class Decoder(nn.Module):
         labels: Tensor | None = None,
         cache: KeyValueCache | None = None,
         reference: Tensor | None = None,
+        padding: Tensor | None = None,
     ) -> Tensor:
         """Logits `[B, S, V]` in fp32 for ids `inputs [B, S]`; with `labels [B, S]` the sum of their cross entropies.
 
@@ -194,9 +196,10 @@ class Decoder(nn.Module):
         Labels `[B, S, 2]` hold the token after the next as well. A model that predicts it in training adds that loss
         to what is differentiated; the value returned is that of the next token alone.
 
-        With `reference [B, N]` documents are pairs of answers, and the sum is that of `preference`.
+        With `reference [B, N]` documents are pairs of answers, and the sum is that of `preference`. `padding` `[B, S]`,
+        of whole rows as `document_ids`, is true where nothing is to count in the experts' load.
         """
-        x, run = self._blocks(inputs, document_ids, cache)
+        x, run = self._blocks(inputs, document_ids, cache, padding)
         if self.norm is None:
             return x
         hidden = self.norm(x[:, -inputs.shape[1] :] if cache is not None else x)
@@ -244,7 +247,7 @@ class Decoder(nn.Module):
         return x if self.norm is None else self.norm(x[:, -inputs.shape[1] :] if cache is not None else x)
 
     def _blocks(
-        self, inputs: Tensor, document_ids: Tensor | None, cache: KeyValueCache | None
+        self, inputs: Tensor, document_ids: Tensor | None, cache: KeyValueCache | None, padding: Tensor | None = None
     ) -> tuple[Tensor, Callable[[nn.Module, Tensor], Tensor]]:
         """What leaves the last block, and how another block of the same sequence is run."""
         start, inputs = (0, inputs) if cache is None else cache.extend(inputs)
@@ -263,8 +266,8 @@ class Decoder(nn.Module):
                 x = x.float()  # products run in half precision, what they are added up in does not
         for i, block in self.layers.items():
             entry = None if cache is None else cache.entry(i, start)
-            x = self._run(block, x, cos, sin, document_ids, entry)
-        return x, lambda block, y: self._run(block, y, cos, sin, document_ids)
+            x = self._run(block, x, cos, sin, document_ids, entry, padding)
+        return x, lambda block, y: self._run(block, y, cos, sin, document_ids, None, padding)
 
     def _run(self, block: nn.Module, *arguments: Tensor | CacheEntry | None) -> Tensor:
         if self.recompute != "none" and self.training and torch.is_grad_enabled():

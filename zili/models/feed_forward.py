@@ -20,6 +20,7 @@ class FeedForward(nn.Module):
         self.up = Linear(hidden, ffn, bias=config.gate_up_bias)
         self.down = Linear(ffn, hidden, bias=config.ffn_down_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        """`padding` is for experts, who count tokens."""
         x = self.enter(x)
         return self.down(ops.swiglu(self.gate(x), self.up(x)))

@@ -76,7 +76,7 @@ class Linear(nn.Linear):
         if self.leave is None:
             return self._adapted(ops.linear(x, local(self.weight), bias), x)
         out = self.leave(self._adapted(ops.linear(x, local(self.weight)), x))
-        return out if bias is None else out + bias
+        return out if bias is None else out + bias.to(out.dtype)  # as a product takes it
 
     def _adapted(self, out: Tensor, x: Tensor) -> Tensor:
         if self.lora_a is None or self.lora_b is None:

@@ -20,12 +20,14 @@ from zili.models.layers import Seam, local, lowered
 
 
 class Routes(NamedTuple):
-    """Where tokens go."""
+    """Where tokens go, padding too."""
 
     experts: Tensor
     """`[B, S, k]` int64."""
     weights: Tensor
     """`[B, S, k]` fp32: what each expert's output counts."""
+    counts: Tensor
+    """`[E]` int64: how many go to each expert."""
 
 
 class Router(nn.Module):
@@ -48,12 +50,19 @@ class Router(nn.Module):
         """Tokens that went to each expert in training since `balance` last read it, `[E]`."""
         self.sequence = Seam()
         """Sums what the processes that share a sequence counted."""
+        self.positions = Seam()
+        """Of whole rows `[B, S]`, the positions whose tokens are here."""
         self.share = 1.0
-        """Of the tokens, those whose label counts. The balance loss is a sum over all, and the trainer divides by the
-        number of those alone."""
+        """Of the positions of a batch, those whose label counts. The balance loss is a sum over all, and the trainer
+        divides by the number of those alone."""
 
-    def forward(self, x: Tensor) -> tuple[Routes, Tensor, Tensor]:
-        """`x [B, S, D]` -> routes, the balance loss summed over tokens (0-d), and tokens an expert `[E]`."""
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> tuple[Routes, Tensor, Tensor]:
+        """`x [B, S, D]` -> routes, the balance loss summed over tokens (0-d), and tokens an expert `[E]`.
+
+        What is `padding`, given of whole rows, is routed and counts neither in the loss nor among the tokens. Every
+        token of a document counts, learned or not: questions go through the experts as answers do (as with the masks
+        of transformers' load_balancing_loss_func and of Megatron-LM's MoELayer).
+        """
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), local(self.weight).float())
         softmax = self.mixture.scoring == "softmax"
@@ -63,22 +72,30 @@ class Router(nn.Module):
         weights = scores.gather(-1, experts)
         if self.mixture.normalize:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        counts = F.one_hot(experts.flatten(1), self.mixture.experts).sum(1).float()
-        routes = Routes(experts, weights * self.mixture.scale)
-        return routes, self._balance_loss(scores, counts), counts.sum(0)
+        chosen = F.one_hot(experts, self.mixture.experts).sum(2)
+        routes = Routes(experts, weights * self.mixture.scale, chosen.sum((0, 1)))
+        shares = scores / scores.sum(-1, keepdim=True)
+        if padding is not None:
+            filled = ~self.positions(padding)[..., None]
+            chosen, shares = chosen * filled, shares * filled
+        counts = chosen.sum(1).float()
+        length = None if padding is None else padding.shape[1]
+        return routes, self._balance_loss(shares.sum(1), counts, length), counts.sum(0)
 
-    def _balance_loss(self, scores: Tensor, counts: Tensor) -> Tensor:
-        """`E / (k S) counts . mean(share)` of each sequence, times its S tokens, summed (DeepSeek-V3, eq. 17 to 20).
+    def _balance_loss(self, shares: Tensor, counts: Tensor, length: int | None) -> Tensor:
+        """`E / (k T) counts . mean(share)` of each sequence of T tokens, times its positions, summed (DeepSeek-V3, eq.
+        17 to 20).
 
-        `scores [B, S, E]` of the tokens here, `counts [B, E]`. Of a sequence that processes share each adds its term.
+        `shares, counts [B, E]`, sums over the tokens here. Of a sequence that processes share each adds its term.
+        `length`: positions, where some are padding; a row weighs the same however full it is.
         """
         if not self.mixture.balance_loss or not torch.is_grad_enabled():
-            return scores.new_zeros(())
+            return shares.new_zeros(())
         counts = self.sequence(counts)
-        tokens = counts.sum(-1, keepdim=True) / self.mixture.top_k
-        shares = (scores / scores.sum(-1, keepdim=True)).sum(1)
+        tokens = counts.sum(-1, keepdim=True).clamp(min=1) / self.mixture.top_k
         fractions = self.mixture.experts / self.mixture.top_k * counts / tokens
-        return self.share * self.mixture.balance_loss * (fractions * shares).sum()
+        weights = 1.0 if length is None else length / tokens
+        return self.share * self.mixture.balance_loss * (fractions * shares * weights).sum()
 
     @torch.no_grad()
     def balance(self, load: Tensor) -> None:
@@ -153,16 +170,16 @@ class Mixture(nn.Module):
 
     # Which rows go where is known only when it runs, so there is no graph to compile.
     @torch.compiler.disable
-    def forward(self, x: Tensor) -> Tensor:
-        routes, loss, counts = self.router(x)
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        routes, loss, counts = self.router(x, padding)
         if torch.is_grad_enabled():
             x = Noted.apply(x, loss, self.router.load, counts)
-        out = self._routed(x, routes, counts.long())
+        out = self._routed(x, routes)
         return out if self.shared is None else out + self.shared(x)
 
-    def _routed(self, x: Tensor, routes: Routes, counts: Tensor) -> Tensor:
+    def _routed(self, x: Tensor, routes: Routes) -> Tensor:
         rows, places = ops.permute(lowered(x).flatten(0, 1), routes.experts.flatten(0, 1))
-        out = ops.unpermute(self.experts(rows, counts), places, routes.weights.flatten(0, 1))
+        out = ops.unpermute(self.experts(rows, routes.counts), places, routes.weights.flatten(0, 1))
         return out.to(x.dtype).view(x.shape)
 
 

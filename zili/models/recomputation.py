@@ -7,7 +7,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    SAC_IGNORED_OPS,
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 Recompute = Literal["none", "selective", "full"]
 """full: only a block's input is kept. selective: products and attention are kept, the rest is computed again."""
@@ -23,6 +28,13 @@ _KEPT = frozenset(
 """Operations whose results are dear: matrix products, collectives (Korthikanti et al. 2022, section 5)."""
 _KEPT_BY_NAME = ("attention", "grouped_matmul")
 """Dear too, by a part of their names: each vendor has kernels of its own for them."""
+
+# Torch wants no more calls of an operation when a block is recomputed than there were at first. FSDP2's hooks inside it
+# mark for profilers what they do, and that is another time: the first weights asked for in a backward pass are taken
+# for a model's, and a pipeline's are there already at its second micro-batch.
+SAC_IGNORED_OPS.update(
+    (torch.ops.profiler._record_function_enter_new.default, torch.ops.profiler._record_function_exit._RecordFunction)
+)
 
 
 def recomputed(block: nn.Module, how: Recompute, *arguments: Any) -> Tensor:

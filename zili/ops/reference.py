@@ -21,12 +21,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm of `x [..., D]` (Zhang and Sennrich 2019, eq. 4).
 
-    Normalised in fp32, cast back, then multiplied by `weight [D]` in the input's dtype: the order of the
-    TeleChat and Llama reference code.
+    Normalised in fp32, cast back, then multiplied by `weight [D]`: the order of the TeleChat and Llama reference code.
+    The result has the input's dtype, also where the weight is finer.
     """
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return normed.to(x.dtype) * weight
+    return (normed.to(x.dtype) * weight).to(x.dtype)
 
 
 def add_rms_norm(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,5 @@
-"""Which dimension of each matrix tensor-parallel processes cut, as data. Imports no torch: planning reads it too."""
+"""How weights are held, as data: which dimension of each matrix tensor-parallel processes cut, and what is taken in
+fp32 in a lowered run. Imports no torch: planning reads it too."""
 
 from __future__ import annotations
 
@@ -44,3 +45,12 @@ def cut_of(module: str, parameter: str) -> int | None:
     if parameter == "lora_b":
         return ROWS if rule.weight == ROWS else WHOLE
     return rule.bias if parameter == "bias" else rule.weight
+
+
+def stays_fp32(name: str) -> bool:
+    """Whether the weight of that name is taken in fp32 also where matrix products are not: norms and routers.
+
+    So it is in one process, where autocast lowers what products take and nothing else. The embedding, whose rows join
+    the residual stream, is fp32 too, but large.
+    """
+    return name.endswith(("norm.weight", "router.weight"))

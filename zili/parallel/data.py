@@ -3,7 +3,8 @@
 Gradients are summed, never averaged: the trainer divides once by the number of targets of the whole batch. So no
 divide factor is needed, nor the scaled reductions (PREMUL_SUM) that only NCCL has.
 
-On a chip without FSDP2 every process keeps its weights whole, and gradients are summed once a step.
+What stays in fp32 in a lowered run, norms and routers, is small: every process keeps it whole, and its gradients are
+summed once a step. On a chip without FSDP2 that is how all weights are kept.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 from zili.models.decoder import Decoder
 from zili.models.layers import local
 from zili.models.mixture import Experts
+from zili.parallel.cuts import stays_fp32
 from zili.parallel.world import World
 
 _BUCKET = 64 << 20
@@ -28,24 +30,36 @@ _BUCKET = 64 << 20
 
 
 def apply_sharding(model: Decoder, world: World, dtype: torch.dtype) -> None:
-    """Shard `model`, still on the meta device: a group a block, and one for what lies around the blocks.
+    """Shard `model`, still on the meta device: a group a block, and those of what lies around the blocks.
 
-    Weights are gathered in `dtype`; gradients are reduced in fp32. What goes into a module keeps its own dtype: the
-    residual stream and the angles of positions are fp32 also where products are not (autocast sees to those).
+    Every weight is taken in the dtype in which one process takes it (autocast sees to that there): what products
+    multiply is gathered in `dtype`, the embedding in fp32, norms and routers are left whole. Gradients are reduced in
+    fp32. What goes into a module keeps its own dtype: the residual stream and the angles of positions are fp32.
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    in_fp32 = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     weights = world.mesh("weights")
+    whole = {parameter for name, parameter in model.named_parameters() if _left_whole(name, world, dtype)}
     # A pipeline's micro-batches follow one another: gathering a block again for each would cost more than keeping it
     # through the step, and the schedules that put weight gradients off find only weights that are still there.
     again = world.layout.pipeline == 1
     for experts in (module for module in model.modules() if isinstance(module, Experts)):
         _shard_experts(experts, world, mp_policy=policy, reshard_after_forward=again)
     for block in [*model.layers, *([model.next_tokens] if model.next_tokens else [])]:
-        fully_shard(block, mesh=weights, mp_policy=policy, reshard_after_forward=again)
-    fully_shard(model, mesh=weights, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(block, mesh=weights, mp_policy=policy, reshard_after_forward=again, ignored_params=whole)
+    if dtype != torch.float32 and model.embedding is not None and model.head is not None:
+        fully_shard(model.embedding, mesh=weights, mp_policy=in_fp32, reshard_after_forward=False)
+    # Without a head of its own, it has the embedding or nothing. A tied one is lowered by the product.
+    around = in_fp32 if model.head is None else policy
+    fully_shard(model, mesh=weights, mp_policy=around, reshard_after_forward=False, ignored_params=whole)
     for module in sharded(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+
+
+def _left_whole(name: str, world: World, dtype: torch.dtype) -> bool:
+    """Whether the weight of that name is whole in every process, but for what tensor parallelism cuts."""
+    return not world.sharded or (dtype != torch.float32 and stays_fp32(name))
 
 
 def _shard_experts(experts: Experts, world: World, **settings: Any) -> None:
@@ -70,21 +84,21 @@ def reduce_gradients(model: nn.Module, now: bool) -> None:
 
 
 @torch.no_grad()
-def sum_gradients(model: nn.Module, world: World) -> None:
-    """Add up the gradients of all processes that hold the same weights: what FSDP2 does where it shards a model."""
+def sum_gradients(model: nn.Module, world: World, dtype: torch.dtype) -> None:
+    """Add up the gradients of weights that processes hold whole, over those that do: FSDP2 does it for what it cuts."""
     experts = {id(p) for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
     shared: dict[str, list[Tensor]] = {"weights": [], "expert_weights": []}
-    for parameter in model.parameters():
-        if parameter.grad is None:
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None or not _left_whole(name, world, dtype):
             continue
         if isinstance(parameter, DTensor) and isinstance(parameter.grad, DTensor):
             # What tensor-parallel processes hold whole has terms of its gradient in each.
             parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
         own = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
         shared["expert_weights" if id(parameter) in experts else "weights"].append(own)
-    for name, gradients in shared.items():
+    for mesh, gradients in shared.items():
         for bucket in _buckets(gradients):
-            _sum(bucket, world.mesh(name))
+            _sum(bucket, world.mesh(mesh))
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
@@ -101,7 +115,7 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
 def _sum(tensors: list[Tensor], mesh: DeviceMesh) -> None:
     """Add up `tensors` over all processes of `mesh`, in place."""
     together = torch.cat([tensor.flatten() for tensor in tensors])
-    for dimension in range(mesh.ndim):
+    for dimension in (dimension for dimension in range(mesh.ndim) if mesh.size(dimension) > 1):
         dist.all_reduce(together, group=mesh.get_group(dimension))
     parts = together.split([tensor.numel() for tensor in tensors])
     torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])

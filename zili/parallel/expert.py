@@ -20,6 +20,7 @@ from zili.models.decoder import Decoder
 from zili.models.layers import Seam
 from zili.models.mixture import Exchange, Experts, Router
 from zili.parallel.collectives import exchange, exchanged
+from zili.parallel.context import ContextPart
 from zili.parallel.world import World
 
 
@@ -79,6 +80,20 @@ class SumOverSequence(Seam):
         return total
 
 
+class OwnPositions(Seam):
+    """Of whole rows, the positions whose tokens this process has between matrices."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self._context = ContextPart(world) if world.layout.context > 1 else None
+        self._rank, self._size = world.tensor_rank, world.layout.tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, S]` -> `[B, S / (c t)]`."""
+        own = x if self._context is None else self._context.take(x)
+        return own.chunk(self._size, 1)[self._rank]
+
+
 def apply_expert_parallel(model: Decoder, world: World) -> None:
     """Share the experts of `model`, still on the meta device, and let routers count whole sequences."""
     layout = world.layout
@@ -91,3 +106,4 @@ def apply_expert_parallel(model: Decoder, world: World) -> None:
             module.exchange = ProcessExchange(mesh.get_group())
         if isinstance(module, Router) and layout.context * layout.tensor > 1:
             module.sequence = SumOverSequence(world.mesh("sequence").get_group())
+            module.positions = OwnPositions(world)

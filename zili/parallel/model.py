@@ -109,9 +109,9 @@ class ParallelModel:
         return self._once(total)
 
     def _sum_gradients(self) -> None:
-        if self.world.size > 1 and not self.world.sharded:
+        if self.world.size > 1:
             for part in self.parts:
-                sum_gradients(part, self.world)
+                sum_gradients(part, self.world, self._dtype)
 
     def loss_sum(self, input_ids: Tensor, labels: Tensor, *, document_ids: Tensor | None = None) -> Tensor:
         """Sum of the losses of whole rows `[B, S]`, which every process gives alike: each computes its share.
@@ -173,14 +173,16 @@ class ParallelModel:
         return own * self.world.layout.data
 
     def _own(self, batch: Batch) -> Batch:
-        """Ids and labels of the positions this process has, documents of whole rows."""
-        inputs, labels, documents, reference = batch
+        """Ids and labels of the positions this process has, documents and padding of whole rows."""
+        inputs, labels, documents, reference, padding = batch
         if self.parts[0].config.mtp_layers and self.training and reference is None:
             labels = _with_next(labels, documents)
         if self._context is not None:
             inputs, labels = self._context.take(inputs), self._context.take(labels)
         place = self.world.device.type
-        return Batch(inputs, labels, documents, reference).each(lambda rows: rows.to(place, non_blocking=True))
+        padding = padding if self.parts[0].config.mixture is not None else None  # for their routers alone
+        own = Batch(inputs, labels, documents, reference, padding)
+        return own.each(lambda rows: rows.to(place, non_blocking=True))
 
     def _once(self, loss: Tensor) -> Tensor:
         """Tensor-parallel processes compute the same losses: they count once, in a sum over the world."""

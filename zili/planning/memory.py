@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import NamedTuple
 
+from zili.models.arithmetic import is_hidden_matrix
 from zili.planning.job import Job
 from zili.planning.messages import rows_at_once
 from zili.planning.schedule import Action, Plan
@@ -37,12 +38,14 @@ def peak_bytes(job: Job) -> Bytes:
 
 
 class _Gathered(NamedTuple):
-    """Weights that are gathered together."""
+    """Weights that are gathered together, or that every process holds whole."""
 
     elements: int
     """As products take them."""
     stored: int
     """Of those, this process's."""
+    gathered: int
+    """Bytes, once they are."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,10 @@ class _Layer:
     @cached_property
     def stored(self) -> int:
         return sum(group.stored for group in self.groups)
+
+    @cached_property
+    def gathered(self) -> int:
+        return sum(group.gathered for group in self.groups)
 
 
 class _Step:
@@ -103,8 +110,9 @@ class _Step:
 
     @property
     def weight_bytes(self) -> int:
-        """Of an element of a weight as the loss has it: gathered weights are lowered, a lone process's are not."""
-        return _FP32 if self.alone else self.job.product_bytes
+        """Of an element of a weight as the loss has it: a gathered head is lowered, that of a lone process or one that
+        is the embedding is not."""
+        return _FP32 if self.alone or self.job.model.tied_embeddings else self.job.product_bytes
 
     @cached_property
     def stream(self) -> float:
@@ -131,7 +139,7 @@ class _Step:
         """Micro-batches one after another; weights are gathered as they are used, gradients summed in the last."""
         (layers,), (end,), job = self.stages, self.ends, self.job
         if not self.alone:
-            self.live[GATHERED] = job.product_bytes * end.elements
+            self.live[GATHERED] = end.gathered
         # All between the first and the last are alike.
         for number in sorted({0, min(1, job.micro_batches - 1), job.micro_batches - 1}):
             last = number == job.micro_batches - 1
@@ -150,9 +158,8 @@ class _Step:
         plan = Plan(job.config.parallel.schedule, job.layout.pipeline, len(job.stages), count)
         last = plan.stages - 1
         home = {number: place for place, number in enumerate(job.stage_numbers)}
-        elements = sum(layer.elements for stage in self.stages for layer in stage)
-        elements += sum(end.elements for end in self.ends)
-        self.live[GATHERED] = job.product_bytes * elements
+        self.live[GATHERED] = sum(layer.gathered for stage in self.stages for layer in stage)
+        self.live[GATHERED] += sum(end.gathered for end in self.ends)
         elsewhere = [n for number in home for n in (number - 1, number + 1) if 0 <= n <= last and n not in home]
         self.live[MESSAGES] = len(elsewhere) * job.micro_batches * self.stream
         if plan.schedule != "1f1b":
@@ -204,7 +211,7 @@ class _Step:
         """Gradients of a stage, a group at a time: joined, summed and cut; by then its weights are given back."""
         for layer in (self.ends[place], *self.stages[place]):
             for group in layer.groups:
-                self.live[GATHERED] -= self.job.product_bytes * group.elements
+                self.live[GATHERED] -= group.gathered
                 self.at((MESSAGES, _FP32 * group.elements), (GRADIENTS, _FP32 * group.stored))
                 self.live[GRADIENTS] += _FP32 * (group.stored - group.elements)
 
@@ -233,14 +240,14 @@ class _Step:
         lowered = job.product_bytes if job.lowered else 0
         self.live[ACTIVATIONS] += self.stream + tokens
         self.live[LOGITS] += tokens
-        copy = job.product_bytes * matrix if self.alone and job.lowered else 0
-        raised = _FP32 * matrix if self.alone and job.lowered else 0
-        gathered = 0 if before is None or job.layout.weight_shards == 1 else job.product_bytes * before.elements
+        raised = self.weight_bytes > job.product_bytes
+        copy, in_fp32 = (job.product_bytes * matrix, _FP32 * matrix) if raised else (0, 0)
+        gathered = 0 if before is None or job.layout.weight_shards == 1 else before.gathered
         here = ((ACTIVATIONS, self.stream), (GATHERED, gathered))
         so_far = self._head_gradient if rows < job.tokens else 0
         self.at((LOGITS, logits * (_FP32 + lowered) + copy + so_far), *here)
         scores = logits * job.product_bytes
-        made = job.product_bytes * matrix + self._head_gradient + raised
+        made = job.product_bytes * matrix + self._head_gradient + in_fp32
         self.at((LOGITS, scores + copy + made), *here)
         self.live[LOGITS] += self._head_gradient
 
@@ -271,8 +278,8 @@ class _Step:
         for number in reversed(range(len(layers))):
             layer = layers[number]
             # Gathered while this one is at work; alone with its weights, a process copies them without a buffer.
-            ahead = layers[number - 1].elements if number and job.layout.weight_shards > 1 else 0
-            gathered = 0 if self.pipelined or self.alone else job.product_bytes * (layer.elements + ahead)
+            ahead = layers[number - 1].gathered if number and job.layout.weight_shards > 1 else 0
+            gathered = 0 if self.pipelined or self.alone else layer.gathered + ahead
             common = ((GATHERED, gathered), (MESSAGES, flying), (BACKWARD, self.stream))
             if put_off:
                 # A norm's backward pass has several terms at once.
@@ -282,19 +289,19 @@ class _Step:
             self.live[ACTIVATIONS] += layer.whole - layer.kept
             self.at((BACKWARD, layer.worst + job.product_bytes * layer.largest), *common)
             self.live[ACTIVATIONS] -= layer.whole
-            left = layer.elements
+            left = layer.gathered
             for group in layer.groups:
                 # Each is given back when its gradients are complete.
                 fresh = self._fresh(group, layer, new and not summed)
-                own = 0 if self.pipelined or self.alone else job.product_bytes * (left + ahead)
+                own = 0 if self.pipelined or self.alone else left + ahead
                 self.at((GRADIENTS, fresh), (GATHERED, own), (MESSAGES, flying), (BACKWARD, self.stream))
-                left -= group.elements
+                left -= group.gathered
             if new and not (summed and job.micro_batches == 1):
                 self.live[GRADIENTS] += _FP32 * layer.elements
             for group in layer.groups if summed else ():
                 # Added up in fp32 over micro-batches, or as they were made by the only one.
                 summand = _FP32 if job.micro_batches > 1 else job.product_bytes
-                gathered = job.product_bytes * ahead
+                gathered = ahead
                 flying = _FP32 * group.elements
                 made = 0 if job.micro_batches > 1 else summand * group.elements
                 arriving = _FP32 * group.stored
@@ -342,20 +349,21 @@ def _moments(job: Job, stored: int) -> float:
     """Elements that the optimizer keeps: two for each weight; Muon one for those of matrices inside blocks."""
     if job.config.optimizer.name != "muon":
         return 2 * stored
-    blocks = [group for group in weight_groups(job) if not group.stays]
-    sizes = [(prod(p.shape), len(p.shape)) for group in blocks for p in group.parameters]
-    whole = sum(size for size, _ in sizes)
-    matrices = sum(size for size, dimensions in sizes if dimensions >= 2)
-    kept = sum(gathered.stored for gathered in _gathered(job, blocks))
-    return 2 * stored - kept * matrices / whole
+    of_muon = [
+        replace(group, parameters=tuple(p for p in group.parameters if is_hidden_matrix(p.name, p.shape)))
+        for group in weight_groups(job)
+    ]
+    return 2 * stored - sum(gathered.stored for gathered in _gathered(job, of_muon))
 
 
 def _gathered(job: Job, groups: Sequence[Group]) -> tuple[_Gathered, ...]:
     shards = {True: job.layout.expert_shards, False: job.layout.weight_shards}
-    sizes = (sum(prod(parameter.shape) for parameter in group.parameters) for group in groups)
-    return tuple(
-        _Gathered(size, group.pieces(shards[group.of_experts])) for size, group in zip(sizes, groups, strict=True)
-    )
+    found = []
+    for group in groups:
+        size = sum(prod(parameter.shape) for parameter in group.parameters)
+        taken = 0 if group.whole else _FP32 if group.in_fp32 else job.product_bytes
+        found.append(_Gathered(size, group.pieces(shards[group.of_experts]), size * taken))
+    return tuple(found)
 
 
 def _stage_layers(job: Job, stage: range, known: dict[bool, _Layer]) -> list[_Layer]:

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from math import prod
 
 from zili.planning.job import Job
-from zili.planning.weights import weight_groups
+from zili.planning.weights import stage_groups, weight_groups
 
 _FP32 = 4
 _INT64 = 8
 _ROWS_OF_LOGITS = 512 * 1024 * 1024
 """Elements of logits at a time (`zili.ops.chunked_cross_entropy`), and at least 64 rows."""
 _LEAST_ROWS = 64
+_BUCKET = 64 << 20
+"""Bytes of gradients that are summed by one call (`zili.parallel.data`)."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,9 @@ def _ends(job: Job) -> Some:
     predicts = job.has_last and job.model.mtp_layers
     tokens = job.tokens * job.model.hidden_size * job.product_bytes
     embedded = job.micro_batches * (job.has_first + bool(predicts))
-    yield _tensor(job, "reduce_scatter", tokens), embedded
-    yield _tensor(job, "all_gather", tokens), embedded
+    rows = job.tokens * job.model.hidden_size * _FP32
+    yield _tensor(job, "reduce_scatter", rows), embedded
+    yield _tensor(job, "all_gather", rows), embedded
     if not job.has_last:
         return
     losses = job.micro_batches * (1 + bool(predicts))
@@ -144,25 +147,42 @@ def _stages(job: Job) -> Some:
 def _weights(job: Job) -> Some:
     """Weights gathered for use, gradients summed and cut; then summed over replicas."""
     layout = job.layout
-    for group in weight_groups(job):
+    for group in (group for group in weight_groups(job) if not group.whole):
         mesh = "expert_shards" if group.of_experts else "weight_shards"
         shards = getattr(layout, mesh)
         size = group.pieces(shards) * shards
         # A pipeline gathers once a step; else a block lets go after each forward pass.
         gathers = 1 if layout.pipeline > 1 else job.micro_batches * (1 if group.stays else 2)
-        yield Message("all_gather", mesh, shards, size * job.product_bytes), gathers
+        yield Message("all_gather", mesh, shards, size * (_FP32 if group.in_fp32 else job.product_bytes)), gathers
         yield Message("reduce_scatter", mesh, shards, size * _FP32), 1
         yield Message("all_reduce", "replicas", layout.replicas, size // shards * _FP32), 1
 
 
 def _whole_gradients(job: Job) -> Some:
-    """What tensor-parallel processes hold whole has terms of its gradient in each."""
-    # Gradients of several micro-batches are added up in fp32 first.
-    bytes_each = _FP32 if job.micro_batches > 1 else job.product_bytes
+    """What tensor-parallel processes hold whole has terms of its gradient in each; and so has what all hold whole."""
     for group in weight_groups(job):
+        # Gradients of several micro-batches are added up in fp32 first.
+        bytes_each = _FP32 if job.micro_batches > 1 or group.in_fp32 else job.product_bytes
         for _, shape, cut in () if group.of_experts else group.parameters:
             if cut is None:
                 yield _tensor(job, "all_reduce", prod(shape) * bytes_each), 1
+    for stage in job.stages:
+        for size in _buckets(job, stage):
+            yield Message("all_reduce", "replicas", job.layout.replicas, size), 1
+            yield Message("all_reduce", "weight_shards", job.layout.weight_shards, size), 1
+
+
+def _buckets(job: Job, stage: range) -> Iterator[int]:
+    """Bytes of gradients of a stage's whole weights, as they are summed together: by `zili.parallel.data._buckets`."""
+    size = 0
+    for group in stage_groups(job, stage):
+        for parameter in group.parameters if group.whole else ():
+            size += prod(parameter.shape) * _FP32
+            if size >= _BUCKET:
+                yield size
+                size = 0
+    if size:
+        yield size
 
 
 def _figures(job: Job) -> Some:

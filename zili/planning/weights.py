@@ -8,7 +8,7 @@ from math import prod
 from typing import NamedTuple
 
 from zili.models.arithmetic import Shape, parameter_shapes
-from zili.parallel.cuts import cut_of
+from zili.parallel.cuts import cut_of, stays_fp32
 from zili.planning.job import Job
 
 
@@ -24,16 +24,21 @@ class Parameter(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """Weights that are gathered together."""
+    """Weights that are gathered together, or that every process holds whole."""
 
     parameters: tuple[Parameter, ...]
     of_experts: bool = False
     stays: bool = False
     """Whether it is kept from the forward to the backward pass, also where blocks are not."""
+    in_fp32: bool = False
+    """Whether it is gathered in fp32 also where products are not."""
+    whole: bool = False
+    """Whether it is not cut, and so not gathered."""
 
     def pieces(self, shards: int) -> int:
         """Elements of one of `shards`: each weight is cut along its first dimension, the last pieces filled up; stacks
         of too few experts inside each matrix."""
+        shards = 1 if self.whole else shards
         return sum(_piece(parameter.shape, shards) for parameter in self.parameters)
 
 
@@ -46,12 +51,17 @@ def _piece(shape: Shape, shards: int) -> int:
 
 def weight_groups(job: Job) -> Iterator[Group]:
     """Every group of this process, as `zili.parallel.data.apply_sharding` makes them."""
-    for layer in (layer for stage in job.stages for layer in stage):
-        yield from layer_groups(job, layer)
     for stage in job.stages:
-        yield from end_groups(job, stage)
-        if stage.stop == job.model.layers and job.model.mtp_layers:
-            yield from layer_groups(job, job.model.layers)
+        yield from stage_groups(job, stage)
+
+
+def stage_groups(job: Job, stage: range) -> Iterator[Group]:
+    """Those of a stage: of its layers, of what lies around them, and of multi-token prediction."""
+    for layer in stage:
+        yield from layer_groups(job, layer)
+    yield from end_groups(job, stage)
+    if stage.stop == job.model.layers and job.model.mtp_layers:
+        yield from layer_groups(job, job.model.layers)
 
 
 def layer_groups(job: Job, number: int) -> Iterator[Group]:
@@ -65,13 +75,16 @@ def layer_groups(job: Job, number: int) -> Iterator[Group]:
 
 
 def end_groups(job: Job, stage: range) -> Iterator[Group]:
-    """What lies around the blocks of a stage: one group, or none."""
+    """What lies around the blocks of a stage: one group or none; in a lowered run the embedding's is another."""
     model = job.model
     rows = {"embedding.weight": (model.vocab_size, model.hidden_size), "norm.weight": (model.hidden_size,)}
     rows["head.weight"] = rows["embedding.weight"]
-    names = [*_first(job, stage), *_last(job, stage)]
-    if names:
-        yield Group(tuple(_parameter(job, name, rows[name]) for name in names), stays=True)
+    parameters = [_parameter(job, name, rows[name]) for name in (*_first(job, stage), *_last(job, stage))]
+    embedding = [parameter for parameter in parameters if parameter.name == "embedding.weight" and _mixed(job)]
+    rest = [parameter for parameter in parameters if parameter not in embedding]
+    if embedding:
+        yield Group(tuple(embedding), stays=True, in_fp32=True)
+    yield from _around_whole(job, rest, stays=True)
 
 
 def _first(job: Job, stage: range) -> list[str]:
@@ -91,7 +104,21 @@ def _split(job: Job, shapes: dict[str, Shape]) -> Iterator[Group]:
     experts = tuple(parameter for parameter in parameters if ".experts." in parameter.name)
     if experts:
         yield Group(experts, of_experts=True)
-    yield Group(tuple(parameter for parameter in parameters if ".experts." not in parameter.name))
+    yield from _around_whole(job, [parameter for parameter in parameters if ".experts." not in parameter.name])
+
+
+def _mixed(job: Job) -> bool:
+    """Whether weights that stay in fp32 are held otherwise than those of products."""
+    return job.lowered and job.layout.world > 1
+
+
+def _around_whole(job: Job, parameters: list[Parameter], stays: bool = False) -> Iterator[Group]:
+    """What is gathered of `parameters`, and what every process has whole."""
+    whole = [parameter for parameter in parameters if _mixed(job) and stays_fp32(parameter.name)]
+    if gathered := tuple(parameter for parameter in parameters if parameter not in whole):
+        yield Group(gathered, stays=stays)
+    if whole:
+        yield Group(tuple(whole), stays=stays, in_fp32=True, whole=True)
 
 
 def _parameter(job: Job, name: str, shape: Shape) -> Parameter:

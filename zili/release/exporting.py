@@ -53,9 +53,9 @@ def export_model(
             compute what its source does.
         ConfigError: no layout of that name.
     """
-    model = open_model(Path(source))
-    if dtype is not None:
-        model = replace(model, tensors=CastTensors(model.tensors, dtype))
+    trained = model = open_model(Path(source))
+    if dtype is not None and trained.dtypes != {dtype}:
+        model = replace(trained, tensors=CastTensors(trained.tensors, dtype))
     chosen, said = _said(layout, model)
     tokenizer = tokenizer_of(model.companions)
     with whole_folder(Path(target)) as aside:
@@ -69,15 +69,19 @@ def export_model(
             complete(aside, tokenizer, own_config=own_config)
         written = replace(open_model(aside), companions=model.companions)
         probe = make_probe(written, tokenizer)
+        but_for_rounding = difference = _difference(model, probe, said)
+        if model is not trained:
+            difference = probe.difference(answered(trained, probe.ids, probe.text))
         release = Release(
             layout=chosen.name,
             model=said.config,
             dtype=_dtype(written),
             notes=said.notes,
-            difference=_difference(model, probe, said),
+            difference=difference,
             probe=probe,
             provenance=provenance_of(Path(source), model),
             evaluations=tuple(evaluations),
+            but_for_rounding=but_for_rounding,
         )
         write_json(aside / RELEASE_FILE, release.as_json())
         (aside / "README.md").write_text(card(release, Path(target).name, license_name), encoding="utf-8")
@@ -166,7 +170,7 @@ def _dtype(model: OpenModel) -> str:
 
 
 def _difference(model: OpenModel, probe: Probe, said: Equivalent) -> float:
-    """Largest difference of a log-probability between what was written and its source, in nats.
+    """Largest difference of a log-probability between what was written and its source in the same dtype, in nats.
 
     Raises: CheckpointError where it should not be there.
     """

@@ -51,6 +51,11 @@ class OpenModel:
     checkpoint: Path | None = None
     """The training checkpoint that the weights are in; None: a model folder."""
 
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """In which the weights are stored."""
+        return {tensor.dtype for tensor in self.tensors.describe().values()}
+
 
 def load(path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Decoder:
     """The decoder in a Hugging Face folder, a Zili model folder, or a Zili checkpoint or run; in eval mode.

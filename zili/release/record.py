@@ -49,10 +49,14 @@ class Release:
     notes: tuple[str, ...]
     """What the layout says in other words than the source."""
     difference: float
-    """Of log-probabilities between release and source, at most, nats."""
+    """Of log-probabilities between release and source, at most, nats. The source is as it is stored: of a run the fp32
+    weights that were trained, whatever `dtype` says."""
     probe: Probe
     provenance: Mapping[str, Any]
     evaluations: tuple[Evaluation, ...] = ()
+    but_for_rounding: float | None = None
+    """The same beside the source rounded to `dtype`. None in releases from before it was told apart: their
+    `difference` is this."""
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -64,6 +68,7 @@ class Release:
             "model": self.model.model_dump(),
             "notes": list(self.notes),
             "difference_from_source": self.difference,
+            "difference_but_for_rounding": self.but_for_rounding,
             "provenance": dict(self.provenance),
             "evaluations": [asdict(one) for one in self.evaluations],
             "made_with": {"zili": __version__, "torch": torch.__version__},
@@ -94,6 +99,7 @@ def read_release(folder: Path) -> Release:
             probe=Probe.from_json(values["probe"]),
             provenance=dict(values["provenance"]),
             evaluations=tuple(Evaluation(**one) for one in values["evaluations"]),
+            but_for_rounding=None if (rounded := values.get("difference_but_for_rounding")) is None else float(rounded),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error!r}; fetch the folder again") from error

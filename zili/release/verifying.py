@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -46,7 +47,7 @@ def verify_release(folder: Path, *, against: Path | None = None, transformers: b
     release, model = read_release(folder), open_model(folder)
     findings.append(_check_tokenizer(folder, release, tokenizer_of(folder)))
     found = answered(model, release.probe.ids, release.probe.text)
-    findings.append(_compare("log-probabilities", found, release.probe, TOLERANCE, f"as {RELEASE_FILE} has them"))
+    findings.append(_compare("log-probabilities", found, release.probe, TOLERANCE, _recorded(release)))
     if against is not None:
         findings.append(_against(against, release))
     if transformers or (transformers is None and _transformers_can(folder, release)):
@@ -84,13 +85,24 @@ def _against(source: Path, release: Release) -> Finding:
             f"{source} has a vocabulary of {model.config.vocab_size}, the release of {release.model.vocab_size}: "
             "it was made from another model"
         )
-    stored = {tensor.dtype for tensor in model.tensors.describe().values()}
     wanted = getattr(torch, release.dtype)
-    if stored != {wanted}:
-        model = replace(model, tensors=CastTensors(model.tensors, wanted))
-    found = answered(model, release.probe.ids, release.probe.text)
-    allowed = release.difference + TOLERANCE
-    return _compare("source", found, release.probe, allowed, f"that {source.name} has")
+    rounded = replace(model, tensors=CastTensors(model.tensors, wanted))
+    found = answered(rounded, release.probe.ids, release.probe.text)
+    apart = release.difference if release.but_for_rounding is None else release.but_for_rounding
+    if model.dtypes == {wanted}:
+        return _compare("source", found, release.probe, apart + TOLERANCE, f"that {source.name} has")
+    # Whether it is the same model shows where both are rounded; what rounding did to it is said, and not allowed for.
+    same = _compare("source", found, release.probe, apart + TOLERANCE, f"that {source.name} has in {release.dtype}")
+    trained = answered(model, release.probe.ids, release.probe.text)
+    detail = _compare("", trained, release.probe, math.inf, "as it is stored").detail
+    return Finding(same.what, f"{same.detail}; {detail}")
+
+
+def _recorded(release: Release) -> str:
+    """Where the probe is, and how far the export found it from what was trained."""
+    if release.but_for_rounding is None:
+        return f"as {RELEASE_FILE} has them"
+    return f"as {RELEASE_FILE} has them ({release.difference:.2g} nats from the source's when it was exported)"
 
 
 # ---- transformers

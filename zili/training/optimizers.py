@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from zili.config.run import OptimizerConfig
+from zili.models.arithmetic import is_hidden_matrix
 from zili.training.muon import Muon
 
 BASE_RATE = "base_lr"
@@ -22,20 +23,22 @@ def build_optimizers(
 ) -> list[Optimizer]:
     """One AdamW over everything, or a Muon and an AdamW that share the parameters out.
 
-    Muon takes the matrices of the blocks, experts' among them; embeddings, head, routers, norms and biases stay with
-    AdamW, as in Jordan's description (2024, "Muon: an optimizer for hidden layers"). Its update is scaled to AdamW's
-    size so that both share learning rate and decay, and its iteration runs in `dtype`, the precision of the run.
+    Muon takes the matrices of the blocks, experts' and multi-token prediction's among them; embeddings, head, routers,
+    norms and biases stay with AdamW, as in Jordan's description (2024, "Muon: an optimizer for hidden layers").
+    Adapters are such matrices too, and leave AdamW nothing: then there is none. Muon's update is scaled to AdamW's size
+    so that both share learning rate and decay, and its iteration runs in `dtype`, the precision of the run.
     `fused`: AdamW in one kernel, where torch has one for the device.
     """
     named = [(name, p) for name, p in named if p.requires_grad]
-    hidden = [p for name, p in named if p.ndim >= 2 and name.startswith("layers.") and ".router." not in name]
+    hidden = [p for name, p in named if is_hidden_matrix(name, tuple(p.shape))]
     optimizers: list[Optimizer] = []
     if config.name == "muon" and hidden:
         rates = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "momentum": config.momentum}
         optimizers.append(Muon(hidden, dtype=dtype, **rates))
         taken = {id(p) for p in hidden}
         named = [(name, p) for name, p in named if id(p) not in taken]
-    optimizers.append(_adamw([p for _, p in named], config, fused))
+    if named or not optimizers:
+        optimizers.append(_adamw([p for _, p in named], config, fused))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group[BASE_RATE] = group["lr"]
