@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH_OPTIONS ?=
 RUN := $(VENV)/bin/python -m
 
-.PHONY: quickstart test test-all test-ascend test-interop lint format docs clean
+.PHONY: quickstart test test-all test-device test-ascend test-interop lint format docs clean
 
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/zili quickstart
@@ -19,6 +19,11 @@ test-all: $(VENV)/.tests-installed
 	$(RUN) ruff check .
 	$(RUN) mypy
 	$(RUN) pytest
+
+# For whoever holds a chip: in the environment that has the vendor's torch, nothing installed; CHIP=name asks for one.
+CHIP ?= auto
+test-device:
+	$(PYTHON) -m zili.diagnosis.device_check --chip $(CHIP)
 
 # Huawei's wheel in an environment of its own, since it changes `import torch`; on stand-ins for CANN, nothing computed.
 test-ascend: $(VENV)-ascend/.installed

@@ -1,4 +1,4 @@
-"""Makes `zili/diagnosis/goldens`: tiny models in published layouts, and what they must compute, by code that is not ours.
+"""Makes `zili/diagnosis/goldens`: tiny models in published layouts, and what they compute by code that is not ours.
 
     python tests/release/make_goldens.py [--check FOLDER]
 
@@ -6,10 +6,10 @@
 below is written in fp64 from Tele-AI/TeleChat2 model/115B/modeling_telechat.py, and shares no line with Zili. `--check`
 shows that it is the publisher's: it is compared with a golden folder of theirs (shared/golden/telechat2-ntk).
 
-Each folder has config.json, model.safetensors (bf16; an expert's bias is fp32) and golden.safetensors: `input_ids [B, T]`,
-`logits [B, T, V]`, `loss` (mean next-token cross entropy, shifted by one), `generated_ids [B, 16]` (greedy, the whole
-sequence again at each step), `grad.NAME` of that loss, and `gradient_norm` over all weights. Weights are drawn anew until
-no choice is a near tie (`_GAP`, `_EXPERT_GAP`), so that rounding cannot change one.
+Each folder has config.json, model.safetensors (bf16; an expert's bias is fp32) and golden.safetensors:
+`input_ids [B, T]`, `logits [B, T, V]`, `loss` (mean next-token cross entropy, shifted by one), `generated_ids [B, 16]`
+(greedy, the whole sequence again at each step), `grad.NAME` of that loss, and `gradient_norm` over all weights. Weights
+are drawn anew until no choice is a near tie (`_GAP`, `_EXPERT_GAP`), so that rounding cannot change one.
 """
 
 from __future__ import annotations
@@ -226,9 +226,13 @@ def expert_gap(folder: Path, model: Callable[[Tensor], Tensor], ids: Tensor) -> 
     gaps = []
 
     def note(module: nn.Module, inputs: Any, out: Any) -> None:
-        scores = (inputs[0].detach().flatten(0, -2).float() @ module.weight.T).sigmoid() + module.e_score_correction_bias
+        scores = (
+            inputs[0].detach().flatten(0, -2).float() @ module.weight.T
+        ).sigmoid() + module.e_score_correction_bias
         ranked = scores.sort(-1, descending=True).values
-        gaps.append(float((ranked[:, config["num_experts_per_tok"] - 1] - ranked[:, config["num_experts_per_tok"]]).min()))
+        gaps.append(
+            float((ranked[:, config["num_experts_per_tok"] - 1] - ranked[:, config["num_experts_per_tok"]]).min())
+        )
 
     hooks = [
         module.register_forward_hook(note)
@@ -282,7 +286,9 @@ def check(folder: Path) -> None:
     logits = model(expected["input_ids"])
     loss = mean_loss(logits, expected["input_ids"])
     loss.backward()
-    apart = {key: float((own.detach() - expected[key]).abs().max()) for key, own in (("logits", logits), ("loss", loss))}
+    apart = {
+        key: float((own.detach() - expected[key]).abs().max()) for key, own in (("logits", logits), ("loss", loss))
+    }
     for key, gradient in expected.items():
         if key.startswith("grad."):
             own = model.tensors[key.removeprefix("grad.")].grad

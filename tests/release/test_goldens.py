@@ -1,5 +1,7 @@
-"""Published code's own logits, losses, gradients and greedy ids, through `zili.load`: ../shared/golden, and the tiny ones
-that are in every clone (make_goldens.py says what made them)."""
+"""Published code's own logits, losses, gradients and greedy ids, through `zili.load`.
+
+They are in ../shared/golden, and tiny ones in every clone: make_goldens.py says what made those.
+"""
 
 import re
 
