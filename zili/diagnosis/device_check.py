@@ -16,6 +16,7 @@ import argparse
 import faulthandler
 import importlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -61,10 +62,10 @@ PARTS: Mapping[str, Part] = {
     "numbers": Part(120, "every operation, forward and backward", "device_doctor.numbers"),
     "align dense": Part(120, "every operation of training steps, in bf16", "device_parts.align_dense"),
     "align mixture": Part(120, "the same with experts and latent attention", "device_parts.align_mixture"),
-    "memory": Part(90, "the allocator's peak beside a rehearsal's", "device_parts.memory"),
-    "resume": Part(90, "a run from the chip to the CPU and back", "device_parts.moved"),
+    "memory": Part(120, "the allocator's peak beside a rehearsal's", "device_parts.memory"),
+    "resume": Part(120, "a run from the chip to the CPU and back", "device_parts.moved"),
     "throughput": Part(120, "tokens/s and MFU, beside transformers", "device_speed.eager"),
-    "capabilities": Part(120, "what the chip's record promises", "device_doctor.capabilities"),
+    "capabilities": Part(150, "what the chip's record promises", "device_doctor.capabilities"),
     "collectives": Part(120, "two processes, where there are two devices", "device_doctor.collectives"),
     "compiled": Part(150, "tokens/s with compiled blocks", "device_speed.compiled"),
 }
@@ -101,7 +102,7 @@ def check(chip: str, folder: Path, only: Sequence[str], say: Callable[[str], Non
         say(_line(outcomes[-1]))
     report = without_names(joined(outcomes, time.monotonic() - begun))
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "device-check.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_whole(folder / "device-check.json", json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     write_whole(folder / "device-check.md", page(report))
     return report
 
@@ -223,8 +224,14 @@ def joined(outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:
             }
             for o in outcomes
         ],
-        "findings": [{**asdict(finding), "severity": finding.severity.name.lower()} for finding in findings],
+        "findings": [_as_json(finding) for finding in findings],
     }
+
+
+def _as_json(finding: Finding) -> dict[str, Any]:
+    # JSON has no inf and no nan, and not every reader takes Python's; the words beside say it.
+    figures = {name: value for name, value in finding.figures.items() if math.isfinite(value)}
+    return {**asdict(finding), "severity": finding.severity.name.lower(), "figures": figures}
 
 
 def _once(outcomes: Sequence[Outcome]) -> Iterator[Finding]:
@@ -252,6 +259,9 @@ def _run_here(name: str, chip: str, into: Path) -> None:
             file.flush()
 
         try:
+            from zili import chips
+
+            chips.apply_environment(chips.choose(chip).backend)  # parts import torch, which reads it
             module, _, function = PARTS[name].function.partition(".")
             part = getattr(importlib.import_module(f"zili.diagnosis.{module}"), function)
             report = part(chip, lambda finding: write({"finding": asdict(finding)}))
@@ -297,8 +307,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.part:
         _run_here(given.part, given.chip, given.into)
         return 0
-    os.umask(0o077)
-    report = check(given.chip, given.folder, given.only or (), lambda line: print(line, flush=True))
+    before = os.umask(0o077)
+    try:
+        report = check(given.chip, given.folder, given.only or (), lambda line: print(line, flush=True))
+    finally:
+        os.umask(before)
     print("\n" + page(report))
     print(f"to read: {given.folder / 'device-check.md'}; to send back: {given.folder / 'device-check.json'}")
     return EXIT_CODES[Severity[report["severity"].upper()]]

@@ -25,7 +25,7 @@ def numbers(chip: str, note: Note) -> dict[str, Any]:
 
 
 def capabilities(chip: str, note: Note) -> dict[str, Any]:
-    # What it lacks is said here: doctor would take it for a fault of the chip.
+    # A package that is not installed is told so: doctor would take it for a fault of the chip.
     importlib.import_module("zili.diagnosis.capabilities")
     return _examined(chip, note, "capabilities")
 

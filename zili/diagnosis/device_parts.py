@@ -5,9 +5,10 @@ A part takes the backend's name and what hears its findings, one at a time, so t
 
 from __future__ import annotations
 
+import gc
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ _LIMITS = {"logits": 1e-4, "loss": 1e-5, "gradients": 1e-4, "loss in bf16": 0.03
 frameworks are off by a tenth of it and less, products in tf32 by ten times as much; the CPU's bf16 by 0.01."""
 _FOLLOWS = 1e-3
 """Relative: what losses may differ by in fp32 after a run moved. Another chip's rounding makes 1e-6 of it."""
-_MEMORY = 0.1
-"""Relative: what a rehearsal's memory may be off before it is said."""
+_MEMORY, _ROOMY = 0.1, 24 << 30
+"""Relative, what a rehearsal's memory may be off before it is said; and bytes free, of a chip with room."""
 _STRETCH = 3
 """Steps of a run before it moves."""
 _OFFENCES = 12
@@ -84,9 +85,9 @@ def _mean_loss(model: Decoder, ids: Tensor) -> Tensor:
 
 def _gradients_apart(model: Decoder, folder: Path, expected: dict[str, Tensor]) -> float:
     """Of the gradients that are there, each over its largest, and of the norm of all; the worst."""
-    own = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in _on_host(own)))
-    worst = abs(norm / float(expected["gradient_norm"]) - 1)
+    own = {name: parameter.grad.cpu() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in own.values()))
+    apart = [abs(norm / float(expected["gradient_norm"]) - 1)]
     origin = open_model(folder).origin
     assert origin is not None
     layout = next(layout for layout in LAYOUTS if layout.name == origin.layout)
@@ -94,16 +95,8 @@ def _gradients_apart(model: Decoder, folder: Path, expected: dict[str, Tensor]) 
     for name, gradient in expected.items():
         if name.startswith("grad."):
             off = published.read(name.removeprefix("grad.")) - gradient
-            worst = max(worst, float(off.abs().max() / gradient.abs().max()), key=_nan_last)
-    return worst
-
-
-def _nan_last(value: float) -> float:
-    return math.inf if math.isnan(value) else value
-
-
-def _on_host(tensors: dict[str, Tensor]) -> Iterator[Tensor]:
-    return (tensor.cpu() for tensor in tensors.values())
+            apart.append(float(off.abs().max() / gradient.abs().max()))
+    return math.nan if any(map(math.isnan, apart)) else max(apart)
 
 
 def _align(model: dict[str, Any], name: str) -> Callable[[str, Note], None]:
@@ -117,7 +110,7 @@ def _align(model: dict[str, Any], name: str) -> Callable[[str, Note], None]:
             note(Finding("align", name, Severity.FALLBACK, "the CPU would be compared with itself"))
             return
         precision = _precision(device)
-        config = run_config(model, device.backend.name, f"chip.precision={precision}")
+        config = run_config(model, device.backend.name, f"chip.precision={precision}", "training.micro_batch=4")
         result = compare(config, made_up_trainer, 2)
         calls = sum(seen.calls for seen in result.seen.values())
         last, cpus = result.losses[-1]
@@ -149,21 +142,18 @@ def memory(chip: str, note: Note) -> None:
         note(Finding("peak memory", "all", Severity.FALLBACK, f"{device.name()} does not say how much is allocated"))
         return
     for name, model in (("dense", DENSE), ("mixture", MIXTURE)):
-        note(_peak(name, run_config(_larger(model, device), device.backend.name, *_RUN_OF_MEMORY, _in(device))))
+        note(_peak(name, _large_run(model, device)))
 
 
-_RUN_OF_MEMORY = ("training.sequence_length=128", "training.global_batch=8", "training.micro_batch=4")
-
-
-def _in(device: Device) -> str:
-    return f"chip.precision={_precision(device)}"
-
-
-def _larger(model: dict[str, Any], device: Device) -> dict[str, Any]:
-    """So large that what a library keeps for its own work is little beside it, as far as the device has room."""
+def _large_run(model: dict[str, Any], device: Device) -> RunConfig:
+    """So large, where there is room, that what libraries keep for their own work is little beside it."""
     given = device.memory()
-    wide = given is not None and given["free"] > 24 << 30
-    return {**model, "vocab_size": 65536, "layers": 16} if wide else {**model, "vocab_size": 8192, "layers": 4}
+    roomy = given is not None and given["free"] > _ROOMY
+    layers, vocabulary, length, rows = (16, 65536, 1024, 16) if roomy else (4, 8192, 128, 8)
+    sizes = {"layers": layers, "vocab_size": vocabulary, "max_length": length}
+    batch = (f"training.global_batch={rows}", f"training.micro_batch={rows // 2}", f"training.sequence_length={length}")
+    precision = f"chip.precision={_precision(device)}"
+    return run_config({**model, **sizes}, device.backend.name, *batch, precision)
 
 
 def _peak(name: str, config: RunConfig) -> Finding:
@@ -171,6 +161,7 @@ def _peak(name: str, config: RunConfig) -> Finding:
 
     setup = set_up(config)
     device = setup.device
+    gc.collect()  # models before it, which refer to themselves
     before = _allocated(device)["allocated"]
     trainer = trainer_of(setup)
     trainer.parallel.train()
