@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 import platform
+import subprocess
 import sys
 import textwrap
 import time
@@ -22,6 +23,7 @@ from zili.diagnosis.device_page import page, without_names
 from zili.diagnosis.findings import Finding, Severity
 from zili.planning.machine import machine, with_measurements
 
+CLONE = Path(device_check.__file__).resolve().parents[2]
 FOUND = Finding("goldens", "llama", Severity.GOOD, "logits 1e-6 apart", figures={"logits": 1e-6})
 
 
@@ -98,6 +100,24 @@ def test_what_is_lacking_behind_an_error_of_ours_is_seen() -> None:
         except ImportError as error:
             raise RuntimeError("the plugin cannot be imported") from error
     assert "no_such_package_42 is not installed" in str(what_is_lacking(caught.value, "2.13.0"))
+
+
+def test_the_report_needs_nothing_that_is_not_pythons_own() -> None:
+    code = (
+        "import sys; before = set(sys.modules); import zili.diagnosis.device_check; print(*set(sys.modules) - before)"
+    )
+    loaded = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True, cwd=CLONE)
+    tops = {name.partition(".")[0] for name in loaded.stdout.split()}
+    assert tops - set(sys.stdlib_module_names) == {"zili"}
+
+
+def test_a_package_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pydantic.py").write_text("raise ModuleNotFoundError(\"No module named 'pydantic'\", name='pydantic')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    outcome = run_part("goldens", device_check.command("goldens", "cpu"), 60)
+    assert (outcome.state, outcome.why) == ("skipped", "pydantic is not installed (pip install pydantic)")
+    (finding,) = outcome.findings
+    assert finding.severity is Severity.FALLBACK, "nothing against the chip"
 
 
 def doctors_report(*findings: Finding, **more: Any) -> dict[str, Any]:

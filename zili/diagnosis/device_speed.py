@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable
 from statistics import median
@@ -15,6 +16,7 @@ from zili.chips.device import Device
 from zili.chips.host_memory import available_bytes
 from zili.config import RunConfig
 from zili.config.model import ModelConfig
+from zili.config.run import Precision
 from zili.data.loader import Batch
 from zili.diagnosis.findings import Finding, Severity
 from zili.diagnosis.made_up_runs import made_up_trainer, run_config
@@ -28,18 +30,13 @@ from zili.release.tensors import HeldTensors
 from zili.training.throughput import matmul_peak
 from zili.training.trainer import DTYPES
 
-_SHAPES: tuple[tuple[dict[str, int], int, int], ...] = tuple(
-    (
-        dict(zip(("hidden_size", "layers", "heads", "kv_heads", "ffn_hidden_size", "vocab_size"), sizes, strict=True)),
-        *batch,
-    )
-    for sizes, batch in (
-        ((256, 4, 4, 2, 704, 8192), (256, 4)),
-        ((768, 12, 12, 4, 2048, 32768), (1024, 4)),
-        ((2048, 16, 32, 8, 5632, 65536), (4096, 8)),
-    )
+_SIZES = ("hidden_size", "layers", "heads", "kv_heads", "ffn_hidden_size", "vocab_size")
+_SHAPES = (
+    ((256, 4, 4, 2, 704, 8192), 256, 4),
+    ((768, 12, 12, 4, 2048, 32768), 1024, 4),
+    ((2048, 16, 32, 8, 5632, 65536), 4096, 8),
 )
-"""Model, sequence length, sequences a step; the largest that is quick enough and fits is taken."""
+"""Of models, with the length of a sequence and sequences a step; the largest that is quick enough and fits is taken."""
 _HEAD = 64
 _STEP_SECONDS, _EXPECTED_SHARE, _ROOM = 1.5, 0.3, 0.4
 _SECONDS, _MOST_STEPS, _WARM_UP = 8.0, 30, 3
@@ -53,23 +50,17 @@ def _throughput(compiled: bool) -> Callable[[str, Callable[[Finding], None]], No
 
     def timed(chip: str, note: Callable[[Finding], None]) -> None:
         device = Device(chips.activate(chips.choose(chip).backend))
-        precision = "bf16" if device.capability("bf16").value else "fp32"
         if compiled and not (can := device.capability("compile")).value:
             note(Finding("throughput", "zili, compiled", Severity.FALLBACK, f"not tried: {can.reason}"))
             return
+        precision: Precision = "bf16" if device.capability("bf16").value else "fp32"
         reached = matmul_peak(device, DTYPES[precision])
-        shape, length, rows = fitting(device, reached)
-        model = {**shape, "head_dim": _HEAD, "max_length": length}
-        config = run_config(
-            *(model, device.backend.name, f"chip.precision={precision}", f"chip.compile={str(compiled).lower()}"),
-            *(f"training.sequence_length={length}", f"training.global_batch={rows}", "training.micro_batch=auto"),
-            f"optimizer.learning_rate={_LEARNING_RATE}",
-        )
-        name = f"zili, {'compiled' if compiled else 'eager'}"
-        tokens, ours, first = _timed(_ours(config), config)
-        note(_finding(name, config, device, reached, ours))
+        chosen = (f"chip.precision={precision}", f"chip.compile={str(compiled).lower()}")
+        config = _fitting(device, reached, *chosen)
+        ours, first = _timed(_ours(config), config)
+        note(_finding(f"zili, {'compiled' if compiled else 'eager'}", config, device, reached, ours))
         if not compiled:
-            note(_beside(config, device, reached, tokens, ours, first))
+            note(_beside(config, device, reached, ours, first))
 
     return timed
 
@@ -77,17 +68,20 @@ def _throughput(compiled: bool) -> Callable[[str, Callable[[Finding], None]], No
 eager, compiled = _throughput(False), _throughput(True)
 
 
-def fitting(device: Device, reached: float) -> tuple[dict[str, int], int, int]:
-    """The largest of the shapes whose step is quick at a usual share of `reached` FLOP/s, and that fits twice."""
+def _fitting(device: Device, reached: float, *chosen: str) -> RunConfig:
+    """The largest shape whose step is quick at a usual share of `reached` FLOP/s, and whose model fits twice."""
     memory = device.memory()
     room = memory["free"] if memory else available_bytes()
-
-    def fits(shape: dict[str, int], length: int, rows: int) -> bool:
-        config = ModelConfig(head_dim=_HEAD, max_length=length, **shape)
-        quick = rows * length * training_flops_per_token(config, length) <= _STEP_SECONDS * _EXPECTED_SHARE * reached
-        return quick and (room is None or training_state_bytes(config).total <= _ROOM * room)
-
-    return next((shape for shape in reversed(_SHAPES) if fits(*shape)), _SHAPES[0])
+    for sizes, length, rows in reversed(_SHAPES):
+        model = {**dict(zip(_SIZES, sizes, strict=True)), "head_dim": _HEAD, "max_length": length}
+        batch = (f"training.sequence_length={length}", f"training.global_batch={rows}", "training.micro_batch=auto")
+        rate = f"optimizer.learning_rate={_LEARNING_RATE}"
+        config = run_config(model, device.backend.name, *batch, rate, *chosen)
+        flops = rows * length * training_flops_per_token(config.model, length)
+        fits = room is None or training_state_bytes(config.model).total <= _ROOM * room
+        if fits and flops <= _STEP_SECONDS * _EXPECTED_SHARE * reached:
+            break
+    return config
 
 
 def _finding(name: str, config: RunConfig, device: Device, reached: float, seconds: float) -> Finding:
@@ -105,12 +99,12 @@ def _finding(name: str, config: RunConfig, device: Device, reached: float, secon
     return Finding("throughput", name, Severity.GOOD, seen, figures=figures)
 
 
-def _beside(config: RunConfig, device: Device, reached: float, tokens: Tensor, ours: float, first: float) -> Finding:
+def _beside(config: RunConfig, device: Device, reached: float, ours: float, first: float) -> Finding:
     """transformers' model from the same weights on the same tokens."""
     name = "transformers, eager"
     try:
         step = transformers_step(config.model, device.torch, str(config.chip.precision))
-        _, theirs, loss = _timed(step, config)
+        theirs, loss = _timed(step, config)
     except Exception as error:  # not installed, not for this plugin, or out of memory: not the chip's fault
         return Finding("throughput", name, Severity.FALLBACK, f"not compared: {first_line(error)}")
     found = _finding(name, config, device, reached, theirs)
@@ -119,8 +113,8 @@ def _beside(config: RunConfig, device: Device, reached: float, tokens: Tensor, o
     return Finding("throughput", name, Severity.GOOD, seen, figures={**found.figures, "zili over it": theirs / ours})
 
 
-def _timed(step: Step, config: RunConfig) -> tuple[Tensor, float, float]:
-    """The tokens, seconds of the middle step, and the first step's loss."""
+def _timed(step: Step, config: RunConfig) -> tuple[float, float]:
+    """Seconds of the middle step, and the loss of the first, on the same tokens for everyone."""
     draw = torch.Generator().manual_seed(0)
     shape = (config.training.global_batch, config.training.sequence_length + 1)
     tokens = torch.randint(config.model.vocab_size, shape, generator=draw)
@@ -130,7 +124,7 @@ def _timed(step: Step, config: RunConfig) -> tuple[Tensor, float, float]:
         started = time.perf_counter()
         step(tokens)  # the loss is read, so everything is done
         seconds.append(time.perf_counter() - started)
-    return tokens, median(seconds), first
+    return median(seconds), first
 
 
 def _ours(config: RunConfig) -> Step:
@@ -151,10 +145,9 @@ def transformers_step(config: ModelConfig, device: torch.device, precision: str)
     Raises:
         ImportError: transformers is not installed.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    model = LlamaForCausalLM(
-        LlamaConfig(
+    library: Any = importlib.import_module("transformers")
+    model = library.LlamaForCausalLM(
+        library.LlamaConfig(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
             intermediate_size=config.ffn_hidden_size,
