@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python -m
 # A worker a core, each of one thread; who has run out of tests takes over another's.
 PYTEST := $(RUN) pytest -n auto --dist worksteal --durations 20
 
-.PHONY: quickstart test test-all test-ascend test-interop lint format docs clean
+.PHONY: quickstart test test-all test-device test-ascend test-interop lint format docs clean
 
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/zili quickstart
@@ -21,6 +21,11 @@ test-all: $(VENV)/.tests-installed
 	$(RUN) ruff check .
 	$(RUN) mypy
 	$(PYTEST)
+
+# For whoever holds a chip: in the environment that has the vendor's torch, nothing installed; CHIP=name asks for one.
+CHIP ?= auto
+test-device:
+	$(PYTHON) -m zili.diagnosis.device_check --chip $(CHIP)
 
 # Huawei's wheel in an environment of its own, since it changes `import torch`; on stand-ins for CANN, nothing computed.
 test-ascend: $(VENV)-ascend/.installed

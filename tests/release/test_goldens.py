@@ -1,4 +1,7 @@
-"""Published code's own logits, losses, gradients and greedy ids (../shared/golden), through `zili.load`."""
+"""Published code's own logits, losses, gradients and greedy ids, through `zili.load`.
+
+They are in ../shared/golden, and tiny ones in every clone: make_goldens.py says what made those.
+"""
 
 import re
 
@@ -19,10 +22,10 @@ def golden(request):
     return zili.load(folder), load_file(folder / "golden.safetensors")
 
 
-@pytest.fixture
-def mixture():
+@pytest.fixture(params=["telechat3-moe", "deepseek"])
+def mixture(request):
     """TeleChat3-105B-A4.7B's architecture; its reference is transformers, with its own eps in the low-rank norms."""
-    folder = golden_folder("telechat3-moe")
+    folder = golden_folder(request.param)
     model = zili.load(folder)
     for name, module in model.named_modules():
         if name.endswith(("query_norm", "key_value_norm")):

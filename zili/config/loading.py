@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from zili.config.model import ModelConfig
@@ -65,6 +64,8 @@ def build_config(
 
 def dump_recipe(config: RunConfig) -> str:
     """The resolved configuration as TOML that `load_recipe` reads back to an equal one."""
+    import tomli_w  # reading goes without: a chip is examined with what its vendor's environment has
+
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 

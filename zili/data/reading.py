@@ -7,10 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from io import BufferedReader
-from typing import Any, Literal
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any, Literal
 
 from zili.data.sources import (
     LINE_SUFFIXES,
@@ -24,6 +21,9 @@ from zili.data.sources import (
     measure,
 )
 from zili.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 OnError = Literal["raise", "skip"]
 _WAY_OUT = "Repair it, or leave such input out, counted, with --on-error skip."
@@ -136,6 +136,8 @@ def _read_lines(file: SourceFile, text_field: str) -> Iterator[Document | Flaw]:
 
 def line_records(file: SourceFile) -> Iterator[tuple[int, dict[str, Any] | Flaw]]:
     """Number of each line of a file of JSON lines, compressed or not, and the object on it; blank lines are passed."""
+    import pyarrow as pa  # where text is read, and not where a model is trained without any
+
     number = 0
     try:
         # Arrow's decompressor: python-zstandard and a bare zlib object take a cut-off stream for a whole one.
@@ -163,6 +165,9 @@ def _parse_line(place: str, number: int, line: bytes) -> dict[str, Any] | Flaw:
 
 
 def _read_table(file: SourceFile, text_field: str) -> Iterator[Document | Flaw]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     row = 0
     try:
         with pq.ParquetFile(file.path) as table:

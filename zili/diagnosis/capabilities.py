@@ -23,6 +23,9 @@ from zili.parallel.layout import Layout
 from zili.parallel.world import World
 
 AREA = "capabilities"
+# The second name is the one before torch 2.13: with an older torch a chip can be examined too.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _CLOSE = 1e-4
 
 
@@ -181,7 +184,7 @@ def _bf16_reduce(device: Device, count: int) -> Seen:
     """Small whole numbers, whose sums bf16 has exactly."""
     own = torch.full((64 * count,), float(dist.get_rank() + 1), dtype=torch.bfloat16, device=device.torch)
     part = torch.zeros(64, dtype=torch.bfloat16, device=device.torch)
-    dist.reduce_scatter_single(part, own)
+    reduce_scatter(part, own)
     dist.all_reduce(own)
     right = bool((own == count * (count + 1) / 2).all()) and bool((part == count * (count + 1) / 2).all())
     return Seen(right, "all_reduce and reduce_scatter are right" if right else "wrong sums")

@@ -340,13 +340,13 @@ def _all_reduce(mine: Tensor, group: dist.ProcessGroup, own: int, size: int) -> 
 
 def _all_gather(mine: Tensor, group: dist.ProcessGroup, own: int, size: int) -> Begun:
     out = mine.new_zeros(size * len(mine))
-    works = [dist.all_gather_single(out, mine, group=group, async_op=True)]
+    works = [capabilities.all_gather(out, mine, group=group, async_op=True)]
     return Begun(works, out, lambda: torch.cat([torch.full_like(mine, rank + 1) for rank in range(size)]))
 
 
 def _reduce_scatter(mine: Tensor, group: dist.ProcessGroup, own: int, size: int) -> Begun:
     out = mine.new_zeros(len(mine) // size)
-    works = [dist.reduce_scatter_single(out, mine, group=group, async_op=True)]
+    works = [capabilities.reduce_scatter(out, mine, group=group, async_op=True)]
     return Begun(works, out, lambda: torch.full_like(out, size * (size + 1) / 2))
 
 

@@ -25,11 +25,12 @@ def examine(
     show: Callable[[Finding], None],
     patience: float,
     areas: Collection[str] = AREAS,
+    most: int = _MOST_PROCESSES,
 ) -> dict[str, Any]:
     """Examine backend `chip` ("auto": the one a run would take); `show` hears each finding as it is made.
 
     Args:
-        processes: how many for the collectives; None: as many as there are devices, up to 8, two on the CPU.
+        processes: how many for the collectives; None: as many as there are devices, up to `most`; two on the CPU.
         folder: where checkpoints would go.
         patience: seconds after which processes that fell silent are ended.
         areas: what to examine.
@@ -52,14 +53,15 @@ def examine(
         note([Finding("here", chip, Severity.BROKEN, str(error))])
     else:
         from zili.chips.device import Device
-        from zili.diagnosis import collectives
 
         device = Device(activation)
         report |= _identity(activation, device)
         note(_opened(activation, device, selection.reason))
         note(_on_one_device(device, folder, areas))
-        count = processes or (2 if device.type == "cpu" else min(activation.count, _MOST_PROCESSES))
+        count = processes or (2 if device.type == "cpu" else min(activation.count, most))
         if "collectives" in areas:
+            from zili.diagnosis import collectives
+
             note(collectives.examine(selection.backend.name, count, patience))
         report["capabilities"] = _capabilities(device, findings)
     report["severity"] = worst(findings).name.lower()
@@ -72,6 +74,14 @@ def _here() -> Iterator[Finding]:
     for found in chips.detect():
         severity = Severity.GOOD if found.here else Severity.FALLBACK
         yield Finding("here", found.backend.name, severity, found.reason, found.fix)
+
+
+def identity(chip: str) -> dict[str, Any]:
+    """What a report says of the device that a run on backend `chip` would take."""
+    from zili.chips.device import Device
+
+    activation = chips.activate(chips.choose(chip).backend)
+    return {"chip": chip, **_identity(activation, Device(activation))}
 
 
 def _identity(activation: Activation, device: Device) -> dict[str, Any]:
@@ -108,12 +118,12 @@ def _capabilities(device: Device, findings: list[Finding]) -> dict[str, Any]:
 
 
 def _on_one_device(device: Device, folder: Path, areas: Collection[str]) -> Iterator[Finding]:
-    from zili.diagnosis import capabilities, operations, speed
+    from zili.diagnosis import operations, speed
     from zili.ops.yardstick import first_line
 
     examinations: dict[str, Callable[[], Iterable[Finding]]] = {
         "numbers": lambda: operations.examine(device),
-        "capabilities": lambda: capabilities.examine(device),
+        "capabilities": lambda: _capabilities_tried(device),
         "speed": lambda: speed.examine_speed(device),
         "repeatability": lambda: [speed.examine_repeatability(device)],
         "disk": lambda: [speed.examine_disk(folder)],
@@ -125,3 +135,10 @@ def _on_one_device(device: Device, folder: Path, areas: Collection[str]) -> Iter
             yield from examination()
         except Exception as error:  # one missing kernel must not cost the rest of the report
             yield Finding(area, "all", Severity.BROKEN, f"stopped: {first_line(error)}", "update the plugin or driver")
+
+
+def _capabilities_tried(device: Device) -> Iterator[Finding]:
+    # It trains a small model, so it needs more packages than the other areas: they do without.
+    from zili.diagnosis import capabilities
+
+    return capabilities.examine(device)
