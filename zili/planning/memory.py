@@ -18,14 +18,15 @@ from typing import NamedTuple
 from zili.planning.job import Job
 from zili.planning.messages import rows_at_once
 from zili.planning.schedule import Action, Plan
-from zili.planning.weights import Group, end_groups, layer_groups, weight_groups
+from zili.planning.weights import Group, Parameter, end_groups, layer_groups, weight_groups
 
 _FP32, _INT32, _INT64 = 4, 4, 8
 Bytes = dict[str, float]
 
 WEIGHTS, GATHERED, GRADIENTS, OPTIMIZER = "weights", "gathered weights", "gradients", "optimizer"
 ACTIVATIONS, BACKWARD, LOGITS, MESSAGES, BATCH = "activations", "backward", "logits", "messages", "batch"
-PARTS = (WEIGHTS, GRADIENTS, OPTIMIZER, GATHERED, ACTIVATIONS, LOGITS, BACKWARD, MESSAGES, BATCH)
+CHECKPOINT = "checkpoint"
+PARTS = (WEIGHTS, GRADIENTS, OPTIMIZER, GATHERED, ACTIVATIONS, LOGITS, BACKWARD, MESSAGES, BATCH, CHECKPOINT)
 """What memory is for; a rehearsal has the same names."""
 
 
@@ -43,6 +44,10 @@ class _Gathered(NamedTuple):
     """As products take them."""
     stored: int
     """Of those, this process's."""
+    learned: int
+    """Of `elements`, those that have gradients."""
+    learned_here: int
+    """Of `stored`."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,10 @@ class _Layer:
     def stored(self) -> int:
         return sum(group.stored for group in self.groups)
 
+    @cached_property
+    def learned(self) -> int:
+        return sum(group.learned for group in self.groups)
+
 
 class _Step:
     """What is there as a step goes on, and the moment with most."""
@@ -79,8 +88,8 @@ class _Step:
         self.live: Bytes = defaultdict(float)
         self.most: Bytes = {}
         self._top = -1.0
-        self.alone = job.layout.world == 1
-        """One process has its weights whole: no others to gather them from, and lowered ones are kept for backward."""
+        self.alone = job.whole
+        """A process that has its weights whole gathers none, and lowered ones are kept for the backward pass."""
         self.pipelined = job.layout.pipeline > 1
         known: dict[bool, _Layer] = {}
         self.stages = [_stage_layers(job, stage, known) for stage in job.stages]
@@ -116,9 +125,12 @@ class _Step:
         job = self.job
         stored = sum(layer.stored for stage in self.stages for layer in stage) + sum(end.stored for end in self.ends)
         self.live[WEIGHTS] = _FP32 * stored
-        self.live[OPTIMIZER] = _FP32 * _moments(job, stored)
+        self.live[OPTIMIZER] = _FP32 * _moments(job)
         rows = job.micro_batches * job.micro_batch * job.sequence / job.layout.context
         self.live[BATCH] = rows * 2 * _INT64 + job.micro_batches * job.micro_batch * job.sequence * _INT32
+        if job.on_host and job.config.checkpoint.asynchronous:
+            # The save before may still be written while the step goes on.
+            self.live[CHECKPOINT] = self.live[WEIGHTS] + self.live[OPTIMIZER]
         if self.pipelined:
             self._pipeline()
         else:
@@ -128,39 +140,35 @@ class _Step:
     # ---- without a pipeline
 
     def _one_after_another(self) -> None:
-        """Micro-batches one after another; weights are gathered as they are used, gradients summed in the last."""
+        """Micro-batches one after another; weights are gathered as they are used, gradients summed in the last or
+        in each."""
         (layers,), (end,), job = self.stages, self.ends, self.job
-        if not self.alone:
-            self.live[GATHERED] = job.product_bytes * end.elements
         # All between the first and the last are alike.
         for number in sorted({0, min(1, job.micro_batches - 1), job.micro_batches - 1}):
-            last = number == job.micro_batches - 1
+            summed = not self.alone and (job.sums_each or number == job.micro_batches - 1)
+            if not self.alone:
+                self.live[GATHERED] = job.product_bytes * end.elements
             self._forward(0)
             self._loss(layers[-1] if layers else None)
-            self._backward(0, summed=last and not self.alone)
-            if last and not self.alone:
-                self._sum_ends(end)
+            self._backward(0, summed=summed)
 
     # ---- with one
 
     def _pipeline(self) -> None:
-        """Weights are gathered once, gradients summed at the end; messages have memory from the beginning."""
+        """Weights are gathered once, gradients summed at the end or after each micro-batch."""
         job = self.job
         count = _enough(job)
         plan = Plan(job.config.parallel.schedule, job.layout.pipeline, len(job.stages), count)
-        last = plan.stages - 1
         home = {number: place for place, number in enumerate(job.stage_numbers)}
         elements = sum(layer.elements for stage in self.stages for layer in stage)
         elements += sum(end.elements for end in self.ends)
-        self.live[GATHERED] = job.product_bytes * elements
-        elsewhere = [n for number in home for n in (number - 1, number + 1) if 0 <= n <= last and n not in home]
-        self.live[MESSAGES] = len(elsewhere) * job.micro_batches * self.stream
-        if plan.schedule != "1f1b":
-            # What more micro-batches would have sent by the time that matters.
-            self.live[MESSAGES] += len(elsewhere) * (job.micro_batches - count) * self.stream
+        if job.lowered or not job.whole:
+            self.live[GATHERED] = job.product_bytes * elements
+        # Of every stage the gradient that it sent last is still there.
+        self.live[MESSAGES] = self.stream * sum(n - 1 >= 0 and n - 1 not in home for n in home)
         for action in plan.actions(job.place):
             self._act(action, home, plan)
-            if action.kind in ("backward", "weights") and action.micro_batch == count - 1:
+            if action.kind in ("backward", "weights") and action.micro_batch == count - 1 and not job.whole:
                 self._sum_stage(home[action.stage])
 
     def _act(self, action: Action, home: dict[int, int], plan: Plan) -> None:
@@ -173,11 +181,7 @@ class _Step:
         elif action.kind == "weights":
             self._weights(place)
         else:
-            self._backward(place, summed=False, put_off=action.kind == "inputs")
-            if plan.schedule != "1f1b":
-                # What was sent, there and back, is there until the step's end.
-                ways = [n for n in (action.stage - 1, action.stage + 1) if 0 <= n <= last and n not in home]
-                self.live[MESSAGES] += len(ways) * self.stream
+            self._backward(place, summed=self.job.sums_each, put_off=action.kind == "inputs")
 
     def _weights(self, place: int) -> None:
         """Gradients of a stage's weights, that were put off; only now activations are given back."""
@@ -201,12 +205,25 @@ class _Step:
             self.live[GRADIENTS] += _FP32 * elements
 
     def _sum_stage(self, place: int) -> None:
-        """Gradients of a stage, a group at a time: joined, summed and cut; by then its weights are given back."""
+        """Gradients of a stage, a group at a time, that were added up; by then its weights are given back."""
         for layer in (self.ends[place], *self.stages[place]):
             for group in layer.groups:
                 self.live[GATHERED] -= self.job.product_bytes * group.elements
-                self.at((MESSAGES, _FP32 * group.elements), (GRADIENTS, _FP32 * group.stored))
-                self.live[GRADIENTS] += _FP32 * (group.stored - group.elements)
+                if self.job.adds_up:
+                    self._sum(group, new=False)
+
+    def _sum(self, group: _Gathered, new: bool, *common: tuple[str, float]) -> float:
+        """Gradients of a group joined, summed over processes and cut; bytes of the message that is still there after
+        it. `new`: they are the first."""
+        if not group.learned:
+            return 0.0
+        # Added up in fp32 over micro-batches, or as one has made them.
+        made = 0 if self.job.adds_up else self.job.product_bytes * group.learned
+        added = _FP32 * group.learned if self.job.adds_up else 0
+        flying, arriving = _FP32 * group.learned, _FP32 * group.learned_here
+        self.at((MESSAGES, flying), (GRADIENTS, made + arriving), *common)
+        self.live[GRADIENTS] += (arriving if new or added else 0) - added
+        return flying
 
     # ---- passes
 
@@ -215,11 +232,13 @@ class _Step:
         self.at()
 
     def _kept_of(self, place: int) -> float:
-        """Of a micro-batch in a stage: its layers', angles of positions, and a first part's embedded tokens."""
+        """Of a micro-batch in a stage: its layers', angles of positions, and what came in where another stage on this
+        process does not have it anyway."""
         job = self.job
         kept = sum(layer.kept for layer in self.stages[place])
         kept += 2 * _FP32 * job.sequence / job.layout.context * job.model.rotary_dim
-        if job.stages[place].start == 0:
+        number = job.stage_numbers[place]
+        if number == 0 or number - 1 not in job.stage_numbers:
             kept += self.stream
         return kept
 
@@ -267,13 +286,15 @@ class _Step:
             self._after_loss(put_off)
         layers = self.stages[place]
         new = not self._summed[place] and not put_off
+        # Beside the gradient on its way there is the one that came from the next stage.
+        gradient = self.stream if ends_here else 2 * self.stream
         flying = 0.0
         for number in reversed(range(len(layers))):
             layer = layers[number]
             # Gathered while this one is at work; alone with its weights, a process copies them without a buffer.
             ahead = layers[number - 1].elements if number and job.layout.weight_shards > 1 else 0
             gathered = 0 if self.pipelined or self.alone else job.product_bytes * (layer.elements + ahead)
-            common = ((GATHERED, gathered), (MESSAGES, flying), (BACKWARD, self.stream))
+            common = ((GATHERED, gathered), (MESSAGES, flying), (BACKWARD, gradient))
             if put_off:
                 # A norm's backward pass has several terms at once.
                 self.at((BACKWARD, layer.put_off + 5 * self.stream), *common)
@@ -285,45 +306,40 @@ class _Step:
             left = layer.elements
             for group in layer.groups:
                 # Each is given back when its gradients are complete.
-                fresh = self._fresh(group, layer, new and not summed)
                 own = 0 if self.pipelined or self.alone else job.product_bytes * (left + ahead)
-                self.at((GRADIENTS, fresh), (GATHERED, own), (MESSAGES, flying), (BACKWARD, self.stream))
+                fresh = self._fresh(group, layer, new and not summed)
+                self.at((GRADIENTS, fresh), (GATHERED, own), (MESSAGES, flying), (BACKWARD, gradient))
                 left -= group.elements
-            if new and not (summed and job.micro_batches == 1):
-                self.live[GRADIENTS] += _FP32 * layer.elements
+            if new and (self.alone or job.adds_up):
+                self.live[GRADIENTS] += _FP32 * layer.learned
+            gathered = 0 if self.pipelined else job.product_bytes * ahead
             for group in layer.groups if summed else ():
-                # Added up in fp32 over micro-batches, or as they were made by the only one.
-                summand = _FP32 if job.micro_batches > 1 else job.product_bytes
-                gathered = job.product_bytes * ahead
-                flying = _FP32 * group.elements
-                made = 0 if job.micro_batches > 1 else summand * group.elements
-                arriving = _FP32 * group.stored
-                self.at((GRADIENTS, made + arriving), (GATHERED, gathered), (MESSAGES, flying), (BACKWARD, self.stream))
-                self.live[GRADIENTS] += arriving - (summand * group.elements - made)
+                flying = self._sum(group, new, (GATHERED, gathered), (BACKWARD, gradient))
         if not put_off:
             self.live[ACTIVATIONS] -= self._kept[place] - sum(layer.kept for layer in layers)
-        if new and not (summed and job.micro_batches == 1):
-            self.live[GRADIENTS] += _FP32 * self.ends[place].elements
         if ends_here:
             self.at()
             self.live[BACKWARD] -= 0 if put_off else self._head_gradient
         if not put_off:
-            self._summed[place] = True
+            self._end_backward(place, new, summed)
+
+    def _end_backward(self, place: int, new: bool, summed: bool) -> None:
+        """Gradients of what lies around a stage's blocks, which come last."""
+        end, job = self.ends[place], self.job
+        if new and (self.alone or job.adds_up):
+            self.live[GRADIENTS] += _FP32 * end.learned
+        if summed and not self.pipelined:
+            self.live[GATHERED] = 0.0
+        for group in end.groups if summed else ():
+            self._sum(group, new)
+        self._summed[place] = True
 
     def _fresh(self, group: _Gathered, layer: _Layer, first: bool) -> float:
         """Gradients of a micro-batch when those of a group are complete, beside those of earlier ones."""
         if self.alone or not self.job.lowered:
             # Each is added as it is made.
-            return _FP32 * (group.elements if first else layer.largest)
-        return group.elements * (self.job.product_bytes + (_FP32 if first else 0))
-
-    def _sum_ends(self, end: _Layer) -> None:
-        """Gradients of what lies around the blocks, which come last."""
-        several = self.job.micro_batches > 1
-        self.live[GATHERED] = 0.0
-        made = 0 if several else self.job.product_bytes * end.elements
-        self.at((MESSAGES, _FP32 * end.elements), (GRADIENTS, _FP32 * end.stored + made))
-        self.live[GRADIENTS] += _FP32 * (end.stored - (end.elements if several else 0))
+            return _FP32 * (group.learned if first else layer.largest)
+        return group.learned * (self.job.product_bytes + (_FP32 if first else 0))
 
 
 def _enough(job: Job) -> int:
@@ -338,23 +354,34 @@ def kept_bytes(job: Job) -> float:
     return min(_layer(job, number).kept for number in {0, job.model.layers - 1})
 
 
-def _moments(job: Job, stored: int) -> float:
-    """Elements that the optimizer keeps: two for each weight; Muon one for those of matrices inside blocks."""
+def _moments(job: Job) -> float:
+    """Elements that the optimizer keeps: two for each weight that it moves; Muon one for matrices inside blocks."""
+    groups = list(weight_groups(job))
+    kept = 2 * sum(gathered.learned_here for gathered in _gathered(job, groups))
     if job.config.optimizer.name != "muon":
-        return 2 * stored
-    blocks = [group for group in weight_groups(job) if not group.stays]
-    sizes = [(prod(p.shape), len(p.shape)) for group in blocks for p in group.parameters]
-    whole = sum(size for size, _ in sizes)
-    matrices = sum(size for size, dimensions in sizes if dimensions >= 2)
-    kept = sum(gathered.stored for gathered in _gathered(job, blocks))
-    return 2 * stored - kept * matrices / whole
+        return kept
+    for group in groups:
+        (gathered,) = _gathered(job, [group])
+        of_muon = sum(prod(p.shape) for p in group.parameters if p.learned and _by_muon(p))
+        kept -= gathered.learned_here * of_muon / max(1, gathered.learned)
+    return kept
+
+
+def _by_muon(parameter: Parameter) -> bool:
+    """As `zili.training.optimizers` shares parameters out."""
+    return len(parameter.shape) >= 2 and parameter.name.startswith("layers.") and ".router." not in parameter.name
 
 
 def _gathered(job: Job, groups: Sequence[Group]) -> tuple[_Gathered, ...]:
     shards = {True: job.layout.expert_shards, False: job.layout.weight_shards}
-    sizes = (sum(prod(parameter.shape) for parameter in group.parameters) for group in groups)
+    if job.whole:
+        shards = {True: 1, False: 1}
     return tuple(
-        _Gathered(size, group.pieces(shards[group.of_experts])) for size, group in zip(sizes, groups, strict=True)
+        _Gathered(
+            *(group.pieces(count) for count in (1, shards[group.of_experts])),
+            *(group.pieces(count, learned=True) for count in (1, shards[group.of_experts])),
+        )
+        for group in groups
     )
 
 
@@ -380,11 +407,11 @@ def _layer(job: Job, number: int) -> _Layer:
     kept = {"none": whole, "full": _FP32 * job.own_tokens * job.model.hidden_size}.get(job.config.training.recompute)
     if kept is None:
         kept = _kept_selective(job, number)
-    if job.layout.world == 1 and job.lowered:
-        # Autocast lowers a lone process's weights, and keeps that for the backward pass.
+    if job.whole and job.layout.pipeline == 1 and job.lowered:
+        # Autocast lowers weights that are whole, and keeps that for the backward pass.
         copies = job.product_bytes * sum(prod(parameter.shape) for group in groups for parameter in group.parameters)
         kept, whole = kept + copies, whole + copies
-    largest = max(prod(parameter.shape) for group in groups for parameter in group.parameters)
+    largest = max((prod(p.shape) for group in groups for p in group.parameters if p.learned), default=0)
     worst = 2 * job.product_bytes * _inner(job, number)
     model, tensor = job.model, job.layout.tensor
     heads = (model.heads + 2 * model.kv_heads) * model.head_dim / tensor

@@ -151,18 +151,20 @@ def _weights(job: Job) -> Some:
         # A pipeline gathers once a step; else a block lets go after each forward pass.
         gathers = 1 if layout.pipeline > 1 else job.micro_batches * (1 if group.stays else 2)
         yield Message("all_gather", mesh, shards, size * job.product_bytes), gathers
-        yield Message("reduce_scatter", mesh, shards, size * _FP32), 1
-        yield Message("all_reduce", "replicas", layout.replicas, size // shards * _FP32), 1
+        learned = group.pieces(shards, learned=True) * shards
+        if learned:
+            yield Message("reduce_scatter", mesh, shards, learned * _FP32), job.micro_batches if job.sums_each else 1
+            yield Message("all_reduce", "replicas", layout.replicas, learned // shards * _FP32), 1
 
 
 def _whole_gradients(job: Job) -> Some:
     """What tensor-parallel processes hold whole has terms of its gradient in each."""
     # Gradients of several micro-batches are added up in fp32 first.
-    bytes_each = _FP32 if job.micro_batches > 1 else job.product_bytes
+    bytes_each, times = (_FP32, 1) if job.adds_up else (job.product_bytes, job.micro_batches)
     for group in weight_groups(job):
-        for _, shape, cut in () if group.of_experts else group.parameters:
-            if cut is None:
-                yield _tensor(job, "all_reduce", prod(shape) * bytes_each), 1
+        for _, shape, cut, learned in () if group.of_experts else group.parameters:
+            if cut is None and learned:
+                yield _tensor(job, "all_reduce", prod(shape) * bytes_each), times
 
 
 def _figures(job: Job) -> Some:

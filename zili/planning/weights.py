@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
-from zili.models.arithmetic import Shape, parameter_shapes
+from zili.models.arithmetic import Shape, is_adapter, parameter_shapes
 from zili.parallel.cuts import cut_of
 from zili.planning.job import Job
 
@@ -20,6 +20,8 @@ class Parameter(NamedTuple):
     """Of what this process would hold if weights were not sharded."""
     cut: int | None
     """In which dimension tensor- or expert-parallel processes cut it; None: it is whole."""
+    learned: bool
+    """Whether it has a gradient: beside adapters nothing else has, nor has what preferences leave out."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,10 @@ class Group:
     stays: bool = False
     """Whether it is kept from the forward to the backward pass, also where blocks are not."""
 
-    def pieces(self, shards: int) -> int:
+    def pieces(self, shards: int, learned: bool = False) -> int:
         """Elements of one of `shards`: each weight is cut along its first dimension, the last pieces filled up; stacks
-        of too few experts inside each matrix."""
-        return sum(_piece(parameter.shape, shards) for parameter in self.parameters)
+        of too few experts inside each matrix. With `learned` of those that have gradients."""
+        return sum(_piece(parameter.shape, shards) for parameter in self.parameters if parameter.learned or not learned)
 
 
 def _piece(shape: Shape, shards: int) -> int:
@@ -95,10 +97,13 @@ def _split(job: Job, shapes: dict[str, Shape]) -> Iterator[Group]:
 
 
 def _parameter(job: Job, name: str, shape: Shape) -> Parameter:
+    learned = job.model.lora is None or is_adapter(name)
+    if job.config.preference is not None and name.startswith("next_tokens."):
+        learned = False
     if ".experts." in name:
-        return Parameter(name, (shape[0] // job.layout.expert, *shape[1:]), 0)
+        return Parameter(name, (shape[0] // job.layout.expert, *shape[1:]), 0, learned)
     module, _, key = name.rpartition(".")
     cut = cut_of(module, key)
     if cut is None:
-        return Parameter(name, shape, None)
-    return Parameter(name, tuple(n // job.layout.tensor if i == cut else n for i, n in enumerate(shape)), cut)
+        return Parameter(name, shape, None, learned)
+    return Parameter(name, tuple(n // job.layout.tensor if i == cut else n for i, n in enumerate(shape)), cut, learned)

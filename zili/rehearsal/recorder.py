@@ -226,7 +226,7 @@ class Recorder(TorchDispatchMode):
             self.flops[self._phase] += formula(*arguments, **keywords, out_val=out)
         part, name = _PARTS_OF_SPACES.get(function.namespace, self._part()), str(function)
         for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and not isinstance(leaf, DTensor):
+            if isinstance(leaf, Tensor) and not isinstance(leaf, DTensor) and not leaf.is_meta:
                 self._number(leaf, part, name)
         if function.namespace == "fsdp":
             self._note_sharding(function, arguments, keywords)
