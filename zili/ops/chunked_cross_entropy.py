@@ -43,6 +43,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight: Tensor | None = None
         size = max(64, elements // len(weight))
         one_chunk = _one_chunk if vocabulary is None else partial(_one_chunk_of_a_part, vocabulary)
+
         # In a function: what a chunk makes is given back before the next one's logits are there.
         def chunk(these: slice, grad_weight: Tensor | None) -> Tensor | None:
             rows = hidden[these]
@@ -190,6 +191,18 @@ def chunked_linear_cross_entropy(
     if hidden.device.type != "cpu":
         return as_on_an_accelerator(hidden, weight, labels, multiplier, part, reduction)
     return _chunked(hidden, weight, labels, multiplier, part, reduction, _CHUNK)
+
+
+def as_on_the_host(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    multiplier: float = 1.0,
+    part: VocabularyPart | None = None,
+    reduction: Reduction = "sum",
+) -> Tensor:
+    """`chunked_linear_cross_entropy` in chunks of the host's size, without a look at values: for rehearsals."""
+    return _chunked(hidden, weight, labels, multiplier, part or Whole(), reduction, _CHUNK)
 
 
 def as_on_an_accelerator(

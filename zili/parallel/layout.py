@@ -133,8 +133,8 @@ def _problems(config: RunConfig, layout: Layout) -> Iterator[str]:
         )
     if layout.pipeline > 1 and halves and config.parallel.reduce == "micro_batch":
         yield (
-            f"parallel.schedule {config.parallel.schedule} has gradients of weights when a stage has them all, too late "
-            'for parallel.reduce "micro_batch" to save memory; take "step", or schedule interleaved'
+            f"parallel.schedule {config.parallel.schedule} has gradients of weights too late for parallel.reduce "
+            '"micro_batch" to save memory; take "step", or schedule interleaved'
         )
     if layout.tensor > 1:
         for name in ("heads", "kv_heads", "ffn_hidden_size", "vocab_size"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import NamedTuple
@@ -30,11 +30,59 @@ PARTS = (WEIGHTS, GRADIENTS, OPTIMIZER, GATHERED, ACTIVATIONS, LOGITS, BACKWARD,
 """What memory is for; a rehearsal has the same names."""
 
 
+RESERVED = 0.06
+"""Share of a chip's memory that its runtime, its collectives' buffers and gaps between blocks take."""
+
+
+def usable(capacity: float) -> float:
+    """Of a chip's memory, bytes, what a run can have: by this `zili train`, `plan` and `rehearse` say what fits."""
+    return (1 - RESERVED) * capacity
+
+
 def peak_bytes(job: Job) -> Bytes:
     """Bytes by part, at the moment at which the process at the job's place has most."""
     step = _Step(job)
     step.walk()
     return step.most
+
+
+def places_in_order(pipeline: int) -> list[int]:
+    """Of a pipeline's processes; first those that mostly have most."""
+    last = pipeline - 1
+    return list(dict.fromkeys((0, min(1, last), last // 2, (4 * last) // 5, last, *range(last + 1))))
+
+
+def fullest(job: Job) -> Bytes:
+    """`peak_bytes` of the place that has most of all in the job's pipeline."""
+    places = places_in_order(job.layout.pipeline)
+    return max((peak_bytes(replace(job, place=place)) for place in places), key=lambda parts: sum(parts.values()))
+
+
+def saved_bytes(job: Job) -> float:
+    """Of the host's memory, what a save in the background copies: weights and what the optimizer keeps."""
+    return _FP32 * (sum(gathered.stored for gathered in _gathered(job, list(weight_groups(job)))) + _moments(job))
+
+
+def may_sum_each(job: Job) -> bool:
+    """Whether summing gradients after each micro-batch is possible, and takes less memory than once a step."""
+    late = job.layout.pipeline > 1 and job.config.parallel.schedule in ("zero_bubble", "zbv")
+    shards = job.layout.weight_shards if job.model.mixture is None else job.layout.expert_shards
+    return not (job.whole or late) and max(shards, job.layout.weight_shards) > 1 and job.micro_batches > 1
+
+
+def with_reduce(job: Job, room: float) -> Job:
+    """`job` with `parallel.reduce` decided, where it is left to us: once a step if that fits into `room` bytes, or
+    nothing else is possible."""
+    if job.config.parallel.reduce != "auto":
+        return job
+    once, each = (reducing(job, when) for when in ("step", "micro_batch"))
+    return each if may_sum_each(job) and sum(fullest(once).values()) > room else once
+
+
+def reducing(job: Job, when: str) -> Job:
+    """`job` with that `parallel.reduce`."""
+    parallel = job.config.parallel.model_copy(update={"reduce": when})
+    return replace(job, config=job.config.model_copy(update={"parallel": parallel}))
 
 
 class _Gathered(NamedTuple):
@@ -130,7 +178,7 @@ class _Step:
         self.live[BATCH] = rows * 2 * _INT64 + job.micro_batches * job.micro_batch * job.sequence * _INT32
         if job.on_host and job.config.checkpoint.asynchronous:
             # The save before may still be written while the step goes on.
-            self.live[CHECKPOINT] = self.live[WEIGHTS] + self.live[OPTIMIZER]
+            self.live[CHECKPOINT] = saved_bytes(job)
         if self.pipelined:
             self._pipeline()
         else:
@@ -157,7 +205,7 @@ class _Step:
     def _pipeline(self) -> None:
         """Weights are gathered once, gradients summed at the end or after each micro-batch."""
         job = self.job
-        count = _enough(job)
+        count = enough(job)
         plan = Plan(job.config.parallel.schedule, job.layout.pipeline, len(job.stages), count)
         home = {number: place for place, number in enumerate(job.stage_numbers)}
         elements = sum(layer.elements for stage in self.stages for layer in stage)
@@ -342,8 +390,8 @@ class _Step:
         return group.learned * (self.job.product_bytes + (_FP32 if first else 0))
 
 
-def _enough(job: Job) -> int:
-    """Micro-batches after which a pipeline only repeats itself: three rounds of them."""
+def enough(job: Job) -> int:
+    """Micro-batches after which a step only repeats itself: three rounds of a pipeline, or first, next and last."""
     rounds = 3 * job.layout.pipeline
     even = job.config.parallel.schedule in ("1f1b", "zbv") or job.micro_batches % job.layout.pipeline == 0
     return rounds if even and job.micro_batches > rounds else job.micro_batches

@@ -12,8 +12,8 @@ from zili.planning.weights import weight_groups
 
 _FP32 = 4
 _INT64 = 8
-_ROWS_OF_LOGITS = 512 * 1024 * 1024
-"""Elements of logits at a time (`zili.ops.chunked_cross_entropy`), and at least 64 rows."""
+_LOGITS = {False: 512 * 1024 * 1024, True: 4 * 1024 * 1024}
+"""Elements of logits at a time, elsewhere and on the host (`zili.ops.chunked_cross_entropy`), and at least 64 rows."""
 _LEAST_ROWS = 64
 
 
@@ -121,7 +121,7 @@ def _ends(job: Job) -> Some:
 
 def rows_at_once(job: Job) -> int:
     """Of logits: the loss is computed so many tokens at a time."""
-    return max(_LEAST_ROWS, _ROWS_OF_LOGITS // (job.model.vocab_size // job.layout.tensor))
+    return max(_LEAST_ROWS, _LOGITS[job.on_host] // (job.model.vocab_size // job.layout.tensor))
 
 
 def _stages(job: Job) -> Some:
