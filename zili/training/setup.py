@@ -69,6 +69,7 @@ def set_up(config: RunConfig) -> Setup:
     started = [Choice("chip.name", device.backend.name, selection.reason), *_environment(activation)]
     resolved, choices = world.from_first(lambda: resolve(config, layout, device))
     lay_out(resolved, size)
+    world.from_first(lambda: _refuse_without_room_for_copies(_job(resolved, layout, device)))
     if not world.is_first:
         versions = {c.name.rpartition(".")[2]: c.value for c in choices if c.name.startswith("chip.operations.")}
         unused = [name for name in ops.chosen() if name not in versions]
@@ -195,7 +196,7 @@ def _fitted(
     free = _free_bytes(device)
     room = math.inf if free is None else free
     asked = config.training.micro_batch
-    jobs = [_job(config, layout, device, size) for size in _sizes(config, layout)]
+    jobs = [_job(_with(config, size), layout, device) for size in _sizes(config, layout)]
     before = _kept_job(config, layout, device, previous)
     # Auto leaves a margin: evaluation needs room too, and of what is free others may want some.
     margin = room if asked != "auto" else _AUTO_SHARE * room
@@ -203,7 +204,6 @@ def _fitted(
     best = next(filter(None, fitting), None) or _fits(jobs[0], room)
     if best is None:
         raise ConfigError(_too_large(jobs[0], device, room))
-    _refuse_without_room_for_copies(best, device)
     there = "unknown free memory" if free is None else f"{free / _GIB:.1f} GiB free"
     text = f"about {sum(fullest(best).values()) / _GIB:.1f} GiB of {there}"
     if before is not None and best == before:
@@ -224,23 +224,27 @@ def _sizes(config: RunConfig, layout: Layout) -> list[int]:
     return [size for size in range(1, batch // layout.pipeline + 1) if batch % size == 0] or [1]
 
 
+def _with(config: RunConfig, micro_batch: int) -> RunConfig:
+    training = config.training.model_copy(update={"micro_batch": micro_batch})
+    return config.model_copy(update={"training": training})
+
+
 def _kept_job(config: RunConfig, layout: Layout, device: Device, previous: RunState | None) -> Job | None:
     """With what the run's checkpoint has, as far as that is left to us and is possible here."""
     micro = _table(previous, "training").get("micro_batch")
     if micro not in _sizes(config, layout):
         return None
-    job = _job(config, layout, device, micro)
+    job = _job(_with(config, micro), layout, device)
     reduce = _table(previous, "parallel").get("reduce", "auto")
     if config.parallel.reduce != "auto" or (reduce == "micro_batch" and not may_sum_each(job)):
         return job
     return reducing(job, reduce)
 
 
-def _job(config: RunConfig, layout: Layout, device: Device, micro: int) -> Job:
+def _job(config: RunConfig, layout: Layout, device: Device) -> Job:
     """What `zili.planning` says the memory of, here: on the host a save's copies are among it."""
-    training = config.training.model_copy(update={"micro_batch": micro})
     return Job(
-        config.model_copy(update={"training": training}),
+        config,
         layout,
         sharded=device.capability("fsdp2").value,
         on_host=device.type == "cpu" and device.memory() is None,
@@ -255,9 +259,10 @@ def _fits(job: Job, room: float) -> Job | None:
 
 def _too_large(job: Job, device: Device, room: float) -> str:
     parts = fullest(with_reduce(job, room))
-    largest = sorted(((size, part) for part, size in parts.items() if size >= 0.05 * _GIB), reverse=True)
+    total = sum(parts.values())
+    largest = sorted(((size, part) for part, size in parts.items() if size >= total / 50), reverse=True)
     return (
-        f"this run needs about {sum(parts.values()) / _GIB:.1f} GiB ("
+        f"this run needs about {total / _GIB:.1f} GiB ("
         + ", ".join(f"{part} {size / _GIB:.1f}" for size, part in largest)
         + f"; micro-batches of {job.micro_batch} x {job.sequence} tokens) and {device.name()} has "
         f"{room / _GIB:.1f} GiB free; take a smaller model, a shorter sequence, a smaller micro_batch or "
@@ -265,7 +270,7 @@ def _too_large(job: Job, device: Device, room: float) -> str:
     )
 
 
-def _refuse_without_room_for_copies(job: Job, device: Device) -> None:
+def _refuse_without_room_for_copies(job: Job) -> None:
     """The first save in the background copies everything to the host, which is late to find out that it cannot."""
     host = available_bytes()
     if job.on_host or host is None or not job.config.checkpoint.asynchronous:
