@@ -32,6 +32,14 @@ SAME = [
     slow("micro-batches of 1", "dense", Layout(BOTH), [], ["training.micro_batch=1"], BOUND, BOUND),
     slow("micro-batches of 1", "mixture", Layout(BOTH), [], ["training.micro_batch=1"], BOUND, BOUND),
     slow("micro-batches of 4", "dense", Layout("shards=2"), [], ["training.micro_batch=4"], BOUND, BOUND),
+    *(
+        slow("sums each", kind, Layout(f"{layout} reduce=micro_batch"), [], ["training.micro_batch=1"], BOUND, BOUND)
+        for kind, layout in (
+            *(("dense", "shards=2"), ("dense", "shards=2 replicas=2 tensor=2"), ("mixture", "shards=2 expert=2")),
+            *(("dense", "pipeline=2 shards=2"), ("dense", "pipeline=2 replicas=2 schedule=interleaved")),
+            ("mixture", "pipeline=2 shards=2 expert=2"),
+        )
+    ),
     slow("compiled", "dense", Layout("shards=2"), [], ["chip.compile=true"], BOUND, BOUND),
     slow("bf16", "dense", Layout("shards=2"), ["chip.precision=bf16"], [], BF16, 10 * BF16),
     slow("bf16", "dense", Layout(BOTH), ["chip.precision=bf16"], [], BF16, 10 * BF16),

@@ -23,12 +23,15 @@ from zili.planning.goodput import LLAMA3_RATE, Failures
 from zili.planning.plan import MFU, Plan, Setting, make_plan, setting_config, usual_batch
 
 _SHOWN_LOSSES = 8
+_NEEDED = "give a model, --chip (or a recipe with chip.model) and --chips; or --runs and --out"
 _MOST_CHIPS = 1_000_000
 
 
 def plan(
     model: Annotated[str | None, typer.Argument(help="Preset (`zili config presets`) or TOML recipe.")] = None,
-    chip: Annotated[str | None, typer.Option(help="Model of the chips, as `zili chips` lists them.")] = None,
+    chip: Annotated[
+        str | None, typer.Option(help="Model of the chips, as `zili chips` lists them; else the recipe's.")
+    ] = None,
     chips: Annotated[int | None, typer.Option(min=1, max=_MOST_CHIPS, help="How many.")] = None,
     tokens: Annotated[float | None, typer.Option(min=1, max=1e18, help="To train on; of a recipe its own.")] = None,
     sequence: Annotated[int | None, typer.Option(min=1, max=2**24, help="Tokens of a sequence.")] = None,
@@ -78,9 +81,12 @@ def plan(
     if runs is not None:
         _predict_runs(runs, out, chip, console)
         return
-    if model is None or chip is None or chips is None:
-        raise typer.BadParameter("give a model, --chip and --chips (or --runs and --out)")
+    if model is None or chips is None:
+        raise typer.BadParameter(_NEEDED)
     config, tokens = _config(model, chips, tokens, sequence, global_batch, overrides or [])
+    chip = chip or config.chip.model
+    if chip is None:
+        raise typer.BadParameter(_NEEDED)
     risk = Failures(
         per_chip_day=failures,
         per_day=failures_per_day,

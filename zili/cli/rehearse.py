@@ -37,7 +37,9 @@ def rehearse(
     all_stages: Annotated[
         bool, typer.Option("--all-stages", help="One process of each place in the pipeline.")
     ] = False,
-    chip: Annotated[str | None, typer.Option(help="Model of the chips, as `zili chips` lists them.")] = None,
+    chip: Annotated[
+        str | None, typer.Option(help="Model of the chips, as `zili chips` lists them; else the recipe's.")
+    ] = None,
     micro_batches: Annotated[
         int | None, typer.Option(min=1, help="In the step; by default as many as memory depends on.")
     ] = None,
@@ -58,6 +60,7 @@ def rehearse(
             raise ConfigError(f"{file} cannot be written: there is no folder {file.parent}")
     config = read_recipe(recipe, overrides)
     lay_out(config, count)
+    chip = chip or config.chip.model
     model = find_chip(chip) if chip else None
     ranks = _ranks(config, count, rank, all_stages)
     found = _rehearsed(partial(_as_one, config, count, model, micro_batches), ranks)
@@ -149,16 +152,18 @@ def _show(found: Sequence[Rehearsal], console: Console) -> None:
 def _refuse_what_does_not_fit(
     found: Sequence[Rehearsal], model: Chip | None, capacity: int | None, console: Console
 ) -> None:
+    from zili.planning.memory import usable
     from zili.rehearsal.report import size_text
 
     if capacity is None or model is None:
         return
     worst = max(found, key=lambda one: one.peak.bytes)
-    if worst.peak.bytes > capacity:
+    room = usable(capacity)
+    if worst.peak.bytes > room:
         raise LayoutError(
             f"process {worst.rank} does not fit: {size_text(worst.peak.bytes)} at its peak, {model.name} has "
-            f'{size_text(capacity)}; set training.recompute = "full", a smaller micro_batch, or more shards, tensor or '
-            "pipeline"
+            f'{size_text(room)} beside its runtime; set training.recompute = "full", a smaller '
+            "micro_batch, or more shards, tensor or pipeline"
         )
-    left = size_text(capacity - worst.peak.bytes)
-    console.print(f"fits {model.name}: {left} left for its runtime and its collectives", highlight=False)
+    left = size_text(room - worst.peak.bytes)
+    console.print(f"fits {model.name}: {left} left beside its runtime and its collectives", highlight=False)

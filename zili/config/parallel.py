@@ -34,6 +34,9 @@ class ParallelConfig(Section):
     the bubbles (zero_bubble); the same in the shape of a V (zbv)."""
     stages_per_process: PositiveInt | Literal["auto"] = "auto"
     """Pieces of the model on each process of the pipeline. Auto: 1 with 1f1b, 2 with the others."""
+    reduce: Literal["step", "micro_batch", "auto"] = "auto"
+    """When gradients are summed over processes: once a step, until when a process has whole ones in fp32; or
+    after each micro-batch, which sends more and keeps a part only. Auto: once a step where that fits."""
     stage_layers: tuple[PositiveInt, ...] | None = None
     """Layers of each stage, in order; none: as even as they go, the first and last stages the shorter ones."""
 

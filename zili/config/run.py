@@ -20,6 +20,9 @@ class ChipConfig(Section):
 
     name: str = "auto"
     """Backend name as `zili chips` lists it; auto takes the first that is here."""
+    model: str | None = None
+    """Model of the chips that layout and micro-batch are made for, as `zili chips` lists them: `zili plan` and
+    `zili rehearse` take it where --chip names no other."""
     precision: Precision | Literal["auto"] = "auto"
     """Dtype of the matrix products; weights, optimizer state and reductions stay fp32. Auto asks the backend."""
     compile: bool | Literal["auto"] = "auto"

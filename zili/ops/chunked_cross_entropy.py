@@ -43,16 +43,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight: Tensor | None = None
         size = max(64, elements // len(weight))
         one_chunk = _one_chunk if vocabulary is None else partial(_one_chunk_of_a_part, vocabulary)
+
+        # In a function: what a chunk makes is given back before the next one's logits are there.
+        def chunk(these: slice, grad_weight: Tensor | None) -> Tensor | None:
+            rows = hidden[these]
+            loss, scores = one_chunk(rows, matrix, labels[these], multiplier, product)
+            total.add_(loss)
+            if grad_hidden is None:
+                return None
+            scores = scores.to(hidden.dtype)
+            grad_hidden[these] = product(scores, matrix.t())
+            part = weight_gradient(scores, rows, product)
+            # Summed in the strides it comes in, and straightened once at the end: it is as large as the weight.
+            return part.to(weight.dtype) if grad_weight is None else grad_weight.add_(part)
+
         for start in range(0, len(hidden), size):
-            rows = hidden[start : start + size]
-            loss, scores = one_chunk(rows, matrix, labels[start : start + size], multiplier, product)
-            total += loss
-            if grad_hidden is not None:
-                scores = scores.to(hidden.dtype)
-                grad_hidden[start : start + size] = product(scores, matrix.t())
-                part = weight_gradient(scores, rows, product)
-                # Summed in the strides it comes in, and straightened once at the end: it is as large as the weight.
-                grad_weight = part.to(weight.dtype) if grad_weight is None else grad_weight.add_(part)
+            grad_weight = chunk(slice(start, start + size), grad_weight)
         if needs_gradient:
             grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.contiguous()
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -82,8 +88,8 @@ class _ChunkedRowLosses(torch.autograd.Function):
         matrix = weight.to(hidden.dtype)
         losses, sums = (torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(2))
         ctx.size = max(64, elements // len(weight))
-        for start in range(0, len(hidden), ctx.size):
-            these = slice(start, start + ctx.size)
+
+        def chunk(these: slice) -> None:
             logits = product(hidden[these], matrix).float().mul_(multiplier)
             mine, target = _targets_of_a_part(vocabulary, labels[these], len(matrix))
             top = vocabulary.max(logits.amax(1))
@@ -91,6 +97,9 @@ class _ChunkedRowLosses(torch.autograd.Function):
             total, wanted = vocabulary.sum(torch.stack((logits.sub_(top[:, None]).exp_().sum(1), wanted)))
             losses[these] = (total.log() - wanted) * (labels[these] != IGNORE_INDEX)
             sums[these] = top + total.log()
+
+        for start in range(0, len(hidden), ctx.size):
+            chunk(slice(start, start + ctx.size))
         ctx.save_for_backward(hidden, weight, labels, sums)
         ctx.multiplier, ctx.vocabulary, ctx.product = multiplier, vocabulary, product
         return losses
@@ -102,15 +111,18 @@ class _ChunkedRowLosses(torch.autograd.Function):
         matrix = weight.to(hidden.dtype)
         grad = grad * (labels != IGNORE_INDEX) * ctx.multiplier
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        for start in range(0, len(hidden), ctx.size):
-            these = slice(start, start + ctx.size)
+
+        def chunk(these: slice) -> None:
             rows, by = hidden[these], grad[these, None]
             logits = ctx.product(rows, matrix).float().mul_(ctx.multiplier)
             mine, target = _targets_of_a_part(ctx.vocabulary, labels[these], len(matrix))
             scores = logits.sub_(sums[these, None]).exp_().mul_(by).scatter_add_(1, target, -mine[:, None] * by)
             scores = scores.to(hidden.dtype)
             grad_hidden[these] = ctx.product(scores, matrix.t())
-            grad_weight += weight_gradient(scores, rows, ctx.product)
+            grad_weight.add_(weight_gradient(scores, rows, ctx.product))
+
+        for start in range(0, len(hidden), ctx.size):
+            chunk(slice(start, start + ctx.size))
         return grad_hidden, grad_weight, *(None,) * 5
 
 
@@ -179,6 +191,18 @@ def chunked_linear_cross_entropy(
     if hidden.device.type != "cpu":
         return as_on_an_accelerator(hidden, weight, labels, multiplier, part, reduction)
     return _chunked(hidden, weight, labels, multiplier, part, reduction, _CHUNK)
+
+
+def as_on_the_host(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    multiplier: float = 1.0,
+    part: VocabularyPart | None = None,
+    reduction: Reduction = "sum",
+) -> Tensor:
+    """`chunked_linear_cross_entropy` in chunks of the host's size, without a look at values: for rehearsals."""
+    return _chunked(hidden, weight, labels, multiplier, part or Whole(), reduction, _CHUNK)
 
 
 def as_on_an_accelerator(

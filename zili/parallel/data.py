@@ -77,10 +77,12 @@ def sharded(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def reduce_gradients(model: nn.Module, now: bool) -> None:
-    """Whether the next backward pass reduces gradients over processes, or adds them up where they are."""
+def reduce_gradients(model: nn.Module, now: bool, replicas: bool) -> None:
+    """Whether the next backward pass reduces gradients over shards, or adds them up where they are; and whether over
+    `replicas`, or adds up its part."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(now)
+        model.set_requires_all_reduce(replicas)
 
 
 @torch.no_grad()

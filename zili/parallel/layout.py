@@ -147,6 +147,11 @@ def _problems(config: RunConfig, layout: Layout) -> Iterator[str]:
             f'training.recompute "{training.recompute}" makes again for the first half stays until the second: more '
             'memory than "none" takes; take "none", or schedule interleaved'
         )
+    if layout.pipeline > 1 and halves and config.parallel.reduce == "micro_batch":
+        yield (
+            f"parallel.schedule {config.parallel.schedule} has gradients of weights too late for parallel.reduce "
+            '"micro_batch" to save memory; take "step", or schedule interleaved'
+        )
     if layout.tensor > 1:
         for name in ("heads", "kv_heads", "ffn_hidden_size", "vocab_size"):
             yield from _undivided("parallel.tensor", layout.tensor, f"model.{name}", getattr(model, name))

@@ -44,6 +44,7 @@ class ParallelModel:
         self.world = world
         self.micro_batch = micro
         self._dtype = dtype
+        self._sums_each = config.parallel.reduce == "micro_batch"
         self.parts: list[Decoder] = build_parts(config, world, dtype, materialize)
         self._context = ContextPart(world) if world.layout.context > 1 else None
         self._pipeline = Pipeline(self.parts, config, world) if world.layout.pipeline > 1 else None
@@ -99,8 +100,8 @@ class ParallelModel:
         total = torch.zeros((), device=self.world.device.type)
         cuts = list(own.split(self.micro_batch))
         for number, micro_batch in enumerate(cuts, 1):
-            # Gradients cross processes once a step, not once a micro-batch.
-            reduce_gradients(self.parts[0], number == len(cuts))
+            last = number == len(cuts)
+            reduce_gradients(self.parts[0], now=last or self._sums_each, replicas=last)
             with self.autocast():
                 loss = self.parts[0](micro_batch.input_ids, **micro_batch.beside())
             loss.backward()

@@ -20,6 +20,10 @@ class Job:
     layout: Layout
     place: int = 0
     """Which process of its pipeline."""
+    sharded: bool = True
+    """Whether the chip has FSDP2: without it every process has its weights whole."""
+    on_host: bool = False
+    """Whether the chip is the host itself, whose memory is a checkpoint's too."""
 
     @property
     def model(self) -> ModelConfig:
@@ -49,6 +53,21 @@ class Job:
     def product_bytes(self) -> int:
         """Of an element of what matrix products take and give."""
         return 2 if self.lowered else 4
+
+    @property
+    def whole(self) -> bool:
+        """Whether weights are whole: there are no others to gather them from."""
+        return self.layout.world == 1 or not self.sharded
+
+    @property
+    def sums_each(self) -> bool:
+        """Whether gradients are summed over processes after each micro-batch, not after the last."""
+        return self.config.parallel.reduce == "micro_batch" and not self.whole
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether gradients of several micro-batches are added up whole before they are summed."""
+        return self.micro_batches > 1 and not self.sums_each
 
     @property
     def tokens(self) -> int:

@@ -26,8 +26,18 @@ Bytes = dict[str, float]
 
 WEIGHTS, GATHERED, GRADIENTS, OPTIMIZER = "weights", "gathered weights", "gradients", "optimizer"
 ACTIVATIONS, BACKWARD, LOGITS, MESSAGES, BATCH = "activations", "backward", "logits", "messages", "batch"
-PARTS = (WEIGHTS, GRADIENTS, OPTIMIZER, GATHERED, ACTIVATIONS, LOGITS, BACKWARD, MESSAGES, BATCH)
+CHECKPOINT = "checkpoint"
+PARTS = (WEIGHTS, GRADIENTS, OPTIMIZER, GATHERED, ACTIVATIONS, LOGITS, BACKWARD, MESSAGES, BATCH, CHECKPOINT)
 """What memory is for; a rehearsal has the same names."""
+
+
+RESERVED = 0.06
+"""Share of a chip's memory that its runtime, its collectives' buffers and gaps between blocks take."""
+
+
+def usable(capacity: float) -> float:
+    """Of a chip's memory, bytes, what a run can have: by this `zili train`, `plan` and `rehearse` say what fits."""
+    return (1 - RESERVED) * capacity
 
 
 def peak_bytes(job: Job) -> Bytes:
@@ -35,6 +45,45 @@ def peak_bytes(job: Job) -> Bytes:
     step = _Step(job)
     step.walk()
     return step.most
+
+
+def places_in_order(pipeline: int) -> list[int]:
+    """Of a pipeline's processes; first those that mostly have most."""
+    last = pipeline - 1
+    return list(dict.fromkeys((0, min(1, last), last // 2, (4 * last) // 5, last, *range(last + 1))))
+
+
+def fullest(job: Job) -> Bytes:
+    """`peak_bytes` of the place that has most of all in the job's pipeline."""
+    places = places_in_order(job.layout.pipeline)
+    return max((peak_bytes(replace(job, place=place)) for place in places), key=lambda parts: sum(parts.values()))
+
+
+def saved_bytes(job: Job) -> float:
+    """Of the host's memory, what a save in the background copies: weights and what the optimizer keeps."""
+    return _FP32 * (sum(gathered.stored for gathered in _gathered(job, list(weight_groups(job)))) + _moments(job))
+
+
+def may_sum_each(job: Job) -> bool:
+    """Whether summing gradients after each micro-batch is possible, and takes less memory than once a step."""
+    late = job.layout.pipeline > 1 and job.config.parallel.schedule in ("zero_bubble", "zbv")
+    shards = job.layout.weight_shards if job.model.mixture is None else job.layout.expert_shards
+    return not (job.whole or late) and max(shards, job.layout.weight_shards) > 1 and job.micro_batches > 1
+
+
+def with_reduce(job: Job, room: float) -> Job:
+    """`job` with `parallel.reduce` decided, where it is left to us: once a step if that fits into `room` bytes, or
+    nothing else is possible."""
+    if job.config.parallel.reduce != "auto":
+        return job
+    once, each = (reducing(job, when) for when in ("step", "micro_batch"))
+    return each if may_sum_each(job) and sum(fullest(once).values()) > room else once
+
+
+def reducing(job: Job, when: str) -> Job:
+    """`job` with that `parallel.reduce`."""
+    parallel = job.config.parallel.model_copy(update={"reduce": when})
+    return replace(job, config=job.config.model_copy(update={"parallel": parallel}))
 
 
 class _Gathered(NamedTuple):
@@ -46,6 +95,10 @@ class _Gathered(NamedTuple):
     """Of those, this process's."""
     gathered: int
     """Bytes, once they are."""
+    learned: int
+    """Of `elements`, those that have gradients."""
+    learned_here: int
+    """Of `stored`."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +130,10 @@ class _Layer:
     def gathered(self) -> int:
         return sum(group.gathered for group in self.groups)
 
+    @cached_property
+    def learned(self) -> int:
+        return sum(group.learned for group in self.groups)
+
 
 class _Step:
     """What is there as a step goes on, and the moment with most."""
@@ -86,8 +143,8 @@ class _Step:
         self.live: Bytes = defaultdict(float)
         self.most: Bytes = {}
         self._top = -1.0
-        self.alone = job.layout.world == 1
-        """One process has its weights whole: no others to gather them from, and lowered ones are kept for backward."""
+        self.alone = job.whole
+        """A process that has its weights whole gathers none, and lowered ones are kept for the backward pass."""
         self.pipelined = job.layout.pipeline > 1
         known: dict[bool, _Layer] = {}
         self.stages = [_stage_layers(job, stage, known) for stage in job.stages]
@@ -124,9 +181,12 @@ class _Step:
         job = self.job
         stored = sum(layer.stored for stage in self.stages for layer in stage) + sum(end.stored for end in self.ends)
         self.live[WEIGHTS] = _FP32 * stored
-        self.live[OPTIMIZER] = _FP32 * _moments(job, stored)
+        self.live[OPTIMIZER] = _FP32 * _moments(job)
         rows = job.micro_batches * job.micro_batch * job.sequence / job.layout.context
         self.live[BATCH] = rows * 2 * _INT64 + job.micro_batches * job.micro_batch * job.sequence * _INT32
+        if job.on_host and job.config.checkpoint.asynchronous:
+            # The save before may still be written while the step goes on.
+            self.live[CHECKPOINT] = saved_bytes(job)
         if self.pipelined:
             self._pipeline()
         else:
@@ -136,38 +196,34 @@ class _Step:
     # ---- without a pipeline
 
     def _one_after_another(self) -> None:
-        """Micro-batches one after another; weights are gathered as they are used, gradients summed in the last."""
+        """Micro-batches one after another; weights are gathered as they are used, gradients summed in the last or
+        in each."""
         (layers,), (end,), job = self.stages, self.ends, self.job
-        if not self.alone:
-            self.live[GATHERED] = end.gathered
         # All between the first and the last are alike.
         for number in sorted({0, min(1, job.micro_batches - 1), job.micro_batches - 1}):
-            last = number == job.micro_batches - 1
+            summed = not self.alone and (job.sums_each or number == job.micro_batches - 1)
+            if not self.alone:
+                self.live[GATHERED] = end.gathered
             self._forward(0)
             self._loss(layers[-1] if layers else None)
-            self._backward(0, summed=last and not self.alone)
-            if last and not self.alone:
-                self._sum_ends(end)
+            self._backward(0, summed=summed)
 
     # ---- with one
 
     def _pipeline(self) -> None:
-        """Weights are gathered once, gradients summed at the end; messages have memory from the beginning."""
+        """Weights are gathered once, gradients summed at the end or after each micro-batch."""
         job = self.job
-        count = _enough(job)
+        count = enough(job)
         plan = Plan(job.config.parallel.schedule, job.layout.pipeline, len(job.stages), count)
-        last = plan.stages - 1
         home = {number: place for place, number in enumerate(job.stage_numbers)}
-        self.live[GATHERED] = sum(layer.gathered for stage in self.stages for layer in stage)
-        self.live[GATHERED] += sum(end.gathered for end in self.ends)
-        elsewhere = [n for number in home for n in (number - 1, number + 1) if 0 <= n <= last and n not in home]
-        self.live[MESSAGES] = len(elsewhere) * job.micro_batches * self.stream
-        if plan.schedule != "1f1b":
-            # What more micro-batches would have sent by the time that matters.
-            self.live[MESSAGES] += len(elsewhere) * (job.micro_batches - count) * self.stream
+        if job.lowered or not job.whole:
+            self.live[GATHERED] = sum(layer.gathered for stage in self.stages for layer in stage)
+            self.live[GATHERED] += sum(end.gathered for end in self.ends)
+        # Of every stage the gradient that it sent last is still there.
+        self.live[MESSAGES] = self.stream * sum(n - 1 >= 0 and n - 1 not in home for n in home)
         for action in plan.actions(job.place):
             self._act(action, home, plan)
-            if action.kind in ("backward", "weights") and action.micro_batch == count - 1:
+            if action.kind in ("backward", "weights") and action.micro_batch == count - 1 and not job.whole:
                 self._sum_stage(home[action.stage])
 
     def _act(self, action: Action, home: dict[int, int], plan: Plan) -> None:
@@ -180,11 +236,7 @@ class _Step:
         elif action.kind == "weights":
             self._weights(place)
         else:
-            self._backward(place, summed=False, put_off=action.kind == "inputs")
-            if plan.schedule != "1f1b":
-                # What was sent, there and back, is there until the step's end.
-                ways = [n for n in (action.stage - 1, action.stage + 1) if 0 <= n <= last and n not in home]
-                self.live[MESSAGES] += len(ways) * self.stream
+            self._backward(place, summed=self.job.sums_each, put_off=action.kind == "inputs")
 
     def _weights(self, place: int) -> None:
         """Gradients of a stage's weights, that were put off; only now activations are given back."""
@@ -208,12 +260,25 @@ class _Step:
             self.live[GRADIENTS] += _FP32 * elements
 
     def _sum_stage(self, place: int) -> None:
-        """Gradients of a stage, a group at a time: joined, summed and cut; by then its weights are given back."""
+        """Gradients of a stage, a group at a time, that were added up; by then its weights are given back."""
         for layer in (self.ends[place], *self.stages[place]):
             for group in layer.groups:
                 self.live[GATHERED] -= group.gathered
-                self.at((MESSAGES, _FP32 * group.elements), (GRADIENTS, _FP32 * group.stored))
-                self.live[GRADIENTS] += _FP32 * (group.stored - group.elements)
+                if self.job.adds_up:
+                    self._sum(group, new=False)
+
+    def _sum(self, group: _Gathered, new: bool, *common: tuple[str, float]) -> float:
+        """Gradients of a group joined, summed over processes and cut; bytes of the message that is still there after
+        it. `new`: they are the first."""
+        if not group.learned:
+            return 0.0
+        # Added up in fp32 over micro-batches, or as one has made them.
+        made = 0 if self.job.adds_up else self.job.product_bytes * group.learned
+        added = _FP32 * group.learned if self.job.adds_up else 0
+        flying, arriving = _FP32 * group.learned, _FP32 * group.learned_here
+        self.at((MESSAGES, flying), (GRADIENTS, made + arriving), *common)
+        self.live[GRADIENTS] += (arriving if new or added else 0) - added
+        return flying
 
     # ---- passes
 
@@ -222,11 +287,13 @@ class _Step:
         self.at()
 
     def _kept_of(self, place: int) -> float:
-        """Of a micro-batch in a stage: its layers', angles of positions, and a first part's embedded tokens."""
+        """Of a micro-batch in a stage: its layers', angles of positions, and what came in where another stage on this
+        process does not have it anyway."""
         job = self.job
         kept = sum(layer.kept for layer in self.stages[place])
         kept += 2 * _FP32 * job.sequence / job.layout.context * job.model.rotary_dim
-        if job.stages[place].start == 0:
+        number = job.stage_numbers[place]
+        if number == 0 or number - 1 not in job.stage_numbers:
             kept += self.stream
         return kept
 
@@ -274,13 +341,15 @@ class _Step:
             self._after_loss(put_off)
         layers = self.stages[place]
         new = not self._summed[place] and not put_off
+        # Beside the gradient on its way there is the one that came from the next stage.
+        gradient = self.stream if ends_here else 2 * self.stream
         flying = 0.0
         for number in reversed(range(len(layers))):
             layer = layers[number]
             # Gathered while this one is at work; alone with its weights, a process copies them without a buffer.
             ahead = layers[number - 1].gathered if number and job.layout.weight_shards > 1 else 0
             gathered = 0 if self.pipelined or self.alone else layer.gathered + ahead
-            common = ((GATHERED, gathered), (MESSAGES, flying), (BACKWARD, self.stream))
+            common = ((GATHERED, gathered), (MESSAGES, flying), (BACKWARD, gradient))
             if put_off:
                 # A norm's backward pass has several terms at once.
                 self.at((BACKWARD, layer.put_off + 5 * self.stream), *common)
@@ -292,49 +361,44 @@ class _Step:
             left = layer.gathered
             for group in layer.groups:
                 # Each is given back when its gradients are complete.
-                fresh = self._fresh(group, layer, new and not summed)
                 own = 0 if self.pipelined or self.alone else left + ahead
-                self.at((GRADIENTS, fresh), (GATHERED, own), (MESSAGES, flying), (BACKWARD, self.stream))
+                fresh = self._fresh(group, layer, new and not summed)
+                self.at((GRADIENTS, fresh), (GATHERED, own), (MESSAGES, flying), (BACKWARD, gradient))
                 left -= group.gathered
-            if new and not (summed and job.micro_batches == 1):
-                self.live[GRADIENTS] += _FP32 * layer.elements
+            if new and (self.alone or job.adds_up):
+                self.live[GRADIENTS] += _FP32 * layer.learned
+            gathered = 0 if self.pipelined else ahead
             for group in layer.groups if summed else ():
-                # Added up in fp32 over micro-batches, or as they were made by the only one.
-                summand = _FP32 if job.micro_batches > 1 else job.product_bytes
-                gathered = ahead
-                flying = _FP32 * group.elements
-                made = 0 if job.micro_batches > 1 else summand * group.elements
-                arriving = _FP32 * group.stored
-                self.at((GRADIENTS, made + arriving), (GATHERED, gathered), (MESSAGES, flying), (BACKWARD, self.stream))
-                self.live[GRADIENTS] += arriving - (summand * group.elements - made)
+                flying = self._sum(group, new, (GATHERED, gathered), (BACKWARD, gradient))
         if not put_off:
             self.live[ACTIVATIONS] -= self._kept[place] - sum(layer.kept for layer in layers)
-        if new and not (summed and job.micro_batches == 1):
-            self.live[GRADIENTS] += _FP32 * self.ends[place].elements
         if ends_here:
             self.at()
             self.live[BACKWARD] -= 0 if put_off else self._head_gradient
         if not put_off:
-            self._summed[place] = True
+            self._end_backward(place, new, summed)
+
+    def _end_backward(self, place: int, new: bool, summed: bool) -> None:
+        """Gradients of what lies around a stage's blocks, which come last."""
+        end, job = self.ends[place], self.job
+        if new and (self.alone or job.adds_up):
+            self.live[GRADIENTS] += _FP32 * end.learned
+        if summed and not self.pipelined:
+            self.live[GATHERED] = 0.0
+        for group in end.groups if summed else ():
+            self._sum(group, new)
+        self._summed[place] = True
 
     def _fresh(self, group: _Gathered, layer: _Layer, first: bool) -> float:
         """Gradients of a micro-batch when those of a group are complete, beside those of earlier ones."""
         if self.alone or not self.job.lowered:
             # Each is added as it is made.
-            return _FP32 * (group.elements if first else layer.largest)
-        return group.elements * (self.job.product_bytes + (_FP32 if first else 0))
-
-    def _sum_ends(self, end: _Layer) -> None:
-        """Gradients of what lies around the blocks, which come last."""
-        several = self.job.micro_batches > 1
-        self.live[GATHERED] = 0.0
-        made = 0 if several else self.job.product_bytes * end.elements
-        self.at((MESSAGES, _FP32 * end.elements), (GRADIENTS, _FP32 * end.stored + made))
-        self.live[GRADIENTS] += _FP32 * (end.stored - (end.elements if several else 0))
+            return _FP32 * (group.learned if first else layer.largest)
+        return group.learned * (self.job.product_bytes + (_FP32 if first else 0))
 
 
-def _enough(job: Job) -> int:
-    """Micro-batches after which a pipeline only repeats itself: three rounds of them."""
+def enough(job: Job) -> int:
+    """Micro-batches after which a step only repeats itself: three rounds of a pipeline, or first, next and last."""
     rounds = 3 * job.layout.pipeline
     even = job.config.parallel.schedule in ("1f1b", "zbv") or job.micro_batches % job.layout.pipeline == 0
     return rounds if even and job.micro_batches > rounds else job.micro_batches
@@ -345,24 +409,27 @@ def kept_bytes(job: Job) -> float:
     return min(_layer(job, number).kept for number in {0, job.model.layers - 1})
 
 
-def _moments(job: Job, stored: int) -> float:
-    """Elements that the optimizer keeps: two for each weight; Muon one for those of matrices inside blocks."""
+def _moments(job: Job) -> float:
+    """Elements that the optimizer keeps: two for each weight that it moves; Muon one for matrices inside blocks."""
+    groups = list(weight_groups(job))
+    kept = 2 * sum(gathered.learned_here for gathered in _gathered(job, groups))
     if job.config.optimizer.name != "muon":
-        return 2 * stored
+        return kept
     of_muon = [
         replace(group, parameters=tuple(p for p in group.parameters if is_hidden_matrix(p.name, p.shape)))
-        for group in weight_groups(job)
+        for group in groups
     ]
-    return 2 * stored - sum(gathered.stored for gathered in _gathered(job, of_muon))
+    return kept - sum(gathered.learned_here for gathered in _gathered(job, of_muon))
 
 
 def _gathered(job: Job, groups: Sequence[Group]) -> tuple[_Gathered, ...]:
-    shards = {True: job.layout.expert_shards, False: job.layout.weight_shards}
     found = []
     for group in groups:
-        size = sum(prod(parameter.shape) for parameter in group.parameters)
+        shards = 1 if job.whole else job.layout.expert_shards if group.of_experts else job.layout.weight_shards
         taken = 0 if group.whole else _FP32 if group.in_fp32 else job.product_bytes
-        found.append(_Gathered(size, group.pieces(shards[group.of_experts]), size * taken))
+        elements, learned = group.pieces(1), group.pieces(1, learned=True)
+        here = group.pieces(shards), group.pieces(shards, learned=True)
+        found.append(_Gathered(elements, here[0], elements * taken, learned, here[1]))
     return tuple(found)
 
 
@@ -388,11 +455,11 @@ def _layer(job: Job, number: int) -> _Layer:
     kept = {"none": whole, "full": _FP32 * job.own_tokens * job.model.hidden_size}.get(job.config.training.recompute)
     if kept is None:
         kept = _kept_selective(job, number)
-    if job.layout.world == 1 and job.lowered:
-        # Autocast lowers a lone process's weights, and keeps that for the backward pass.
+    if job.whole and job.layout.pipeline == 1 and job.lowered:
+        # Autocast lowers weights that are whole, and keeps that for the backward pass.
         copies = job.product_bytes * sum(prod(parameter.shape) for group in groups for parameter in group.parameters)
         kept, whole = kept + copies, whole + copies
-    largest = max(prod(parameter.shape) for group in groups for parameter in group.parameters)
+    largest = max((prod(p.shape) for group in groups for p in group.parameters if p.learned), default=0)
     worst = 2 * job.product_bytes * _inner(job, number)
     model, tensor = job.model, job.layout.tensor
     heads = (model.heads + 2 * model.kv_heads) * model.head_dim / tensor

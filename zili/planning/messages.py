@@ -12,8 +12,8 @@ from zili.planning.weights import stage_groups, weight_groups
 
 _FP32 = 4
 _INT64 = 8
-_ROWS_OF_LOGITS = 512 * 1024 * 1024
-"""Elements of logits at a time (`zili.ops.chunked_cross_entropy`), and at least 64 rows."""
+_LOGITS = {False: 512 * 1024 * 1024, True: 4 * 1024 * 1024}
+"""Elements of logits at a time, elsewhere and on the host (`zili.ops.chunked_cross_entropy`), and at least 64 rows."""
 _LEAST_ROWS = 64
 _BUCKET = 64 << 20
 """Bytes of gradients that are summed by one call (`zili.parallel.data`)."""
@@ -124,7 +124,7 @@ def _ends(job: Job) -> Some:
 
 def rows_at_once(job: Job) -> int:
     """Of logits: the loss is computed so many tokens at a time."""
-    return max(_LEAST_ROWS, _ROWS_OF_LOGITS // (job.model.vocab_size // job.layout.tensor))
+    return max(_LEAST_ROWS, _LOGITS[job.on_host] // (job.model.vocab_size // job.layout.tensor))
 
 
 def _stages(job: Job) -> Some:
@@ -154,18 +154,21 @@ def _weights(job: Job) -> Some:
         # A pipeline gathers once a step; else a block lets go after each forward pass.
         gathers = 1 if layout.pipeline > 1 else job.micro_batches * (1 if group.stays else 2)
         yield Message("all_gather", mesh, shards, size * (_FP32 if group.in_fp32 else job.product_bytes)), gathers
-        yield Message("reduce_scatter", mesh, shards, size * _FP32), 1
-        yield Message("all_reduce", "replicas", layout.replicas, size // shards * _FP32), 1
+        learned = group.pieces(shards, learned=True) * shards
+        if learned:
+            yield Message("reduce_scatter", mesh, shards, learned * _FP32), job.micro_batches if job.sums_each else 1
+            yield Message("all_reduce", "replicas", layout.replicas, learned // shards * _FP32), 1
 
 
 def _whole_gradients(job: Job) -> Some:
     """What tensor-parallel processes hold whole has terms of its gradient in each; and so has what all hold whole."""
     for group in weight_groups(job):
         # Gradients of several micro-batches are added up in fp32 first.
-        bytes_each = _FP32 if job.micro_batches > 1 or group.in_fp32 else job.product_bytes
-        for _, shape, cut in () if group.of_experts else group.parameters:
-            if cut is None:
-                yield _tensor(job, "all_reduce", prod(shape) * bytes_each), 1
+        once = job.adds_up or group.whole
+        bytes_each, times = _FP32 if once or group.in_fp32 else job.product_bytes, 1 if once else job.micro_batches
+        for _, shape, cut, learned in () if group.of_experts else group.parameters:
+            if cut is None and learned:
+                yield _tensor(job, "all_reduce", prod(shape) * bytes_each), times
     for stage in job.stages:
         for size in _buckets(job, stage):
             yield Message("all_reduce", "replicas", job.layout.replicas, size), 1
@@ -177,7 +180,7 @@ def _buckets(job: Job, stage: range) -> Iterator[int]:
     size = 0
     for group in stage_groups(job, stage):
         for parameter in group.parameters if group.whole else ():
-            size += prod(parameter.shape) * _FP32
+            size += prod(parameter.shape) * _FP32 * parameter.learned
             if size >= _BUCKET:
                 yield size
                 size = 0

@@ -11,17 +11,17 @@ from typing import Literal
 from zili.config import RunConfig
 from zili.config.parallel import ParallelConfig, Schedule
 from zili.errors import LayoutError
+from zili.models.arithmetic import training_state_bytes
 from zili.parallel.layout import DIMENSIONS, Layout, lay_out, uneven_rounds
+from zili.planning import memory
 from zili.planning.job import Job
 from zili.planning.machine import Machine
-from zili.planning.memory import Bytes, kept_bytes, peak_bytes
+from zili.planning.memory import Bytes, kept_bytes, peak_bytes, places_in_order, with_reduce
 from zili.planning.rates import Rates
-from zili.planning.run import Recompute, Run
+from zili.planning.run import Recompute, Run, Software
 from zili.planning.step_time import StepTime, Work, local_parameters, step_time, work
 from zili.planning.timeline import played_through, run_of
 
-RESERVED = 0.06
-"""Share of a chip's memory that its runtime, its collectives' buffers and gaps between blocks take."""
 _MOST_CONTEXT, _MOST_MICRO, _MOST_VIRTUAL, _MOST_TENSOR = 8, 4, 6, 16
 _EXPERT = (1, 8, 32, 64, 128)
 """Larger ones are not looked at, nor sizes between these: no measured run has them, and they are many."""
@@ -49,7 +49,8 @@ class Candidate:
         run, stages = self.run, self.run.virtual
         schedule = f", {run.schedule}" + (f" of {stages} stages" if stages > 1 else "") if run.pipeline > 1 else ""
         again = f", recompute {run.recompute}" if run.recompute != "none" else ""
-        return f"{self.layout}{schedule}, {run.micro_batches:.0f} micro-batches of {run.micro_batch}{again}"
+        summed = ", gradients summed after each" if run.software.sums_each else ""
+        return f"{self.layout}{schedule}, {run.micro_batches:.0f} micro-batches of {run.micro_batch}{summed}{again}"
 
     @cached_property
     def _places(self) -> dict[int, Bytes]:
@@ -60,16 +61,11 @@ class Candidate:
             self._places[place] = peak_bytes(Job(self.config, self.layout, place))
         return self._places[place]
 
-    @property
-    def _places_in_order(self) -> list[int]:
-        """Of a pipeline; first those that mostly have most."""
-        last = self.layout.pipeline - 1
-        return list(dict.fromkeys((0, min(1, last), last // 2, (4 * last) // 5, last, *range(last + 1))))
-
     @cached_property
     def memory(self) -> Bytes:
         """Bytes by part, of the process with most."""
-        return max(map(self._memory_at, self._places_in_order), key=lambda parts: sum(parts.values()))
+        places = places_in_order(self.layout.pipeline)
+        return max(map(self._memory_at, places), key=lambda parts: sum(parts.values()))
 
     @cached_property
     def bytes(self) -> float:
@@ -78,13 +74,13 @@ class Candidate:
     def fits(self, machine: Machine) -> bool:
         """Whether it does, beside what the chip's runtime takes."""
         room = float("inf") if machine.capacity is None else usable(machine)
-        return all(sum(self._memory_at(place).values()) <= room for place in self._places_in_order)
+        return all(sum(self._memory_at(place).values()) <= room for place in places_in_order(self.layout.pipeline))
 
 
 def usable(machine: Machine) -> float:
     """Bytes of a chip's memory that training can have."""
     assert machine.capacity is not None
-    return (1 - RESERVED) * machine.capacity
+    return memory.usable(machine.capacity)
 
 
 def predicted(config: RunConfig, world: int, machine: Machine, rates: Rates) -> Candidate:
@@ -94,6 +90,8 @@ def predicted(config: RunConfig, world: int, machine: Machine, rates: Rates) -> 
         LayoutError: it cannot be run on so many.
     """
     layout = lay_out(config, world)
+    room = float("inf") if machine.capacity is None else usable(machine)
+    config = with_reduce(Job(config, layout), room).config
     time = step_time(run_of(config, layout), machine, rates)
     return Candidate(config, layout, played_through(config, layout, time, machine, rates))
 
@@ -152,6 +150,10 @@ class _Room:
     def __init__(self, config: RunConfig, machine: Machine, rates: Rates) -> None:
         self.config, self.machine, self.rates = config, machine, rates
         self._failed: dict[tuple[object, ...], int] = {}
+        state = training_state_bytes(config.model)
+        # Beside adapters nothing has a gradient. Muon keeps one moment, AdamW two.
+        self._learned = state.gradients / state.weights
+        self._moments = 1 if config.optimizer.name == "muon" else 2
         self._kept: dict[tuple[object, ...], float] = {}
         self._parameters: dict[tuple[int, int, int], tuple[float, float]] = {}
 
@@ -165,7 +167,7 @@ class _Room:
         """Whether it may fit: one that shares weights more widely, and is else the same, did not fail to."""
         if self.machine.capacity is None:
             return True
-        if option.shards <= self._failed.get(option.alike, 0):
+        if option.shards <= self._failed.get((*option.alike, option.sums_each), 0):
             return False
         return self.least(option) <= usable(self.machine)
 
@@ -173,7 +175,8 @@ class _Room:
         """Whether it fits."""
         fits = candidate.fits(self.machine)
         if not fits:
-            self._failed[option.alike] = max(option.shards, self._failed.get(option.alike, 0))
+            failed = (*option.alike, option.sums_each)
+            self._failed[failed] = max(option.shards, self._failed.get(failed, 0))
         return fits
 
     def least(self, option: _Option) -> float:
@@ -184,19 +187,20 @@ class _Room:
             self._parameters[cut] = local_parameters(run.model, *cut)
         plain, experts = self._parameters[cut]
         shards = max(1.0, run.weight_shards * run.tensor / run.expert)
-        states = 12 * (plain / run.weight_shards + experts / shards)
-        stages, messages = _in_flight(run)
+        stored = plain / run.weight_shards + experts / shards
+        states = 4 * stored * (1 + self._moments * self._learned)
         # The first process may have a layer less in each stage than the mean.
         layers = run.model.layers // (run.pipeline * run.virtual)
         fewer = layers * run.pipeline * run.virtual / run.model.layers
         gathered = 2 * (plain + experts) if run.kept_gathered else 0.0
         # In fp32; a stage's may be gone before the next one's come.
-        gradients = fewer * 4 * (plain + experts) / run.virtual if run.kept_gathered or run.micro_batches > 1 else 0.0
+        whole = (run.kept_gathered or run.micro_batches > 1) and not option.sums_each
+        gradients = fewer * 4 * self._learned * ((plain + experts) / run.virtual if whole else 0.0)
+        stages = _in_flight(run)
         kept = stages * layers * self._keeps(option)
         # Where all micro-batches have gone forward first, less and less is kept as gradients come.
         both = max(gradients, kept) if stages == run.micro_batches * run.virtual else gradients + kept
-        stream = 4 * run.rows / run.tensor * run.model.hidden_size
-        return fewer * (states + gathered) + both + messages * stream
+        return fewer * (states + gathered) + both
 
     def _keeps(self, option: _Option) -> float:
         run = option.run
@@ -207,15 +211,14 @@ class _Room:
         return self._kept[key]
 
 
-def _in_flight(run: Run) -> tuple[float, float]:
-    """Stages' activations that a pipeline's process has at once, and messages, at least."""
+def _in_flight(run: Run) -> float:
+    """Stages' activations that a pipeline's process has at once, at least."""
     p, v, m = run.pipeline, run.virtual, run.micro_batches
     if p == 1:
-        return 1, 0
-    ends = 0.5 if p == 2 else 1.0
-    # On the first process, which has most in flight, and whose messages come from one side.
+        return 1
+    # On the first process, which has most in flight.
     warm = {"1f1b": p, "interleaved": (v - 1) * p + 2 * (p - 1) + 1, "zero_bubble": v * p, "zbv": 2 * p - 1}
-    return min(m * v, warm[run.schedule]), (2 * v - 1) * m * (1.0 if run.schedule == "1f1b" else ends)
+    return min(m * v, warm[run.schedule])
 
 
 @dataclass(frozen=True)
@@ -232,8 +235,13 @@ class _Option:
         return float(f"{self.seconds:.3g}"), -self.shards
 
     @property
+    def sums_each(self) -> bool:
+        """Whether gradients are summed after each micro-batch: slower, for where they do not fit whole."""
+        return self.run.software.sums_each
+
+    @property
     def alike(self) -> tuple[object, ...]:
-        """All but its shards."""
+        """All but its shards, and when it sums gradients."""
         run = self.run
         cut = (run.tensor, run.context, run.pipeline, run.expert, run.schedule, run.virtual)
         return (*cut, run.micro_batch, run.recompute)
@@ -244,7 +252,8 @@ class _Option:
         layout = Layout(run.pipeline, run.data // self.shards, self.shards, run.context, run.tensor, run.expert)
         sizes = {name: getattr(layout, name) for name in (*DIMENSIONS, "expert")}
         stages: int | Literal["auto"] = run.virtual if run.virtual > 1 else "auto"
-        parallel = ParallelConfig(**sizes, schedule=run.schedule, stages_per_process=stages)
+        reduce: Literal["step", "micro_batch"] = "micro_batch" if self.sums_each else "step"
+        parallel = ParallelConfig(**sizes, schedule=run.schedule, stages_per_process=stages, reduce=reduce)
         chosen = {"micro_batch": run.micro_batch, "recompute": run.recompute}
         training = config.training.model_copy(update=chosen)
         return Candidate(config.model_copy(update={"parallel": parallel, "training": training}), layout, self.time)
@@ -287,6 +296,10 @@ def _options(config: RunConfig, world: int, machine: Machine, rates: Rates) -> I
                     known[key] = work(run, machine, rates)
                 time = step_time(run, machine, rates, known[key])
                 yield _Option(run, shards, time, time.total)
+                if count > 1 and shards * context > 1 and schedule in ("1f1b", "interleaved"):
+                    run = replace(run, software=Software(sums_each=True))
+                    time = step_time(run, machine, rates, known[key])
+                    yield _Option(run, shards, time, time.total)
 
 
 def _cuts(config: RunConfig, world: int, machine: Machine) -> Iterator[tuple[int, int, int]]:

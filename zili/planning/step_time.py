@@ -334,8 +334,8 @@ def _data(run: Run, machine: Machine, rates: Rates, longest: float, work: float)
         seconds += _exchanged(run, experts, count, shards, run.expert, machine, rates)
     if not run.software.hides_gradients:
         return seconds
-    # Once a step only the last backward pass is beside it; weights gathered for each use have all of the work.
-    each = run.weight_shards > 1 and not run.kept_gathered
+    # Once a step only the last backward pass is beside it; what is sent for each micro-batch has all of the work.
+    each = run.weight_shards > 1 and (run.software.sums_each or not run.kept_gathered)
     return seconds - rates.hide_data * min(seconds, work if each else longest * 2 / 3)
 
 

@@ -8,7 +8,7 @@ from zili.config import RunConfig
 from zili.parallel.layout import Layout, stage_ranges
 from zili.planning.machine import Machine
 from zili.planning.rates import Rates
-from zili.planning.run import Run
+from zili.planning.run import Run, Software
 from zili.planning.schedule import Action, Plan, Span, makespan, simulate
 from zili.planning.step_time import StepTime, between_stages, work
 
@@ -33,6 +33,7 @@ def run_of(config: RunConfig, layout: Layout) -> Run:
         kept_gathered=layout.pipeline > 1,
         recompute=training.recompute,
         schedule=parallel.schedule,
+        software=Software(sums_each=parallel.reduce == "micro_batch"),
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
-from zili.models.arithmetic import Shape, parameter_shapes
+from zili.models.arithmetic import Shape, is_adapter, parameter_shapes
 from zili.parallel.cuts import cut_of, stays_fp32
 from zili.planning.job import Job
 
@@ -20,6 +20,8 @@ class Parameter(NamedTuple):
     """Of what this process would hold if weights were not sharded."""
     cut: int | None
     """In which dimension tensor- or expert-parallel processes cut it; None: it is whole."""
+    learned: bool
+    """Whether it has a gradient: beside adapters nothing else has, nor has what preferences leave out."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,11 @@ class Group:
     whole: bool = False
     """Whether it is not cut, and so not gathered."""
 
-    def pieces(self, shards: int) -> int:
+    def pieces(self, shards: int, learned: bool = False) -> int:
         """Elements of one of `shards`: each weight is cut along its first dimension, the last pieces filled up; stacks
-        of too few experts inside each matrix."""
+        of too few experts inside each matrix. With `learned` of those that have gradients."""
         shards = 1 if self.whole else shards
-        return sum(_piece(parameter.shape, shards) for parameter in self.parameters)
+        return sum(_piece(parameter.shape, shards) for parameter in self.parameters if parameter.learned or not learned)
 
 
 def _piece(shape: Shape, shards: int) -> int:
@@ -109,7 +111,7 @@ def _split(job: Job, shapes: dict[str, Shape]) -> Iterator[Group]:
 
 def _mixed(job: Job) -> bool:
     """Whether weights that stay in fp32 are held otherwise than those of products."""
-    return job.lowered and job.layout.world > 1
+    return job.lowered and not job.whole
 
 
 def _around_whole(job: Job, parameters: list[Parameter], stays: bool = False) -> Iterator[Group]:
@@ -122,10 +124,13 @@ def _around_whole(job: Job, parameters: list[Parameter], stays: bool = False) ->
 
 
 def _parameter(job: Job, name: str, shape: Shape) -> Parameter:
+    learned = job.model.lora is None or is_adapter(name)
+    if job.config.preference is not None and name.startswith("next_tokens."):
+        learned = False
     if ".experts." in name:
-        return Parameter(name, (shape[0] // job.layout.expert, *shape[1:]), 0)
+        return Parameter(name, (shape[0] // job.layout.expert, *shape[1:]), 0, learned)
     module, _, key = name.rpartition(".")
     cut = cut_of(module, key)
     if cut is None:
-        return Parameter(name, shape, None)
-    return Parameter(name, tuple(n // job.layout.tensor if i == cut else n for i, n in enumerate(shape)), cut)
+        return Parameter(name, shape, None, learned)
+    return Parameter(name, tuple(n // job.layout.tensor if i == cut else n for i, n in enumerate(shape)), cut, learned)

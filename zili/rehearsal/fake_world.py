@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 from unittest import mock
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.pipelining import schedules
 from torch.distributed.pipelining.stage import InferenceMode
+from torch.distributed.tensor import placement_types
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from zili.chips.activation import Activation
@@ -59,8 +60,9 @@ class RehearsedDevice(Device):
 
 
 @contextmanager
-def as_rank(rank: int, size: int) -> Iterator[FakeTensorMode]:
-    """Be process `rank` of `size` for a while; gives the mode in which tensors have no memory.
+def as_rank(rank: int, size: int, *, on_host: bool) -> Iterator[FakeTensorMode]:
+    """Be process `rank` of `size` for a while; gives the mode in which tensors have no memory. `on_host`: the chips are
+    the host itself.
 
     Once a process: torch keeps what it knows of meshes, and another world's would be taken for the same.
     """
@@ -73,8 +75,10 @@ def as_rank(rank: int, size: int) -> Iterator[FakeTensorMode]:
     # Stages agree by a vote whether their messages have fixed sizes, and there is nobody to vote; given their shapes,
     # as here, all of them say yes.
     unanimous = mock.patch.object(schedules._PipelineSchedule, "_warmup_p2p", _all_static)
+    # What chips exchange, the host's collectives gather.
+    exchanged = nullcontext() if on_host else mock.patch.object(placement_types, "shard_dim_alltoall", _exchanged)
     try:
-        with unanimous, mock.patch.object(schedules, "_batch_p2p", _held_until_waited_for):
+        with unanimous, exchanged, mock.patch.object(schedules, "_batch_p2p", _held_until_waited_for):
             # Modules are built outside of it, where meshes count their processes with real tensors.
             yield FakeTensorMode(allow_non_fake_inputs=True)
     finally:
@@ -96,6 +100,12 @@ class _Messages:
 def _held_until_waited_for(messages: list[dist.P2POp], desc: str | None = None) -> list[_Messages]:
     _SEND_AND_RECEIVE(messages, desc)
     return [_Messages([message.tensor for message in messages])] if messages else []
+
+
+def _exchanged(x: torch.Tensor, gather_dim: int, shard_dim: int, mesh: Any, mesh_dim: int) -> torch.Tensor:
+    """torch's exchange of one cut dimension for another, as any device but the host has it."""
+    group = mesh.get_group(mesh_dim).group_name
+    return torch.ops._dtensor.shard_dim_alltoall(x, gather_dim, shard_dim, group)
 
 
 def _all_static(schedule: Any, stages: list[Any], has_backward: bool, p2p_done: bool) -> None:

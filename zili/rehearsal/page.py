@@ -9,7 +9,10 @@ from zili.rehearsal.recorder import PARTS
 from zili.rehearsal.report import Rehearsal, ranges_text, size_text
 
 _WIDTH, _HEIGHT = 1000, 260
-_COLOURS = ("#38506e", "#b3552e", "#8a7f6d", "#7d97b5", "#c99a2e", "#7b4b73", "#d8a48f", "#4f8a7c", "#c4c8cc")
+_COLOURS = (
+    *("#38506e", "#b3552e", "#8a7f6d", "#7d97b5", "#c99a2e"),
+    *("#7b4b73", "#d8a48f", "#4f8a7c", "#c4c8cc", "#5e6b3b"),
+)
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: #1d2430; }
 h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }

@@ -27,10 +27,20 @@ from torch.utils.flop_counter import (
 
 from zili.ops import registry
 from zili.parallel.model import plain
+from zili.planning.memory import (
+    ACTIVATIONS,
+    BACKWARD,
+    BATCH,
+    CHECKPOINT,
+    GATHERED,
+    GRADIENTS,
+    LOGITS,
+    MESSAGES,
+    OPTIMIZER,
+    WEIGHTS,
+)
 from zili.planning.messages import Message
 
-WEIGHTS, GATHERED, GRADIENTS, OPTIMIZER = "weights", "gathered weights", "gradients", "optimizer"
-ACTIVATIONS, BACKWARD, LOGITS, MESSAGES, BATCH = "activations", "backward", "logits", "messages", "batch"
 PARTS = {
     WEIGHTS: "this process's part of weights and buffers, fp32",
     GRADIENTS: "of its part of the weights, and of gathered ones before they are summed",
@@ -41,6 +51,7 @@ PARTS = {
     BACKWARD: "gradients of activations, and work of the backward pass",
     MESSAGES: "sent or received, other than weights",
     BATCH: "token ids, labels, document numbers",
+    CHECKPOINT: "copies of weights and moments for a save in the background, where the chip is the host",
 }
 """What memory is for, in the order in which it is shown."""
 
@@ -48,12 +59,12 @@ _KINDS = {
     "all_gather": ("allgather", "all_gather"),
     "reduce_scatter": ("reduce_scatter",),
     "all_reduce": ("allreduce", "all_reduce"),
-    "all_to_all": ("alltoall", "all_to_all"),
+    "all_to_all": ("alltoall", "all_to_all", "shard_dim_alltoall"),
     "broadcast": ("broadcast",),
     "send": ("send",),
     "receive": ("recv",),
 }
-_MESSAGE_SPACES = ("c10d", "_c10d_functional")
+_MESSAGE_SPACES = ("c10d", "_c10d_functional", "_dtensor")
 _PARTS_OF_SPACES = {"_c10d_functional": MESSAGES, "fsdp": GATHERED}
 
 
@@ -226,7 +237,7 @@ class Recorder(TorchDispatchMode):
             self.flops[self._phase] += formula(*arguments, **keywords, out_val=out)
         part, name = _PARTS_OF_SPACES.get(function.namespace, self._part()), str(function)
         for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and not isinstance(leaf, DTensor):
+            if isinstance(leaf, Tensor) and not isinstance(leaf, DTensor) and not leaf.is_meta:
                 self._number(leaf, part, name)
         if function.namespace == "fsdp":
             self._note_sharding(function, arguments, keywords)

@@ -22,6 +22,7 @@ from zili.parallel.layout import Layout, lay_out
 from zili.parallel.model import plain
 from zili.parallel.world import World
 from zili.planning.job import Job
+from zili.planning.memory import enough, usable, with_reduce
 from zili.rehearsal import recorder as recording
 from zili.rehearsal.fake_world import FakeWorld, RehearsedDevice, as_rank, evenly, without_memory
 from zili.rehearsal.recorder import Recorder
@@ -59,23 +60,27 @@ def rehearse(
     layout = lay_out(config, world)
     if not 0 <= rank < world:
         raise LayoutError(f"process {rank} of {world}: give 0 to {world - 1}")
-    with as_rank(rank, world) as mode:
+    on_host = backend.device_type == "cpu"
+    with as_rank(rank, world, on_host=on_host) as mode:
         # The host's attention is none that a chip has.
         asked = config.chip.operations.get("attention")
-        attention = asked or (registry.REFERENCE if backend.device_type == "cpu" else FUSED)
+        attention = asked or (registry.REFERENCE if on_host else FUSED)
         left_to_us = config.training.micro_batch == "auto"
         if left_to_us and chip is None:
             raise ConfigError("training.micro_batch is auto, and how much fits is the chip's to say: name it (--chip)")
         # One that is given is tried as it is: what fits is what a rehearsal finds out.
         device = RehearsedDevice(backend, chip if left_to_us else None, config.chip.capabilities)
-        resolved, choices = resolve(_eagerly(config, device, backend.device_type), layout, device)
-        lay_out(resolved, world)
-        resolved = _shortened(resolved, layout, micro_batches)
+        eager = _eagerly(config, device, on_host)
+        if chip is not None and not left_to_us:
+            eager = with_reduce(Job(eager, layout), usable(1e9 * chip.require("memory_gb"))).config
+        whole, choices = resolve(eager, layout, device)
+        lay_out(whole, world)
+        resolved = _shortened(whole, layout, micro_batches)
         fake = FakeWorld(layout, device)
         trainer = Trainer(resolved, _NoData(), device, world=fake, materialize=without_memory(mode))  # type: ignore[arg-type]
         recorder = Recorder(_group_names(fake))
-        with mode, registry.replaced(stand_in(attention)):
-            _step(trainer, recorder)
+        with mode, registry.replaced(stand_in(attention, on_host)):
+            _step(trainer, recorder, whole.training.global_batch // layout.data, on_host)
     peak, timeline = memory(recorder)
     job = Job(resolved, layout, fake.pipeline_rank)
     return Rehearsal(
@@ -102,27 +107,25 @@ class _NoData:
     learned_share = 1.0
 
 
-def _eagerly(config: RunConfig, device: RehearsedDevice, kind: str) -> RunConfig:
+def _eagerly(config: RunConfig, device: RehearsedDevice, on_host: bool) -> RunConfig:
     """`config` with decided what else would be measured on the machine, or is otherwise on the host."""
     versions = {"linear": "reference", "attention": "reference", "grouped_matmul": "grouped", **config.chip.operations}
     precision = config.chip.precision
     if precision == "auto":
-        precision = "bf16" if device.capability("bf16").value and kind != "cpu" else "fp32"
+        precision = "bf16" if device.capability("bf16").value and not on_host else "fp32"
     chip = config.chip.model_copy(update={"compile": False, "operations": versions, "precision": precision})
     return config.model_copy(update={"chip": chip})
 
 
 def _shortened(config: RunConfig, layout: Layout, micro_batches: int | None) -> RunConfig:
-    """`config` with so many micro-batches in its global batch, or as many as are in flight at once."""
+    """`config` with so many micro-batches in its global batch, or as many as memory depends on."""
     job = Job(config, layout)
-    if micro_batches is None:
-        stages = config.parallel.stages_each
-        micro_batches = 2 if layout.pipeline == 1 else layout.pipeline * (1 if stages == 1 else 2 * stages)
-    batch = min(job.micro_batches, micro_batches) * job.micro_batch * layout.data
+    batch = min(job.micro_batches, micro_batches or enough(job)) * job.micro_batch * layout.data
     return config.model_copy(update={"training": config.training.model_copy(update={"global_batch": batch})})
 
 
-def _step(trainer: Trainer, recorder: Recorder) -> None:
+def _step(trainer: Trainer, recorder: Recorder, all_rows: int, on_host: bool) -> None:
+    """A step of the rows in `trainer`'s batch; the others of its `all_rows` take their memory too."""
     trainer.parallel.train()
     for part in trainer.parallel.parts:
         for module in part.modules():
@@ -134,9 +137,13 @@ def _step(trainer: Trainer, recorder: Recorder) -> None:
     batch = Batch(ids, ids.clone(), ids.int())
     if trainer.config.preference is not None:  # of one pair a row
         batch = batch._replace(reference=torch.zeros(rows, 2))
-    recorder.is_for(recording.BATCH, (part for part in batch if part is not None))
+    others = [torch.zeros(all_rows - rows, *part.shape[1:], dtype=part.dtype) for part in batch if part is not None]
+    recorder.is_for(recording.BATCH, (part for part in (*batch, *others) if part is not None))
     recorder.is_for(recording.WEIGHTS, (tensor for part in trainer.parallel.parts for tensor in _held(part)))
     recorder.is_for(recording.OPTIMIZER, _state(trainer))
+    asynchronous = on_host and trainer.config.checkpoint.asynchronous
+    copies = [torch.empty_like(plain(tensor)) for tensor in trainer.saved_tensors().values()] if asynchronous else []
+    recorder.is_for(recording.CHECKPOINT, copies)
     with recorder.recording():
         trainer.train_step(batch)
 

@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 from zili.ops import product, reference
-from zili.ops.chunked_cross_entropy import as_on_an_accelerator, chunked_linear_cross_entropy
+from zili.ops.chunked_cross_entropy import as_on_an_accelerator, as_on_the_host, chunked_linear_cross_entropy
 
 FUSED = "fused"
 """The stand-in for a chip's attention, beside the names of `chip.operations.attention`."""
 
 
 class _Grouped(torch.autograd.Function):
-    """A grouped product in fp32: torch's own knows the shapes of bf16 alone."""
+    """A grouped product in fp32, or of matrices that are not aligned: torch's own knows the shapes of others alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor) -> Tensor:
@@ -33,8 +33,12 @@ class _Grouped(torch.autograd.Function):
 
 
 def grouped(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """`zili.ops.product.grouped` on tensors without memory."""
-    if torch.is_autocast_enabled(x.device.type) or x.dtype == torch.bfloat16:
+    """`zili.ops.product.grouped`, and its reference, on tensors without memory."""
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weights = x.to(dtype), weights.to(dtype)
+    aligned = all(size * x.element_size() % 16 == 0 for size in weights.shape[1:])
+    if x.dtype == torch.bfloat16 and aligned:
         return product.grouped(x, weights, ends)
     return _Grouped.apply(x, weights)
 
@@ -99,14 +103,14 @@ def fused_attention(
     return torch.ops.zili.rehearsed_attention(query, key, value)[0]
 
 
-STAND_INS: dict[Callable[..., Any], Callable[..., Any]] = {
-    # On the host it looks at values, and there are none.
-    chunked_linear_cross_entropy: as_on_an_accelerator,
-    product.grouped: grouped,
-}
-
-
-def stand_in(attention: str) -> Callable[[str, Callable[..., Any]], Callable[..., Any]]:
+def stand_in(attention: str, on_host: bool) -> Callable[[str, Callable[..., Any]], Callable[..., Any]]:
     """What is rehearsed in place of a version; for `zili.ops.registry.replaced`."""
-    stands = STAND_INS | ({reference.attention: fused_attention} if attention == FUSED else {})
+    stands: dict[Callable[..., Any], Callable[..., Any]] = {
+        # On the host it looks at values, and there are none.
+        chunked_linear_cross_entropy: as_on_the_host if on_host else as_on_an_accelerator,
+        product.grouped: grouped,
+        reference.grouped_matmul: grouped,
+    }
+    if attention == FUSED:
+        stands[reference.attention] = fused_attention
     return lambda operation, version: stands.get(version, version)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,9 @@ from zili.chips.host_memory import available_bytes
 from zili.config import Choice, RunConfig
 from zili.config.run import ChipConfig, Precision
 from zili.errors import ChipError, ConfigError
-from zili.models.arithmetic import training_state_bytes
 from zili.parallel.layout import Layout, lay_out, processes
+from zili.planning.job import Job
+from zili.planning.memory import fullest, may_sum_each, reducing, saved_bytes, usable, with_reduce
 
 if TYPE_CHECKING:
     from zili.parallel.world import World
@@ -67,6 +69,7 @@ def set_up(config: RunConfig) -> Setup:
     started = [Choice("chip.name", device.backend.name, selection.reason), *_environment(activation)]
     resolved, choices = world.from_first(lambda: resolve(config, layout, device))
     lay_out(resolved, size)
+    world.from_first(lambda: _refuse_without_room_for_copies(_job(resolved, layout, device)))
     if not world.is_first:
         versions = {c.name.rpartition(".")[2]: c.value for c in choices if c.name.startswith("chip.operations.")}
         unused = [name for name in ops.chosen() if name not in versions]
@@ -82,11 +85,12 @@ def resolve(config: RunConfig, layout: Layout, device: Device) -> tuple[RunConfi
     precision, why_precision = _precision(config.chip, device)
     previous = _previous(config, device, precision)
     compiled, why_compiled = _compile(config.chip, device, previous)
-    micro, why_micro = _micro_batch(config, layout, device, previous)
+    chip = config.chip.model_copy(update={"name": device.backend.name, "precision": precision, "compile": compiled})
+    config, fitted = _fitted(config.model_copy(update={"chip": chip}), layout, device, previous)
     choices = [
         Choice("chip.precision", precision, why_precision),
         Choice("chip.compile", str(compiled).lower(), why_compiled),
-        Choice("training.micro_batch", str(micro), why_micro),
+        *fitted,
     ]
     if config.parallel.shards == "auto":
         choices.append(Choice("parallel.shards", str(layout.shards), f"what is left of {layout.world} processes"))
@@ -99,12 +103,10 @@ def resolve(config: RunConfig, layout: Layout, device: Device) -> tuple[RunConfi
         Choice(f"chip.operations.{name}", version, _KEPT if name in kept.keys() - own else why)
         for name, version, why in ops.choose(device.type, precision, asked, unused, vendor, lacking)
     ]
-    chip = config.chip.model_copy(update={"name": device.backend.name, "precision": precision, "compile": compiled})
-    training = config.training.model_copy(update={"micro_batch": micro})
     parallel = config.parallel.model_copy(
         update={"shards": layout.shards, "stages_per_process": config.parallel.stages_each}
     )
-    return config.model_copy(update={"chip": chip, "training": training, "parallel": parallel}), choices
+    return config.model_copy(update={"parallel": parallel}), choices
 
 
 def _fallbacks(layout: Layout, device: Device, precision: Precision) -> list[Choice]:
@@ -183,64 +185,109 @@ def _compile(chip: ChipConfig, device: Device, previous: RunState | None) -> tup
     return can.value, can.reason if can.value else f"{can.reason}; blocks run eagerly"
 
 
-def _micro_batch(config: RunConfig, layout: Layout, device: Device, previous: RunState | None) -> tuple[int, str]:
-    """The run's own or the largest divisor of a process's batch that fits; refuses when not even one sample does."""
-    state = _state_bytes(config, layout, device)
-    sample = activation_bytes(config) // (layout.context * layout.tensor)
-    room = _free_bytes(device)
+def _fitted(
+    config: RunConfig, layout: Layout, device: Device, previous: RunState | None
+) -> tuple[RunConfig, list[Choice]]:
+    """`config` with its micro-batch, and when gradients are summed: as in the checkpoint, or the largest that fits.
+
+    Raises:
+        ConfigError: not even one sample fits; the message has the parts.
+    """
+    free = _free_bytes(device)
+    room = math.inf if free is None else free
     asked = config.training.micro_batch
-    smallest = 1 if asked == "auto" else asked
-    if room is not None and state + smallest * sample > room:
-        raise ConfigError(
-            f"this run needs about {(state + smallest * sample) / _GIB:.1f} GiB ({state / _GIB:.1f} for weights, "
-            f"gradients and optimizer, {smallest * sample / _GIB:.1f} for {smallest} sample{'s' * (smallest > 1)} of "
-            f"{config.training.sequence_length} tokens) and {device.name()} has {room / _GIB:.1f} GiB free; "
-            'take a smaller model, a shorter sequence, a smaller micro_batch or training.recompute = "full"'
-        )
+    jobs = [_job(_with(config, size), layout, device) for size in _sizes(config, layout)]
+    before = _kept_job(config, layout, device, previous)
+    # Auto leaves a margin: evaluation needs room too, and of what is free others may want some.
+    margin = room if asked != "auto" else _AUTO_SHARE * room
+    fitting = (_fits(job, margin) for job in (*([before] if before else []), *reversed(jobs)))
+    best = next(filter(None, fitting), None) or _fits(jobs[0], room)
+    if best is None:
+        raise ConfigError(_too_large(jobs[0], device, room))
+    there = "unknown free memory" if free is None else f"{free / _GIB:.1f} GiB free"
+    text = f"about {sum(fullest(best).values()) / _GIB:.1f} GiB of {there}"
+    if before is not None and best == before:
+        text = _KEPT
+    elif best.sums_each:
+        text += "; gradients of whole weights would not fit"
+    choices = [Choice("training.micro_batch", str(best.micro_batch), text if asked == "auto" else "asked for")]
+    if config.parallel.reduce == "auto" and layout.world > 1:
+        choices.append(Choice("parallel.reduce", best.config.parallel.reduce, text))
+    return best.config, choices
+
+
+def _sizes(config: RunConfig, layout: Layout) -> list[int]:
+    """Micro-batches to choose among, the smallest first; at least as many of them as a pipeline has processes."""
+    asked, batch = config.training.micro_batch, config.training.global_batch // layout.data
     if asked != "auto":
-        return asked, "asked for"
-    batch = config.training.global_batch // layout.data
-    # Auto leaves a margin: the estimate is one, and evaluation and checkpoints need room too.
-    fitting = batch if room is None else max(1, min(batch, int((_AUTO_SHARE * room - state) // sample)))
-    kept = _table(previous, "training").get("micro_batch")
-    if kept is not None and kept <= fitting and batch % kept == 0 and batch // kept >= layout.pipeline:
-        return kept, _KEPT
-    # A pipeline is only kept busy by as many micro-batches as it has processes.
-    fitting = max(1, min(fitting, batch // layout.pipeline))
-    micro = max(size for size in range(1, fitting + 1) if batch % size == 0)
-    free = "unknown free memory" if room is None else f"{room / _GIB:.1f} GiB free"
-    return micro, f"about {(state + micro * sample) / _GIB:.1f} GiB of {free}"
+        return [asked]
+    return [size for size in range(1, batch // layout.pipeline + 1) if batch % size == 0] or [1]
 
 
-def _state_bytes(config: RunConfig, layout: Layout, device: Device) -> int:
-    """Weights, gradients and optimizer state of one process, bytes: a part of each that all dimensions cut."""
-    state = training_state_bytes(config.model, optimizer=config.optimizer.name).total
-    if not device.capability("fsdp2").value:
-        return state // (max(layout.tensor, layout.expert) * layout.pipeline)
-    return state // (layout.weight_shards * layout.tensor * layout.pipeline)
+def _with(config: RunConfig, micro_batch: int) -> RunConfig:
+    training = config.training.model_copy(update={"micro_batch": micro_batch})
+    return config.model_copy(update={"training": training})
+
+
+def _kept_job(config: RunConfig, layout: Layout, device: Device, previous: RunState | None) -> Job | None:
+    """With what the run's checkpoint has, as far as that is left to us and is possible here."""
+    micro = _table(previous, "training").get("micro_batch")
+    if micro not in _sizes(config, layout):
+        return None
+    job = _job(_with(config, micro), layout, device)
+    reduce = _table(previous, "parallel").get("reduce", "auto")
+    if config.parallel.reduce != "auto" or (reduce == "micro_batch" and not may_sum_each(job)):
+        return job
+    return reducing(job, reduce)
+
+
+def _job(config: RunConfig, layout: Layout, device: Device) -> Job:
+    """What `zili.planning` says the memory of, here: on the host a save's copies are among it."""
+    return Job(
+        config,
+        layout,
+        sharded=device.capability("fsdp2").value,
+        on_host=device.type == "cpu" and device.memory() is None,
+    )
+
+
+def _fits(job: Job, room: float) -> Job | None:
+    """`job` as it fits into `room` bytes, or None."""
+    settled = with_reduce(job, room)
+    return settled if sum(fullest(settled).values()) <= room else None
+
+
+def _too_large(job: Job, device: Device, room: float) -> str:
+    parts = fullest(with_reduce(job, room))
+    total = sum(parts.values())
+    largest = sorted(((size, part) for part, size in parts.items() if size >= total / 50), reverse=True)
+    return (
+        f"this run needs about {total / _GIB:.1f} GiB ("
+        + ", ".join(f"{part} {size / _GIB:.1f}" for size, part in largest)
+        + f"; micro-batches of {job.micro_batch} x {job.sequence} tokens) and {device.name()} has "
+        f"{room / _GIB:.1f} GiB free; take a smaller model, a shorter sequence, a smaller micro_batch or "
+        'training.recompute = "full"'
+    )
+
+
+def _refuse_without_room_for_copies(job: Job) -> None:
+    """The first save in the background copies everything to the host, which is late to find out that it cannot."""
+    host = available_bytes()
+    if job.on_host or host is None or not job.config.checkpoint.asynchronous:
+        return  # on the host it is among what fits
+    copies, here = saved_bytes(job), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if copies * here > host:
+        raise ConfigError(
+            f"a save in the background copies {copies / _GIB:.1f} GiB of each of {here} processes to the host, which "
+            f"has {host / _GIB:.1f} GiB; set checkpoint.asynchronous = false"
+        )
 
 
 def _free_bytes(device: Device) -> int | None:
-    """What this process may take: of the host, its share among the processes on this machine."""
+    """What this process may take: what a plan would give it, if nobody else has it; of the host its share among the
+    processes on this machine."""
     memory = device.memory()
     if memory is not None:
-        return memory["free"]
+        return int(min(memory["free"], usable(memory["total"])))
     room = available_bytes()
-    return None if room is None else room // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def activation_bytes(config: RunConfig) -> int:
-    """Estimate of what one sample keeps for the backward pass, bytes: the eager case, which is the larger.
-
-    Per token and block, in fp32: both norms with their intermediates (10 D), query, key and value before and after
-    rotation and folding, and the attention's output (6 (H + K) d), gate, its activation, up and their product (4 F).
-    The backward pass holds a block's gradients beside it, so one block more; with recomputation one D a block, and
-    three blocks' worth at a time (kept, recomputed, gradients). Logits are made in chunks, so the vocabulary does not
-    appear. Beside measured peaks: docs/training.md.
-    """
-    model, tokens = config.model, config.training.sequence_length
-    heads = 6 * (model.heads + model.kv_heads) * model.head_dim
-    block = 10 * model.hidden_size + heads + 4 * model.ffn_hidden_size
-    if config.training.recompute == "full":
-        return 4 * tokens * (model.layers * model.hidden_size + 3 * block)
-    return 4 * tokens * (model.layers + 1) * block
+    return None if room is None else int(usable(room)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -176,17 +176,20 @@ class Trainer:
             operations=ops.chosen(),
             versions={"zili": __version__, "torch": torch.__version__, "python": platform.python_version()},
         )
-        named = list(self.parallel.named_parameters())
-        tensors = {
-            **checkpoints.model_tensors(self.parallel.named_tensors()),
-            **checkpoints.optimizer_tensors(named, self.optimizers),
-            **{checkpoints.generator_key(k, self.world.rank): v for k, v in self.device.rng_state().items()},
-        }
-        path = self.saver.save(state, tensors)
+        path = self.saver.save(state, self.saved_tensors())
         self._saved_at = self.step
         for callback in self.callbacks:
             callback.on_checkpoint(self)
         return path
+
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """This process's part of a checkpoint, by name: weights, what the optimizers keep, generators."""
+        named = list(self.parallel.named_parameters())
+        return {
+            **checkpoints.model_tensors(self.parallel.named_tensors()),
+            **checkpoints.optimizer_tensors(named, self.optimizers),
+            **{checkpoints.generator_key(k, self.world.rank): v for k, v in self.device.rng_state().items()},
+        }
 
     def fit(self) -> None:
         """Train to `training.steps`, or until interrupted; a checkpoint is written either way.
