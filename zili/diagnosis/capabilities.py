@@ -16,6 +16,7 @@ from zili.chips import CAPABILITIES
 from zili.chips.device import Device
 from zili.diagnosis import small_model
 from zili.diagnosis.findings import Finding, Severity
+from zili.diagnosis.speed import numbers
 from zili.ops import product, reference
 from zili.ops.examples import example
 from zili.ops.yardstick import Distance, compared, distance, first_line
@@ -85,7 +86,7 @@ def _bf16(device: Device) -> Seen:
         return Seen(False, problem)
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(1024, 1024, dtype=dtype, device=device.torch)
+        a = numbers(device, 1024, 1024, dtype=dtype)
         seconds[dtype] = min(_seconds(partial(torch.mm, a, a), device) for _ in range(5))
     ratio = seconds[torch.float32] / seconds[torch.bfloat16]
     return Seen(True, f"products are right, at {ratio:.2g} times the speed of fp32", slow=ratio < 1)
