@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     import torch
 
 
+MOST_CHIPS = 1_000_000
+"""That a plan or a rehearsal is made for."""
+
+
 class OnError(StrEnum):
     """`--on-error`, as `read_documents` takes it."""
 

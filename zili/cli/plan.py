@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from zili.chips.catalog import find_chip
-from zili.cli.options import Overrides, finite
+from zili.cli.options import MOST_CHIPS, Overrides, finite
 from zili.config import RunConfig, build_config, dump_recipe, load_recipe
 from zili.config.presets import load_preset
 from zili.durable import write_whole
@@ -23,13 +23,12 @@ from zili.planning.goodput import LLAMA3_RATE, Failures
 from zili.planning.plan import MFU, Plan, Setting, make_plan, setting_config, usual_batch
 
 _SHOWN_LOSSES = 8
-_MOST_CHIPS = 1_000_000
 
 
 def plan(
     model: Annotated[str | None, typer.Argument(help="Preset (`zili config presets`) or TOML recipe.")] = None,
     chip: Annotated[str | None, typer.Option(help="Model of the chips, as `zili chips` lists them.")] = None,
-    chips: Annotated[int | None, typer.Option(min=1, max=_MOST_CHIPS, help="How many.")] = None,
+    chips: Annotated[int | None, typer.Option(min=1, max=MOST_CHIPS, help="How many.")] = None,
     tokens: Annotated[
         float | None, typer.Option(min=1, max=1e18, callback=finite, help="To train on; of a recipe its own.")
     ] = None,
@@ -197,7 +196,7 @@ def _others(compare: str, setting: Setting, chips: int, console: Console) -> lis
     found = []
     for text in filter(None, (part.strip() for part in compare.split(","))):
         name, colon, count = text.partition(":")
-        if colon and not (count.isdecimal() and 0 < int(count) <= _MOST_CHIPS):
+        if colon and not (count.isdecimal() and 0 < int(count) <= MOST_CHIPS):
             raise ConfigError(f"--compare {text!r}: write it as {name}:2048")
         try:
             # Measured on the first chip, and its peak, if they were given, are not the others'.

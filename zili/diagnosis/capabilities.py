@@ -134,6 +134,19 @@ def _grouped_matmul(device: Device) -> Seen:
     return Seen(not _problem(found), _problem(found) or seen)
 
 
+def _grouped_heads_attention(device: Device) -> Seen:
+    """Six query heads and two of keys and values, forward and backward."""
+    dtype = torch.bfloat16 if device.capability("bf16").value else torch.float32
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        heads = (one.transpose(1, 2) for one in (query, key, value))
+        return F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
+
+    inputs = example("attention", "cpu", dtype).arguments
+    found = compared(attention, attention, inputs, {}, device.torch)
+    return Seen(not _problem(found), _problem(found) or f"{max(one.ulps for one in found.values()):.2g} ulp")
+
+
 def _inf_nan(device: Device) -> Seen:
     large, zero = torch.full((8, 8), 3e38, device=device.torch), torch.zeros(8, 8, device=device.torch)
     results = {"3e38 * 10": large * 10, "a product of 3e38": large @ large, "exp(100)": (zero + 100).exp()}
@@ -199,6 +212,7 @@ _ON_ONE: dict[str, Callable[[Device], Seen]] = {
     "bf16": _bf16,
     "fused_adamw": _fused_adamw,
     "grouped_matmul": _grouped_matmul,
+    "grouped_heads_attention": _grouped_heads_attention,
     "inf_nan": _inf_nan,
     "compile": _compile,
     "deterministic": _deterministic,

@@ -317,7 +317,7 @@ def _one(
             _finish(device)
             best[bytes_each] = min(best[bytes_each], time.perf_counter() - started)
             right = right and torch.equal(begun.out, begun.wanted())
-            sent = share_sent(name.split(" among ")[0], size) * max(mine.nbytes, begun.out.nbytes)
+            sent = share_sent(name.partition(" among ")[0], size) * max(mine.nbytes, begun.out.nbytes)
     most = max(best)
     _say(result=name, right=right, seconds=best[most], rate=sent / best[most], latency=best[_FEW_BYTES])
 
@@ -343,7 +343,7 @@ class Begun(NamedTuple):
     wanted: Callable[[], Tensor]
 
 
-# Each takes `mine`, which is `unit` times this process's number from 1, its group, its place there and the group's size.
+# Each takes `mine`, which is `unit` times this process's place from 1, its group, its place in it and the group's size.
 
 
 def _all_reduce(mine: Tensor, unit: Tensor, group: dist.ProcessGroup, own: int, size: int) -> Begun:

@@ -367,7 +367,6 @@ def _nearest(config: RunConfig, world: int, machine: Machine) -> str:
     )
 
 
-
 def _losses(best: Candidate, options: Sequence[_Option], room: _Room) -> Iterator[Loss]:
     """For each choice that the best layout did not make: the fastest with it, and why that is not the best."""
     choices: dict[tuple[str, object], list[_Option]] = {}
