@@ -39,6 +39,14 @@ def test_what_is_not_published_is_absent():
     assert find_chip("910a").bf16_tflops is None
 
 
+def test_variants_of_the_mlu590_are_as_users_report_them():
+    """98,304 MiB a card, eight a node; a driver's name of one is not the other's."""
+    m9, m9d = identify("MLU590-M9"), identify("MLU590-M9D")
+    assert m9 is not None and m9d is not None
+    assert (m9.memory_gb, m9.chips_per_node, m9d.memory_gb) == (98_304 / 1024, 8, 80)
+    assert m9.bf16_tflops is None and "users" in m9.source and m9.figure("memory_gb").confidence == "M"
+
+
 @pytest.mark.parametrize(
     ("name", "cores", "gigahertz"),
     [("910b1", 24, 1.85), ("910b2", 24, 1.8), ("910b3", 20, 1.8), ("910b4", 20, 1.5), ("950pr", 32, 1.65)],

@@ -36,6 +36,7 @@ def test_a_backend_in_detail():
     assert max(map(len, output.splitlines())) <= 100
     for text in ("torch_npu", "HCCL_CONNECT_TIMEOUT", "1800", "fsdp2", "evidence", "ascend-910b2", "left alone"):
         assert text in output
+    assert "refuses aten::scaled_dot_product_attention enable_gqa" in run("cambricon")
 
 
 def test_a_chip_in_detail():

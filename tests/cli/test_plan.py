@@ -6,6 +6,7 @@ import json
 import random
 import time
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from conftest import Zili
@@ -117,12 +118,10 @@ def test_a_recipe_s_own_layout(zili: Zili) -> None:
 
 def test_a_run_that_nothing_interrupts_is_json_too(zili: Zili, tmp_path: Path) -> None:
     out = tmp_path / "p.json"
-    assert zili("plan", *SMALL, "--failures", "0", "--json", out).code == 0
+    found = zili("plan", *SMALL, "--failures", "0", "--json", out)
+    assert found.code == 0 and "failures: none; a checkpoint" in found.out
 
-    def no_such(name: str) -> None:
-        raise AssertionError(name)
-
-    plan = json.loads(out.read_text(encoding="utf-8"), parse_constant=no_such)
+    plan = json.loads(out.read_text(encoding="utf-8"), parse_constant=_no_such_number)
     assert plan["goodput"]["mean_between"] is None and plan["goodput"]["interruptions"] == 0
 
 
@@ -141,18 +140,137 @@ def test_a_batch_that_was_chosen_is_said(zili: Zili) -> None:
         assert "no global batch was given" not in zili("plan", *words, *given).out
 
 
+def report_of(chip: str, **rates: float) -> dict[str, Any]:
+    """As `zili doctor --json` makes it, with what a speed by name is measured as."""
+    figures = {"matmul bf16": {"2048 FLOP/s": rates.get("products", 100e12), "peak FLOP/s": 354e12}}
+    figures |= {"memory": {"bytes/s": rates.get("memory", 1.2e12)}}
+    figures |= {"all_gather among 8": {"bytes/s": rates.get("link", 100e9), "seconds of 4 KB": 1e-5}}
+    return {"device": chip, "findings": [{"name": name, "figures": each} for name, each in figures.items()]}
+
+
 def test_measured_speeds_count(zili: Zili, tmp_path: Path) -> None:
     report = tmp_path / "doctor.json"
-    findings = [{"name": "matmul bf16", "figures": {"2048 FLOP/s": 100e12, "peak FLOP/s": 354e12}}]
-    findings += [{"name": "memory", "figures": {"bytes/s": 1.2e12}}]
-    report.write_text(json.dumps({"findings": findings}), encoding="utf-8")
+    report.write_text(json.dumps(report_of("Ascend910B2")), encoding="utf-8")
     found = zili("plan", *SMALL, "--doctor", report)
-    assert "measured: 100 TFLOP/s in bf16 products" in found.out
+    assert found.code == 0, found.err
+    for text in ("100 TFLOP/s in bf16 products", "1200 GB/s of memory", "100 GB/s between 8 chips"):
+        assert f"measured: {text}" in found.out
     assert float(found.out.split("MFU")[1].split("%")[0].split()[-1]) < 100 * 100 / 354
-    nothing = ({}, {"findings": None}, {"findings": [{"name": "memory", "figures": {"bytes/s": float("nan")}}]})
-    for junk in (*nothing, {"findings": [{"name": "memory", "figures": {"bytes/s": -1e12}}, 3, {"figures": [1]}]}):
-        report.write_text(json.dumps(junk), encoding="utf-8")
-        assert zili("plan", *SMALL, "--doctor", report).code == 3
+
+
+def test_a_chip_without_a_published_peak_is_planned_for_with_a_report(zili: Zili, tmp_path: Path) -> None:
+    report = tmp_path / "doctor.json"
+    report.write_text(json.dumps(report_of("MLU590", products=200e12, link=50e9)), encoding="utf-8")
+    found = zili("plan", "telechat2-3b", "--chip", "mlu590", *SMALL[3:], "--doctor", report)
+    assert found.code == 0, found.err
+    assert "the peak of mlu590 is not published: MFU is a share of its fastest product" in found.out
+    assert "measured: 200 TFLOP/s in bf16 products" in found.out
+
+
+@pytest.mark.parametrize(
+    ("report", "said"),
+    [
+        (report_of("NVIDIA H100 80GB HBM3"), "the report is of NVIDIA H100 80GB HBM3"),
+        (report_of("Intel(R) Xeon(R) 8375C"), "the report is of Intel(R) Xeon(R) 8375C"),
+        ({**report_of("Ascend910B2"), "model": "h100-sxm"}, "the report is of h100-sxm"),
+        ({"findings": report_of("Ascend910B2")["findings"]}, "does not say on which chip"),
+        ({**report_of("Ascend910B2"), "device": 910}, "does not say on which chip"),
+        (report_of("Ascend910B2", products=360e12), "360 TFLOP/s in bf16 products, and ascend-910b2 is said to have"),
+        (report_of("Ascend910B2", products=0.3e12), "0.3 TFLOP/s in bf16 products"),
+        (report_of("Ascend910B2", memory=1.7e12), "1700 GB/s of memory"),
+        (report_of("Ascend910B2", memory=1e9), "1 GB/s of memory"),
+        (report_of("Ascend910B2", link=392e9), "392 GB/s between 8 chips"),
+        (report_of("Ascend910B2", products=float("nan")), "is nan: no speed"),
+        (report_of("Ascend910B2", memory=float("inf")), "is inf: no speed"),
+        (report_of("Ascend910B2", memory=-1e12), "is -1000000000000.0: no speed"),
+        (report_of("Ascend910B2", link=10**400), "no speed"),
+        (report_of("Ascend910B2", link=True), "is True: no speed"),
+        (report_of("Ascend910B2", link="fast"), "is fast: no speed"),  # type: ignore[arg-type]
+        (
+            {"device": "Ascend910B2", "findings": [{"name": "matmul bf16", "figures": {"8192 x 8192": 1e14}}]},
+            "has '8192 x 8192', where zili doctor gives FLOP/s by size",
+        ),
+        ({"device": "Ascend910B2"}, "it has no measured speeds"),
+        ({"device": "Ascend910B2", "findings": None}, "it has no measured speeds"),
+        ({"device": "Ascend910B2", "findings": [3, {"figures": [1]}, {"name": "memory"}]}, "it has no measured speeds"),
+        ([], "is not a report"),
+    ],
+)
+def test_a_report_of_something_else_is_refused(zili: Zili, tmp_path: Path, report: Any, said: str) -> None:
+    file = tmp_path / "doctor.json"
+    file.write_text(json.dumps(report), encoding="utf-8")
+    found = zili("plan", *SMALL, "--doctor", file)
+    assert found.code == 3 and said in " ".join(found.err.split()), found.err
+
+
+NUMBERS = {
+    "--chips": 1_000_000,
+    "--tokens": 1e18,
+    "--sequence": 2**24,
+    "--global-batch": 2**22,
+    "--peak-tflops": 1e6,
+    "--price": 1e9,
+    "--failures": 1,
+    "--failures-per-day": 1000,
+    "--failing-together": 4096,
+    "--restart-minutes": 10_000,
+    "--checkpoint-seconds": 86_400,
+    "--spares": 1,
+}
+"""Every option that takes one, with the most that it takes."""
+
+
+def test_every_number_is_among_these() -> None:
+    from zili.cli.plan import plan
+
+    hints = get_type_hints(plan)
+    kinds = {name: set(get_args(hint)) or {hint} for name, hint in hints.items()}
+    assert {f"--{name.replace('_', '-')}" for name, kind in kinds.items() if kind & {int, float}} == set(NUMBERS)
+
+
+@pytest.mark.parametrize("option", NUMBERS)
+def test_any_number_has_an_answer_or_is_refused(
+    zili: Zili, tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One clear line, or figures that are figures; and soon."""
+    monkeypatch.setattr("zili.planning.plan._PATIENCE", 0)
+    most, out = NUMBERS[option], tmp_path / "p.json"
+    words = list(SMALL)
+    if option not in words:
+        words += [option, ""]
+    for text in ("0", "-1", "nan", "inf", "1e-300", "1e300", "3", "999983", str(most), str(2 * most)):
+        words[words.index(option) + 1] = text
+        out.unlink(missing_ok=True)
+        started = time.process_time()
+        found = zili("plan", *words, "--json", out)
+        assert time.process_time() - started < 5, text
+        assert found.code in (0, 2, 3, 7), (text, found.err)
+        assert (found.code == 0) == out.exists(), text
+        if found.code == 0:
+            plan = json.loads(out.read_text(encoding="utf-8"), parse_constant=_no_such_number)
+            assert 0 < plan["layouts"][0]["mfu"] < 1 and 0 < plan["goodput"]["share"] <= 1 and plan["days"] > 0, text
+        elif found.code != 2:
+            assert found.err.startswith("zili: ") and found.err.count("\n") <= 2, (text, found.err)
+
+
+def _no_such_number(name: str) -> None:
+    raise AssertionError(name)
+
+
+@pytest.mark.parametrize("peak", ["0.001", "0.1", "0.4"])
+def test_a_peak_however_small(zili: Zili, peak: str) -> None:
+    """What nobody published is concluded from the peak, and must not be rounded to nothing."""
+    found = zili("plan", "telechat2-3b", "--chip", "mlu590", *SMALL[3:], "--peak-tflops", peak)
+    assert found.code == 0, found.err
+
+
+def test_far_from_what_divides_the_nearest_is_still_named(zili: Zili) -> None:
+    """The number of chips is a prime, and the next that divide are tens of thousands away."""
+    started = time.process_time()
+    found = zili("plan", "telechat2-3b", "--chip", "ascend-910b2", "--chips", "999983", "--global-batch", "65536")
+    assert time.process_time() - started < 5
+    # 65,536 sequences among as many, tensor 8 (of 24 heads), context 1 to 8: 2^22 is above twice the number.
+    assert found.code == 7 and "the nearest that work are 983040 or 1048576 chips" in found.err, found.err
 
 
 @pytest.mark.parametrize(
@@ -173,6 +291,7 @@ def test_measured_speeds_count(zili: Zili, tmp_path: Path) -> None:
         ((*SMALL, "--layout", "tensor"), 3, "write it as tensor=8"),
         ((*SMALL, "--layout", "tensors=8"), 3, "unknown key parallel.tensors"),
         ((*SMALL, "--compare", "h20:none"), 3, "write it as h20:2048"),
+        ((*SMALL, "--compare", "h20:²"), 3, "write it as h20:2048"),
         ((*SMALL, "--json", "/no/such/folder/p.json"), 3, "there is no folder"),
         ((*SMALL, "--set", "model.heads=7"), 3, "heads (7) is not a multiple"),
         (("--runs", "/no/such/file.csv", "--out", "x.csv"), 3, "cannot read the table"),

@@ -11,9 +11,12 @@ import torch.distributed._functional_collectives as funcol
 from many import on_processes, open_trainer, train
 from tiny_models import BOUND, STEPS, Kind, Layout, Row, Runs, slow
 
+from zili.chips import find_backend
 from zili.cli.launch import prepare_launch
 from zili.config import RunConfig
+from zili.parallel import layout
 from zili.parallel.collectives import Peers, gather, scatter_sum
+from zili.training.setup import _fallbacks
 
 WHOLE = "chip.capabilities.fsdp2=false"
 
@@ -55,6 +58,43 @@ def test_it_is_said_at_start(runs: Runs) -> None:
     assert line.startswith("chip.capabilities.fsdp2 = false: as the recipe says") and "stay whole" in line
     held, lines = on_processes(2, parts_and_lines, runs.recipe("dense", "parallel.shards=2"))[0]
     assert held == ["DTensor"] and lines == []
+
+
+REPEATED = "chip.capabilities.grouped_heads_attention=false"
+
+
+def test_that_heads_are_repeated_is_said(runs: Runs) -> None:
+    """Where there is something to repeat. That the curve is the same, every emulated run on `mlu` shows."""
+    device = mock.Mock(lacking=lambda: {"grouped_heads_attention": "a test"})
+    grouped, one_each = (
+        _fallbacks(runs.recipe(kind).model, layout.Layout(), device, "fp32") for kind in ("dense", "mixture")
+    )
+    assert str(grouped[0]).startswith(
+        "chip.capabilities.grouped_heads_attention = false: a test; keys and values are repeated"
+    )
+    assert len(grouped) == 1 and one_each == []
+
+
+def rehearsed_bytes(config: RunConfig) -> int:
+    from zili.rehearsal import rehearse
+
+    return rehearse(config, 1, backend=find_backend("ascend")).peak.bytes
+
+
+def test_a_rehearsal_counts_the_repeated_heads(runs: Runs) -> None:
+    more = ("chip.precision=fp32", "training.recompute=none")
+    config = runs.recipe("dense", *more)
+    plain, repeated = (
+        on_processes(
+            1, rehearsed_bytes, one.model_copy(update={"chip": one.chip.model_copy(update={"operations": {}})})
+        )[0]
+        for one in (config, runs.recipe("dense", *more, REPEATED))
+    )
+    model, training = config.model, config.training
+    assert isinstance(training.micro_batch, int)
+    # Keys and values of four heads more, in fp32, kept by each layer; gradients of one layer's at most beside them.
+    heads = 4 * training.micro_batch * training.sequence_length * 4 * 2 * model.head_dim
+    assert model.layers * heads <= repeated - plain <= (model.layers + 2) * heads
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ CASES: list[tuple[Kind, int, str, tuple[str, ...]]] = [
     ("dense", 16, "pipeline=4 shards=2 tensor=2", ()),
     ("dense", 8, "pipeline=2 shards=4 schedule=interleaved", ("training.recompute=full",)),
     ("mixture", 1, "", ()),
+    ("mixture", 4, "context=2 tensor=2", ("training.recompute=selective",)),
     ("mixture", 8, "shards=4 tensor=2 expert=8", ("chip.precision=bf16",)),
     ("mixture", 8, "pipeline=2 shards=2 context=2 expert=4", ("training.recompute=full",)),
     ("dense", 16, "replicas=2 shards=2 tensor=2 context=2", ("training.micro_batch=1", "chip.precision=bf16")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from math import exp
 
 import pytest
 
@@ -94,6 +95,40 @@ def test_without_spares_a_failure_waits_for_a_chip() -> None:
     with_spares, without = (goodput(10_240, Failures(spares=share)) for share in (0.02, 0.0))
     assert without.share < with_spares.share - 0.2
     assert without.first_to_improve == "waiting for spares"
+
+
+def test_spares_that_are_paid_for_are_ready() -> None:
+    """Two hundredths of 40 chips are one chip: a failure waits only where that one is away already."""
+    assert [goodput(chips, Failures()).spares for chips in (8, 50, 51, 1000)] == [1, 1, 2, 20]
+    away = 40 * 4.7e-4  # in a day, which a repair takes
+    few, many = (goodput(40, Failures(spares=share)) for share in (0.02, 1.0))
+    waiting = (1 - exp(-away)) * 4 * 3600 / few.mean_between
+    assert few.lost["waiting for spares"] == pytest.approx(waiting, rel=0.05)
+    assert many.lost.get("waiting for spares", 0.0) < 1e-9
+
+
+def test_spares_replace_what_fails_together() -> None:
+    """Seven spares are of no use where eight chips fail at once, and eight are."""
+    seven, eight = (goodput(64, Failures(blast=8, spares=count / 64)) for count in (7, 8))
+    assert (seven.spares, eight.spares) == (7, 8)
+    assert seven.lost["waiting for spares"] > 10 * eight.lost["waiting for spares"]
+
+
+def test_no_more_chips_fail_than_there_are() -> None:
+    assert mean_between(8, Failures(blast=4096)) == mean_between(8, Failures(blast=8))
+
+
+def test_software_waits_for_no_chip() -> None:
+    """However few spares there are."""
+    for chips in (8, 32, 64):
+        found = goodput(chips, Failures(per_chip_day=0, per_day=3, spares=0))
+        assert "waiting for spares" not in found.lost
+        assert found.share == goodput(chips, Failures(per_chip_day=0, per_day=3, spares=1)).share
+    # Half of the interruptions take a chip: the mean one waits half as long.
+    rate = 64 * 4.7e-4
+    chips, both = (goodput(64, Failures(per_day=more, spares=0)) for more in (0.0, rate))
+    for found, wait in ((chips, 4 * 3600), (both, 2 * 3600)):
+        assert found.lost["waiting for spares"] == pytest.approx(wait / found.mean_between, rel=0.1)
 
 
 def test_a_run_that_nothing_interrupts() -> None:

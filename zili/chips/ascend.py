@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zili.chips.backend import Backend, Capability, Variable, VersionFile
+from zili.chips.backend import Backend, Capability, Refusal, Variable, VersionFile
 
 ASCEND = Backend(
     name="ascend",
@@ -59,8 +59,16 @@ ASCEND = Backend(
         "compile": Capability(False, "torch_npu has compilers of its own; none tried here"),
         "deterministic": Capability(True, "only the first setting in a thread counts (torch_npu)", "documented"),
         "grouped_matmul": Capability(False, "only its shape function was seen to run; torch_npu has its own op"),
+        "grouped_heads_attention": Capability(
+            True, "users ran it: transformers#41601 (torch_npu 2.5.1), vllm-omni#6788 (2.10)", "documented"
+        ),
         "inf_nan": Capability(True, "A2 and newer, unless INF_NAN_MODE_ENABLE=0", "documented"),
     },
+    refusals=(
+        # Divided by hand instead, on every chip (zili/parallel/data.py).
+        Refusal("c10d::PREMUL_SUM", "ByteDance-Seed/VeOmni#241, December 2025"),
+        Refusal("aten::logsumexp", "verl's pull request 198, early 2025", dtype="bfloat16"),
+    ),
     notes=(
         "Not run on hardware by us: written from the sources named and torch_npu 2.13's wheel.",
         "torch_npu without CANN makes `import torch` itself fail, unless TORCH_DEVICE_BACKEND_AUTOLOAD=0.",

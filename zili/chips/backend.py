@@ -38,6 +38,10 @@ CAPABILITIES: Mapping[str, Meaning] = {
     "grouped_matmul": Meaning(
         "torch.nn.functional.grouped_mm, forward and backward", "experts are multiplied one after the other"
     ),
+    "grouped_heads_attention": Meaning(
+        "torch's scaled_dot_product_attention with fewer heads of keys and values than of queries (enable_gqa)",
+        "keys and values are repeated for the query heads that share them: heads / kv_heads times their memory",
+    ),
     "inf_nan": Meaning(
         "overflow becomes inf or nan", "a loss or gradient norm that is huge, or exactly zero, ends a run as nan would"
     ),
@@ -56,6 +60,27 @@ class Capability:
     value: bool
     reason: str
     evidence: Evidence = "assumed"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A call that torch takes and the vendor's software is known to turn down: emulated devices do too."""
+
+    operation: str
+    """torch's name, whatever the overload: `aten::mm`; of a sum over processes `c10d::NAME`, as in `dist.ReduceOp`."""
+    source: str
+    """Where it was seen, and on which version."""
+    argument: str | None = None
+    """Turned down where this one is true; None: whatever the arguments."""
+    dtype: str | None = None
+    """Turned down for tensors of this one, `bfloat16`; None: of any."""
+    capability: str | None = None
+    """What code asks for before it makes the call; None: no run makes it."""
+
+    def turns_down(self, operation: str, arguments: Mapping[str, object], dtype: str) -> bool:
+        """Whether a call of `operation` with such arguments, on tensors of `dtype`, is refused."""
+        given = self.argument is None or bool(arguments.get(self.argument))
+        return operation == self.operation and given and self.dtype in (None, dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +145,8 @@ class Backend:
     """Module with this vendor's fused operations, `VERSIONS` of `zili.ops.versions.Version`."""
     capabilities: Mapping[str, Capability | Callable[[], Capability]] = field(default_factory=dict)
     """By name; a function where the machine has to be looked at, called when asked for."""
+    refusals: tuple[Refusal, ...] = ()
+    """What its software is known to turn down."""
     notes: tuple[str, ...] = ()
     vllm_plugin: str | None = None
     """What vLLM needs beside itself to serve on it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zili.chips.backend import Backend, Capability, Variable, VersionFile
+from zili.chips.backend import Backend, Capability, Refusal, Variable, VersionFile
 
 CAMBRICON = Backend(
     name="cambricon",
@@ -38,10 +38,26 @@ CAMBRICON = Backend(
         "compile": Capability(False, "no public statement for this torch"),
         "deterministic": Capability(False, "no public statement"),
         "grouped_matmul": Capability(False, "no public statement"),
+        "grouped_heads_attention": Capability(
+            False, "a user's report: torch_mlu's SDPA raises TypeError at enable_gqa (Neuware 4.7.2)", "documented"
+        ),
         "inf_nan": Capability(True, "no public statement"),
     },
+    refusals=(
+        Refusal(
+            "aten::scaled_dot_product_attention",
+            "flagos-ai/sglang-plugin-FL#90, September 2026: Neuware 4.7.2, which has torch_mlu 1.33.1 for torch 2.11",
+            argument="enable_gqa",
+            capability="grouped_heads_attention",
+        ),
+    ),
     notes=(
         "Not run on hardware by us: written to torch_mlu's public source, which ends in 2024 (torch 2.4).",
+        "Seen by users since: torch_mlu 1.29.2 for torch 2.7.1 (Neuware 4.4.3), 1.30.2 for 2.9.1, 1.33.1 for 2.11 "
+        "(Neuware 4.7.2). 1.34.1 for torch 2.13 stands in SGLang's scripts/ci/mlu/component_versions.properties, which "
+        "says that it is not published yet.",
+        "Users report that torch_mlu gives 5.0 as a device's compute capability whatever the chip: software that asks "
+        "for it turns bf16 off. Zili does not ask.",
         "An 'assumed' answer is a conclusion of ours: check it on the device before a long run.",
     ),
 )

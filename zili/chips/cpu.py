@@ -103,6 +103,7 @@ CPU = Backend(
         "compile": compiler,
         "deterministic": Capability(True, "same thread count, same bits", "run"),
         "grouped_matmul": Capability(True, "fp32 and bf16; rows aligned to 16 bytes", "run"),
+        "grouped_heads_attention": Capability(True, "torch's own", "run"),
         "inf_nan": Capability(True, "IEEE 754", "run"),
     },
 )

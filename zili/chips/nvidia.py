@@ -75,6 +75,9 @@ NVIDIA = Backend(
         "compile": triton,
         "deterministic": Capability(True, "with CUBLAS_WORKSPACE_CONFIG; some operations raise", "documented"),
         "grouped_matmul": Capability(True, "bf16 on compute capability 8.0 and newer", "documented"),
+        "grouped_heads_attention": Capability(
+            True, "torch's own since 2.5; in fp32 not by a fused kernel", "documented"
+        ),
         "inf_nan": Capability(True, "IEEE 754", "documented"),
     },
     notes=("Not run by us: written from PyTorch's documentation.",),

@@ -172,6 +172,10 @@ def _show_backend(console: Console, backend: Backend) -> None:
         value = "[dim]left alone[/]" if variable.value is None else escape(variable.value) + when
         table.add_row(variable.name, value, escape(variable.reason))
     console.print(table)
+    for refusal in backend.refusals:
+        what = " ".join(filter(None, (refusal.operation, refusal.argument, refusal.dtype)))
+        then = f"capability {refusal.capability}" if refusal.capability else "no run asks for it"
+        console.print(f"refuses {what}: {escape(refusal.source)}; {then}")
     for note in backend.notes:
         console.print(f"- {escape(note)}")
     models = [chip.name for chip in catalog().values() if chip.backend == backend.name]
@@ -205,6 +209,7 @@ def _backend_data(found: Presence) -> dict[str, Any]:
         "fix": found.fix,
         "versions": installed_versions(backend),
         "environment": [asdict(variable) for variable in backend.environment],
+        "refusals": [asdict(refusal) for refusal in backend.refusals],
         "capabilities": {key: asdict(backend.capability(key)) for key in CAPABILITIES},
     }
 

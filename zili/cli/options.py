@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from enum import StrEnum
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +20,10 @@ from zili.parallel.layout import processes, torchrun
 
 if TYPE_CHECKING:
     import torch
+
+
+MOST_CHIPS = 1_000_000
+"""That a plan or a rehearsal is made for."""
 
 
 class OnError(StrEnum):
@@ -41,6 +46,13 @@ Demo = Annotated[
 ]
 Template = Annotated[str | None, typer.Option(help="Chat template in place of the model's own: a name, or a file.")]
 Chip = Annotated[str, typer.Option(help="Where to run; `zili chips` lists names.")]
+
+
+def finite(value: float | None) -> float | None:
+    """A `callback` of options: bounds alone let `nan` pass, which is not below anything, nor above."""
+    if value is not None and not isfinite(value):
+        raise typer.BadParameter(f"{value} is no number to reckon with")
+    return value
 
 
 def dtype_named(name: str) -> torch.dtype:

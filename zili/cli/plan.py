@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from math import ceil
+from math import ceil, isinf
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from zili.chips.catalog import find_chip
-from zili.cli.options import Overrides, read_recipe
+from zili.cli.options import MOST_CHIPS, Overrides, finite, read_recipe
 from zili.config import RunConfig, build_config, dump_recipe
 from zili.config.presets import load_preset
 from zili.durable import write_whole
@@ -24,7 +24,6 @@ from zili.planning.plan import MFU, Plan, Setting, make_plan, setting_config, us
 
 _SHOWN_LOSSES = 8
 _NEEDED = "give a model, --chip (or a recipe with chip.model) and --chips; or --runs and --out"
-_MOST_CHIPS = 1_000_000
 
 
 def plan(
@@ -32,8 +31,10 @@ def plan(
     chip: Annotated[
         str | None, typer.Option(help="Model of the chips, as `zili chips` lists them; else the recipe's.")
     ] = None,
-    chips: Annotated[int | None, typer.Option(min=1, max=_MOST_CHIPS, help="How many.")] = None,
-    tokens: Annotated[float | None, typer.Option(min=1, max=1e18, help="To train on; of a recipe its own.")] = None,
+    chips: Annotated[int | None, typer.Option(min=1, max=MOST_CHIPS, help="How many.")] = None,
+    tokens: Annotated[
+        float | None, typer.Option(min=1, max=1e18, callback=finite, help="To train on; of a recipe its own.")
+    ] = None,
     sequence: Annotated[int | None, typer.Option(min=1, max=2**24, help="Tokens of a sequence.")] = None,
     global_batch: Annotated[int | None, typer.Option(min=1, max=2**22, help="Sequences of a step.")] = None,
     compare: Annotated[
@@ -49,18 +50,26 @@ def plan(
     doctor: Annotated[
         Path | None, typer.Option(help="Report of `zili doctor --json` from such a chip: measured speeds.")
     ] = None,
-    peak_tflops: Annotated[float | None, typer.Option(min=0.001, help="Peak in bf16, where none is published.")] = None,
-    price: Annotated[float | None, typer.Option(min=0, help="Of a chip-hour.")] = None,
-    failures: Annotated[float, typer.Option(min=0, max=1, help="Interruptions a chip-day.")] = LLAMA3_RATE,
+    peak_tflops: Annotated[
+        float | None, typer.Option(min=0.001, max=1e6, callback=finite, help="Peak in bf16, where none is published.")
+    ] = None,
+    price: Annotated[float | None, typer.Option(min=0, max=1e9, callback=finite, help="Of a chip-hour.")] = None,
+    failures: Annotated[
+        float, typer.Option(min=0, max=1, callback=finite, help="Interruptions a chip-day.")
+    ] = LLAMA3_RATE,
     failures_per_day: Annotated[
-        float, typer.Option(min=0, max=1000, help="Those that do not grow with the chips.")
+        float, typer.Option(min=0, max=1000, callback=finite, help="Those that do not grow with the chips.")
     ] = 0.0,
     failing_together: Annotated[int, typer.Option(min=1, max=4096, help="Chips that one failure takes.")] = 1,
     restart_minutes: Annotated[
-        float | None, typer.Option(min=0, max=10_000, help="From an interruption to training.")
+        float | None, typer.Option(min=0, max=10_000, callback=finite, help="From an interruption to training.")
     ] = None,
-    checkpoint_seconds: Annotated[float, typer.Option(min=0.01, max=86_400, help="That one keeps the run.")] = 2.0,
-    spares: Annotated[float, typer.Option(min=0, max=1, help="Chips kept ready and paid for, as a share.")] = 0.02,
+    checkpoint_seconds: Annotated[
+        float, typer.Option(min=0.01, max=86_400, callback=finite, help="That one keeps the run.")
+    ] = 2.0,
+    spares: Annotated[
+        float, typer.Option(min=0, max=1, callback=finite, help="Chips kept ready and paid for, as a share.")
+    ] = 0.02,
     write: Annotated[Path | None, typer.Option(help="Write the best layout as a recipe for `zili train`.")] = None,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write everything here, as JSON.")] = None,
     page: Annotated[Path | None, typer.Option(help="Write an HTML page here.")] = None,
@@ -193,7 +202,7 @@ def _others(compare: str, setting: Setting, chips: int, console: Console) -> lis
     found = []
     for text in filter(None, (part.strip() for part in compare.split(","))):
         name, colon, count = text.partition(":")
-        if colon and not (count.isdigit() and 0 < int(count) <= _MOST_CHIPS):
+        if colon and not (count.isdecimal() and 0 < int(count) <= MOST_CHIPS):
             raise ConfigError(f"--compare {text!r}: write it as {name}:2048")
         try:
             # Measured on the first chip, and its peak, if they were given, are not the others'.
@@ -249,15 +258,17 @@ def _show(made: Plan, console: Console) -> None:
     for loss in made.found.losses[:_SHOWN_LOSSES]:
         say(f"  {loss.choice}: {loss.why}")
     good = made.goodput
+    hours = good.mean_between / 3600
+    often = "none" if isinf(hours) else f"one in {hours:,.1f} h, {made.interruptions:,.0f} in all"
     say(
-        f"failures: one in {good.mean_between / 3600:.1f} h, {made.interruptions:,.0f} in all; a checkpoint "
+        f"failures: {often}; a checkpoint "
         f"({made.checkpoint_bytes / 1e12:.2f} TB) every {good.interval / 60:.1f} min, {100 * good.share:.1f} % of the "
         f"time trains; first to improve: {good.first_to_improve}"
     )
     energy = made.megawatt_hours
     say(
         f"{made.days:,.1f} days, {made.chip_hours:,.0f} chip-hours"
-        + (f" with {made.spares:,} spares" if made.spares else "")
+        + (f" with {good.spares:,} spares" if good.spares else "")
         + (f", {energy:,.0f} MWh (an estimate)" if energy else "")
         + (f", {made.cost:,.0f} at {made.setting.price:g} a chip-hour" if made.cost is not None else "")
     )

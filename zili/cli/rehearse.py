@@ -17,7 +17,7 @@ from rich.table import Table
 
 from zili import chips
 from zili.chips.catalog import Chip, find_chip
-from zili.cli.options import Overrides, read_recipe
+from zili.cli.options import MOST_CHIPS, Overrides, read_recipe
 from zili.config import RunConfig
 from zili.durable import write_whole
 from zili.errors import ConfigError, LayoutError, ZiliError
@@ -32,7 +32,7 @@ _SHOWN = 4
 
 def rehearse(
     recipe: Annotated[Path, typer.Argument(help="TOML recipe, as `zili train` takes it.")],
-    count: Annotated[int, typer.Option("--chips", min=1, help="Processes in all, one a chip.")],
+    count: Annotated[int, typer.Option("--chips", min=1, max=MOST_CHIPS, help="Processes in all, one a chip.")],
     rank: Annotated[int, typer.Option(min=0, help="Which of them to be.")] = 0,
     all_stages: Annotated[
         bool, typer.Option("--all-stages", help="One process of each place in the pipeline.")
@@ -41,7 +41,7 @@ def rehearse(
         str | None, typer.Option(help="Model of the chips, as `zili chips` lists them; else the recipe's.")
     ] = None,
     micro_batches: Annotated[
-        int | None, typer.Option(min=1, help="In the step; by default as many as memory depends on.")
+        int | None, typer.Option(min=1, max=4096, help="In the step; by default as many as memory depends on.")
     ] = None,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write everything here, as JSON.")] = None,
     page: Annotated[Path | None, typer.Option(help="Write an HTML page here.")] = None,

@@ -53,7 +53,8 @@ class ModelConfig(Section):
 
     vocab_size: PositiveInt
     hidden_size: PositiveInt
-    layers: PositiveInt
+    layers: int = Field(gt=0, le=2_000)
+    """Published models have up to 126; a plan goes through them one by one."""
     heads: PositiveInt
     kv_heads: PositiveInt
     head_dim: PositiveInt

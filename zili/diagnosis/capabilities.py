@@ -16,6 +16,7 @@ from zili.chips import CAPABILITIES
 from zili.chips.device import Device
 from zili.diagnosis import small_model
 from zili.diagnosis.findings import Finding, Severity
+from zili.diagnosis.speed import numbers
 from zili.ops import product, reference
 from zili.ops.examples import example
 from zili.ops.yardstick import Distance, compared, distance, first_line
@@ -88,7 +89,7 @@ def _bf16(device: Device) -> Seen:
         return Seen(False, problem)
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(1024, 1024, dtype=dtype, device=device.torch)
+        a = numbers(device, 1024, 1024, dtype=dtype)
         seconds[dtype] = min(_seconds(partial(torch.mm, a, a), device) for _ in range(5))
     ratio = seconds[torch.float32] / seconds[torch.bfloat16]
     return Seen(True, f"products are right, at {ratio:.2g} times the speed of fp32", slow=ratio < 1)
@@ -134,6 +135,19 @@ def _grouped_matmul(device: Device) -> Seen:
     if device.type != "cpu" and not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_grouped_mm", key):
         seen += ", by torch's stand-in for a kernel, which makes the host wait"
     return Seen(not _problem(found), _problem(found) or seen)
+
+
+def _grouped_heads_attention(device: Device) -> Seen:
+    """Six query heads and two of keys and values, forward and backward."""
+    dtype = torch.bfloat16 if device.capability("bf16").value else torch.float32
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        heads = (one.transpose(1, 2) for one in (query, key, value))
+        return F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
+
+    inputs = example("attention", "cpu", dtype).arguments
+    found = compared(attention, attention, inputs, {}, device.torch)
+    return Seen(not _problem(found), _problem(found) or f"{max(one.ulps for one in found.values()):.2g} ulp")
 
 
 def _inf_nan(device: Device) -> Seen:
@@ -201,6 +215,7 @@ _ON_ONE: dict[str, Callable[[Device], Seen]] = {
     "bf16": _bf16,
     "fused_adamw": _fused_adamw,
     "grouped_matmul": _grouped_matmul,
+    "grouped_heads_attention": _grouped_heads_attention,
     "inf_nan": _inf_nan,
     "compile": _compile,
     "deterministic": _deterministic,

@@ -29,11 +29,12 @@ from zili import chips
 from zili.chips.device import Device
 from zili.diagnosis import capabilities
 from zili.diagnosis.findings import Finding, Severity
-from zili.diagnosis.speed import fastest_call
+from zili.diagnosis.speed import fastest_call, numbers
 from zili.ops import reference
 from zili.ops.examples import example
 from zili.ops.yardstick import compared
 from zili.parallel.world import join, leave
+from zili.planning.machine import share_sent
 
 AREA = "collectives"
 PATIENCE = 60.0
@@ -290,7 +291,7 @@ def _device_index(chip: str) -> int:
 
 def _one(
     name: str,
-    kind: Callable[[Tensor, dist.ProcessGroup, int, int], Begun],
+    kind: Callable[[Tensor, Tensor, dist.ProcessGroup, int, int], Begun],
     group: dist.ProcessGroup,
     own: int,
     size: int,
@@ -298,29 +299,38 @@ def _one(
     few: bool = False,
 ) -> None:
     """One collective a few times, with little and unless `few` with much: its numbers, and the fastest times."""
-    right, best = True, {}
+    right, best, sent = True, {}, 0.0
     for bytes_each in (_FEW_BYTES,) if few else (_FEW_BYTES, _BYTES):
         best[bytes_each] = float("inf")
+        # Small whole numbers, of which sums are exact.
+        unit = torch.randint(1, 256, (bytes_each // 4 // size * size,), generator=torch.Generator().manual_seed(0))
+        unit = unit.to(device, torch.float32)
         for _ in range(_ROUNDS):
             _say(begin=name)
-            mine = torch.full((bytes_each // 4 // size * size,), float(own + 1), device=device)
+            mine = unit * (own + 1)
+            _finish(device)
             started = time.perf_counter()
-            begun = kind(mine, group, own, size)
+            begun = kind(mine, unit, group, own, size)
             _say(**{"handed over": name})
             for work in begun.works:
                 work.wait()
-            if device.type != "cpu":
-                torch.accelerator.synchronize()
+            _finish(device)
             best[bytes_each] = min(best[bytes_each], time.perf_counter() - started)
             right = right and torch.equal(begun.out, begun.wanted())
+            sent = share_sent(name.partition(" among ")[0], size) * max(mine.nbytes, begun.out.nbytes)
     most = max(best)
-    _say(result=name, right=right, seconds=best[most], rate=most / best[most], latency=best[_FEW_BYTES])
+    _say(result=name, right=right, seconds=best[most], rate=sent / best[most], latency=best[_FEW_BYTES])
+
+
+def _finish(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
 
 
 def _product(device: Device) -> dict[str, Any]:
     """Whether this process's device multiplies rightly, and FLOP/s of a product, all devices being at work."""
     found = compared(reference.linear, reference.linear, *example("linear", "cpu", torch.float32), device.torch)
-    a = torch.ones(_SIDE, _SIDE, device=device.torch)
+    a = numbers(device, _SIDE, _SIDE)
     seconds = fastest_call(lambda: a @ a, device)
     return {"right": all(measured.fits for measured in found.values()), "rate": 2 * _SIDE**3 / seconds}
 
@@ -333,41 +343,43 @@ class Begun(NamedTuple):
     wanted: Callable[[], Tensor]
 
 
-def _all_reduce(mine: Tensor, group: dist.ProcessGroup, own: int, size: int) -> Begun:
+# Each takes `mine`, which is `unit` times this process's place from 1, its group, its place in it and the group's size.
+
+
+def _all_reduce(mine: Tensor, unit: Tensor, group: dist.ProcessGroup, own: int, size: int) -> Begun:
     works = [dist.all_reduce(mine, group=group, async_op=True)]
-    return Begun(works, mine, lambda: torch.full_like(mine, size * (size + 1) / 2))
+    return Begun(works, mine, lambda: unit * (size * (size + 1) // 2))
 
 
-def _all_gather(mine: Tensor, group: dist.ProcessGroup, own: int, size: int) -> Begun:
+def _all_gather(mine: Tensor, unit: Tensor, group: dist.ProcessGroup, own: int, size: int) -> Begun:
     out = mine.new_zeros(size * len(mine))
     works = [capabilities.all_gather(out, mine, group=group, async_op=True)]
-    return Begun(works, out, lambda: torch.cat([torch.full_like(mine, rank + 1) for rank in range(size)]))
+    return Begun(works, out, lambda: torch.cat([unit * (rank + 1) for rank in range(size)]))
 
 
-def _reduce_scatter(mine: Tensor, group: dist.ProcessGroup, own: int, size: int) -> Begun:
+def _reduce_scatter(mine: Tensor, unit: Tensor, group: dist.ProcessGroup, own: int, size: int) -> Begun:
     out = mine.new_zeros(len(mine) // size)
     works = [capabilities.reduce_scatter(out, mine, group=group, async_op=True)]
-    return Begun(works, out, lambda: torch.full_like(out, size * (size + 1) / 2))
+    return Begun(works, out, lambda: unit.chunk(size)[own] * (size * (size + 1) // 2))
 
 
-def _all_to_all(mine: Tensor, group: dist.ProcessGroup, own: int, size: int) -> Begun:
+def _all_to_all(mine: Tensor, unit: Tensor, group: dist.ProcessGroup, own: int, size: int) -> Begun:
     out = torch.zeros_like(mine)
     works = [dist.all_to_all_single(out, mine, group=group, async_op=True)]
-    parts = len(mine) // size
-    return Begun(works, out, lambda: torch.cat([torch.full_like(out[:parts], rank + 1) for rank in range(size)]))
+    return Begun(works, out, lambda: torch.cat([unit.chunk(size)[own] * (rank + 1) for rank in range(size)]))
 
 
-def _broadcast(mine: Tensor, group: dist.ProcessGroup, own: int, size: int) -> Begun:
+def _broadcast(mine: Tensor, unit: Tensor, group: dist.ProcessGroup, own: int, size: int) -> Begun:
     first = dist.get_global_rank(group, 0)
-    return Begun([dist.broadcast(mine, first, group=group, async_op=True)], mine, lambda: torch.ones_like(mine))
+    return Begun([dist.broadcast(mine, first, group=group, async_op=True)], mine, lambda: unit)
 
 
-def _send(mine: Tensor, group: dist.ProcessGroup, own: int, size: int) -> Begun:
+def _send(mine: Tensor, unit: Tensor, group: dist.ProcessGroup, own: int, size: int) -> Begun:
     """Each to the next, in a ring."""
     out = torch.zeros_like(mine)
     to, source = (dist.get_global_rank(group, (own + step) % size) for step in (1, -1))
     messages = [dist.P2POp(dist.isend, mine, to, group), dist.P2POp(dist.irecv, out, source, group)]
-    return Begun(dist.batch_isend_irecv(messages), out, lambda: torch.full_like(out, (own - 1) % size + 1))
+    return Begun(dist.batch_isend_irecv(messages), out, lambda: unit * ((own - 1) % size + 1))
 
 
 _KINDS = {

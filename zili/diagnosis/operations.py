@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -77,7 +78,8 @@ def examine(device: Device) -> Iterator[Finding]:
             yield Finding(AREA, name, Severity.FALLBACK, f"computes, but {said.reason}", 'set chip.precision = "fp32"')
         for operation, (function, shapes) in ELEMENTARY.items():
             inputs = Example(tuple(on_cpu(_inputs(*shapes), dtype)), {})
-            yield _compared(f"{operation} in {name}", function, inputs, device, needed=needed)
+            found = _compared(f"{operation} in {name}", function, inputs, device, needed=needed)
+            yield _known(found, f"aten::{operation}", dtype, device)
         if name != "fp16":  # runs are in fp32 or bf16
             yield from _own(device, name, dtype)
 
@@ -99,6 +101,18 @@ def _own(device: Device, precision: str, dtype: torch.dtype) -> Iterator[Finding
             if version.operation == operation and version.lacks(device.type, precision) is None:
                 label = f"{operation} ({version.name}) in {precision}"
                 yield _compared(label, version.function, inputs, device, reference)
+
+
+def _known(found: Finding, operation: str, dtype: torch.dtype, device: Device) -> Finding:
+    """`found`, or that it is no news: what the vendor's software is known to turn down, no run asks for."""
+    if found.severity is Severity.GOOD or found.figures:
+        return found
+    named = str(dtype).removeprefix("torch.")
+    for refusal in device.backend.refusals:
+        if refusal.capability is None and refusal.turns_down(operation, {}, named):
+            seen = f"{found.seen}; known ({refusal.source})"
+            return replace(found, severity=Severity.FALLBACK, seen=seen, fix="no run asks for it")
+    return found
 
 
 def _compared(

@@ -14,13 +14,13 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from zili.ops.grouped_heads import scaled_dot_product_attention
 from zili.ops.registry import OPERATIONS
 from zili.ops.yardstick import Distance, compared, distance, on_cpu
 
@@ -264,10 +264,8 @@ def _attention(function: Any, *arguments: Any, **keywords: Any) -> tuple[Tensor]
     given = _by_name(function, arguments, keywords)
     query, key, value = given["query"], given["key"], given["value"]
     bias = given.get("attn_bias", given.get("attn_mask"))
-    causal, gqa = bool(given.get("is_causal")), query.shape[-3] != key.shape[-3]
-    return (
-        F.scaled_dot_product_attention(query, key, value, bias, 0.0, causal, scale=given.get("scale"), enable_gqa=gqa),
-    )
+    causal = bool(given.get("is_causal"))
+    return (scaled_dot_product_attention(query, key, value, bias, is_causal=causal, scale=given.get("scale")),)
 
 
 def _results(function: Any, arguments: Any, out: Any) -> list[Tensor]:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zili.ops.grouped_heads import scaled_dot_product_attention
+
 IGNORE_INDEX = -100
 Reduction = Literal["sum", "none"]
 
@@ -94,14 +96,13 @@ def attention(
     if queries != keys or visible is not None:
         causal = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
         visible = causal if visible is None else visible & causal
-    out = F.scaled_dot_product_attention(
+    out = scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
-        attn_mask=visible,
-        dropout_p=dropout,
+        visible,
+        dropout,
         is_causal=visible is None,
-        enable_gqa=query.shape[2] != key.shape[2],
     )
     return out.transpose(1, 2)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from zili.errors import ChipError, ConfigError
-from zili.ops import product, reference
+from zili.ops import grouped_heads, product, reference
 from zili.ops.blocked_attention import blocked_attention
 from zili.ops.chunked_cross_entropy import chunked_linear_cross_entropy
 from zili.ops.examples import Example, example, examples, run
@@ -20,7 +20,6 @@ from zili.ops.versions import Version
 from zili.ops.yardstick import compared, first_line
 
 REFERENCE = "reference"
-_NOTHING: Mapping[str, str] = {}
 _MARGIN = 1.02
 """A faster version must be this much faster, so that noise does not choose."""
 _ROUNDS = 9
@@ -110,7 +109,7 @@ def choose(
     asked: Mapping[str, str],
     unused: Collection[str] = (),
     vendor: str | None = None,
-    lacking: Mapping[str, str] = _NOTHING,
+    lacking: Mapping[str, str] | None = None,
 ) -> list[tuple[str, str, str]]:
     """Set every operation's version; returns (operation, version, reason) of each that has more than one.
 
@@ -120,13 +119,14 @@ def choose(
         asked: version by operation, as the recipe or a resumed checkpoint names it.
         unused: operations that the model does not need: no choice of theirs is of interest.
         vendor: module with the versions of the chip's vendor (`Backend.operations`).
-        lacking: what versions may need and is not there, with the reason (`Device.lacking`).
+        lacking: what versions may need and is not there, with the reason (`Device.lacking`); None: not known.
     Raises:
         ConfigError: an operation or version of that name does not exist, or it cannot run here.
         ChipError: the vendor's module cannot be imported.
     """
     known = versions(vendor)
     _check_names(asked, known)
+    grouped_heads.decide(device_type, lacking)
     choices = []
     _active.update(OPERATIONS)  # nothing of an earlier choice stays
     _names.update(dict.fromkeys(OPERATIONS, REFERENCE))
@@ -135,7 +135,7 @@ def choose(
         if operation in asked:
             name, function, reason = _asked_for(candidates, asked[operation], operation, device_type, precision)
         elif candidates and operation not in unused:
-            name, function, reason = _best(candidates, operation, device_type, precision, lacking)
+            name, function, reason = _best(candidates, operation, device_type, precision, lacking or {})
         else:
             continue
         _active[operation], _names[operation] = function, name

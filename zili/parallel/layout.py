@@ -217,11 +217,16 @@ def _stage_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[st
 def _undivided(name: str, divisor: int, of: str, number: int, step: int = 1) -> Iterator[str]:
     if number % divisor == 0:
         return
-    good = [size for size in range(step, number + 1, step) if number % size == 0]
-    below = [size for size in good if size < divisor][-1:]
-    above = [size for size in good if size > divisor][:1]
-    near = " and ".join(str(size) for size in below + above)
-    yield f"{name} {divisor} does not divide {of} {number}; the nearest that do are {near}"
+    least, most = max(0, divisor - _REACH), min(number, divisor + _REACH)
+    below = next((size for size in range(divisor - divisor % step, least, -step) if number % size == 0), None)
+    above = next((size for size in range(divisor + step - divisor % step, most + 1, step) if number % size == 0), None)
+    near = " and ".join(str(size) for size in (below, above) if size is not None)
+    known = f"the nearest that do are {near}" if near else "none near it does"
+    yield f"{name} {divisor} does not divide {of} {number}; {known}"
+
+
+_REACH = 1_000_000
+"""How far those that divide are looked for: a number of eighteen digits may have none near."""
 
 
 def stage_ranges(parallel: ParallelConfig, layers: int) -> list[range]:

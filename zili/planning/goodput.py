@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
-from math import exp, expm1, sqrt
+from math import ceil, exp, expm1, sqrt
 
 DAY = 86_400.0
+_ROUNDING = 1e-9
 LLAMA3_RATE = 4.7e-4
 """Interruptions a chip-day: Llama 3 (2407.21783, table 5), 419 unexpected ones of 16,384 H100 in 54 days."""
 
@@ -50,12 +51,22 @@ class Failures:
         """Seconds from an interruption to training as before, where a spare is ready."""
         return self.detection + self.replacement + self.reload + self.warm_up
 
+    def together(self, chips: int) -> int:
+        """Of so many chips, those that fail at once."""
+        return min(self.blast, chips)
+
+    def spare_chips(self, chips: int) -> int:
+        """Kept ready, and paid for, beside so many."""
+        return ceil(self.spares * chips - _ROUNDING)
+
 
 @dataclass(frozen=True)
 class Goodput:
     """What a run of so many chips can expect."""
 
     chips: int
+    spares: int
+    """Chips kept ready beside them."""
     mean_between: float
     """Seconds between interruptions."""
     interval: float
@@ -68,7 +79,7 @@ class Goodput:
     @property
     def first_to_improve(self) -> str:
         """The term that costs most."""
-        return max(self.lost, key=lambda name: self.lost[name])
+        return max(self.lost, key=lambda name: self.lost[name], default="nothing")
 
     def interruptions(self, seconds: float) -> float:
         """To expect in a run of so long."""
@@ -77,8 +88,13 @@ class Goodput:
 
 def mean_between(chips: int, failures: Failures) -> float:
     """Seconds between interruptions. Chips that fail together are one interruption."""
-    rate = chips * failures.per_chip_day / failures.blast + failures.per_day
+    rate = _of_chips(chips, failures) + failures.per_day
     return DAY / rate if rate else float("inf")
+
+
+def _of_chips(chips: int, failures: Failures) -> float:
+    """Interruptions a day that take chips away."""
+    return chips * failures.per_chip_day / failures.together(chips)
 
 
 def effective_share(interval: float, between: float, restart: float, checkpoint: float) -> float:
@@ -127,21 +143,28 @@ def goodput(chips: int, failures: Failures) -> Goodput:
     won["work done again"] = interval / 2 / between * whole
     total = sum(won.values())
     lost = {name.replace("_", "-"): (1 - whole) * one / total for name, one in won.items() if total and one > 0}
-    return Goodput(chips, between, interval, whole, lost)
+    return Goodput(chips, failures.spare_chips(chips), between, interval, whole, lost)
 
 
 def _waiting_for_spares(chips: int, failures: Failures) -> float:
-    """Seconds that the mean interruption waits for a chip: those out for repair are Poisson-distributed."""
-    ready = failures.spares * chips / failures.blast
-    away = chips * failures.per_chip_day / failures.blast * failures.repair / DAY
+    """Seconds that the mean interruption waits for chips. Those out for repair are Poisson-distributed; what takes no
+    chip, as software does, waits for none."""
+    taking = _of_chips(chips, failures)
+    if not taking:
+        return 0.0
+    # What fails together is replaced together.
+    ready = failures.spare_chips(chips) // failures.together(chips)
+    away = taking * failures.repair / DAY
     # Chance that as many as there are spares are away already.
     term, below = exp(-away) if away < 700 else 0.0, 0.0
-    for number in range(int(ready)):
+    for number in range(ready):
         below += term
         term *= away / (number + 1)
+        if not term:
+            break
     if away >= 700:
         below = 1.0 if away < ready else 0.0
-    return max(0.0, 1 - below) * failures.spare_order
+    return max(0.0, 1 - below) * failures.spare_order * taking / (taking + failures.per_day)
 
 
 def simulated_share(chips: int, failures: Failures, interval: float, *, seconds: float, dice: random.Random) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from zili.planning.job import Job
@@ -37,8 +37,14 @@ def messages(job: Job) -> Counter[Message]:
     for part in (_blocks, _ends, _stages, _weights, _whole_gradients, _figures):
         for message, times in part(job):
             if message.processes > 1 and times:
-                found[message] += times
+                found[_named(message, job)] += times
     return found
+
+
+def _named(message: Message, job: Job) -> Message:
+    """What all processes share has one name, whatever they share it for."""
+    layout = job.layout
+    return replace(message, mesh=layout.world_name) if message.processes == layout.world else message
 
 
 Some = Iterator[tuple[Message, int]]
@@ -92,7 +98,9 @@ def _to_experts(job: Job, forward: int) -> Some:
     if mixture.balance_loss:
         together = layout.context * layout.tensor
         counts = job.micro_batch * mixture.experts * _FP32
-        yield Message("all_reduce", "sequence", together, counts), job.micro_batches * forward
+        # All that is computed again asks for them again; of exchanges alone the results are kept (recomputation.py).
+        times = 1 + (job.config.training.recompute != "none")
+        yield Message("all_reduce", "sequence", together, counts), job.micro_batches * times
     yield Message("all_to_all", "expert", layout.expert, mixture.experts * _INT64), job.micro_batches * forward
     rows = job.own_tokens * mixture.top_k * job.model.hidden_size * job.product_bytes
     # There and back, and the gradients of both.
@@ -190,10 +198,10 @@ def _buckets(job: Job, stage: range) -> Iterator[int]:
 
 def _figures(job: Job) -> Some:
     """Sums over the world: loss, targets, norm; and what experts were given."""
-    world, name = job.layout.world, job.layout.world_name
+    world = job.layout.world
     further = 3 if job.config.preference is not None else bool(job.model.mtp_layers)
-    yield Message("all_reduce", name, world, (3 + further) * _FP32), 1
+    yield Message("all_reduce", "world", world, (3 + further) * _FP32), 1
     mixture = job.model.mixture
     if mixture is not None:
         layers = job.model.layers + job.model.mtp_layers
-        yield Message("all_reduce", name, world, layers * mixture.experts * _FP32), 1
+        yield Message("all_reduce", "world", world, layers * mixture.experts * _FP32), 1

@@ -13,7 +13,7 @@ from zili.config import RunConfig, build_config
 from zili.errors import ConfigError, LayoutError
 from zili.models.arithmetic import count_parameters
 from zili.planning.goodput import DAY, Failures, Goodput, goodput
-from zili.planning.machine import Machine, machine, with_measurements
+from zili.planning.machine import Machine, fastest_product, machine, with_measurements
 from zili.planning.rates import Band, Rates, band_of, families, rates_of
 from zili.planning.search import Candidate, Found, predicted, search, usable
 
@@ -91,14 +91,9 @@ class Plan:
         return self.setting.tokens / self.tokens_per_s(self.best) / self.goodput.share / DAY
 
     @property
-    def spares(self) -> int:
-        """Chips kept ready beside those that train; they are paid for too."""
-        return ceil(self.chips * self.setting.failures.spares)
-
-    @property
     def chip_hours(self) -> float:
         """Of all chips held, spares included."""
-        return self.days * 24 * (self.chips + self.spares)
+        return self.days * 24 * (self.chips + self.goodput.spares)
 
     @property
     def cost(self) -> float | None:
@@ -114,7 +109,7 @@ class Plan:
         if self.chip.watts is None:
             return None
         mean = _IDLE + (_BUSY - _IDLE) * self.goodput.share
-        busy = self.chips * mean + self.spares * _IDLE
+        busy = self.chips * mean + self.goodput.spares * _IDLE
         return self.days * 24 * busy * self.chip.watts * _OVERHEAD / 1e6
 
     @property
@@ -131,7 +126,7 @@ class Plan:
         return {
             "chip": self.chip.name,
             "chips": self.chips,
-            "spare_chips": self.spares,
+            "spare_chips": self.goodput.spares,
             "tokens": self.setting.tokens,
             "mfu_definition": MFU,
             "layouts": [self._layout_json(candidate) for candidate in self.found.best],
@@ -176,11 +171,7 @@ def make_plan(setting: Setting, chip: Chip, chips: int, *, given: bool = False) 
         ChipError: the chip's peak is not known.
         LayoutError: no layout divides the chips, or none fits; the message says what would.
     """
-    place = machine(chip, peak_tflops=setting.peak_tflops)
-    notes = [f"{text}: usual, {chip.name}'s is not published" for text in place.assumed]
-    if setting.doctor is not None:
-        place, measured = with_measurements(place, setting.doctor)
-        notes += [f"measured: {text}" for text in measured]
+    place, notes = _machine(setting, chip)
     if place.capacity is None:
         notes.append(f"the memory of {chip.name} is not published: whether anything fits was not looked at")
     if setting.batch_taken:
@@ -206,6 +197,22 @@ def make_plan(setting: Setting, chip: Chip, chips: int, *, given: bool = False) 
             f"{chips:,} chips hardly train at all; fewer chips, fewer failures or a faster restart"
         )
     return Plan(setting, chip, chips, place, rates, found, band, good, tuple(notes))
+
+
+def _machine(setting: Setting, chip: Chip) -> tuple[Machine, list[str]]:
+    """The chip as published, given and measured, and what was assumed and measured of it."""
+    peak, notes = setting.peak_tflops, []
+    if (peak or chip.bf16_tflops or chip.fp16_tflops) is None and setting.doctor is not None:
+        reached = fastest_product(setting.doctor)
+        if reached is not None:
+            peak = reached / 1e12
+            notes.append(f"the peak of {chip.name} is not published: MFU is a share of its fastest product")
+    place = machine(chip, peak_tflops=peak)
+    notes += [f"{name} {value:g}: usual, {chip.name}'s is not published" for name, value in place.assumed.items()]
+    if setting.doctor is not None:
+        place, measured = with_measurements(place, setting.doctor)
+        notes += [f"measured: {text}" for text in measured]
+    return place, notes
 
 
 def _does_not_fit(

@@ -122,7 +122,7 @@ def read_row(cells: Cells, chip: Chip | None = None) -> Row:
         network = _network(reader.text("notes"))
         peak = reader.number("peak_tflops_assumed")
         place = machine(chip, precision, peak_tflops=peak, network_gbit_s=network)
-    reader.assumed.extend(f"{text} (usual; not published)" for text in place.assumed)
+    reader.assumed.extend(f"{name} {value:g} (usual; not published)" for name, value in place.assumed.items())
     return Row(
         run=run,
         chip=chip,

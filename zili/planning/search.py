@@ -124,7 +124,7 @@ def search(config: RunConfig, world: int, machine: Machine, rates: Rates, *, cou
     """
     options = sorted(_options(config, world, machine, rates), key=_Option.order)
     if not options:
-        raise LayoutError(_nearest(config, world))
+        raise LayoutError(_nearest(config, world, machine))
     room = _Room(config, machine, rates)
     best: dict[tuple[object, ...], Candidate] = {}
     tried = 0
@@ -261,9 +261,10 @@ class _Option:
 
 @lru_cache(maxsize=4096)
 def _divisors(number: int, most: int | None = None) -> tuple[int, ...]:
-    small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
+    most = number if most is None else most
+    small = [n for n in range(1, min(isqrt(number), most) + 1) if number % n == 0]
     both = sorted({*small, *(number // n for n in small)})
-    return tuple(n for n in both if most is None or n <= most)
+    return tuple(n for n in both if n <= most)
 
 
 def _options(config: RunConfig, world: int, machine: Machine, rates: Rates) -> Iterator[_Option]:
@@ -304,16 +305,22 @@ def _options(config: RunConfig, world: int, machine: Machine, rates: Rates) -> I
 
 def _cuts(config: RunConfig, world: int, machine: Machine) -> Iterator[tuple[int, int, int]]:
     """Tensor, context and pipeline sizes that divide the model, the sequence and the chips."""
+    for tensor, context in _cuts_of_a_stage(config, machine):
+        if world % (tensor * context) == 0:
+            for pipeline in _divisors(world // (tensor * context), config.model.layers):
+                yield tensor, context, pipeline
+
+
+def _cuts_of_a_stage(config: RunConfig, machine: Machine) -> Iterator[tuple[int, int]]:
+    """Tensor and context sizes that divide the model and the sequence."""
     model, length = config.model, config.training.sequence_length
-    for tensor in _divisors(world, min(_MOST_TENSOR, max(8, machine.domain))):
-        sizes = (model.heads, model.kv_heads, model.ffn_hidden_size, model.vocab_size)
+    sizes = (model.heads, model.kv_heads, model.ffn_hidden_size, model.vocab_size)
+    for tensor in range(1, min(_MOST_TENSOR, max(8, machine.domain)) + 1):
         if any(size % tensor for size in sizes):
             continue
-        for context in _divisors(world // tensor, _MOST_CONTEXT):
-            if (context > 1 and length % (2 * context)) or length // context % tensor:
-                continue
-            for pipeline in _divisors(world // (tensor * context), model.layers):
-                yield tensor, context, pipeline
+        for context in range(1, _MOST_CONTEXT + 1):
+            if (context == 1 or length % (2 * context) == 0) and length // context % tensor == 0:
+                yield tensor, context
 
 
 def _shares(
@@ -354,24 +361,23 @@ def _orders(config: RunConfig, pipeline: int, count: int) -> Iterator[tuple[Sche
         yield "zbv", 2, "none"
 
 
-def _nearest(config: RunConfig, world: int) -> str:
+def _nearest(config: RunConfig, world: int, machine: Machine) -> str:
     """What to say where nothing divides: the nearest numbers of chips that something does."""
-    batch = config.training.global_batch
-
-    def possible(chips: int) -> bool:
-        cuts = _cuts(config, chips, _ANY)
-        return any(batch % (chips // (t * c * p)) == 0 and batch // (chips // (t * c * p)) >= p for t, c, p in cuts)
-
-    below = next((n for n in range(world - 1, 0, -1) if possible(n)), None)
-    above = next((n for n in range(world + 1, 2 * world + 1) if possible(n)), None)
+    batch, layers, most = config.training.global_batch, config.model.layers, 2 * world
+    # They are products of sizes, and far fewer than the numbers that would have to be tried one after the other.
+    possible = {
+        stage * pipeline
+        for data in _divisors(batch, most)
+        for stage in {data * tensor * context for tensor, context in _cuts_of_a_stage(config, machine)}
+        for pipeline in range(1, min(layers, batch // data, most // stage) + 1)
+    }
+    below = max((chips for chips in possible if chips < world), default=None)
+    above = min((chips for chips in possible if chips > world), default=None)
     near = " or ".join(str(n) for n in (below, above) if n is not None)
     return (
-        f"no layout divides {world:,} chips, {config.model.layers} layers, {config.model.heads} heads and a global "
-        f"batch of {batch:,} sequences; the nearest that work are {near} chips"
+        f"no layout divides {world:,} chips, {layers} layers, {config.model.heads} heads and a global batch of "
+        f"{batch:,} sequences; the nearest that work are {near} chips"
     )
-
-
-_ANY = Machine(1.0, 1.0, 1.0, 1.0, 8, 1.0)
 
 
 def _losses(best: Candidate, options: Sequence[_Option], room: _Room) -> Iterator[Loss]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from zili.config.model import ModelConfig
 from zili.models.arithmetic import layer_shapes
 from zili.parallel.cuts import cut_of
-from zili.planning.machine import Machine
+from zili.planning.machine import Machine, share_sent
 from zili.planning.rates import Rates
 from zili.planning.run import Run
 
@@ -105,8 +105,8 @@ def collective(size: float, count: int, apart: int, machine: Machine, rates: Rat
         return 0.0
     inner = max(1, min(count, machine.domain // apart))
     outer = count / inner
-    inside = size * (inner - 1) / inner / (machine.link * rates.link)
-    outside = size / inner * (outer - 1) / outer / (machine.network * rates.network)
+    inside = size * share_sent("all_gather", inner) / (machine.link * rates.link)
+    outside = size / inner * share_sent("all_gather", outer) / (machine.network * rates.network)
     return inside + outside + messages * rates.hop * (outer - 1)
 
 

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_c
 
 from zili.ops import product, reference
 from zili.ops.chunked_cross_entropy import as_on_an_accelerator, as_on_the_host, chunked_linear_cross_entropy
+from zili.ops.grouped_heads import for_each_group
 
 FUSED = "fused"
 """The stand-in for a chip's attention, beside the names of `chip.operations.attention`."""
@@ -100,6 +101,7 @@ def fused_attention(
     query: Tensor, key: Tensor, value: Tensor, *, document_ids: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
     """`zili.ops.reference.attention` as a kernel that takes the lengths of documents and makes no mask."""
+    key, value = for_each_group(query, key, value, 2)
     return torch.ops.zili.rehearsed_attention(query, key, value)[0]
 
 

@@ -25,7 +25,8 @@ def open_device(name: str = "auto") -> torch.device:
 
     from zili import ops
 
-    ops.choose(activation.device.type, "fp32", {}, vendor=chosen.backend.operations)
+    lacking = chips.Device(activation).lacking()
+    ops.choose(activation.device.type, "fp32", {}, vendor=chosen.backend.operations, lacking=lacking)
     if activation.device.type != "cpu":
         print(f"running on {chosen.backend.name}: {chosen.reason}", file=sys.stderr)
     return activation.device

@@ -19,6 +19,7 @@ from zili.config.model import ModelConfig
 from zili.models.attention import CausalAttention
 from zili.models.decoder import Decoder
 from zili.models.rotary import scaling
+from zili.ops.grouped_heads import scaled_dot_product_attention
 from zili.serving.kernels import Kernels
 
 
@@ -82,7 +83,7 @@ class _Longer(NamedTuple):
         keys, values = (kept[self.slot, None, :, : self.end].to(query.dtype) for kept in (key, value))
         mask, causal = self.visible, self.visible is None
         queries = query.transpose(0, 1)[None]
-        attended = F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=causal, enable_gqa=True)
+        attended = scaled_dot_product_attention(queries, keys, values, mask, is_causal=causal)
         return attended[0].transpose(0, 1)
 
 

@@ -11,6 +11,7 @@ from zili import chips
 from zili.chips.device import Device
 from zili.chips.host_memory import available_bytes
 from zili.config import Choice, RunConfig
+from zili.config.model import ModelConfig
 from zili.config.run import ChipConfig, Precision
 from zili.errors import ChipError, ConfigError
 from zili.parallel.layout import Layout, lay_out, processes
@@ -73,7 +74,8 @@ def set_up(config: RunConfig) -> Setup:
     if not world.is_first:
         versions = {c.name.rpartition(".")[2]: c.value for c in choices if c.name.startswith("chip.operations.")}
         unused = [name for name in ops.chosen() if name not in versions]
-        ops.choose(device.type, resolved.chip.precision, versions, unused, device.backend.operations)
+        vendor, lacking = device.backend.operations, device.lacking()
+        ops.choose(device.type, resolved.chip.precision, versions, unused, vendor, lacking)
     return Setup(resolved, device, world, (*started, *choices))
 
 
@@ -94,7 +96,7 @@ def resolve(config: RunConfig, layout: Layout, device: Device) -> tuple[RunConfi
     ]
     if config.parallel.shards == "auto":
         choices.append(Choice("parallel.shards", str(layout.shards), f"what is left of {layout.world} processes"))
-    choices += _fallbacks(layout, device, precision)
+    choices += _fallbacks(config.model, layout, device, precision)
     unused = () if config.model.mixture else OF_EXPERTS
     lacking = device.lacking() | ({EAGER: "blocks are compiled, which fuses it"} if compiled else {})
     own, kept = config.chip.operations, _kept_operations(previous, device, precision)
@@ -109,12 +111,13 @@ def resolve(config: RunConfig, layout: Layout, device: Device) -> tuple[RunConfi
     return config.model_copy(update={"parallel": parallel}), choices
 
 
-def _fallbacks(layout: Layout, device: Device, precision: Precision) -> list[Choice]:
+def _fallbacks(model: ModelConfig, layout: Layout, device: Device, precision: Precision) -> list[Choice]:
     """What this run does otherwise because the chip lacks it; precision, compile and operations say so themselves."""
     concerned = {
         "fsdp2": layout.world > 1 and layout.weight_shards * layout.replicas > 1,
         "bf16_reduce": precision == "bf16" and layout.tensor * layout.context > 1,
         "fused_adamw": True,
+        "grouped_heads_attention": model.kv_heads < model.heads,
         "inf_nan": True,
     }
     return [

@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,6 +127,50 @@ def reset() -> None:
     _library().reset()
 
 
+def refuse(refusals: Iterable[Any]) -> None:
+    """Turn down what a vendor is known to (`zili.chips.Refusal`), as its software does: with a TypeError.
+
+    What is said of sums over processes is left to Gloo, behind all of these names, which turns the same down.
+    """
+    global _registered  # noqa: PLW0603
+    _registered = torch.library.Library("aten", "IMPL")
+    for operation in {one.operation for one in refusals if one.operation.startswith("aten::")}:
+        those = [one for one in refusals if one.operation == operation]
+        packet = getattr(torch.ops.aten, operation.removeprefix("aten::"))
+        for overload in (getattr(packet, name) for name in packet.overloads()):
+            _turn_down(_registered, operation, overload, those)
+
+
+_registered: Any = None
+"""Kernels last as long as what registered them."""
+
+
+def _turn_down(registered: torch.library.Library, operation: str, overload: Any, refusals: list[Any]) -> None:
+    keys = torch._C.DispatchKey
+    composed = [key for key in _COMPOSED if torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), key)]
+    if not composed:  # `.out` and the like
+        return
+    own = getattr(keys, composed[0])
+    names = [argument.name for argument in overload._schema.arguments]
+
+    def kernel(*arguments: Any, **named: Any) -> Any:
+        given = dict(zip(names, arguments, strict=False)) | named
+        dtype = next(str(one.dtype) for one in given.values() if isinstance(one, torch.Tensor))
+        for refusal in refusals:
+            if refusal.turns_down(operation, given, dtype.removeprefix("torch.")):
+                what = f"argument {refusal.argument}" if refusal.argument else dtype
+                raise TypeError(f"{operation} on this device takes no {what}")
+        return overload._op_dk(own, *arguments, **named)
+
+    # What is composed of other operations is so above autograd, or below it.
+    above = composed[0] == "CompositeImplicitAutograd"
+    for key in ("AutogradPrivateUse1", "PrivateUse1") if above else ("PrivateUse1",):
+        registered.impl(overload, kernel, key)
+
+
+_COMPOSED = ("CompositeImplicitAutograd", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional")
+
+
 def _library() -> Any:
     if _MODULE not in sys.modules:
         spec = importlib.util.spec_from_file_location(_MODULE, os.environ[LIBRARY])
@@ -202,6 +246,8 @@ def _device_module(device_type: str, name: str, devices: int) -> types.ModuleTyp
         "manual_seed_all": lambda seed: None,
         "get_rng_state": lambda device=None: torch.get_rng_state(),
         "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
+        # What torch_mlu says of every chip; nothing may depend on it.
+        "get_device_capability": lambda device=None: (5, 0),
         "is_bf16_supported": lambda: True,
         "get_amp_supported_dtype": lambda: [torch.float16, torch.bfloat16],
     }

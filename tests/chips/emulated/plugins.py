@@ -68,7 +68,9 @@ def install(vendor: Vendor, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     call = f'register("{vendor.device_type}", "{vendor.collectives}", "{vendor.chip}")'
     operations = f"import {vendor.operations}\n" if vendor.operations else ""
-    module = f"from emulated import register\n\n{call}\n{operations}\n\ndef _autoload():\n    pass\n"
+    refusals = f"refuse(find_backend({vendor.backend!r}).refusals)\n"
+    imports = "from emulated import refuse, register\nfrom zili.chips import find_backend\n"
+    module = f"{imports}\n{call}\n{refusals}{operations}\n\ndef _autoload():\n    pass\n"
     (folder / f"{vendor.plugin}.py").write_text(module, encoding="utf-8")
     points = f"[torch.backends]\n{vendor.plugin} = {vendor.plugin}:_autoload\n"
     if vendor.record:
