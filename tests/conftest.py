@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 from collections.abc import Callable, Iterator
@@ -26,6 +27,12 @@ def made_up_texts(count: int, seed: int) -> list[str]:
     """`count` texts of 5 to 60 words."""
     rng = random.Random(seed)
     return [" ".join(rng.choices(WORDS, k=rng.randint(5, 60))) for _ in range(count)]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What tests measure and compile is not the user's, and the processes they start share it."""
+    os.environ["ZILI_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True)

@@ -50,6 +50,7 @@ def test_every_command_sets_the_environment_before_it_imports_torch(recipe_file:
         stdin=subprocess.DEVNULL,
     )
     ended = re.findall(r"^\w+ -?\d+$", done.stdout, re.MULTILINE)
+    assert done.stdout.startswith("run: "), "a line before torch is there: loading it takes seconds"
     assert ended == [f"{command[0]} 42" for command in words], done.stdout + done.stderr
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from zili.cli.options import Overrides, program
 from zili.config import load_recipe
+from zili.models.arithmetic import count_parameters
 from zili.parallel.layout import processes
 
 INTERRUPTED = 130
@@ -25,7 +26,16 @@ def train(
     from zili.cli.launch import prepare_launch, print_choices, print_next, run
 
     console = Console(quiet=processes()[0] > 0)  # the first process speaks for all
-    launch = prepare_launch(load_recipe(recipe, overrides or []))
+    config = load_recipe(recipe, overrides or [])
+    # Loading torch takes seconds; whoever waits sees first that the recipe is read.
+    console.print(
+        f"{config.name}: {count_parameters(config.model).total:,} parameters, {config.training.steps:,} steps, "
+        f"in {config.folder}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    launch = prepare_launch(config)
     print_choices(launch.choices, console)
     trainer = run(launch, console)
     folder = launch.recipe.folder

@@ -151,8 +151,6 @@ class Mixture(nn.Module):
             width = mixture.shared_experts * mixture.ffn_hidden_size
             self.shared = FeedForward(config.model_copy(update={"ffn_hidden_size": width}))
 
-    # Which rows go where is known only when it runs, so there is no graph to compile.
-    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         routes, loss, counts = self.router(x)
         if torch.is_grad_enabled():

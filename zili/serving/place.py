@@ -24,8 +24,11 @@ def open_device(name: str = "auto") -> torch.device:
     activation = chips.activate(chosen.backend)
 
     from zili import ops
+    from zili.chips.device import Device
+    from zili.ops.timings import Timings
 
-    ops.choose(activation.device.type, "fp32", {}, vendor=chosen.backend.operations)
+    timings = Timings.of(Device(activation), "fp32")
+    ops.choose(activation.device.type, "fp32", {}, vendor=chosen.backend.operations, timings=timings)
     if activation.device.type != "cpu":
         print(f"running on {chosen.backend.name}: {chosen.reason}", file=sys.stderr)
     return activation.device
