@@ -34,6 +34,12 @@ def made_up_texts(count: int, seed: int) -> list[str]:
     return [" ".join(rng.choices(WORDS, k=rng.randint(5, 60))) for _ in range(count)]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What tests measure and compile is not the user's, and the processes they start share it."""
+    os.environ["ZILI_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True)
 def ctrl_c_is_heard() -> Iterator[None]:
     """A shell starts a job in the background with SIGINT ignored, and its children inherit that."""

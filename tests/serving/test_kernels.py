@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +31,14 @@ def made(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Kernel
     kernels = compiled(config(heads, kv_heads, head_dim), dtype)
     assert kernels is not None
     return kernels
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux says what a process has loaded")
+def test_the_kernels_threads_are_torchs(dtype: torch.dtype) -> None:
+    """One OpenMP in the process: a second would have threads of its own, that no setting of torch's reaches."""
+    made(6, 2, 24, dtype)
+    loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    assert len({name for name in loaded if "libgomp" in name or "libomp" in name or "libiomp" in name}) == 1
 
 
 @pytest.fixture(params=CLOSE, ids=["float32", "bfloat16"])

@@ -169,6 +169,61 @@ def test_without_a_compiler_blocks_run_eagerly_and_a_line_says_so(
     assert line.startswith("chip.compile = false: no C++ compiler") and line.endswith("blocks run eagerly")
 
 
+@pytest.fixture
+def speeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Any:
+    """`speeds(ratio, rate)`: faster versions are `ratio` times as fast, and a product runs at `rate` FLOP/s; nothing is
+    known from other tests."""
+    monkeypatch.setenv("ZILI_CACHE", str(tmp_path / "cache"))
+
+    def become(ratio: float, rate: float = 1e11) -> None:
+        monkeypatch.setattr("zili.ops.registry._speed_ratio", lambda *_: ratio)
+        monkeypatch.setattr("zili.training.throughput.matmul_peak", lambda *_: rate)
+
+    return become
+
+
+def test_what_was_measured_once_on_a_machine_decides_its_later_runs(recipe: Recipe, speeds: Any) -> None:
+    speeds(1.5)
+    plain, name = PLAIN[0], "chip.operations.attention"
+    first = chosen(set_up(recipe(plain)), name)
+    assert first.value == "blocked"
+    speeds(0.5)  # somebody else uses the machine now
+    assert chosen(set_up(recipe(plain)), name) == first
+    threads = torch.get_num_threads()
+    other = set_up(recipe(plain, f"chip.threads={threads + 1}"))
+    torch.set_num_threads(threads)
+    assert chosen(other, name).value == "reference", "other threads, other speeds"
+
+
+def test_blocks_are_compiled_where_that_pays(recipe: Recipe, speeds: Any) -> None:
+    speeds(1.5, rate=1e9)
+    auto, few, many = "chip.compile=auto", "training.steps=100", "training.steps=20000"
+    # 2 layers of 7,680 weights and the output's 304 x 32, times 6, and 6 x 2 x 32 x 32 for attention: 162,816 FLOPs a
+    # token; 128 tokens a step, and half of 1e9 FLOP/s: 24 steps a second.
+    short, long = set_up(recipe(auto, few, *PLAIN)), set_up(recipe(auto, many, *PLAIN))
+    assert short.config.chip.compile is False
+    assert chosen(short, "chip.compile").reason == "about 4 s of steps: it would save 0 s and cost 20 s"
+    assert long.config.chip.compile is True
+    assert chosen(long, "chip.compile").reason == "about 834 s of steps: it would save 67 s and cost 20 s"
+    speeds(1.5, rate=1e12)
+    assert set_up(recipe(auto, many, *PLAIN)).config.chip.compile is True, "another reading of the rate changes nothing"
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_whether_a_run_is_compiled_stands_in_its_checkpoint(recipe: Recipe, speeds: Any, compiled: bool) -> None:
+    speeds(1.5, rate=1e9)
+    config = recipe("training.steps=2")
+    train(config)
+    state = config.folder / "checkpoints" / "step-00000002" / "run.json"
+    text = state.read_text(encoding="utf-8")
+    assert '"compile": false' in text
+    state.write_text(text.replace('"compile": false', f'"compile": {str(compiled).lower()}'), encoding="utf-8")
+    for steps in (100, 20_000):
+        result = set_up(recipe("chip.compile=auto", f"training.steps={steps}", *PLAIN))
+        assert result.config.chip.compile is compiled
+        assert "checkpoint" in chosen(result, "chip.compile").reason
+
+
 def test_bf16_on_the_cpu_runs_when_asked_for(recipe: Recipe) -> None:
     assert set_up(recipe("chip.precision=bf16")).config.chip.precision == "bf16"
 

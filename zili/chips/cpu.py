@@ -93,6 +93,14 @@ CPU = Backend(
     environment=(
         # A fresh 268 MB tensor was filled in 12 ms with huge pages, in 73 ms without: docs/benchmarks.md.
         Variable("THP_MEM_ALLOC_ENABLE", "1", "huge pages for large tensors: far fewer page faults"),
+        # libgomp's own number lets a thread spin for milliseconds, and whoever has work for its core waits: beside other
+        # programs products took several times as long. Measured, with its price on a quiet machine: docs/benchmarks.md.
+        Variable(
+            "GOMP_SPINCOUNT",
+            "10000",
+            "threads that wait for others soon let go of their core, which somebody else may need",
+            older_names=("OMP_WAIT_POLICY",),
+        ),
         Variable("OMP_NUM_THREADS", None, "threads of one operation; recipes set it by chip.threads"),
     ),
     capabilities={

@@ -32,6 +32,7 @@ class Device:
         import torch
 
         self.backend: Backend = activation.backend
+        self.versions: Mapping[str, str] = activation.versions
         self.torch: torch.device = activation.device
         self._module: Any = torch.get_device_module(activation.device)
         self.chip: Chip | None = identify(self.name())

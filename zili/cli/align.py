@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from zili import chips
 from zili.cli.options import Overrides, read_recipe
 from zili.config import RunConfig
 from zili.diagnosis.findings import EXIT_CODES, Severity
@@ -37,6 +38,7 @@ def align(
     if processes()[1] > 1:
         raise LayoutError("zili align runs in one process; start it without torchrun")
     config = read_recipe(recipe, overrides)
+    chips.apply_environment(chips.choose(config.chip.name).backend)  # what comes next imports torch
 
     from zili.diagnosis.align import align as compare
     from zili.diagnosis.align import write_page

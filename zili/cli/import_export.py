@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from zili import chips
 from zili.cli.options import dtype_named, program
 from zili.errors import DataError
 
@@ -32,6 +33,7 @@ def import_(
     shard_gb: ShardGb = 5.0,
 ) -> None:
     """Read a published model into a Zili model folder, every tensor byte for byte; quantised ones as fp32."""
+    _set_environment()
     from zili.models.arithmetic import count_parameters
     from zili.release import import_model
     from zili.release.hub import fetch, is_hub_name
@@ -61,6 +63,7 @@ def export(
     license_name: Annotated[str, typer.Option("--license", help="For the model card.")] = "other",
 ) -> None:
     """Write a model as a release folder that transformers, vLLM or llama.cpp run, and compare it with its source."""
+    _set_environment()
     from zili.release import export_model
 
     release = export_model(
@@ -96,6 +99,7 @@ def verify(
 
     Exit codes: 0 all holds, 4 its tokenizer cannot be read, 5 anything else that does not hold.
     """
+    _set_environment()
     from zili.release.verifying import verify_release
 
     for finding in verify_release(folder, against=against, transformers=transformers):
@@ -109,6 +113,11 @@ def _rounding(release: Release) -> str:
     if rest is None or rest >= release.difference:
         return ""
     return f" as it is stored, within {rest:.2g} of it in {release.dtype}"
+
+
+def _set_environment() -> None:
+    """The CPU's, where all of this is computed, before torch is imported."""
+    chips.apply_environment(chips.find_backend("cpu"))
 
 
 def _evaluations(source: Path, scores: list[Path]) -> list[Evaluation]:

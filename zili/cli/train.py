@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from zili.cli.options import Overrides, read_recipe, starter
+from zili.models.arithmetic import count_parameters
 from zili.parallel.layout import processes
 
 INTERRUPTED = 130
@@ -25,7 +26,16 @@ def train(
     from zili.training.interruption import ignore_repeats
 
     console = Console(quiet=processes()[0] > 0)  # the first process speaks for all
-    launch = prepare_launch(read_recipe(recipe, overrides))
+    config = read_recipe(recipe, overrides)
+    # Loading torch takes seconds; whoever waits sees first that the recipe is read.
+    console.print(
+        f"{config.name}: {count_parameters(config.model).total:,} parameters, {config.training.steps:,} steps, "
+        f"in {config.folder}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    launch = prepare_launch(config)
     print_choices(launch.choices, console)
     trainer = run(launch, console)
     folder = launch.recipe.folder

@@ -168,8 +168,6 @@ class Mixture(nn.Module):
             width = mixture.shared_experts * mixture.ffn_hidden_size
             self.shared = FeedForward(config.model_copy(update={"ffn_hidden_size": width}))
 
-    # Which rows go where is known only when it runs, so there is no graph to compile.
-    @torch.compiler.disable
     def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
         routes, loss, counts = self.router(x, padding)
         if torch.is_grad_enabled():

@@ -16,6 +16,7 @@ from zili.ops import grouped_heads, product, reference
 from zili.ops.blocked_attention import blocked_attention
 from zili.ops.chunked_cross_entropy import chunked_linear_cross_entropy
 from zili.ops.examples import Example, example, examples, run
+from zili.ops.timings import Timings
 from zili.ops.versions import Version
 from zili.ops.yardstick import compared, first_line
 
@@ -23,6 +24,8 @@ REFERENCE = "reference"
 _MARGIN = 1.02
 """A faster version must be this much faster, so that noise does not choose."""
 _ROUNDS = 9
+_SECONDS = 0.5
+"""For the rounds of one version; the first always runs."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -110,6 +113,7 @@ def choose(
     unused: Collection[str] = (),
     vendor: str | None = None,
     lacking: Mapping[str, str] | None = None,
+    timings: Timings | None = None,
 ) -> list[tuple[str, str, str]]:
     """Set every operation's version; returns (operation, version, reason) of each that has more than one.
 
@@ -120,6 +124,7 @@ def choose(
         unused: operations that the model does not need: no choice of theirs is of interest.
         vendor: module with the versions of the chip's vendor (`Backend.operations`).
         lacking: what versions may need and is not there, with the reason (`Device.lacking`); None: not known.
+        timings: what was measured in earlier runs, and takes what is measured now.
     Raises:
         ConfigError: an operation or version of that name does not exist, or it cannot run here.
         ChipError: the vendor's module cannot be imported.
@@ -135,7 +140,7 @@ def choose(
         if operation in asked:
             name, function, reason = _asked_for(candidates, asked[operation], operation, device_type, precision)
         elif candidates and operation not in unused:
-            name, function, reason = _best(candidates, operation, device_type, precision, lacking or {})
+            name, function, reason = _best(candidates, operation, device_type, precision, lacking or {}, timings)
         else:
             continue
         _active[operation], _names[operation] = function, name
@@ -169,7 +174,12 @@ def _asked_for(candidates: list[Version], name: str, operation: str, device_type
 
 
 def _best(
-    candidates: list[Version], operation: str, device_type: str, precision: str, lacking: Mapping[str, str]
+    candidates: list[Version],
+    operation: str,
+    device_type: str,
+    precision: str,
+    lacking: Mapping[str, str],
+    timings: Timings | None,
 ) -> Selected:
     """The first version that runs, agrees with the reference and is faster; else the reference, and why."""
     plain, refused = OPERATIONS[operation], []
@@ -178,14 +188,16 @@ def _best(
         if problem is None and version.reason:
             return version.name, version.function, version.reason
         if problem is None:
-            problem, ratio = _compare(plain, version, device_type, precision)
+            problem, ratio = _compare(plain, version, device_type, precision, timings)
             if problem is None:
                 return version.name, version.function, f"{ratio:.1f}x the reference's speed on this machine"
         refused.append(f"{version.name}: {problem}")
     return REFERENCE, plain, "; ".join(refused)
 
 
-def _compare(plain: Callable[..., Any], version: Version, device_type: str, precision: str) -> tuple[str | None, float]:
+def _compare(
+    plain: Callable[..., Any], version: Version, device_type: str, precision: str, timings: Timings | None
+) -> tuple[str | None, float]:
     """What speaks against `version`, if anything, and its speed over the reference's."""
     dtype = _DTYPES[precision]
     # As runs call it: on weights gathered in bf16, and under autocast on weights and a residual stream in fp32.
@@ -199,8 +211,19 @@ def _compare(plain: Callable[..., Any], version: Version, device_type: str, prec
         for way, measured in found:
             if not measured.fits:
                 return f"differs from the reference: {way} is {measured}", 0.0
-    ratio = _speed_ratio(plain, version.function, example(version.operation, device_type, dtype))
+    inputs = example(version.operation, device_type, dtype)
+
+    def measure() -> float:
+        return _speed_ratio(plain, version.function, inputs)
+
+    ratio = measure() if timings is None else timings.measured(_named(version, inputs), measure)
     return (None if ratio >= _MARGIN else f"ran at {ratio:.2f}x its speed on this machine"), ratio
+
+
+def _named(version: Version, inputs: Example) -> str:
+    """What is measured, for who keeps the figure: a version, and the shapes it is timed on."""
+    shapes = [list(value.shape) for value in inputs.arguments if isinstance(value, torch.Tensor)]
+    return f"{version.operation} {version.name} {shapes}"
 
 
 @contextmanager
@@ -213,7 +236,7 @@ def _lowered(device_type: str, dtype: torch.dtype) -> Iterator[None]:
 
 def _speed_ratio(plain: Callable[..., Any], faster: Callable[..., Any], inputs: Example) -> float:
     """Speed of `faster` over `plain`, forward and backward: best of a few, in turns."""
-    best = [math.inf, math.inf]
+    best, end = [math.inf, math.inf], time.perf_counter() + _SECONDS
     on_host = inputs.arguments[0].device.type == "cpu"
     for _ in range(_ROUNDS):
         for i, function in enumerate((plain, faster)):
@@ -222,6 +245,8 @@ def _speed_ratio(plain: Callable[..., Any], faster: Callable[..., Any], inputs: 
             if not on_host:
                 torch.accelerator.synchronize()
             best[i] = min(best[i], time.perf_counter() - started)
+        if time.perf_counter() > end:
+            break
     return best[0] / best[1]
 
 

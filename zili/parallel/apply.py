@@ -8,6 +8,7 @@ import torch
 
 from zili.config import RunConfig
 from zili.models.decoder import Decoder
+from zili.models.mixture import Mixture
 from zili.parallel.context import ContextPart, apply_context_parallel
 from zili.parallel.data import apply_sharding
 from zili.parallel.expert import apply_expert_parallel
@@ -53,12 +54,20 @@ def _build(config: RunConfig, world: World, dtype: torch.dtype, layers: range) -
     if layout.context > 1:
         apply_context_parallel(part, ContextPart(world))
     if config.chip.compile:
-        for block in part.layers:
-            # One graph serves every block of the same shape, so the first costs the time of all.
-            block.compile(dynamic=False)
+        _compile(part)
     if world.sharded:
         apply_sharding(part, world, dtype)
     return part
+
+
+def _compile(part: Decoder) -> None:
+    for block in part.layers:
+        # Which rows go to which expert is known only when it runs, so there is no graph to compile. Said here and not
+        # where a mixture is defined: it imports the compiler, which takes a second that a run without one need not wait.
+        for mixture in (module for module in block.modules() if isinstance(module, Mixture)):
+            mixture.forward = torch.compiler.disable(mixture.forward)  # type: ignore[method-assign]
+        # One graph serves every block of the same shape, so the first costs the time of all.
+        block.compile(dynamic=False)
 
 
 def _layers(config: RunConfig, world: World) -> list[range]:

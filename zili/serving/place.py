@@ -24,9 +24,12 @@ def open_device(name: str = "auto") -> torch.device:
     activation = chips.activate(chosen.backend)
 
     from zili import ops
+    from zili.chips.device import Device
+    from zili.ops.timings import Timings
 
-    lacking = chips.Device(activation).lacking()
-    ops.choose(activation.device.type, "fp32", {}, vendor=chosen.backend.operations, lacking=lacking)
+    device = Device(activation)
+    vendor, lacking, timings = chosen.backend.operations, device.lacking(), Timings.of(device, "fp32")
+    ops.choose(activation.device.type, "fp32", {}, vendor=vendor, lacking=lacking, timings=timings)
     if activation.device.type != "cpu":
         print(f"running on {chosen.backend.name}: {chosen.reason}", file=sys.stderr)
     return activation.device

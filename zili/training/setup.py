@@ -14,17 +14,26 @@ from zili.config import Choice, RunConfig
 from zili.config.model import ModelConfig
 from zili.config.run import ChipConfig, Precision
 from zili.errors import ChipError, ConfigError
+from zili.models.arithmetic import training_flops_per_token
 from zili.parallel.layout import Layout, lay_out, processes
 from zili.planning.job import Job
 from zili.planning.memory import fullest, may_sum_each, reducing, saved_bytes, usable, with_reduce
+from zili.user_cache import cache_folder
 
 if TYPE_CHECKING:
+    from zili.ops.timings import Timings
     from zili.parallel.world import World
     from zili.training.checkpoints import RunState
 
 _GIB = 2**30
 _AUTO_SHARE = 0.7
 _ON_WISH = '; fp32 is the reference all chips are compared with, set chip.precision = "bf16" to use them'
+_COMPILED_SAVES = 0.08
+"""Share of the steps' time, on the CPU: docs/benchmarks.md."""
+_COMPILING = 20.0
+"""Seconds for one kind of block that nothing is kept of. What is kept costs less, but two equal runs decide alike."""
+_SHARE_OF_PRODUCT = 0.5
+"""What an eager step reaches of the rate of a large product."""
 _KEPT = "as in the run's checkpoint, so that its numbers stay the same bits"
 
 
@@ -71,6 +80,9 @@ def set_up(config: RunConfig) -> Setup:
     resolved, choices = world.from_first(lambda: resolve(config, layout, device))
     lay_out(resolved, size)
     world.from_first(lambda: _refuse_without_room_for_copies(_job(resolved, layout, device)))
+    if resolved.chip.compile and (folder := cache_folder("compiled")) is not None:
+        # torch's own place is below /tmp, which is everybody's and empty after each start of the machine.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
     if not world.is_first:
         versions = {c.name.rpartition(".")[2]: c.value for c in choices if c.name.startswith("chip.operations.")}
         unused = [name for name in ops.chosen() if name not in versions]
@@ -82,11 +94,15 @@ def set_up(config: RunConfig) -> Setup:
 def resolve(config: RunConfig, layout: Layout, device: Device) -> tuple[RunConfig, list[Choice]]:
     from zili import ops
     from zili.ops.registry import OF_EXPERTS
+    from zili.ops.timings import Timings
     from zili.ops.versions import EAGER
+    from zili.training.checkpoints import newest_state
 
+    state = newest_state(config.folder / "checkpoints")
     precision, why_precision = _precision(config.chip, device)
-    previous = _previous(config, device, precision)
-    compiled, why_compiled = _compile(config.chip, device, previous)
+    timings = Timings.of(device, precision)
+    previous = _on_this_chip(state, device, precision)
+    compiled, why_compiled = _compile(config, layout, device, state, precision, timings)
     chip = config.chip.model_copy(update={"name": device.backend.name, "precision": precision, "compile": compiled})
     config, fitted = _fitted(config.model_copy(update={"chip": chip}), layout, device, previous)
     choices = [
@@ -103,8 +119,10 @@ def resolve(config: RunConfig, layout: Layout, device: Device) -> tuple[RunConfi
     asked, vendor = {**kept, **own}, device.backend.operations
     choices += [
         Choice(f"chip.operations.{name}", version, _KEPT if name in kept.keys() - own else why)
-        for name, version, why in ops.choose(device.type, precision, asked, unused, vendor, lacking)
+        for name, version, why in ops.choose(device.type, precision, asked, unused, vendor, lacking, timings)
     ]
+    if timings.problem is not None:
+        choices.append(Choice("timings", "this run's own", timings.problem))
     parallel = config.parallel.model_copy(
         update={"shards": layout.shards, "stages_per_process": config.parallel.stages_each}
     )
@@ -137,11 +155,8 @@ def _environment(activation: chips.Activation) -> list[Choice]:
     return choices
 
 
-def _previous(config: RunConfig, device: Device, precision: Precision) -> RunState | None:
+def _on_this_chip(state: RunState | None, device: Device, precision: Precision) -> RunState | None:
     """The run's newest checkpoint, where it was made on this kind of device and in this precision."""
-    from zili.training.checkpoints import newest_state
-
-    state = newest_state(config.folder / "checkpoints")
     chip = _table(state, "chip")
     return state if (chip.get("name"), chip.get("precision")) == (device.backend.name, precision) else None
 
@@ -179,13 +194,38 @@ def _precision(chip: ChipConfig, device: Device) -> tuple[Precision, str]:
     return chip.precision, "asked for"
 
 
-def _compile(chip: ChipConfig, device: Device, previous: RunState | None) -> tuple[bool, str]:
-    if chip.compile != "auto":
-        return chip.compile, "asked for"
-    can = device.capability("compile")
-    if _table(previous, "chip").get("compile") is False and can.value:
-        return False, _KEPT
-    return can.value, can.reason if can.value else f"{can.reason}; blocks run eagerly"
+def _compile(
+    config: RunConfig, layout: Layout, device: Device, state: RunState | None, precision: Precision, timings: Timings
+) -> tuple[bool, str]:
+    """Decided once a run: the checkpoint has it. A first run compiles where that will pay."""
+    if config.chip.compile != "auto":
+        return config.chip.compile, "asked for"
+    can, kept = device.capability("compile"), _table(state, "chip")
+    if not can.value:
+        return False, f"{can.reason}; blocks run eagerly"
+    if kept.get("name") == device.backend.name and isinstance(kept.get("compile"), bool):
+        return kept["compile"], _KEPT
+    seconds = _expected_seconds(config, layout, device, precision, timings)
+    saved, cost = _COMPILED_SAVES * seconds, _COMPILING * _kinds_of_blocks(config)
+    return saved > cost, f"about {seconds:,.0f} s of steps: it would save {saved:,.0f} s and cost {cost:.0f} s"
+
+
+def _expected_seconds(
+    config: RunConfig, layout: Layout, device: Device, precision: Precision, timings: Timings
+) -> float:
+    """Of all steps, run eagerly: their FLOPs, at the share that steps reach of a large product's rate here."""
+    from zili.training.throughput import matmul_peak
+    from zili.training.trainer import DTYPES
+
+    rate = timings.measured("product", lambda: matmul_peak(device, DTYPES[precision]))
+    training = config.training
+    tokens = training.steps * training.global_batch * training.sequence_length
+    flops = tokens * training_flops_per_token(config.model, training.sequence_length)
+    return flops / (rate * _SHARE_OF_PRODUCT * layout.world)
+
+
+def _kinds_of_blocks(config: RunConfig) -> int:
+    return len({config.model.has_experts(layer) for layer in range(config.model.layers)})
 
 
 def _fitted(

@@ -6,6 +6,7 @@ import math
 import platform
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
@@ -112,13 +113,12 @@ class Trainer:
     def done(self) -> bool:
         return self.step >= self.config.training.steps
 
-    @staticmethod
-    def uncompiled() -> Any:
+    def uncompiled(self) -> Any:
         """Context in which the model's blocks run eagerly, for batches of other shapes than training's.
 
         A compiled block would be compiled again for each shape, which takes longer than it saves.
         """
-        return torch.compiler.set_stance("force_eager")
+        return torch.compiler.set_stance("force_eager") if self.config.chip.compile else nullcontext()
 
     def note(self, text: str) -> None:
         """Tell the user one line, through whatever shows and records the run.
