@@ -123,7 +123,7 @@ def choose(
         lacking: what versions may need and is not there, with the reason (`Device.lacking`).
     Raises:
         ConfigError: an operation or version of that name does not exist, or it cannot run here.
-        ChipError: the vendor's module cannot be imported.
+        ChipError: the vendor's module cannot be imported, or a version that was asked for differs from the reference.
     """
     known = versions(vendor)
     _check_names(asked, known)
@@ -165,6 +165,11 @@ def _asked_for(candidates: list[Version], name: str, operation: str, device_type
         raise ConfigError(
             f"chip.operations.{operation}: {name!r} does not run on {device_type} in {precision}: {missing}"
         )
+    if problem := _differs(OPERATIONS[operation], version, device_type, precision):
+        raise ChipError(
+            f"chip.operations.{operation}: {name!r} {problem}; "
+            f'`zili doctor --only numbers` says more; to train without it, set it to "{REFERENCE}"'
+        )
     return name, version.function, "asked for"
 
 
@@ -175,18 +180,20 @@ def _best(
     plain, refused = OPERATIONS[operation], []
     for version in candidates:
         problem = version.lacks(device_type, precision) or lacking.get(version.needs)
+        problem = problem or _differs(plain, version, device_type, precision)
         if problem is None and version.reason:
             return version.name, version.function, version.reason
         if problem is None:
-            problem, ratio = _compare(plain, version, device_type, precision)
-            if problem is None:
+            ratio = _speed_ratio(plain, version.function, example(operation, device_type, _DTYPES[precision]))
+            if ratio >= _MARGIN:
                 return version.name, version.function, f"{ratio:.1f}x the reference's speed on this machine"
+            problem = f"ran at {ratio:.2f}x its speed on this machine"
         refused.append(f"{version.name}: {problem}")
     return REFERENCE, plain, "; ".join(refused)
 
 
-def _compare(plain: Callable[..., Any], version: Version, device_type: str, precision: str) -> tuple[str | None, float]:
-    """What speaks against `version`, if anything, and its speed over the reference's."""
+def _differs(plain: Callable[..., Any], version: Version, device_type: str, precision: str) -> str | None:
+    """In what `version` is not the reference but for rounding, if it is not."""
     dtype = _DTYPES[precision]
     # As runs call it: on weights gathered in bf16, and under autocast on weights and a residual stream in fp32.
     for given in {dtype, torch.float32}:
@@ -195,12 +202,11 @@ def _compare(plain: Callable[..., Any], version: Version, device_type: str, prec
             with _lowered(device_type, dtype):
                 found = [way for case in cases for way in compared(version.function, plain, *case, device_type).items()]
         except Exception as problem:  # a vendor's kernel may raise anything
-            return f"failed ({first_line(problem)})", 0.0
+            return f"failed ({first_line(problem)})"
         for way, measured in found:
             if not measured.fits:
-                return f"differs from the reference: {way} is {measured}", 0.0
-    ratio = _speed_ratio(plain, version.function, example(version.operation, device_type, dtype))
-    return (None if ratio >= _MARGIN else f"ran at {ratio:.2f}x its speed on this machine"), ratio
+                return f"differs from the reference: {way} is {measured}"
+    return None
 
 
 @contextmanager
