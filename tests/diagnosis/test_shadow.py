@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from planted import off_by, places
+from torch import Tensor, nn
 
 from zili.diagnosis.shadow import Shadow
+from zili.ops.examples import Example
+from zili.ops.registry import OPERATIONS
 
 
 class Attends(nn.Module):
@@ -77,3 +80,41 @@ def test_an_optimizers_step_is_compared_one_parameter_at_a_time() -> None:
     reference = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5)))
     reference.load_state_dict(model.state_dict())
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def small(operation: str) -> Example:
+    """A call as a tiny model of width 64 makes it, in bf16."""
+    draw = torch.Generator().manual_seed(3)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw).bfloat16().requires_grad_()
+
+    angles = torch.outer(torch.arange(32.0), 10_000.0 ** -(torch.arange(8.0) / 8)).repeat(1, 2)
+    routes = torch.randn(64, 8, generator=draw).topk(2).indices
+    arguments: dict[str, tuple[Any, ...]] = {
+        "linear": (normal(64, 64), normal(48, 64)),
+        "rms_norm": (normal(2, 32, 64), normal(64), 1e-6),
+        "add_rms_norm": (normal(2, 32, 64), normal(2, 32, 64), normal(64), 1e-6),
+        "rotate": (normal(2, 32, 4, 16), angles.cos(), angles.sin()),
+        "swiglu": (normal(64, 96), normal(64, 96)),
+        "attention": (normal(2, 32, 4, 16), normal(2, 32, 2, 16), normal(2, 32, 2, 16)),
+        "grouped_matmul": (normal(64, 64), normal(4, 48, 64), torch.tensor([10, 10, 40, 64], dtype=torch.int32)),
+        "permute": (normal(64, 64), routes),
+        "unpermute": (normal(128, 64), routes.flatten().argsort().argsort(), normal(64, 2)),
+        "linear_cross_entropy": (normal(64, 64), normal(256, 64), torch.randint(0, 256, (64,), generator=draw)),
+    }
+    return Example(arguments[operation], {})
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_half_a_per_cent_planted_in_a_vendors_operation_is_found(operation: str) -> None:
+    case, plain = small(operation), OPERATIONS[operation]
+    sound = Shadow(nn.Identity(), "cpu")
+    sound.with_reference(operation, plain)(*case.arguments)
+    assert sound.offences == []
+    for place in places(plain, case):
+        shadow = Shadow(nn.Identity(), "cpu")
+        shadow.with_reference(operation, off_by(plain, 1.005, place))(*case.arguments)
+        ways = {offence.way for offence in shadow.offences}
+        assert ways == {"forward" if place.way == "output" else "backward"}, place
+        assert shadow.seen and any(seen.worst > 1 for seen in shadow.seen.values())

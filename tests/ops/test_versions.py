@@ -185,3 +185,20 @@ def test_a_version_is_compared_with_the_reference_before_it_is_taken(monkeypatch
     assert "ungraded: failed (0 gradients where the reference has 3)" in found["add_rms_norm"][1]
     assert "shifted: differs from the reference: forward 2 is inf" in found["permute"][1]
     assert found["rms_norm"][1].startswith("fails: failed (mat1 and mat2")
+
+
+@pytest.mark.parametrize("reason", ["", "logits are never whole in memory"])
+def test_a_wrong_version_is_neither_taken_for_its_reason_nor_at_its_name(reason, monkeypatch, restored):
+    wrong = Version(
+        "swiglu", "wrong", lambda gate, up: reference.swiglu(gate, up) * 1.01, lambda *_: None, reason=reason
+    )
+    monkeypatch.setattr("zili.ops.registry.VERSIONS", (wrong,))
+    ((_, taken, why),) = ops.choose("cpu", "fp32", {})
+    assert taken == "reference" and "wrong: differs from the reference" in why
+    with pytest.raises(ChipError, match=r"chip\.operations\.swiglu: 'wrong' differs.*set it to \"reference\""):
+        ops.choose("cpu", "fp32", {"swiglu": "wrong"})
+
+
+def test_places_of_another_version_may_be_of_32_bits():
+    rows, places, weights = torch.randn(6, 4), torch.randperm(6), torch.rand(3, 2)
+    assert torch.equal(reference.unpermute(rows, places, weights), reference.unpermute(rows, places.int(), weights))

@@ -231,7 +231,7 @@ class Shadow(TorchDispatchMode):
         dtype = str(result.dtype).removeprefix("torch.")
         kind = self.seen.setdefault(f"{operation} {dtype}", Seen())
         kind.calls += 1
-        kind.worst = max(kind.worst, measured.ulps / measured.expected if measured.expected else measured.ulps)
+        kind.worst = max(kind.worst, measured.share)
         if not measured.fits:
             self.offences.append(Offence(self.step, way, module, operation, tuple(result.shape), dtype, measured))
 

@@ -127,7 +127,7 @@ def choose(
         timings: what was measured in earlier runs, and takes what is measured now.
     Raises:
         ConfigError: an operation or version of that name does not exist, or it cannot run here.
-        ChipError: the vendor's module cannot be imported.
+        ChipError: the vendor's module cannot be imported, or a version that was asked for differs from the reference.
     """
     known = versions(vendor)
     _check_names(asked, known)
@@ -170,6 +170,11 @@ def _asked_for(candidates: list[Version], name: str, operation: str, device_type
         raise ConfigError(
             f"chip.operations.{operation}: {name!r} does not run on {device_type} in {precision}: {missing}"
         )
+    if problem := _differs(OPERATIONS[operation], version, device_type, precision):
+        raise ChipError(
+            f"chip.operations.{operation}: {name!r} {problem}; "
+            f'`zili doctor --only numbers` says more; to train without it, set it to "{REFERENCE}"'
+        )
     return name, version.function, "asked for"
 
 
@@ -185,20 +190,20 @@ def _best(
     plain, refused = OPERATIONS[operation], []
     for version in candidates:
         problem = version.lacks(device_type, precision) or lacking.get(version.needs)
+        problem = problem or _differs(plain, version, device_type, precision)
         if problem is None and version.reason:
             return version.name, version.function, version.reason
         if problem is None:
-            problem, ratio = _compare(plain, version, device_type, precision, timings)
-            if problem is None:
+            ratio = _ratio(plain, version, device_type, precision, timings)
+            if ratio >= _MARGIN:
                 return version.name, version.function, f"{ratio:.1f}x the reference's speed on this machine"
+            problem = f"ran at {ratio:.2f}x its speed on this machine"
         refused.append(f"{version.name}: {problem}")
     return REFERENCE, plain, "; ".join(refused)
 
 
-def _compare(
-    plain: Callable[..., Any], version: Version, device_type: str, precision: str, timings: Timings | None
-) -> tuple[str | None, float]:
-    """What speaks against `version`, if anything, and its speed over the reference's."""
+def _differs(plain: Callable[..., Any], version: Version, device_type: str, precision: str) -> str | None:
+    """In what `version` is not the reference but for rounding, if it is not."""
     dtype = _DTYPES[precision]
     # As runs call it: on weights gathered in bf16, and under autocast on weights and a residual stream in fp32.
     for given in {dtype, torch.float32}:
@@ -207,17 +212,23 @@ def _compare(
             with _lowered(device_type, dtype):
                 found = [way for case in cases for way in compared(version.function, plain, *case, device_type).items()]
         except Exception as problem:  # a vendor's kernel may raise anything
-            return f"failed ({first_line(problem)})", 0.0
+            return f"failed ({first_line(problem)})"
         for way, measured in found:
             if not measured.fits:
-                return f"differs from the reference: {way} is {measured}", 0.0
-    inputs = example(version.operation, device_type, dtype)
+                return f"differs from the reference: {way} is {measured}"
+    return None
+
+
+def _ratio(
+    plain: Callable[..., Any], version: Version, device_type: str, precision: str, timings: Timings | None
+) -> float:
+    """Speed of `version` over the reference's, now or as it was measured before."""
+    inputs = example(version.operation, device_type, _DTYPES[precision])
 
     def measure() -> float:
         return _speed_ratio(plain, version.function, inputs)
 
-    ratio = measure() if timings is None else timings.measured(_named(version, inputs), measure)
-    return (None if ratio >= _MARGIN else f"ran at {ratio:.2f}x its speed on this machine"), ratio
+    return measure() if timings is None else timings.measured(_named(version, inputs), measure)
 
 
 def _named(version: Version, inputs: Example) -> str:

@@ -189,6 +189,23 @@ def test_a_planted_error_is_found_at_its_operation_and_nowhere_else(
     assert places == [(way, module, operation or kernel[6:])], first
 
 
+HALF_A_PER_CENT: list[tuple[str, int, str]] = [
+    ("aten::addmm", 1, "forward"),
+    ("aten::silu_backward", 0, "backward"),
+    ("aten::embedding_dense_backward", 0, "backward"),
+]
+"""Kernel, which of its calls, and way."""
+
+
+def test_half_a_per_cent_is_found_in_bf16(runs: Runs, with_plugins: Environment) -> None:
+    planted = [[Fault(kernel, "scale", 0.005, call, call + 1)] for kernel, call, _ in HALF_A_PER_CENT]
+    config = recipe(runs, "dense", "chip.precision=bf16", "model.layers=2")
+    (found,) = on_processes(1, alignments, config, [[], *planted], environment=with_plugins(CAMBRICON))
+    assert found[0][1] == [], found[0][2]
+    for (kernel, _, way), (_, offences, first) in zip(HALF_A_PER_CENT, found[1:], strict=True):
+        assert [(way, operation.split(".")[1]) for way, _, operation in offences] == [(way, kernel[6:])], first
+
+
 def test_the_command(runs: Runs, with_plugins: Environment, tmp_path: Path) -> None:
     file, page = tmp_path / "recipe.toml", tmp_path / "align.html"
     laid_out = recipe(runs, "dense", "parallel.tensor=2", "training.recompute=full")  # neither matters to align

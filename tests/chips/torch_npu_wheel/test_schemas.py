@@ -6,6 +6,7 @@ import ast
 import json
 from pathlib import Path
 
+import npu_readings
 import pytest
 import schemas
 import torch
@@ -23,6 +24,11 @@ CALLS = [
 
 def test_every_operation_called_is_in_the_table() -> None:
     assert sorted(TABLE) == schemas.called() and len(TABLE) == 11
+
+
+def test_every_operation_called_has_what_its_use_relies_on_with_a_source() -> None:
+    assert sorted(npu_readings.RELIED_ON) == sorted(TABLE)
+    assert all(sentence and source for said in npu_readings.RELIED_ON.values() for sentence, source in said)
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: ast.unparse(call.func))
