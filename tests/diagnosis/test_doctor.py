@@ -7,15 +7,19 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from forks import Zili, zili
+from torch.utils._python_dispatch import TorchDispatchMode
 from waiting import until
 
-from zili.diagnosis import collectives
+from zili import chips
+from zili.chips.device import Device
+from zili.diagnosis import capabilities, collectives, speed
 from zili.diagnosis.findings import Finding
 from zili.ops.yardstick import distance
 
@@ -108,6 +112,90 @@ def test_a_last_word_that_is_read_late_is_no_death(monkeypatch: pytest.MonkeyPat
     assert watched(monkeypatch, Gone(), 60.0, {"done": True}) == []
     (dead,) = watched(monkeypatch, Gone(), 60.0, {"begin": "a product"})
     assert "ended with code 0 at a product" in dead.seen
+
+
+SECONDS = 0.02
+
+
+@pytest.mark.parametrize("size", [2, 5])
+@pytest.mark.parametrize(
+    ("name", "gives", "sent"),
+    [
+        # What comes out beside what a process brings, and what it has to send of what it brings.
+        ("all_gather", lambda n: n, lambda n: n - 1),
+        ("reduce_scatter", lambda n: 1 / n, lambda n: (n - 1) / n),
+        ("all_reduce", lambda n: 1, lambda n: 2 * (n - 1) / n),
+        ("all_to_all", lambda n: 1, lambda n: (n - 1) / n),
+        ("broadcast", lambda n: 1, lambda n: 1),
+        ("send and receive", lambda n: 1, lambda n: 1),
+    ],
+)
+def test_the_rate_of_a_collective_is_that_of_a_link(
+    name: str, gives: Any, sent: Any, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[dict[str, Any]] = []
+    monkeypatch.setattr(collectives, "_say", lambda **what: said.append(what))
+
+    def takes_its_time(mine: torch.Tensor, *_: Any) -> collectives.Begun:
+        time.sleep(SECONDS)
+        out = torch.zeros(round(gives(size) * len(mine)))
+        return collectives.Begun([], out, lambda: out)
+
+    collectives._one(f"{name} among {size}", takes_its_time, None, 0, size, torch.device("cpu"))  # type: ignore[arg-type]
+    rate = said[-1]["rate"] * said[-1]["seconds"]
+    assert rate == pytest.approx(sent(size) * (4 << 20), rel=1e-4)
+    assert SECONDS <= said[-1]["seconds"] < 10 * SECONDS
+
+
+def test_blocks_in_another_order_are_wrong_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[dict[str, Any]] = []
+    monkeypatch.setattr(collectives, "_say", lambda **what: said.append(what))
+
+    def turned(mine: torch.Tensor, unit: torch.Tensor, *_: Any) -> collectives.Begun:
+        return collectives.Begun([], mine.flip(0), lambda: unit)
+
+    collectives._one("broadcast among 2", turned, None, 0, 2, torch.device("cpu"))  # type: ignore[arg-type]
+    assert said[-1]["right"] is False
+
+
+class Spread(TorchDispatchMode):
+    """Notes how the numbers of large inputs are spread; of what is written to nothing is said."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.least: dict[str, float] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        name = str(function)
+        for one in arguments[1:] if "copy_" in name else arguments:
+            if isinstance(one, torch.Tensor) and one.numel() >= 256 * 256:
+                self.least[name] = min(self.least.get(name, 10.0), float(one.float().std()))
+        return function(*arguments, **(named or {}))
+
+
+def test_speeds_are_taken_on_numbers_as_training_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on ones, of which a chip makes products faster than of any training's."""
+    device = Device(chips.activate(chips.find_backend("cpu")))
+    spread = Spread()
+
+    def watched(work: Callable[[], object], _: Device) -> float:
+        with spread:
+            work()
+        return 1.0
+
+    for module, timer in ((speed, "fastest_call"), (collectives, "fastest_call"), (capabilities, "_seconds")):
+        monkeypatch.setattr(module, timer, watched)
+    monkeypatch.setattr(speed, "_SIZES", (256,))
+    monkeypatch.setattr(speed, "_COPY", 1 << 20)
+    for measured in (
+        lambda: list(speed.examine_speed(device)),
+        lambda: list(speed._copies(device)),
+        lambda: capabilities._bf16(device),
+        lambda: collectives._product(device),
+    ):
+        spread.least.clear()
+        measured()
+        assert spread.least and min(spread.least.values()) > 0.9, spread.least
 
 
 def ended(process: int) -> bool:
