@@ -62,6 +62,11 @@ def test_a_process_that_hangs_is_ended_in_time_with_all_it_started_and_says_wher
     assert not status.exists() or status.read_text().split()[2] == "Z"
 
 
+def test_a_process_that_crashes_when_all_is_done_loses_nothing() -> None:
+    outcome = run_part("goldens", python('file.write(\'{"state": "done"}\\n\'); file.flush(); os.abort()'), 60)
+    assert (outcome.state, outcome.why, outcome.findings) == ("done", "and then was ended by SIGABRT", [FOUND])
+
+
 def test_half_a_line_of_a_process_that_was_ended_costs_nothing_else() -> None:
     outcome = run_part("goldens", python('file.write(\'{"finding": {"ar\'); file.flush(); os._exit(3)'), 60)
     assert outcome.why == "ended with code 3" and outcome.findings[0] == FOUND

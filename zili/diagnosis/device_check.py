@@ -168,12 +168,12 @@ def _outcome(name: str, found: Path, end: str, seconds: float, log: TextIO) -> O
         log.seek(0)
         outcome.log = log.read().splitlines()[-_TOLD:]
         last = f" after {outcome.findings[-1].name}" if outcome.findings else ""
-        seen = f"{outcome.why}{last}"
-        outcome.findings.append(
-            Finding(name, "part", Severity.BROKEN, seen, "its last lines are in the JSON, under parts")
-        )
+        where = "its last lines are in the JSON, under parts"
+        outcome.findings.append(Finding(name, "part", Severity.BROKEN, f"{outcome.why}{last}", where))
     elif outcome.state == "skipped":
         outcome.findings.append(Finding(name, "part", Severity.FALLBACK, outcome.why))
+    elif end != _how_it_ended(0):  # as plugins do that take their device down too late
+        outcome.why = f"and then {end}"
     return outcome
 
 
@@ -186,12 +186,9 @@ def _heard(outcome: Outcome, line: dict[str, Any]) -> None:
 
 
 def _line(outcome: Outcome) -> str:
-    severity = worst(outcome.findings).name.lower()
-    what = (
-        f"{severity}, {len(outcome.findings)} findings"
-        if outcome.state == "done"
-        else f"{outcome.state}: {outcome.why}"
-    )
+    what = f"{worst(outcome.findings).name.lower()}, {len(outcome.findings)} findings"
+    if outcome.state != "done":
+        what = f"{outcome.state}: {outcome.why}"
     return f"{outcome.name:<14} {outcome.seconds:5.0f} s  {what}"
 
 
@@ -213,17 +210,7 @@ def joined(outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:
         "capabilities": capabilities,
         "severity": worst(findings).name.lower(),
         "seconds": round(seconds, 1),
-        "parts": [
-            {
-                "name": o.name,
-                "what": PARTS[o.name].what,
-                "state": o.state,
-                "seconds": round(o.seconds, 1),
-                "why": o.why,
-                "log": o.log,
-            }
-            for o in outcomes
-        ],
+        "parts": [outcome.as_json() for outcome in outcomes],
         "findings": [_as_json(finding) for finding in findings],
     }
 
