@@ -142,8 +142,8 @@ def _grouped_heads_attention(device: Device) -> Seen:
     dtype = torch.bfloat16 if device.capability("bf16").value else torch.float32
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        heads = (one.transpose(1, 2) for one in (query, key, value))
-        return F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
+        query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
     inputs = example("attention", "cpu", dtype).arguments
     found = compared(attention, attention, inputs, {}, device.torch)
