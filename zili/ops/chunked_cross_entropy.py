@@ -41,6 +41,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_gradient else None
         grad_weight: Tensor | None = None
+        learned = ctx.needs_input_grad[1]  # beside adapters the output matrix is not
         size = max(64, elements // len(weight))
         one_chunk = _one_chunk if vocabulary is None else partial(_one_chunk_of_a_part, vocabulary)
 
@@ -53,13 +54,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 return None
             scores = scores.to(hidden.dtype)
             grad_hidden[these] = product(scores, matrix.t())
+            if not learned:
+                return None
             part = weight_gradient(scores, rows, product)
             # Summed in the strides it comes in, and straightened once at the end: it is as large as the weight.
             return part.to(weight.dtype) if grad_weight is None else grad_weight.add_(part)
 
         for start in range(0, len(hidden), size):
             grad_weight = chunk(slice(start, start + size), grad_weight)
-        if needs_gradient:
+        if needs_gradient and learned:
             grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.contiguous()
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
@@ -68,7 +71,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, grad_weight * grad, *(None,) * 6
+        return grad_hidden * grad, None if grad_weight is None else grad_weight * grad, *(None,) * 6
 
 
 class _ChunkedRowLosses(torch.autograd.Function):

@@ -93,7 +93,7 @@ class Job:
     @property
     def layers(self) -> tuple[int, ...]:
         """All of them; multi-token prediction's block counts as one more, behind the last."""
-        more = (self.model.layers,) if self.has_last and self.model.mtp_layers else ()
+        more = (self.model.layers,) if self.predicts_further else ()
         return (*(layer for stage in self.stages for layer in stage), *more)
 
     @property
@@ -105,6 +105,11 @@ class Job:
     def has_last(self) -> bool:
         """Whether it has the loss."""
         return any(stage.stop == self.model.layers for stage in self.stages)
+
+    @property
+    def predicts_further(self) -> bool:
+        """Whether it has multi-token prediction, which has no part in preferences."""
+        return self.has_last and bool(self.model.mtp_layers) and self.config.preference is None
 
     def shapes(self, layer: int) -> dict[str, Shape]:
         """Tensors of a layer, whole."""

@@ -149,6 +149,9 @@ class _Step:
         known: dict[bool, _Layer] = {}
         self.stages = [_stage_layers(job, stage, known) for stage in job.stages]
         self.ends = [_ends(job, stage) for stage in job.stages]
+        idle = layer_groups(job, job.model.layers) if job.has_last and job.model.mtp_layers else ()
+        self.idle = () if job.predicts_further else _gathered(job, tuple(idle))
+        """Weights that take no part: of multi-token prediction beside preferences."""
         self._summed = dict.fromkeys(range(len(job.stages)), False)
         self._late = 0.0
         self._kept = [self._kept_of(place) for place in range(len(job.stages))]
@@ -180,6 +183,7 @@ class _Step:
         """The step."""
         job = self.job
         stored = sum(layer.stored for stage in self.stages for layer in stage) + sum(end.stored for end in self.ends)
+        stored += sum(group.stored for group in self.idle)
         self.live[WEIGHTS] = _FP32 * stored
         self.live[OPTIMIZER] = _FP32 * _moments(job)
         rows = job.micro_batches * job.micro_batch * job.sequence / job.layout.context
@@ -218,7 +222,7 @@ class _Step:
         home = {number: place for place, number in enumerate(job.stage_numbers)}
         if job.lowered or not job.whole:
             self.live[GATHERED] = sum(layer.gathered for stage in self.stages for layer in stage)
-            self.live[GATHERED] += sum(end.gathered for end in self.ends)
+            self.live[GATHERED] += sum(end.gathered for end in self.ends) + sum(group.gathered for group in self.idle)
         # Of every stage the gradient that it sent last is still there.
         self.live[MESSAGES] = self.stream * sum(n - 1 >= 0 and n - 1 not in home for n in home)
         for action in plan.actions(job.place):
@@ -249,7 +253,7 @@ class _Step:
         if self.job.stages[place].stop == self.job.model.layers:
             tokens = self.job.tokens * self.job.model.hidden_size * self.job.product_bytes
             self.live[BACKWARD] -= self._head_gradient
-            self.live[LOGITS] -= tokens + self._head_gradient
+            self.live[LOGITS] -= tokens + self._head_gradient + self._first_loss
         kept = self._kept[place]
         # Where a V turns, both its stages are one process's, and torch lets go of a micro-batch one later.
         turns = self.job.config.parallel.schedule == "zbv" and self.job.place == self.job.layout.pipeline - 1
@@ -306,7 +310,7 @@ class _Step:
         logits = rows * job.model.vocab_size // job.layout.tensor
         lowered = job.product_bytes if job.lowered else 0
         self.live[ACTIVATIONS] += self.stream + tokens
-        self.live[LOGITS] += tokens
+        self.live[LOGITS] += tokens + self._first_loss
         raised = self.weight_bytes > job.product_bytes
         copy, in_fp32 = (job.product_bytes * matrix, _FP32 * matrix) if raised else (0, 0)
         gathered = 0 if before is None or job.layout.weight_shards == 1 else before.gathered
@@ -314,7 +318,7 @@ class _Step:
         so_far = self._head_gradient if rows < job.tokens else 0
         self.at((LOGITS, logits * (_FP32 + lowered) + copy + so_far), *here)
         scores = logits * job.product_bytes
-        made = job.product_bytes * matrix + self._head_gradient + in_fp32
+        made = job.product_bytes * matrix + self._head_gradient + in_fp32 if self._head_gradient else 0.0
         self.at((LOGITS, scores + copy + made), *here)
         self.live[LOGITS] += self._head_gradient
 
@@ -328,9 +332,17 @@ class _Step:
             self.live[LOGITS] -= tokens + self._head_gradient
 
     @cached_property
+    def _first_loss(self) -> float:
+        """What the loss of the next token has made, until that of the token after it has gone backward."""
+        tokens = self.job.tokens * self.job.model.hidden_size * self.job.product_bytes
+        return tokens + self._head_gradient if self.job.predicts_further else 0.0
+
+    @cached_property
     def _head_gradient(self) -> float:
-        """Of the output matrix."""
+        """Of the output matrix; beside adapters it has none."""
         model = self.job.model
+        if model.lora is not None:
+            return 0.0
         return self.weight_bytes * (model.vocab_size // self.job.layout.tensor) * model.hidden_size
 
     def _backward(self, place: int, summed: bool, put_off: bool = False) -> None:
@@ -370,6 +382,9 @@ class _Step:
             gathered = 0 if self.pipelined else ahead
             for group in layer.groups if summed else ():
                 flying = self._sum(group, new, (GATHERED, gathered), (BACKWARD, gradient))
+            if ends_here and number == len(layers) - 1:
+                self.at((BACKWARD, self._first_loss))
+                self.live[LOGITS] -= self._first_loss
         if not put_off:
             self.live[ACTIVATIONS] -= self._kept[place] - sum(layer.kept for layer in layers)
         if ends_here:
@@ -440,7 +455,7 @@ def _stage_layers(job: Job, stage: range, known: dict[bool, _Layer]) -> list[_La
         if kind not in known:
             known[kind] = _layer(job, number)
     found = [known[job.model.has_experts(number)] for number in stage]
-    if stage.stop == job.model.layers and job.model.mtp_layers:
+    if stage.stop == job.model.layers and job.predicts_further:
         found.append(_layer(job, job.model.layers))
     return found
 
@@ -480,13 +495,14 @@ def _kept_whole(job: Job, number: int) -> Iterator[float]:
     """What a layer's forward pass leaves, piece by piece."""
     model, own, tokens, size = job.model, job.own_tokens, job.tokens, job.product_bytes
     hidden = model.hidden_size
-    # Both sums of the residual stream, and what both norms divided.
-    yield 4 * _FP32 * own * hidden + 2 * _FP32 * own
+    # Both sums of the residual stream, and what both norms divided, which only their weights' gradients need.
+    yield (4 if model.lora is None else 2) * _FP32 * own * hidden + 2 * _FP32 * own
+    yield from _kept_adapters(job, number)
     yield from _kept_attention(job)
     mixture = model.mixture
     if mixture is None or not model.has_experts(number):
-        yield size * tokens * hidden
-        yield 4 * size * _inner(job, number)
+        yield size * tokens * hidden if _learns(job, "gate", "up") else 0
+        yield (4 if _learns(job, "down") else 3) * size * _inner(job, number)
         return
     # The router's input in fp32, the same lowered for experts, and its scores.
     yield (_FP32 + 2 * (size if job.lowered else 0)) * own * hidden + 2 * _FP32 * own * mixture.experts
@@ -496,12 +512,26 @@ def _kept_whole(job: Job, number: int) -> Iterator[float]:
     yield 4 * size * _inner(job, number)
 
 
+def _learns(job: Job, *matrices: str) -> bool:
+    """Whether the input of one of a layer's products is needed for a gradient: of the matrix, or of its adapter."""
+    lora = job.model.lora
+    return lora is None or any(name in lora.matrices for name in matrices)
+
+
+def _kept_adapters(job: Job, number: int) -> Iterator[float]:
+    """Between both factors of each adapter of a layer."""
+    lora = job.model.lora
+    for name, shape in job.shapes(number).items() if lora is not None else ():
+        if name.endswith("lora_a"):
+            yield job.product_bytes * job.tokens * shape[0]
+
+
 def _kept_attention(job: Job) -> Iterator[float]:
     model, own, tokens, size, tensor = job.model, job.own_tokens, job.tokens, job.product_bytes, job.layout.tensor
     latent, heads, head = model.latent, job.model.heads / tensor, model.head_dim
     keys = tokens if job.layout.context == 1 else job.micro_batch * job.sequence
     if latent is None:
-        yield size * tokens * model.hidden_size
+        yield size * tokens * model.hidden_size if _learns(job, "query", "key", "value") else 0
         yield size * tokens * heads * head  # queries
         yield size * keys * model.kv_heads / tensor * (head + model.value_head_dim)
     else:

@@ -109,15 +109,15 @@ def _to_experts(job: Job, forward: int) -> Some:
 
 def _ends(job: Job) -> Some:
     """Around the blocks: the embedding's rows and the loss, whose vocabulary is cut."""
-    predicts = job.has_last and job.model.mtp_layers
+    predicts = job.predicts_further
     tokens = job.tokens * job.model.hidden_size * job.product_bytes
-    embedded = job.micro_batches * (job.has_first + bool(predicts))
+    embedded = job.micro_batches * (job.has_first + predicts)
     rows = job.tokens * job.model.hidden_size * _FP32
     yield _tensor(job, "reduce_scatter", rows), embedded
     yield _tensor(job, "all_gather", rows), embedded
     if not job.has_last:
         return
-    losses = job.micro_batches * (1 + bool(predicts))
+    losses = job.micro_batches * (1 + predicts)
     yield _tensor(job, "all_gather", tokens), losses
     yield _tensor(job, "reduce_scatter", tokens), losses
     if job.config.preference is not None:  # log-probabilities and lengths of a pair's answers

@@ -23,7 +23,7 @@ def flops(job: Job) -> dict[str, int]:
             backward += products + attention - _not_again(job, layer)
     if job.has_last:
         forward += _loss(job)
-        if job.model.mtp_layers:
+        if job.predicts_further:
             joined = 2 * job.own_tokens * 2 * job.model.hidden_size**2
             forward += joined + _loss(job)
             backward += 2 * joined
