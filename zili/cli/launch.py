@@ -58,10 +58,12 @@ def prepare_launch(recipe: RunConfig) -> Launch:
     Raises:
         ZiliError: whatever makes the run impossible, before anything is written.
     """
-    from zili.parallel.machines import check_same
     from zili.training.setup import set_up
 
     setup = set_up(recipe)
+    # Late: a process that has imported `parallel.world` is taken for one that has joined (`cli.app`).
+    from zili.parallel.machines import check_same
+
     world, config = setup.world, setup.config  # the first process's: the recipe may be a copy too
     tokenizer, loader, stores = world.agree(lambda: _open_data(config))
     check_same(world, "token stores", " ".join(store.identity() for store in stores))

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -34,7 +34,9 @@ from zili.config import ModelConfig
 from zili.errors import CheckpointError
 from zili.models.arithmetic import parameter_shapes
 from zili.models.decoder import Decoder
-from zili.parallel.world import World
+
+if TYPE_CHECKING:
+    from zili.parallel.world import World
 
 RUN_FILE = "run.json"
 FORMAT = 1
