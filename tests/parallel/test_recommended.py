@@ -26,7 +26,7 @@ MODELS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
 )
 _OTHERS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
     ("dense", ("model.lora={rank=4}",)),
-    ("mixture", ("model.lora={rank=4}", "optimizer.name=muon")),
+    ("mixture", ("model.lora={rank=4, matrices=['query_up', 'output']}", "optimizer.name=muon")),
     ("dense", ("preference.beta=0.1", "training.start_from=model")),
     ("mixture", ("preference.beta=0.1", "training.start_from=model")),
 )
