@@ -124,7 +124,7 @@ def with_measurements(machine: Machine, report: Mapping[str, Any]) -> tuple[Mach
     found: dict[str, float] = {}
     said = []
 
-    def take(field: str, value: float | None, published: float | None, unit: float, what: str) -> None:
+    def take(name: str, value: float | None, published: float | None, unit: float, what: str) -> None:
         if value is None:
             return
         text = f"{value / unit:.4g} {what}"
@@ -133,13 +133,15 @@ def with_measurements(machine: Machine, report: Mapping[str, Any]) -> tuple[Mach
                 f"the report has {text}, and {machine.name} is said to have {published / unit:.4g}: no measurement of "
                 "it; run `zili doctor --json` again, with nothing else on the chip"
             )
-        found[field] = value
+        found[name] = value
         said.append(text)
 
     take("measured_products", fastest_product(report), machine.peak, 1e12, "TFLOP/s in bf16 products")
     take("memory", _speed(figures, "memory"), machine.published("memory_gb_s", machine.memory), 1e9, "GB/s of memory")
     # Among the most: inside the node as a whole.
-    most = max((int(name.split()[-1]) for name in figures if re.fullmatch(r"all_gather among \d+", name)), default=0)
+    most = max(
+        (int(name.split()[-1]) for name in figures if re.fullmatch(r"all_gather among \d{1,6}", name)), default=0
+    )
     rate, link = _speed(figures, f"all_gather among {most}"), machine.published("link_gb_s", machine.link)
     take("link", rate, link, 1e9, f"GB/s between {most} chips")
     if not found:
