@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import argparse
 import re
+import time
 import tomllib
 from importlib import resources
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from zili.cli.launch import prepare_launch
+from zili.cli.launch import Launch, prepare_launch
 from zili.config import RunConfig, build_config
 
+WARM_UP, TIMED = 2, 5
 FORM = re.compile(r"(\d+)x(\d+)-(\d+)x(\d+):(adamw|muon):([\d.e-]+)")
 
 
@@ -65,11 +68,9 @@ def _row(candidate: str, data: Path, seconds: float) -> str:
     from zili.data.store import TokenStore
     from zili.evaluation.bits_per_byte import score_token_ids, stored_documents
     from zili.models.arithmetic import count_parameters
-    from zili.training.pacing import seconds_per_step
     from zili.training.trainer import Trainer
 
-    step_seconds = seconds_per_step(launch.setup.config, launch.loader, launch.setup.device)
-    steps = int(seconds / step_seconds)
+    steps = int(seconds / _step_seconds(launch))
     launch = prepare_launch(_recipe(candidate, data, steps))
     trainer = Trainer(launch.setup.config, launch.loader, launch.setup.device)
     trainer.model.train()
@@ -88,6 +89,19 @@ def _row(candidate: str, data: Path, seconds: float) -> str:
     return (
         f"| {shape} | {optimizer}, {rate} | {size:.1f} M | {steps} | {trainer.tokens:,} | {score.bits_per_byte:.3f} |"
     )
+
+
+def _step_seconds(launch: Launch) -> float:
+    """Median of a few steps, compiled and warm, of a model that is thrown away."""
+    from zili.training.trainer import Trainer
+
+    trainer, taken = Trainer(launch.setup.config, launch.loader, launch.setup.device), []
+    trainer.model.train()
+    for step in range(WARM_UP + TIMED):
+        started = time.perf_counter()
+        trainer.train_step(launch.loader.batch(step))
+        taken.append(time.perf_counter() - started)
+    return median(taken[WARM_UP:])
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,6 +94,24 @@ def _is_used(zili, run: Path, text: Path, published: Path) -> None:
     ids = torch.tensor([[1, 2, 3, 4, 5]])
     with torch.no_grad():
         torch.testing.assert_close(package.load(published)(ids), load_model(run)(ids), rtol=0, atol=1e-5)
+
+
+def test_how_long_a_new_run_is_follows_from_the_minutes_and_stands_in_its_recipe(
+    zili, text: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zili.cli.quickstart._SECONDS_AFTER_TRAINING", 27)  # of 30
+    untold = [word for override in TINY if not override.startswith("training.steps") for word in ("--set", override)]
+    outcome = zili("quickstart", "--text", text, "--folder", run, "--minutes", "0.5", *untold)
+    assert outcome.code == 0 and "training.steps = as many as fit: --minutes 0.5" in outcome.out, outcome
+    recipe = tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8"))
+    steps = int(list_checkpoints(run / "checkpoints")[-1].name.removeprefix("step-"))
+    assert recipe["training"]["steps"] == steps and steps != 100, "the guess was 200 a minute"
+    assert 0 < recipe["schedule"]["decay_start"] <= steps
+    assert (
+        f"step {steps:,} will be the last" in outcome.out and "stopped early" not in (run / "report.html").read_text()
+    )
+    again = zili("quickstart", "--text", text, "--folder", run)
+    assert again.code == 0 and f"training.steps = {steps}: the run's own" in again.out
 
 
 def test_restart_drops_the_earlier_run_and_nothing_else(zili, text: Path, run: Path) -> None:

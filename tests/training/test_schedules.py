@@ -44,9 +44,20 @@ def test_wsd_is_stable_and_then_falls_in_a_straight_line() -> None:
     assert found[99] == pytest.approx(0.1, abs=1e-12)
 
 
+def test_a_decay_that_is_told_its_start_falls_from_there_to_the_last_step() -> None:
+    found = shares(100, kind="wsd", warmup_steps=5, decay_start=60, final=0.2)
+    assert found[5:61] == [1.0] * 56
+    assert found[60:] == pytest.approx([1 - 0.8 * i / 39 for i in range(40)], abs=1e-12)
+    assert found == pytest.approx(shares(100, kind="wsd", warmup_steps=5, decay_fraction=0.4, final=0.2), abs=1e-12)
+
+
 def test_wsd_of_nothing_but_decay_begins_after_warmup() -> None:
     found = shares(11, kind="wsd", warmup_steps=1, decay_fraction=1.0, final=0.0)
     assert found == pytest.approx([0.5] + [1 - i / 9 for i in range(10)], abs=1e-12)
+
+
+def test_a_constant_rate_stays_past_the_last_step() -> None:
+    assert learning_rate_share(500, 50, ScheduleConfig(kind="constant")) == 1.0
 
 
 @pytest.mark.parametrize("kind", ["cosine", "wsd"])

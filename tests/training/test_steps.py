@@ -15,7 +15,6 @@ from zili.chips.cpu import compiler
 from zili.config import RunConfig
 from zili.errors import ZiliError
 from zili.training.checkpoints import list_checkpoints
-from zili.training.pacing import seconds_per_step
 from zili.training.trainer import is_sound
 
 
@@ -158,13 +157,6 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_never_saved(recipe: Recip
     with pytest.raises(ZiliError, match=r"loss nan.*step-00000004.*optimizer\.learning_rate"):
         trainer.fit()
     assert [path.name for path in list_checkpoints(trainer.checkpoint_folder)] == ["step-00000002", "step-00000004"]
-
-
-def test_pacing_times_steps_and_leaves_nothing(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zili.training.trainer.matmul_peak", lambda *_: 1e11)
-    trainer = open_trainer(recipe())
-    assert 0 < seconds_per_step(trainer.config, trainer.loader, trainer.device) < 5
-    assert not trainer.config.folder.exists()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from zili.data.store import TokenStore
     from zili.data.tokenizer import Tokenizer
     from zili.parallel.world import World
+    from zili.training.pacing import Pacer
     from zili.training.setup import Setup
     from zili.training.trainer import Trainer
 
@@ -43,13 +44,6 @@ class Launch:
     @property
     def choices(self) -> tuple[Choice, ...]:
         return self.setup.choices
-
-    def with_recipe(self, recipe: RunConfig) -> Launch:
-        """The same launch for a recipe that differs in length only: the choices made stand."""
-        resolved, micro_batch = self.setup.config, self.setup.config.training.micro_batch
-        training = recipe.training.model_copy(update={"micro_batch": micro_batch})
-        config = recipe.model_copy(update={"chip": resolved.chip, "training": training, "parallel": resolved.parallel})
-        return replace(self, recipe=recipe, setup=replace(self.setup, config=config))
 
 
 def prepare_launch(recipe: RunConfig) -> Launch:
@@ -112,8 +106,9 @@ def _open_data(recipe: RunConfig) -> tuple[Tokenizer, Batches, list[TokenStore]]
     return tokenizer, loader, read
 
 
-def run(launch: Launch, console: Console) -> Trainer:
-    """Train to the end, or until interrupted, going on from the newest checkpoint; returns the trainer."""
+def run(launch: Launch, console: Console, pacer: Pacer | None = None) -> Trainer:
+    """Train to the end, or until interrupted, going on from the newest checkpoint; returns the trainer. `pacer` says
+    where the end is."""
     from zili.evaluation.during_training import EvaluationSink, HeldOutEvaluation, measure_of
     from zili.training.callbacks import Callback, MetricsLog, ProgressDisplay, TensorBoardLog
     from zili.training.trainer import Trainer
@@ -130,6 +125,9 @@ def run(launch: Launch, console: Console) -> Trainer:
         sinks.append(board)
     if not world.is_first:  # one process speaks; all of them compute
         callbacks, sinks = [], []
+    if pacer is not None:
+        callbacks.append(pacer)
+        sinks.append(pacer)
     held_out = world.agree(lambda: _open_held_out(launch))
     if held_out is not None:
         callbacks.insert(0, HeldOutEvaluation(measure_of(held_out, launch.tokenizer), sinks))
@@ -231,6 +229,13 @@ def _open_held_out(launch: Launch) -> TokenStore | DialogueLoader | None:
         raise ConfigError(f"data.held_out: {store.prefix} holds pairs of answers, and no preference is learned")
     length = config.training.sequence_length
     return DialogueLoader([(store, 1.0)], sequence_length=length, global_batch=1, seed=config.seed)
+
+
+def keep_length(recipe: RunConfig, config: RunConfig) -> None:
+    """Write `recipe` into its run folder with the length that the run `config` has found for itself."""
+    training = recipe.training.model_copy(update={"steps": config.training.steps})
+    found = recipe.model_copy(update={"training": training, "schedule": config.schedule})
+    write_whole(recipe.folder / RECIPE_FILE, dump_recipe(found))
 
 
 def print_next(folder: Path, console: Console) -> None:

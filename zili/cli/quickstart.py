@@ -9,26 +9,29 @@ import time
 import tomllib
 from importlib import resources
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from zili import chips
-from zili.cli.launch import RECIPE_FILE, Launch, prepare_launch, print_choices, print_next, run
+from zili.cli.launch import RECIPE_FILE, Launch, keep_length, prepare_launch, print_choices, print_next, run
 from zili.cli.options import OnError, OnErrorOption, Overrides, TextField, program, read_recipe
 from zili.cli.train import INTERRUPTED
 from zili.config import Choice, RunConfig, build_config
 from zili.errors import ConfigError, LayoutError
 from zili.parallel.layout import processes
 
+if TYPE_CHECKING:
+    from zili.training.pacing import Pacer
+
 _SECONDS_AFTER_TRAINING = 20
 """Kept for compressors, samples and the report."""
 _EVALUATIONS = 3
 """Times the held-out text is scored, the last at the end."""
 _DATA = "data"
-_ANY_STEPS = 1000
+_STEPS_A_MINUTE = 200
 """Until the steps that fit are known."""
 
 
@@ -49,7 +52,7 @@ def quickstart(
     """Train, evaluate and sample a small TeleChat2-shaped model, in minutes, on this machine."""
     text = [*(text or []), *(more or [])]
     console, started = Console(), time.perf_counter()
-    _refuse_early(folder, restart, overrides or [])
+    _refuse_early(folder, restart, overrides or [], minutes)
     if restart and folder.exists():
         # The new text first: what cannot be read must not cost the earlier run.
         _prepare(text, folder / f"{_DATA}.new", text_field, on_error, console, rebuild=True)
@@ -59,9 +62,11 @@ def quickstart(
     begun = (folder / "checkpoints").exists()
     _prepare(text, folder / _DATA, text_field, on_error, console, rebuild=not begun)
     deadline = started + 60 * minutes - _SECONDS_AFTER_TRAINING
-    launch, pace = _launch(folder, overrides or [], deadline, console)
-    print_choices((*launch.choices, *pace), console)
-    trainer = run(launch, console)
+    recipe, length, paced = _recipe(folder, overrides or [], minutes)
+    launch = prepare_launch(recipe)
+    choices = (*launch.choices, *length)
+    print_choices(choices, console)
+    trainer = run(launch, console, _pacer(recipe, deadline) if paced else None)
     if trainer.interrupted:
         from zili.training.interruption import ignore_repeats
 
@@ -69,7 +74,7 @@ def quickstart(
         console.print(f"Stopped at step {trainer.step}; the checkpoint is written. Go on with the same command:")
         console.print(f"  {_command(text, folder, text_field, on_error)}", highlight=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED)
-    _conclude(launch, (*launch.choices, *pace), time.perf_counter() - started, console)
+    _conclude(launch, choices, time.perf_counter() - started, console)
 
 
 def _command(text: list[Path], folder: Path, text_field: str, on_error: OnError) -> str:
@@ -86,7 +91,7 @@ def _command(text: list[Path], folder: Path, text_field: str, on_error: OnError)
     return shlex.join(words)
 
 
-def _refuse_early(folder: Path, restart: bool, overrides: list[str]) -> None:
+def _refuse_early(folder: Path, restart: bool, overrides: list[str], minutes: float) -> None:
     """A mistyped override, an unknown chip or torchrun, before minutes of reading text and before an earlier run is
     dropped."""
     if processes()[1] > 1:
@@ -95,7 +100,7 @@ def _refuse_early(folder: Path, restart: bool, overrides: list[str]) -> None:
     if earlier.exists() and not restart:
         recipe = read_recipe(earlier, overrides)
     else:
-        recipe = _new_recipe(folder, _ANY_STEPS, overrides)
+        recipe = _new_recipe(folder, overrides, minutes)
     if recipe.folder != folder:
         raise ConfigError(f"--set folder={recipe.folder} and the run folder {folder} differ; use --folder alone")
     chips.choose(recipe.chip.name)
@@ -134,25 +139,27 @@ def _prepare(
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _launch(folder: Path, overrides: list[str], deadline: float, console: Console) -> tuple[Launch, tuple[Choice, ...]]:
-    """The run begun earlier in this folder, or a new one of as many steps as fit before the deadline."""
+def _recipe(folder: Path, overrides: list[str], minutes: float) -> tuple[RunConfig, tuple[Choice, ...], bool]:
+    """The run begun earlier in this folder, or a new one; why it has its length; whether that is found as it runs."""
     if (folder / RECIPE_FILE).exists():
-        launch = prepare_launch(read_recipe(folder / RECIPE_FILE, overrides))
-        own = str(launch.recipe.training.steps)
-        return launch, (Choice("training.steps", own, "the run's own; --minutes counts for a new run"),)
-    launch = prepare_launch(_new_recipe(folder, _ANY_STEPS, overrides))
+        recipe = read_recipe(folder / RECIPE_FILE, overrides)
+        own = Choice("training.steps", str(recipe.training.steps), "the run's own; --minutes counts for a new run")
+        return recipe, (own,), False
+    recipe = _new_recipe(folder, overrides, minutes)
     if any(override.split("=")[0].strip() == "training.steps" for override in overrides):
-        return launch, ()
-    with console.status("compiling and timing a few steps"):
-        from zili.training.pacing import seconds_per_step
-
-        seconds = seconds_per_step(launch.setup.config, launch.loader, launch.setup.device)
-    steps = _steps_that_fit(launch.recipe, seconds, deadline - time.perf_counter())
-    choice = Choice("training.steps", str(steps), f"what fits at {seconds:.2f} s a step (--minutes)")
-    return launch.with_recipe(_new_recipe(folder, steps, overrides)), (choice,)
+        return recipe, (), False
+    fitting = Choice("training.steps", "as many as fit", f"--minutes {minutes:g}; found while it runs")
+    return recipe, (fitting,), True
 
 
-def _new_recipe(folder: Path, steps: int, overrides: list[str]) -> RunConfig:
+def _pacer(recipe: RunConfig, deadline: float) -> Pacer:
+    from zili.training.pacing import Pacer
+
+    return Pacer(deadline, lambda config: keep_length(recipe, config))
+
+
+def _new_recipe(folder: Path, overrides: list[str], minutes: float) -> RunConfig:
+    steps = math.ceil(_STEPS_A_MINUTE * minutes)
     table = tomllib.loads((resources.files("zili.config") / "quickstart.toml").read_text(encoding="utf-8"))
     data = folder / _DATA
     table["folder"] = str(folder)
@@ -164,14 +171,6 @@ def _new_recipe(folder: Path, steps: int, overrides: list[str]) -> RunConfig:
         "held_out": str(data / "held_out"),
     }
     return build_config(table, overrides, origin="quickstart")
-
-
-def _steps_that_fit(recipe: RunConfig, seconds: float, left: float) -> int:
-    """Steps in the seconds left, the evaluations paid for: a forward pass, run eagerly, is about half a step."""
-    evaluated_tokens = 2 * recipe.evaluation.max_bytes / 3  # about three bytes a token; windows overlap by half
-    step_tokens = recipe.training.global_batch * recipe.training.sequence_length
-    evaluations = _EVALUATIONS * seconds * evaluated_tokens / step_tokens / 2
-    return max(1, 2 * recipe.schedule.warmup_steps, int((left - evaluations) * 0.95 / seconds))
 
 
 def _conclude(launch: Launch, choices: tuple[Choice, ...], seconds: float, console: Console) -> None:

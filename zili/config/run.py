@@ -89,6 +89,8 @@ class ScheduleConfig(Section):
     warmup_steps: NonNegativeInt = 0
     decay_fraction: float = Field(0.2, gt=0.0, le=1.0)
     """wsd only: last share of the steps over which the rate decays."""
+    decay_start: PositiveInt | None = None
+    """wsd only: steps done when the decay begins, in place of `decay_fraction`; a quickstart finds it as it runs."""
     final: float = Field(0.1, ge=0.0, le=1.0)
     """Share of the peak rate at the last step."""
 
@@ -188,6 +190,8 @@ class RunConfig(Section):
             raise ValueError(
                 f"schedule.warmup_steps ({self.schedule.warmup_steps}) leaves none of training.steps ({training.steps})"
             )
+        if self.schedule.decay_start is not None and self.schedule.kind != "wsd":
+            raise ValueError(f"schedule.decay_start is of wsd, and schedule.kind is {self.schedule.kind}")
         if training.sequence_length > self.model.max_length:
             raise ValueError(
                 f"training.sequence_length ({training.sequence_length}) is longer than model.max_length "

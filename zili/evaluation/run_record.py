@@ -135,13 +135,14 @@ def _summary(path: Path, notes: list[str]) -> Record:
 
 
 def _planned_steps(run: RunRecord) -> int | None:
-    """As the last start recorded it, or the recipe, which may be damaged: hence not `zili.config.load_recipe`."""
+    """As the recipe has it, whose number may move while a quickstart runs; or the last start, where the recipe is
+    damaged: hence not `zili.config.load_recipe`."""
     told = number(run.starts[-1], "steps") if run.starts else None
     try:
         written = number(section(tomllib.loads(run.recipe), "training"), "steps")
     except tomllib.TOMLDecodeError:
         written = None
-    steps = written if told is None else told
+    steps = told if written is None else written
     return None if steps is None else int(steps)
 
 

@@ -1,29 +1,100 @@
-"""How many steps fit into a given time, found by taking a few."""
+"""A run that ends on time: how many steps there will be is estimated anew while it runs, for as long as no step depends
+on it."""
 
 from __future__ import annotations
 
 import time
-from statistics import median
+from collections import deque
+from collections.abc import Callable
+from itertools import islice
+from typing import TYPE_CHECKING
 
-from zili.chips.device import Device
-from zili.config import RunConfig
-from zili.data.loader import Batches
-from zili.training.trainer import Trainer
+from zili.training.callbacks.base import Callback
+from zili.training.schedules import decay_start
 
-_WARM_UP, _TIMED = 2, 5
+if TYPE_CHECKING:
+    from zili.config import RunConfig
+    from zili.training.trainer import Trainer
+
+_FIRST = 2
+"""Steps that say nothing of those to come: they compile, and take memory."""
+_RECENT = 0.1
+"""Share of the steps so far whose mean time is expected of the others, at least `_FEWEST`."""
+_FEWEST = 5
 
 
-def seconds_per_step(config: RunConfig, loader: Batches, device: Device) -> float:
-    """Median seconds of a step, compiled and warm, taken on a model that is thrown away.
+class Pacer(Callback):
+    """Sets `training.steps` of a running trainer to what fits before a deadline.
 
-    What the first step compiles stays compiled for the run that follows in the same process.
+    While the rate is constant, how many steps will follow makes no difference, so the number may move with the speed of
+    the machine. At the last moment at which the decay can begin it is settled, together with `schedule.decay_start`.
+    From then on it is a run like any other: one that has these two in its recipe from the first step has the same bits.
+    A machine that gets slower or faster during the decay ends it later or earlier.
     """
-    trainer = Trainer(config, loader, device)
-    trainer.model.train()
-    seconds = []
-    for step in range(_WARM_UP + _TIMED):
-        started = time.perf_counter()
-        trainer.train_step(loader.batch(step))
-        device.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return median(seconds[_WARM_UP:])
+
+    def __init__(
+        self, deadline: float, keep: Callable[[RunConfig], None], clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        """`deadline`: when training should be over, its evaluations included, as `clock` tells time. `keep` is told the
+        trainer's configuration with each checkpoint, and when the number is settled."""
+        self._deadline, self._keep, self._clock = deadline, keep, clock
+        self._seconds: deque[float] = deque()
+        self._then: float | None = None
+        self._evaluating = 0.0
+        self._one_evaluation: float | None = None
+        self.settled = False
+
+    def on_start(self, trainer: Trainer) -> None:
+        self._then = self._clock()
+
+    def on_evaluation(self, step: int, values: dict[str, float]) -> None:
+        """What evaluations take is paid for apart."""
+        self._evaluating = self._one_evaluation = values["seconds"]
+
+    def after_step(self, trainer: Trainer) -> None:
+        if self.settled:
+            return
+        now = self._clock()
+        assert self._then is not None
+        self._seconds.append(now - self._then - self._evaluating)
+        self._then, self._evaluating = now, 0.0
+        if len(self._seconds) > _FIRST:
+            # One process decides for all: each has a clock of its own.
+            steps = trainer.world.from_first(lambda: trainer.step + self._fitting(trainer, now))
+            self._set(trainer, max(steps, trainer.config.schedule.warmup_steps + 1))
+
+    def on_checkpoint(self, trainer: Trainer) -> None:
+        self._keep(trainer.config)
+
+    def _fitting(self, trainer: Trainer, now: float) -> int:
+        """Steps that fit before the deadline."""
+        done = len(self._seconds) - _FIRST
+        recent = min(done, max(_FEWEST, round(_RECENT * done)))
+        step = sum(islice(reversed(self._seconds), recent)) / recent
+        left = self._deadline - now - self._evaluation(trainer.config, step)
+        every = trainer.config.evaluation.every
+        if every:  # those before the last one: each step brings its share
+            step += self._evaluation(trainer.config, step) / every
+        return max(0, int(left / step))
+
+    def _evaluation(self, config: RunConfig, step: float) -> float:
+        """Seconds of one, as the last took; before, a forward pass, which is about half a step."""
+        if config.data.held_out is None:
+            return 0.0
+        if self._one_evaluation is not None:
+            return self._one_evaluation
+        tokens = 2 * config.evaluation.max_bytes / 3  # about three bytes a token; windows overlap by half
+        return step / 2 * tokens / (config.training.global_batch * config.training.sequence_length)
+
+    def _set(self, trainer: Trainer, steps: int) -> None:
+        config = trainer.config
+        start = decay_start(steps, config.schedule)
+        self.settled = trainer.step >= start
+        schedule = config.schedule
+        if self.settled and schedule.kind == "wsd":
+            schedule = schedule.model_copy(update={"decay_start": trainer.step})
+        training = config.training.model_copy(update={"steps": steps})
+        trainer.config = config.model_copy(update={"training": training, "schedule": schedule})
+        if self.settled:
+            self._keep(trainer.config)
+            trainer.note(f"step {trainer.step}: step {steps:,} will be the last, which is what fits the time")

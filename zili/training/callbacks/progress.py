@@ -42,7 +42,10 @@ class ProgressDisplay(Callback):
             expand=True,
         )
         self._task = self._progress.add_task(
-            "training", total=trainer.config.training.steps, completed=trainer.step, figures="the first step compiles"
+            "training",
+            total=trainer.config.training.steps,
+            completed=trainer.step,
+            figures="the first step takes longest",
         )
         self._progress.start()
 
@@ -53,10 +56,10 @@ class ProgressDisplay(Callback):
             f"loss {record.loss:.3f}{preferred}{self._evaluated}  {record.tokens_per_second:,.0f} tokens/s  "
             f"{record.matmul_share:.0%} of matmul peak"
         )
+        steps = trainer.config.training.steps  # which may have moved
         if self._progress is not None:
-            self._progress.update(self._task, completed=record.step, figures=figures)
+            self._progress.update(self._task, total=steps, completed=record.step, figures=figures)
             return
-        steps = trainer.config.training.steps
         if record.step >= self._next_line or record.step == steps:
             self._next_line = record.step + math.ceil(steps / _PLAIN_LINES)
             self._print(f"step {record.step}/{steps}  {figures}")
