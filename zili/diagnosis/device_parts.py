@@ -22,6 +22,7 @@ from zili.config import RunConfig
 from zili.diagnosis.findings import Finding, Severity
 from zili.diagnosis.made_up_runs import DENSE, MIXTURE, made_up_trainer, run_config, trainer_of
 from zili.models.decoder import Decoder
+from zili.ops import registry
 from zili.release.mapping import PublishedTensors
 from zili.release.opening import LAYOUTS, load, open_model
 from zili.release.tensors import HeldTensors
@@ -189,7 +190,10 @@ def _allocated(device: Device) -> dict[str, int]:
 
 
 def moved(chip: str, note: Note) -> None:
-    """A run that goes from the chip to the CPU and back by its checkpoints, beside one that stays on the CPU."""
+    """A run that goes from the chip to the CPU and back by its checkpoints, beside one that stays on the CPU.
+
+    By the plain operations: what others do is compared elsewhere, and both places are to compute the same.
+    """
     name = _opened(chip).backend.name
     with tempfile.TemporaryDirectory() as folder:
         stays = _losses(["cpu"] * 3, Path(folder) / "stays")
@@ -215,8 +219,9 @@ class _Losses(Callback):
 def _losses(places: list[str], folder: Path) -> list[float]:
     """Losses of a run that goes on, in `folder`, on one backend after the other."""
     heard = _Losses()
+    plain = [f"chip.operations.{name}={registry.REFERENCE}" for name in registry.OPERATIONS]
     for number, chip in enumerate(places, 1):
-        trainer = made_up_trainer(run_config(DENSE, chip, f"training.steps={number * _STRETCH}", folder=folder))
+        trainer = made_up_trainer(run_config(DENSE, chip, f"training.steps={number * _STRETCH}", *plain, folder=folder))
         trainer.callbacks = [heard]
         assert trainer.resume() == (number > 1)
         trainer.fit()

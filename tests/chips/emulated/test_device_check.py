@@ -21,53 +21,54 @@ from zili.diagnosis.device_check import PARTS
 from zili.diagnosis.findings import Finding, Severity
 from zili.planning.machine import machine, with_measurements
 
+SILU = Fault("aten::silu", "scale", 0.01)
 
-def findings(chip: str, parts: Sequence[str], faults: Sequence[Fault] = ()) -> list[Finding]:
-    """What parts of the check find, one after the other in this process."""
+
+def findings(chip: str, *asked: tuple[str, Sequence[Fault]]) -> list[list[Finding]]:
+    """What parts of the check find, one after the other in this process, with these faults in the chip."""
     from zili import chips
     from zili.diagnosis import device_parts
 
     chips.activate(chips.find_backend(chip))
     import emulated
 
-    emulated.plant(*faults)
-    found: list[Finding] = []
-    for part in parts:
-        getattr(device_parts, part)(chip, found.append)
+    found: list[list[Finding]] = []
+    for part, faults in asked:
+        found.append([])
+        emulated.plant(*faults)
+        getattr(device_parts, part)(chip, found[-1].append)
     return found
 
 
-def test_a_sound_chip(with_plugins: Environment) -> None:
-    parts = ("goldens", "memory", "moved")
-    (found,) = on_processes(1, findings, "ascend", parts, environment=with_plugins(ASCEND))
-    by_name = {(finding.area, finding.name): finding for finding in found}
-    goldens = [("goldens", name) for name in ("deepseek", "llama", "telechat2")]
-    memory = [("peak memory", name) for name in ("dense", "mixture")]
-    assert list(by_name) == [*goldens, *memory, ("resume", "dense")]
-    for place in (*goldens, ("resume", "dense")):
-        assert by_name[place].severity is Severity.GOOD, by_name[place]
-    assert all(by_name[place].figures["logits"] < 1e-5 for place in goldens)
-    assert by_name["resume", "dense"].figures["relative difference"] < 1e-5
-    for place in memory:
-        given, said = (by_name[place].figures[f"{what} bytes"] for what in ("given", "rehearsed"))
-        assert said == pytest.approx(given, rel=0.1), by_name[place]
+def test_goldens_and_a_run_that_moves(with_plugins: Environment) -> None:
+    asked = (("goldens", []), ("moved", []), ("goldens", [SILU]), ("moved", [SILU]))
+    (found,) = on_processes(1, findings, "ascend", *asked, environment=with_plugins(ASCEND))
+    goldens, (moved,), wrong, (wrong_moved,) = found
+    assert [finding.name for finding in goldens] == ["deepseek", "llama", "telechat2"]
+    assert all(finding.severity is Severity.GOOD for finding in (*goldens, moved)), found
+    assert all(finding.figures["logits"] < 1e-5 for finding in goldens)
+    assert moved.figures["relative difference"] < 1e-5
+    assert all(finding.severity is Severity.BROKEN for finding in (*wrong, wrong_moved)), found
 
 
-@pytest.mark.parametrize("part", ["align_mixture", pytest.param("align_dense", marks=pytest.mark.slow)])
-def test_a_sound_chip_is_aligned_in_bf16(part: str, with_plugins: Environment) -> None:
-    ((found,),) = on_processes(1, findings, "cambricon", (part,), environment=with_plugins(CAMBRICON))
-    assert found.severity is Severity.GOOD, found
-    assert "in bf16" in found.seen and found.figures["operations"] > 500
+@pytest.mark.slow
+def test_a_sound_chip_is_aligned_in_bf16_and_has_the_memory_of_a_rehearsal(with_plugins: Environment) -> None:
+    asked = [(part, []) for part in ("align_dense", "align_mixture", "memory")]
+    (parts,) = on_processes(1, findings, "cambricon", *asked, environment=with_plugins(CAMBRICON))
+    found = [finding for part in parts for finding in part]
+    assert [finding.severity for finding in found] == 4 * [Severity.GOOD], found
+    aligned, peaks = found[:2], found[2:]
+    assert all("in bf16" in one.seen and one.figures["operations"] > 500 for one in aligned)
+    for peak in peaks:
+        assert peak.figures["rehearsed bytes"] == pytest.approx(peak.figures["given bytes"], rel=0.1)
 
 
-def test_a_wrong_chip_is_found_by_goldens_and_named_by_align(with_plugins: Environment) -> None:
-    faults = [Fault("aten::silu", "scale", 0.01)]
-    (found,) = on_processes(
-        *(1, findings, "cambricon", ("goldens", "align_dense"), faults), environment=with_plugins(CAMBRICON)
-    )
-    assert all(finding.severity is Severity.BROKEN for finding in found)
-    assert {finding.name for finding in found if finding.area == "goldens"} == {"deepseek", "llama", "telechat2"}
-    first = next(finding for finding in found if finding.name == "dense: 1")
+@pytest.mark.slow
+def test_a_wrong_operation_is_named(with_plugins: Environment) -> None:
+    asked = ("align_dense", [SILU])
+    ((found,),) = on_processes(1, findings, "cambricon", asked, environment=with_plugins(CAMBRICON))
+    whole, first, *_ = found
+    assert whole.severity is Severity.BROKEN and whole.figures["outside"] == len(found) - 1
     assert "forward of layers.0.feed_forward: aten.silu.default" in first.seen
 
 
