@@ -71,6 +71,15 @@ def test_what_may_be_recommended_can_be_rehearsed(seed: int, tmp_path: Path) -> 
     rehearse_drawn(random.Random(seed), tmp_path)
 
 
+@pytest.mark.parametrize("layout", [Layout("shards=2"), slow(Layout("pipeline=2 shards=2"))])
+def test_multi_token_prediction_takes_no_part_beside_preferences(layout: Layout, tmp_path: Path) -> None:
+    """In bf16, with gradients of several micro-batches to add up: it has none, and its weights are never gathered."""
+    settings = ("preference.beta=0.1", "training.start_from=model", "chip.precision=bf16")
+    config = tiny_recipe("mixture", tmp_path, tmp_path / "run", *settings, *layout.overrides)
+    last = layout.world - layout.world // config.parallel.pipeline
+    assert on_processes(1, rehearsed, config, layout.world, last)[0] > 0
+
+
 def run_and_compare(config: RunConfig, world: int, alone: list[float]) -> None:
     many = curve_of(config, world, 2)
     assert largest_difference(alone[:2], many.losses) <= BOUND

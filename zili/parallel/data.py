@@ -36,25 +36,36 @@ def apply_sharding(model: Decoder, world: World, dtype: torch.dtype) -> None:
     multiply is gathered in `dtype`, the embedding in fp32, norms and routers are left whole. Gradients are reduced in
     fp32. What goes into a module keeps its own dtype: the residual stream and the angles of positions are fp32.
     """
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    in_fp32 = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     weights = world.mesh("weights")
     whole = {parameter for name, parameter in model.named_parameters() if _left_whole(name, world, dtype)}
     # A pipeline's micro-batches follow one another: gathering a block again for each would cost more than keeping it
     # through the step, and the schedules that put weight gradients off find only weights that are still there.
     again = world.layout.pipeline == 1
     for experts in (module for module in model.modules() if isinstance(module, Experts)):
-        _shard_experts(experts, world, mp_policy=policy, reshard_after_forward=again)
+        _shard_experts(experts, world, mp_policy=_policy(experts, dtype), reshard_after_forward=again)
     for block in [*model.layers, *([model.next_tokens] if model.next_tokens else [])]:
+        policy = _policy(block, dtype)
         fully_shard(block, mesh=weights, mp_policy=policy, reshard_after_forward=again, ignored_params=whole)
     if dtype != torch.float32 and model.embedding is not None and model.head is not None:
-        fully_shard(model.embedding, mesh=weights, mp_policy=in_fp32, reshard_after_forward=False)
+        policy = _policy(model.embedding, torch.float32)
+        fully_shard(model.embedding, mesh=weights, mp_policy=policy, reshard_after_forward=False)
     # Without a head of its own, it has the embedding or nothing. A tied one is lowered by the product.
-    around = in_fp32 if model.head is None else policy
-    fully_shard(model, mesh=weights, mp_policy=around, reshard_after_forward=False, ignored_params=whole)
+    policy = _policy(model, torch.float32 if model.head is None else dtype)
+    fully_shard(model, mesh=weights, mp_policy=policy, reshard_after_forward=False, ignored_params=whole)
     for module in sharded(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+
+
+def _policy(module: nn.Module, dtype: torch.dtype) -> MixedPrecisionPolicy:
+    """Weights gathered in `dtype`, gradients reduced in fp32.
+
+    What has no gradients is given no dtype to reduce them in: to add them up in another dtype FSDP2 looks at weights as
+    they were gathered, and those that take no part, as multi-token prediction's beside preferences, never were.
+    """
+    learned = any(parameter.requires_grad for parameter in module.parameters())
+    reduced = torch.float32 if learned else None
+    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduced, cast_forward_inputs=False)
 
 
 def _left_whole(name: str, world: World, dtype: torch.dtype) -> bool:
