@@ -125,7 +125,7 @@ def _swiglu(generator: torch.Generator, length: int = 512, scale: float = 1.0) -
 def _attention(generator: torch.Generator, length: int = 512) -> Example:
     heads = [_normal(generator, 2, length, count, 64) for count in (6, 2, 2)]
     documents = torch.zeros(2, length, dtype=torch.int32)
-    documents[0, 100:], documents[1, 64:], documents[1, 65:] = 1, 1, 2
+    documents[0, 200:], documents[1, 64:], documents[1, 65:] = 1, 1, 2
     return Example(tuple(heads), {"document_ids": documents})
 
 
