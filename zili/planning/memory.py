@@ -530,6 +530,9 @@ def _kept_attention(job: Job) -> Iterator[float]:
     model, own, tokens, size, tensor = job.model, job.own_tokens, job.tokens, job.product_bytes, job.layout.tensor
     latent, heads, head = model.latent, job.model.heads / tensor, model.head_dim
     keys = tokens if job.layout.context == 1 else job.micro_batch * job.sequence
+    if job.on_host and (job.lowered or job.config.chip.operations.get("attention") == "reference"):
+        # torch's kernel on the host takes which key is seen as numbers; ours in blocks, of fp32 alone, does not.
+        yield size * tokens * job.sequence
     if latent is None:
         yield size * tokens * model.hidden_size if _learns(job, "query", "key", "value") else 0
         yield size * tokens * heads * head  # queries
