@@ -138,6 +138,7 @@ class _Step:
         self._top = -1.0
         self.alone = job.whole
         """A process that has its weights whole gathers none, and lowered ones are kept for the backward pass."""
+        self._shards = 1 if self.alone else job.layout.weight_shards
         self.pipelined = job.layout.pipeline > 1
         known: dict[bool, _Layer] = {}
         self.stages = [_stage_layers(job, stage, known) for stage in job.stages]
@@ -306,7 +307,7 @@ class _Step:
         self.live[LOGITS] += tokens + self._first_loss
         copy = job.product_bytes * matrix if self.alone and job.lowered else 0
         raised = _FP32 * matrix if self.alone and job.lowered else 0
-        gathered = 0 if before is None or job.layout.weight_shards == 1 else job.product_bytes * before.elements
+        gathered = 0 if before is None or self._shards == 1 else job.product_bytes * before.elements
         here = ((ACTIVATIONS, self.stream), (GATHERED, gathered))
         so_far = self._head_gradient if rows < job.tokens else 0
         self.at((LOGITS, logits * (_FP32 + lowered) + copy + so_far), *here)
@@ -352,7 +353,7 @@ class _Step:
         for number in reversed(range(len(layers))):
             layer = layers[number]
             # Gathered while this one is at work; alone with its weights, a process copies them without a buffer.
-            ahead = layers[number - 1].elements if number and job.layout.weight_shards > 1 else 0
+            ahead = layers[number - 1].elements if number and self._shards > 1 else 0
             gathered = 0 if self.pipelined or self.alone else job.product_bytes * (layer.elements + ahead)
             common = ((GATHERED, gathered), (MESSAGES, flying), (BACKWARD, gradient))
             if put_off:
