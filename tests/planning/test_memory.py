@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,11 +39,14 @@ def drawn(dice: random.Random) -> Case | None:
     tensor, context, shards = dice.choice((1, 1, 2, 4)), dice.choice((1, 1, 1, 2)), dice.choice((1, 2, 4))
     replicas, pipeline, micro = dice.choice((1, 1, 2)), dice.choice((1, 1, 2, 4)), dice.choice((1, 2))
     recompute, mixture = dice.choice(("none", "none", "full", "selective")), dice.random() < 0.35
+    reduce = dice.choice(("step", "micro_batch"))
     schedule = dice.choice(("1f1b", "interleaved", "zero_bubble", "zbv")) if pipeline > 1 else "1f1b"
     halves = schedule in ("zero_bubble", "zbv")
     # Passes cut in two keep what recomputation would not, and run an exchange's gradients twice: formulas leave both
     # out. They are for pipelines with twice as many micro-batches as processes, or more.
-    if (halves and (mixture or recompute != "none")) or pipeline * (1 if schedule == "1f1b" else 2) > layers:
+    if (halves and (mixture or recompute != "none" or reduce == "micro_batch")) or pipeline * (
+        1 if schedule == "1f1b" else 2
+    ) > layers:
         return None
     count = pipeline * dice.choice((2, 3) if halves else (1, 2, 3)) if pipeline > 1 else dice.choice((1, 2, 3, 4))
     overrides = [
@@ -53,6 +57,7 @@ def drawn(dice: random.Random) -> Case | None:
         f"training.global_batch={count * micro * shards * replicas}",
         *(f"parallel.tensor={tensor}", f"parallel.context={context}", f"parallel.pipeline={pipeline}"),
         *(f"parallel.shards={shards}", f"parallel.replicas={replicas}", f"parallel.schedule={schedule}"),
+        f"parallel.reduce={reduce}",
         f"chip.precision={dice.choice(('bf16', 'bf16', 'fp32'))}",
     ]
     if mixture:
@@ -65,10 +70,32 @@ def drawn(dice: random.Random) -> Case | None:
     return Case(tuple(overrides), tensor * context * shards * replicas * pipeline, dice.randrange(pipeline))
 
 
-def rehearsed(config: RunConfig, world: int, rank: int) -> int:
+def rehearsed(config: RunConfig, world: int, rank: int, backend: str = "ascend") -> int:
     from zili.rehearsal import rehearse
 
-    return rehearse(config, world, rank, backend=chips.find_backend("ascend"), micro_batches=64).peak.bytes
+    return rehearse(config, world, rank, backend=chips.find_backend(backend), micro_batches=64).peak.bytes
+
+
+def off(case: Case, folder: Path, *, on_host: bool = False) -> float:
+    """The planner's bytes over those of a rehearsal, less one."""
+    config = tiny_recipe("dense", folder, folder / "run", *case.overrides)
+    operations = {"attention": "reference"} if on_host else {}
+    config = config.model_copy(update={"chip": config.chip.model_copy(update={"operations": operations})})
+    layout = lay_out(config, case.world)
+    rank = case.place * (case.world // layout.pipeline)
+    (truth,) = on_processes(1, rehearsed, config, case.world, rank, "cpu" if on_host else "ascend")
+    sharded = config.chip.capabilities.get("fsdp2", True)
+    job = Job(config, layout, case.place, sharded=sharded, on_host=on_host)
+    return sum(peak_bytes(job).values()) / truth - 1
+
+
+def check(cases: Sequence[Case], folder: Path, *, on_host: bool = False) -> list[float]:
+    """All within `WITHIN`."""
+    with ThreadPoolExecutor(2) as pool:
+        errors = list(pool.map(partial(off, folder=folder, on_host=on_host), cases))
+    strays = [f"{error:+.1%}: {case}" for case, error in zip(cases, errors, strict=True) if abs(error) > WITHIN]
+    assert not strays, "\n".join(strays)
+    return errors
 
 
 @pytest.mark.parametrize("count", [12, slow(40)])
@@ -78,20 +105,78 @@ def test_layouts_drawn_at_random(count: int, tmp_path: Path, record_property: Ca
     while len(cases) < count:
         case = drawn(dice)
         cases += [case] if case else []
-
-    def off(case: Case) -> float:
-        config = tiny_recipe("dense", tmp_path, tmp_path / "run", *case.overrides)
-        config = config.model_copy(update={"chip": config.chip.model_copy(update={"operations": {}})})
-        layout = lay_out(config, case.world)
-        (truth,) = on_processes(1, rehearsed, config, case.world, case.place * (case.world // layout.pipeline))
-        return sum(peak_bytes(Job(config, layout, case.place)).values()) / truth - 1
-
-    with ThreadPoolExecutor(2) as pool:
-        errors = list(pool.map(off, cases))
+    errors = check(cases, tmp_path)
     record_property("worst", f"{max(map(abs, errors)):.2%}")
-    strays = [f"{error:+.1%}: {case}" for case, error in zip(cases, errors, strict=True) if abs(error) > WITHIN]
-    assert not strays, "\n".join(strays)
     assert sum(map(abs, errors)) / count < WITHIN / 3
+
+
+SIZES = (
+    *("model.vocab_size=4096", "model.hidden_size=512", "model.head_dim=64", "model.ffn_hidden_size=1024"),
+    *("model.kv_heads=8", "model.max_length=8192", "training.sequence_length=256", "training.micro_batch=1"),
+)
+LOGITS = ("model.vocab_size=131072", "training.micro_batch=4", "training.sequence_length=2048", "model.layers=1")
+PAIRS = ("preference.beta=0.1", "training.start_from=nothing", "model.mtp_layers=1")
+NARROW = "model.mixture={experts=6, top_k=2, ffn_hidden_size=250, shared_experts=0, dense_layers=1}"
+FEATURES = {
+    "adapters": Case(("model.lora.rank=8",), 1, 0),
+    "adapters in a pipeline": Case(("model.lora.rank=8", "parallel.pipeline=2"), 2, 1),
+    "more logits than at a time": Case(LOGITS, 2, 0),
+    "the same, cut": Case((*LOGITS, "training.micro_batch=8", "parallel.tensor=2"), 2, 0),
+    "two losses of a large vocabulary": Case(("model.mtp_layers=1", "model.vocab_size=65536"), 2, 0),
+    "pairs, and a loss that is not theirs": Case(PAIRS, 1, 0),
+    "Muon": Case(("optimizer.name=muon",), 4, 0),
+    "experts of a width that is not aligned": Case((NARROW,), 4, 0),
+    "gradients summed after each": Case(("parallel.reduce=micro_batch",), 2, 0),
+    "the same in a pipeline": Case(("parallel.reduce=micro_batch", "parallel.pipeline=2", "parallel.shards=2"), 4, 1),
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_a_feature(name: str, tmp_path: Path) -> None:
+    case = FEATURES[name]
+    check([case._replace(overrides=("chip.precision=bf16", *SIZES, *case.overrides))], tmp_path)
+
+
+def test_the_host_and_a_chip_without_shards(tmp_path: Path) -> None:
+    whole = "chip.capabilities.fsdp2=false"
+    cases = [
+        Case(SIZES, 1, 0),
+        Case((*SIZES, "training.sequence_length=2048"), 1, 0),
+        Case((*SIZES, "parallel.pipeline=2", whole), 2, 1),
+        Case((*SIZES, "chip.precision=bf16", "parallel.shards=2", whole), 2, 0),
+    ]
+    check(cases, tmp_path, on_host=True)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zero_bubble", "zbv"])
+def test_a_pipeline_keeps_no_more_for_more_micro_batches(schedule: str, tmp_path: Path) -> None:
+    """Buffers of messages, what was sent, gradients: of sixteen micro-batches as many as of eight, tokens apart."""
+    peaks = []
+    for count in (8, 16):
+        overrides = (*SIZES, "parallel.pipeline=2", f"parallel.schedule={schedule}", f"training.global_batch={count}")
+        config = tiny_recipe("dense", tmp_path, tmp_path / "run", *overrides)
+        (peak,) = on_processes(1, rehearsed, config, 2, 0)
+        peaks.append(peak - count * 256 * 20)
+    assert peaks[0] == pytest.approx(peaks[1], abs=4096)
+
+
+def exchanged(config: RunConfig) -> dict[str, int]:
+    """Messages of an optimizer by kind: those of a step with it, less those of AdamW."""
+    from zili.rehearsal import rehearse
+
+    messages = rehearse(config, 4, backend=chips.find_backend("ascend")).messages
+    return {kind: sum(n for m, n in messages.items() if m.kind == kind) for kind in ("all_to_all", "all_gather")}
+
+
+def test_matrices_are_exchanged_for_muon_as_a_chip_does_it(tmp_path: Path) -> None:
+    """Two exchanges of each kind of matrix, `zili.training.muon` says: four in a layer, of which two have one shape."""
+    found = {}
+    for name in ("adamw", "muon"):
+        config = tiny_recipe("dense", tmp_path, tmp_path / "run", *SIZES, f"optimizer.name={name}")
+        (found[name],) = on_processes(1, exchanged, config)
+    assert found["adamw"]["all_to_all"] == 0
+    assert found["muon"]["all_to_all"] == 2 * 3  # square ones; gates and ups; downs
+    assert found["muon"]["all_gather"] == found["adamw"]["all_gather"]
 
 
 def test_parts_have_the_names_of_rehearsals() -> None:

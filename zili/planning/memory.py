@@ -145,6 +145,7 @@ class _Step:
         self._top = -1.0
         self.alone = job.whole
         """A process that has its weights whole gathers none, and lowered ones are kept for the backward pass."""
+        self._shards = 1 if self.alone else job.layout.weight_shards
         self.pipelined = job.layout.pipeline > 1
         known: dict[bool, _Layer] = {}
         self.stages = [_stage_layers(job, stage, known) for stage in job.stages]
@@ -313,7 +314,7 @@ class _Step:
         self.live[LOGITS] += tokens + self._first_loss
         raised = self.weight_bytes > job.product_bytes
         copy, in_fp32 = (job.product_bytes * matrix, _FP32 * matrix) if raised else (0, 0)
-        gathered = 0 if before is None or job.layout.weight_shards == 1 else before.gathered
+        gathered = 0 if before is None or self._shards == 1 else before.gathered
         here = ((ACTIVATIONS, self.stream), (GATHERED, gathered))
         so_far = self._head_gradient if rows < job.tokens else 0
         self.at((LOGITS, logits * (_FP32 + lowered) + copy + so_far), *here)
@@ -359,7 +360,7 @@ class _Step:
         for number in reversed(range(len(layers))):
             layer = layers[number]
             # Gathered while this one is at work; alone with its weights, a process copies them without a buffer.
-            ahead = layers[number - 1].gathered if number and job.layout.weight_shards > 1 else 0
+            ahead = layers[number - 1].gathered if number and self._shards > 1 else 0
             gathered = 0 if self.pipelined or self.alone else layer.gathered + ahead
             common = ((GATHERED, gathered), (MESSAGES, flying), (BACKWARD, gradient))
             if put_off:
@@ -530,6 +531,9 @@ def _kept_attention(job: Job) -> Iterator[float]:
     model, own, tokens, size, tensor = job.model, job.own_tokens, job.tokens, job.product_bytes, job.layout.tensor
     latent, heads, head = model.latent, job.model.heads / tensor, model.head_dim
     keys = tokens if job.layout.context == 1 else job.micro_batch * job.sequence
+    if job.on_host and (job.lowered or job.config.chip.operations.get("attention") == "reference"):
+        # torch's kernel on the host takes which key is seen as numbers; ours in blocks, of fp32 alone, does not.
+        yield size * tokens * job.sequence
     if latent is None:
         yield size * tokens * model.hidden_size if _learns(job, "query", "key", "value") else 0
         yield size * tokens * heads * head  # queries

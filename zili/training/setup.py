@@ -243,13 +243,13 @@ def _fitted(
     before = _kept_job(config, layout, device, previous)
     # Auto leaves a margin: evaluation needs room too, and of what is free others may want some.
     margin = room if asked != "auto" else _AUTO_SHARE * room
-    fitting = (_fits(job, margin) for job in (*([before] if before else []), *reversed(jobs)))
-    best = next(filter(None, fitting), None) or _fits(jobs[0], room)
+    kept = _fits(before, margin) if before is not None else None
+    best = kept or next(filter(None, (_fits(job, margin) for job in reversed(jobs))), None) or _fits(jobs[0], room)
     if best is None:
         raise ConfigError(_too_large(jobs[0], device, room))
     there = "unknown free memory" if free is None else f"{free / _GIB:.1f} GiB free"
     text = f"about {sum(fullest(best).values()) / _GIB:.1f} GiB of {there}"
-    if before is not None and best == before:
+    if best is kept:
         text = _KEPT
     elif best.sums_each:
         text += "; gradients of whole weights would not fit"
