@@ -105,7 +105,9 @@ def test_how_long_a_new_run_is_follows_from_the_minutes_and_stands_in_its_recipe
     steps = int(list_checkpoints(run / "checkpoints")[-1].name.removeprefix("step-"))
     assert recipe["training"]["steps"] == steps and steps != 100, "the guess was 200 a minute"
     assert 0 < recipe["schedule"]["decay_start"] <= steps
-    assert f"step {steps:,} will be the last" in outcome.out and "stopped early" not in (run / "report.html").read_text()
+    assert (
+        f"step {steps:,} will be the last" in outcome.out and "stopped early" not in (run / "report.html").read_text()
+    )
     again = zili("quickstart", "--text", text, "--folder", run)
     assert again.code == 0 and f"training.steps = {steps}: the run's own" in again.out
 

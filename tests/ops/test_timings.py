@@ -84,7 +84,9 @@ def test_a_damaged_file_is_named_and_written_anew(damage: Callable[[Path], None]
     assert third.problem is None and third.measured("linear", never) == 0.75
 
 
-def test_a_folder_that_cannot_be_written_costs_a_line_and_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_written_costs_a_line_and_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ZILI_CACHE", str(tmp_path / "file"))
     timings = Timings(KEY)

@@ -186,7 +186,9 @@ def units(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def has(value: bool) -> None:
         said = Capability(value, f"bf16 units: {value}", "run")
-        monkeypatch.setattr("zili.chips.device.Device.capability", lambda self, name: said if name == "bf16" else ask(self, name))
+        monkeypatch.setattr(
+            "zili.chips.device.Device.capability", lambda self, name: said if name == "bf16" else ask(self, name)
+        )
 
     ask = Device.capability
     return has

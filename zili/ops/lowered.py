@@ -26,7 +26,10 @@ def bf16_pays(timings: Timings) -> tuple[bool, str]:
         for number, inputs in enumerate(examples(operation, torch.float32)):
             off = _distance(operation, inputs)
             if not off <= _OFF:  # nan is not
-                return False, f"bf16 is {off:.1%} off fp32 in {operation} (example {number}), up to {_OFF:.1%} is rounding"
+                return (
+                    False,
+                    f"bf16 is {off:.1%} off fp32 in {operation} (example {number}), up to {_OFF:.1%} is rounding",
+                )
     ratio = timings.measured("bf16 products over fp32", _speed_ratio)
     told = f"products run at {ratio:.1f} times their speed in fp32 and agree with it"
     return ratio >= _FASTER, told if ratio >= _FASTER else f"{told}: not enough to round for"

@@ -8,8 +8,10 @@ from zili.config.run import ScheduleConfig
 
 
 def decay_start(steps: int, config: ScheduleConfig) -> int:
-    """Steps done when the rate begins to depend on how many there will be: to then a run of `steps` and a longer one are
-    the same. Of a constant rate all of them."""
+    """Steps done when the rate begins to depend on how many there will be; of a constant rate, all of them.
+
+    Up to then a run of `steps` and a longer one are the same.
+    """
     if config.kind == "constant":
         return steps
     if config.kind == "cosine":
@@ -23,8 +25,8 @@ def learning_rate_share(step: int, steps: int, config: ScheduleConfig) -> float:
     """Share of the peak rate at `step` (0-based) of `steps`.
 
     Warm-up rises linearly and reaches the peak at `warmup_steps`. Cosine: Loshchilov and Hutter 2016, eq. 5, one
-    cycle. wsd: constant, then linear to `final` from `decay_start` on, or over the last `decay_fraction` (Hu et al. 2024,
-    MiniCPM).
+    cycle. wsd: constant, then linear to `final` from `decay_start` on, or over the last `decay_fraction` (Hu et al.
+    2024, MiniCPM).
     """
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)

@@ -41,7 +41,10 @@ class ProgressDisplay(Callback):
             expand=True,
         )
         self._task = self._progress.add_task(
-            "training", total=trainer.config.training.steps, completed=trainer.step, figures="the first step takes longest"
+            "training",
+            total=trainer.config.training.steps,
+            completed=trainer.step,
+            figures="the first step takes longest",
         )
         self._progress.start()
 
