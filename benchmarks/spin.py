@@ -3,7 +3,7 @@
     python benchmarks/spin.py --rounds 7
 
 Each setting has a process of its own, since libgomp reads it once, when it is loaded. The processes take turns at two
-kinds of work, and sleep otherwise: `train`, three steps of the quickstart's model, compiled; `serve`, 16 tokens for each
+kinds of work and sleep otherwise: `train`, three steps of the quickstart's model, compiled; `serve`, 16 tokens for each
 of four conversations with the same model. Beside them 0, 1, 2 and 4 processes count busily. Printed is the speed, the
 median of the rounds, as a share of what the same round's default (no variable) reached with nothing beside it.
 """
@@ -60,7 +60,9 @@ def main() -> None:
 
 def _started(variables: dict[str, str]) -> subprocess.Popen[str]:
     """A process that waits for work under `variables`; it has done each kind once."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    }
     child = subprocess.Popen(
         [sys.executable, __file__, "--child"],
         env=environment | variables,

@@ -2,7 +2,7 @@
 
     python benchmarks/start.py --rounds 5
 
-Its text is Python's own `asyncio`, `email` and `json`. The first start of each round has an empty ZILI_CACHE, the second
+Its text is Python's own `asyncio`, `email` and `json`. The first start of a round has an empty ZILI_CACHE, the second
 finds what the first has measured. Printed are medians; `CPU` is what the process and its threads computed by then,
 which other programs on the machine lengthen less.
 """
@@ -52,8 +52,8 @@ def main() -> None:
         folder = Path(scratch)
         _prepare(folder)
         for number in range(arguments.rounds):
-            for name in found:
-                found[name].append(_start(folder, number, arguments.words))
+            for rows in found.values():
+                rows.append(_start(folder, number, arguments.words))
     for name, rows in found.items():
         line, step, cpu = (median(column) for column in zip(*rows, strict=True))
         print(f"{name:<16} first line {line:.1f} s, step 1 {step:.1f} s, CPU {cpu:.1f} s")

@@ -2,11 +2,12 @@
 
     python benchmarks/train_cpu.py W1 --rounds 12
     python benchmarks/train_cpu.py W2 --rounds 10
+    python benchmarks/train_cpu.py W1 --rounds 12 --precision bf16
 
-Both train the same model from the same weights on the same batches: fp32, AdamW (fused), clipping at 1.0. They take
-turns, one step each, with the machine's matrix product timed before and after every step, so that a drift of the
+Both train the same model from the same weights on the same batches: fp32, or under autocast to bf16, AdamW (fused),
+clipping at 1.0. They take turns, one step each, with the machine's matrix product timed before and after every step, so that a drift of the
 machine's speed falls on both. Printed are medians over the rounds: tokens/s, GFLOP/s, and the share of two rates of a
-2048^3 fp32 product measured beside the step: torch's own (`torch.mm`), and the fastest found (`zili.ops`).
+2048^3 product of that precision measured beside the step: torch's own (`torch.mm`), and the fastest found (`zili.ops`).
 
 FLOPs a token: 6 N + 6 L S H d (`zili.models.arithmetic.training_flops_per_token`), for both.
 """
@@ -17,10 +18,14 @@ import argparse
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import TYPE_CHECKING
 
 from zili import chips
 from zili.chips.device import Device
 from zili.config import ModelConfig
+
+if TYPE_CHECKING:
+    import torch
 
 SHAPES: dict[str, tuple[dict[str, int], int, int]] = {
     "W1": (
@@ -37,6 +42,8 @@ SHAPES: dict[str, tuple[dict[str, int], int, int]] = {
 """Model, sequence length, sequences a step."""
 EQUAL_STEPS = 20
 LEARNING_RATE = 3e-4
+LARGEST_DIFFERENCE = {"fp32": 1e-3, "bf16": 1e-2}
+"""Of two losses at one step, relative, by precision."""
 
 
 def main() -> None:
@@ -51,21 +58,23 @@ def main() -> None:
     config = ModelConfig(head_dim=64, max_length=length, **shape)
     print(f"{arguments.workload}: {shape}, sequence {length}, {batch} a step; {Device(activation).name()}, ", end="")
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    for choice in ops.choose("cpu", "fp32", {}):
+    for choice in ops.choose("cpu", arguments.precision, {}):
         print("  {} = {} ({})".format(*choice))
     torch.manual_seed(0)
     batches = [torch.randint(config.vocab_size, (batch, length + 1)) for _ in range(EQUAL_STEPS)]
-    ours = _ours(config, batches, compiled=not arguments.eager)
-    theirs = _transformers(config, batches)
-    _compare_losses(ours, theirs)
+    ours = _ours(config, batches, arguments.precision, compiled=not arguments.eager)
+    theirs = _transformers(config, batches, arguments.precision)
+    _compare_losses(ours, theirs, LARGEST_DIFFERENCE[arguments.precision])
     flops = batch * length * training_flops_per_token(config, length)
-    _race({"zili": ours, "transformers": theirs}, arguments.rounds, flops, batch * length)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.precision]
+    _race({"zili": ours, "transformers": theirs}, arguments.rounds, flops, batch * length, dtype)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("workload", choices=SHAPES)
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--precision", choices=LARGEST_DIFFERENCE, default="fp32")
     parser.add_argument("--eager", action="store_true", help="do not compile our blocks")
     return parser.parse_args()
 
@@ -74,7 +83,7 @@ Step = Callable[[int], float]
 """Takes the number of a batch, does one optimizer step on it, returns the loss."""
 
 
-def _ours(config: ModelConfig, batches: list, *, compiled: bool) -> Step:
+def _ours(config: ModelConfig, batches: list, precision: str, *, compiled: bool) -> Step:
     """The trainer's own step, on fixed batches."""
     import torch
 
@@ -90,7 +99,7 @@ def _ours(config: ModelConfig, batches: list, *, compiled: bool) -> Step:
             "training": {"steps": 10**6, "sequence_length": width - 1, "global_batch": rows, "micro_batch": rows},
             "optimizer": {"learning_rate": LEARNING_RATE, "weight_decay": 0.1, "clip": 1.0},
             "schedule": {"kind": "constant"},
-            "chip": {"name": "cpu", "precision": "fp32", "compile": compiled},
+            "chip": {"name": "cpu", "precision": precision, "compile": compiled},
         },
         origin="benchmark",
     )
@@ -107,7 +116,7 @@ def _ours(config: ModelConfig, batches: list, *, compiled: bool) -> Step:
     return step
 
 
-def _transformers(config: ModelConfig, batches: list) -> Step:
+def _transformers(config: ModelConfig, batches: list, precision: str) -> Step:
     """A plain loop over LlamaForCausalLM as it comes: SDPA attention, fused AdamW, foreach clipping."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -144,7 +153,8 @@ def _transformers(config: ModelConfig, batches: list) -> Step:
     def step(number: int) -> float:
         tokens = batches[number % len(batches)]
         # Labels already shifted, so that both sides predict the same S targets.
-        logits = model(input_ids=tokens[:, :-1]).logits
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(input_ids=tokens[:, :-1]).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -184,27 +194,27 @@ def _llama_names(config: ModelConfig) -> dict:
     return renamed
 
 
-def _compare_losses(ours: Step, theirs: Step) -> None:
+def _compare_losses(ours: Step, theirs: Step, limit: float) -> None:
     """Both take the same 20 steps; they must follow one loss curve."""
     largest = 0.0
     for number in range(EQUAL_STEPS):
         a, b = ours(number), theirs(number)
         largest = max(largest, abs(a - b) / abs(b))
     print(f"losses over {EQUAL_STEPS} steps: largest relative difference {largest:.1e}; last {a:.6f} and {b:.6f}")
-    if largest > 1e-3:
-        raise SystemExit("the losses differ by more than 1e-3: the comparison would not be of the same work")
+    if largest > limit:
+        raise SystemExit(f"the losses differ by more than {limit:g}: the comparison would not be of the same work")
 
 
-def _race(steps: dict[str, Step], rounds: int, flops: float, tokens: int) -> None:
+def _race(steps: dict[str, Step], rounds: int, flops: float, tokens: int, dtype: torch.dtype) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     shares: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for number in range(rounds):
         for name, step in steps.items():
-            before = _products()
+            before = _products(dtype)
             started = time.perf_counter()
             step(number)
             taken = time.perf_counter() - started
-            after = _products()
+            after = _products(dtype)
             seconds[name].append(taken)
             plain, best = ((x + y) / 2 for x, y in zip(before, after, strict=True))
             shares[name].append((flops / taken / plain, flops / taken / best))
@@ -221,14 +231,14 @@ def _race(steps: dict[str, Step], rounds: int, flops: float, tokens: int) -> Non
     print(f"  zili over transformers, round by round: {median(ratios):.2f}x ({ratios[0]:.2f} to {ratios[-1]:.2f})")
 
 
-def _products() -> tuple[float, float]:
-    """FLOP/s of a 2048^3 fp32 product now: torch.mm, and the best of it and zili's."""
+def _products(dtype: torch.dtype) -> tuple[float, float]:
+    """FLOP/s of a 2048^3 product of `dtype` now: torch.mm, and the best of it and zili's."""
     import torch
 
     from zili import ops
 
     size = 2048
-    a, b = _matrices(size)
+    a, b = (matrix.to(dtype) for matrix in _matrices(size))
     rates = []
     for product in (torch.mm, ops.linear):
         fastest = float("inf")

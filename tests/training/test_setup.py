@@ -10,12 +10,13 @@ import torch
 from tiny_run import Recipe, train
 
 from zili import ops
-from zili.chips import find_backend
+from zili.chips import Capability, Device, find_backend
 from zili.chips.catalog import find_chip
 from zili.config import Choice, RunConfig
 from zili.config.presets import load_preset
 from zili.errors import ChipError, ConfigError
 from zili.models.arithmetic import parameter_shapes
+from zili.ops import lowered
 from zili.parallel.layout import Layout
 from zili.planning.goodput import Failures
 from zili.planning.job import Job
@@ -222,6 +223,68 @@ def test_whether_a_run_is_compiled_stands_in_its_checkpoint(recipe: Recipe, spee
         result = set_up(recipe("chip.compile=auto", f"training.steps={steps}", *PLAIN))
         assert result.config.chip.compile is compiled
         assert "checkpoint" in chosen(result, "chip.compile").reason
+
+
+@pytest.fixture
+def units(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`units(true_or_false)`: whether the CPU has bf16 units."""
+
+    def has(value: bool) -> None:
+        said = Capability(value, f"bf16 units: {value}", "run")
+        monkeypatch.setattr(
+            "zili.chips.device.Device.capability", lambda self, name: said if name == "bf16" else ask(self, name)
+        )
+
+    ask = Device.capability
+    return has
+
+
+def test_a_new_run_takes_bf16_where_the_cpu_has_it_and_it_agrees_and_is_faster(
+    recipe: Recipe, units: Any, speeds: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speeds(1.5)
+    auto = ("chip.precision=auto", *PLAIN)
+    for has, ratio, expected in ((True, 1.6, "bf16"), (True, 0.3, "bf16"), (False, 1.6, "fp32")):
+        units(has)
+        monkeypatch.setattr("zili.ops.lowered._speed_ratio", lambda ratio=ratio: ratio)
+        result = set_up(recipe(*auto))
+        assert result.config.chip.precision == expected, "and a second reading of the speed changes nothing"
+        assert f"bf16 units: {has}" in chosen(result, "chip.precision").reason
+    monkeypatch.setenv("ZILI_CACHE", str(recipe().folder / "another-machine"))
+    units(True)
+    monkeypatch.setattr("zili.ops.lowered._speed_ratio", lambda: 1.0)
+    assert set_up(recipe(*auto)).config.chip.precision == "fp32"
+
+
+def test_bf16_that_is_wrong_on_a_cpu_is_not_taken(
+    recipe: Recipe, units: Any, monkeypatch: pytest.MonkeyPatch, speeds: Any
+) -> None:
+    units(True)
+    monkeypatch.setattr("zili.ops.lowered._speed_ratio", lambda: 2.0)
+    right = lowered._lowered
+
+    def wrong(inputs: Any, operation: str) -> list[torch.Tensor]:
+        found = right(inputs, operation)
+        return [found[0], *(1.05 * gradient for gradient in found[1:])]
+
+    speeds(1.5)
+    monkeypatch.setattr(lowered, "_lowered", wrong)
+    result = set_up(recipe("chip.precision=auto", *PLAIN))
+    assert result.config.chip.precision == "fp32"
+    assert "5.0% off fp32 in linear" in chosen(result, "chip.precision").reason
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("has", [True, False])
+def test_a_run_keeps_the_precision_of_its_checkpoint_wherever_it_goes_on(
+    recipe: Recipe, units: Any, precision: str, has: bool
+) -> None:
+    train(recipe(f"chip.precision={precision}", "training.steps=2"))
+    units(has)
+    result = set_up(recipe("chip.precision=auto", *PLAIN))
+    assert result.config.chip.precision == precision
+    reason = chosen(result, "chip.precision").reason
+    assert "checkpoint" in reason and ("bf16 units: False" in reason) == (precision == "bf16" and not has)
 
 
 def test_bf16_on_the_cpu_runs_when_asked_for(recipe: Recipe) -> None:

@@ -107,8 +107,10 @@ def _open_data(recipe: RunConfig) -> tuple[Tokenizer, Batches, list[TokenStore]]
 
 
 def run(launch: Launch, console: Console, pacer: Pacer | None = None) -> Trainer:
-    """Train to the end, or until interrupted, going on from the newest checkpoint; returns the trainer. `pacer` says
-    where the end is."""
+    """Train to the end, or until interrupted, going on from the newest checkpoint; returns the trainer.
+
+    `pacer` finds where the end is.
+    """
     from zili.evaluation.during_training import EvaluationSink, HeldOutEvaluation, measure_of
     from zili.training.callbacks import Callback, MetricsLog, ProgressDisplay, TensorBoardLog
     from zili.training.trainer import Trainer

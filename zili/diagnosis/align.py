@@ -34,7 +34,9 @@ def align(recipe: RunConfig, build: Build, steps: int) -> Alignment:
     training = recipe.training.model_copy(update={"recompute": "none"})
     eager = recipe.model_copy(update={"chip": chip, "training": training, "parallel": ParallelConfig()})
     plain = dict.fromkeys(registry.OPERATIONS, registry.REFERENCE)
-    on_cpu = eager.chip.model_copy(update={"name": "cpu", "operations": plain})
+    # fp32 is what a chip is held against, unless the recipe names another precision for both.
+    precision = "fp32" if eager.chip.precision == "auto" else eager.chip.precision
+    on_cpu = eager.chip.model_copy(update={"name": "cpu", "operations": plain, "precision": precision})
     # The chip first: autograd makes a queue for each device that is there at its first backward pass, none later.
     trainer = build(eager)
     if trainer.device.type == "cpu":

@@ -135,8 +135,10 @@ def _summary(path: Path, notes: list[str]) -> Record:
 
 
 def _planned_steps(run: RunRecord) -> int | None:
-    """As the recipe has it, whose number may move while a quickstart runs; or the last start, where the recipe is
-    damaged: hence not `zili.config.load_recipe`."""
+    """As the recipe has it, whose number may move while a quickstart runs; or as the last start recorded it.
+
+    The recipe may be damaged: hence not `zili.config.load_recipe`.
+    """
     told = number(run.starts[-1], "steps") if run.starts else None
     try:
         written = number(section(tomllib.loads(run.recipe), "training"), "steps")

@@ -63,7 +63,7 @@ def _build(config: RunConfig, world: World, dtype: torch.dtype, layers: range) -
 def _compile(part: Decoder) -> None:
     for block in part.layers:
         # Which rows go to which expert is known only when it runs, so there is no graph to compile. Said here and not
-        # where a mixture is defined: it imports the compiler, a second that a run without one need not wait.
+        # where a mixture is defined, since it imports the compiler, and that takes a second.
         for mixture in (module for module in block.modules() if isinstance(module, Mixture)):
             mixture.forward = torch.compiler.disable(mixture.forward)  # type: ignore[method-assign]
         # One graph serves every block of the same shape, so the first costs the time of all.

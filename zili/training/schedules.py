@@ -8,8 +8,10 @@ from zili.config.run import ScheduleConfig
 
 
 def decay_start(steps: int, config: ScheduleConfig) -> int:
-    """Steps done when the rate begins to depend on how many there will be: to then a run of `steps` and a longer one
-    are the same. Of a constant rate all of them."""
+    """Steps done when the rate begins to depend on how many there will be; of a constant rate, all of them.
+
+    Up to then a run of `steps` and a longer one are the same.
+    """
     if config.kind == "constant":
         return steps
     if config.kind == "cosine":

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 _GIB = 2**30
 _AUTO_SHARE = 0.7
-_ON_WISH = '; fp32 is the reference all chips are compared with, set chip.precision = "bf16" to use them'
 _COMPILED_SAVES = 0.08
 """Share of the steps' time, on the CPU: docs/benchmarks.md."""
 _COMPILING = 20.0
@@ -99,7 +98,7 @@ def resolve(config: RunConfig, layout: Layout, device: Device) -> tuple[RunConfi
     from zili.training.checkpoints import newest_state
 
     state = newest_state(config.folder / "checkpoints")
-    precision, why_precision = _precision(config.chip, device)
+    precision, why_precision = _precision(config.chip, device, state)
     timings = Timings.of(device, precision)
     previous = _on_this_chip(state, device, precision)
     compiled, why_compiled = _compile(config, layout, device, state, precision, timings)
@@ -183,15 +182,26 @@ def _kept_operations(previous: RunState | None, device: Device, precision: Preci
     }
 
 
-def _precision(chip: ChipConfig, device: Device) -> tuple[Precision, str]:
+def _precision(chip: ChipConfig, device: Device, state: RunState | None) -> tuple[Precision, str]:
+    """As asked for; else the run's own, which is part of its numbers; else bf16 where the chip has it."""
     bf16 = device.capability("bf16")
-    if chip.precision == "auto":
-        # The CPU is where losses are compared: there bf16 is a wish, elsewhere it is what the chip is for.
-        wanted = bf16.value and device.type != "cpu"
-        return ("bf16" if wanted else "fp32"), f"{bf16.reason}{'' if wanted or not bf16.value else _ON_WISH}"
-    if chip.precision == "bf16" and not bf16.value and device.type != "cpu":
-        raise ChipError(f'{device.name()} has no bf16 ({bf16.reason}); set chip.precision = "fp32"')
-    return chip.precision, "asked for"
+    can = bf16.value or device.type == "cpu"  # slower, but every CPU computes in bf16
+    if chip.precision != "auto":
+        if chip.precision == "bf16" and not can:
+            raise ChipError(f'{device.name()} has no bf16 ({bf16.reason}); set chip.precision = "fp32"')
+        return chip.precision, "asked for"
+    kept = _table(state, "chip").get("precision")
+    if kept == "fp32" or (kept == "bf16" and can):
+        return kept, _KEPT if kept == "fp32" or bf16.value else f"{_KEPT}; {bf16.reason}"
+    if not bf16.value:
+        return "fp32", bf16.reason if kept is None else f"{bf16.reason}; the run's checkpoint is in {kept}"
+    if device.type != "cpu":
+        return "bf16", bf16.reason
+    from zili.ops.lowered import bf16_pays
+    from zili.ops.timings import Timings
+
+    pays, why = bf16_pays(Timings.of(device, "bf16"))
+    return ("bf16" if pays else "fp32"), f"{bf16.reason}; {why}"
 
 
 def _compile(
