@@ -24,8 +24,8 @@ class ChipConfig(Section):
     """Model of the chips that layout and micro-batch are made for, as `zili chips` lists them: `zili plan` and
     `zili rehearse` take it where --chip names no other."""
     precision: Precision | Literal["auto"] = "auto"
-    """Dtype of the matrix products; weights, optimizer state and reductions stay fp32. Auto: the run's own, where it has
-    a checkpoint; else bf16 where the chip has units for it, which on a CPU are compared with fp32 first."""
+    """Dtype of the matrix products; weights, optimizer state and reductions stay fp32. Auto: the run's own, where it
+    has a checkpoint; else bf16 where the chip has units for it, which on a CPU are compared with fp32 first."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile each decoder block. Auto: the run's own, where it has a checkpoint; else where the backend supports
     it and the steps will save more time than compiling takes."""
