@@ -43,7 +43,6 @@ def test_every_command_sets_the_environment_before_it_imports_torch(recipe_file:
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", CALLED, json.dumps(words)],
-        check=False,
         env=environment | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"},
         capture_output=True,
         text=True,

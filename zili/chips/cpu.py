@@ -93,8 +93,8 @@ CPU = Backend(
     environment=(
         # A fresh 268 MB tensor was filled in 12 ms with huge pages, in 73 ms without: docs/benchmarks.md.
         Variable("THP_MEM_ALLOC_ENABLE", "1", "huge pages for large tensors: far fewer page faults"),
-        # libgomp's own number lets a thread spin for milliseconds, and whoever has work for its core waits. Measured beside
-        # other programs, with its price on a quiet machine: docs/benchmarks.md.
+        # libgomp's own number lets a thread spin for milliseconds, and whoever has work for its core waits. Measured
+        # beside other programs, with its price on a quiet machine: docs/benchmarks.md.
         Variable(
             "GOMP_SPINCOUNT",
             "10000",
