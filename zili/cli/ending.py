@@ -87,8 +87,9 @@ def _end(code: int) -> NoReturn:
 
 
 def _joined() -> bool:
-    """Whether this process has others beside it."""
-    return place()[1] > 1 and "zili.parallel.world" in sys.modules
+    """Whether this process has others beside it. Not one that has imported nothing to join them with."""
+    world = sys.modules.get("zili.parallel.world")
+    return world is not None and world.has_others()
 
 
 def _lost_peer(error: Exception) -> PeerError | None:

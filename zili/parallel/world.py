@@ -24,6 +24,8 @@ from zili.parallel.lives import own_life
 Result = TypeVar("Result")
 _TIMEOUT = timedelta(minutes=30)
 _PATIENCE = timedelta(seconds=10)
+_others = False
+"""Whether this process has begun to join others."""
 _ROUND = 1.0
 """Seconds between two signs of life of processes that are at long work."""
 
@@ -33,12 +35,19 @@ def join(device: Device) -> None:
 
     Tensors of the device go by the backend's collectives, those of the host by Gloo.
     """
+    global _others  # noqa: PLW0603 - so is the process group
     if processes()[1] > 1 and not dist.is_initialized():
+        _others = True
         collectives = device.backend.collectives
         named = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{collectives}"
         store, rank, size = next(rendezvous("env://", timeout=_TIMEOUT))
         life = own_life(store, rank, size, _TIMEOUT)
         dist.init_process_group(named, store=life, rank=rank, world_size=size, timeout=_TIMEOUT)
+
+
+def has_others() -> bool:
+    """Whether this process has begun to join others: what it says and how it ends is then their business too."""
+    return _others
 
 
 def leave() -> None:
