@@ -176,6 +176,7 @@ def _of_transformers(
     rounded = {n: t if n.endswith("correction_bias") else t.bfloat16() for n, t in tensors.items()}
     published = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "generation_config.json").unlink(missing_ok=True)
+    published.pop("dtype")  # that of this process: what is stored is bf16
     # transformers 5 nests it; what is published has it flat, and 4 reads no other.
     flat = {key: fields[key] for key in ("rope_theta", "rope_scaling") if key in fields}
     _write(folder, {**published, **flat, "torch_dtype": "bfloat16"}, rounded)
