@@ -12,6 +12,7 @@ from tiny_models import BOUND, Kind, Layout, Runs, slow, tiny_recipe
 from zili import chips
 from zili.config import RunConfig
 from zili.planning import search
+from zili.planning.machine import Machine
 from zili.planning.rates import rates_of
 
 MODELS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
@@ -33,9 +34,13 @@ _OTHERS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
 """Of which runs need more than the tiny text."""
 
 
+_ANY = Machine("any", peak=1.0, lowered_peak=1.0, memory=1.0, link=1.0, domain=8, network=1.0)
+"""Speeds do not matter: all layouts are looked at."""
+
+
 def recommended(dice: random.Random, config: RunConfig, world: int) -> RunConfig:
     """One of all layouts of `config` on so many chips that a search chooses among."""
-    options = list(search._options(config, world, search._ANY, rates_of(None)))
+    options = list(search._options(config, world, _ANY, rates_of(None)))
     # Most of them are cuts of the plainest kind: the choice is among kinds first.
     kinds = sorted({(option.run.pipeline > 1, option.run.schedule, option.run.recompute) for option in options})
     kind = dice.choice(kinds)
