@@ -29,6 +29,9 @@ CASES: list[tuple[Kind, int, str, tuple[str, ...]]] = [
     ("dense", 8, "pipeline=2 shards=2 tensor=2 schedule=zero_bubble", ()),
     ("dense", 4, "pipeline=2 context=2 schedule=zbv", ()),
     ("dense", 8, "pipeline=2 tensor=2 context=2", ("preference.beta=0.1", "training.start_from=model")),
+    ("dense", 8, "shards=2 replicas=2 tensor=2 reduce=micro_batch", ("chip.precision=bf16",)),
+    ("mixture", 8, "pipeline=2 shards=4 expert=2 schedule=interleaved reduce=micro_batch", ()),
+    ("mixture", 4, "shards=4 expert=2", ("preference.beta=0.1", "training.start_from=model")),
     ("tele-flm-1t", 4, "shards=2 tensor=2", ()),
     ("zili-1t-a32b", 8, "pipeline=2 shards=2 tensor=2 expert=4", ("training.recompute=full",)),
 ]

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from zili.planning.job import Job
 from zili.planning.messages import rows_at_once
-from zili.planning.schedule import Action, Plan
+from zili.planning.schedule import Action, Plan, asked_for
 from zili.planning.weights import Group, Parameter, end_groups, layer_groups, weight_groups
 
 _FP32, _INT32, _INT64 = 4, 4, 8
@@ -218,8 +218,9 @@ class _Step:
         if job.lowered or not job.whole:
             self.live[GATHERED] = job.product_bytes * elements
         # Of every stage the gradient that it sent last is still there.
-        self.live[MESSAGES] = self.stream * sum(n - 1 >= 0 and n - 1 not in home for n in home)
-        for action in plan.actions(job.place):
+        sent = sum(number > 0 and number - 1 not in home for number in home)
+        for action, unused in zip(plan.actions(job.place), asked_for(plan)[job.place], strict=True):
+            self.live[MESSAGES] = (sent + unused) * self.stream
             self._act(action, home, plan)
             if action.kind in ("backward", "weights") and action.micro_batch == count - 1 and not job.whole:
                 self._sum_stage(home[action.stage])
@@ -332,6 +333,11 @@ class _Step:
         return tokens + self._head_gradient if self.job.predicts_further else 0.0
 
     @cached_property
+    def _looked_up(self) -> float:
+        """Of the embedding, as a micro-batch makes it."""
+        return self._head_gradient
+
+    @cached_property
     def _head_gradient(self) -> float:
         """Of the output matrix; beside adapters it has none."""
         model = self.job.model
@@ -377,6 +383,7 @@ class _Step:
             for group in layer.groups if summed else ():
                 flying = self._sum(group, new, (GATHERED, gathered), (BACKWARD, gradient))
             if ends_here and number == len(layers) - 1:
+                self.live[BACKWARD] += self._looked_up if self._first_loss else 0.0
                 self.at((BACKWARD, self._first_loss))
                 self.live[LOGITS] -= self._first_loss
         if not put_off:
@@ -384,12 +391,16 @@ class _Step:
         if ends_here:
             self.at()
             self.live[BACKWARD] -= 0 if put_off else self._head_gradient
+            self.live[BACKWARD] -= self._looked_up if self._first_loss and not put_off else 0.0
         if not put_off:
             self._end_backward(place, new, summed)
 
     def _end_backward(self, place: int, new: bool, summed: bool) -> None:
         """Gradients of what lies around a stage's blocks, which come last."""
         end, job = self.ends[place], self.job
+        if job.stages[place].start == 0:
+            raised = _FP32 * end.learned if new and job.adds_up and job.lowered else 0
+            self.at((BACKWARD, self._looked_up), (GRADIENTS, raised))
         if new and (self.alone or job.adds_up):
             self.live[GRADIENTS] += _FP32 * end.learned
         if summed and not self.pipelined:

@@ -32,6 +32,8 @@ class Group:
     of_experts: bool = False
     stays: bool = False
     """Whether it is kept from the forward to the backward pass, also where blocks are not."""
+    used: bool = True
+    """Whether a step goes through it: not through multi-token prediction where it learns preferences."""
 
     def pieces(self, shards: int, learned: bool = False) -> int:
         """Elements of one of `shards`: each weight is cut along its first dimension, the last pieces filled up; stacks
@@ -90,10 +92,11 @@ def _last(job: Job, stage: range) -> list[str]:
 def _split(job: Job, shapes: dict[str, Shape]) -> Iterator[Group]:
     """A block's weights, and those of its experts, who are shared by other processes."""
     parameters = [_parameter(job, name, shape) for name, shape in shapes.items() if not name.endswith("expert_bias")]
+    used = job.config.preference is None or not any(name.startswith("next_tokens.") for name in shapes)
     experts = tuple(parameter for parameter in parameters if ".experts." in parameter.name)
     if experts:
-        yield Group(experts, of_experts=True)
-    yield Group(tuple(parameter for parameter in parameters if ".experts." not in parameter.name))
+        yield Group(experts, of_experts=True, used=used)
+    yield Group(tuple(parameter for parameter in parameters if ".experts." not in parameter.name), used=used)
 
 
 def _parameter(job: Job, name: str, shape: Shape) -> Parameter:
