@@ -277,7 +277,7 @@ def test_far_from_what_divides_the_nearest_is_still_named(zili: Zili) -> None:
     ("words", "code", "said"),
     [
         (("telechat2-3b", "--chip", "a800", "--chips", "0"), 2, "greater than or equal to 1"),
-        (("telechat2-3b", "--chip", "a800"), 2, "give a model, --chip and --chips"),
+        (("telechat2-3b", "--chip", "a800"), 2, "give a model, --chip (or a recipe with chip.model) and --chips"),
         (("telechat2-3", "--chip", "a800", "--chips", "8"), 3, "did you mean 'telechat2-3b'"),
         (("telechat2-3b", "--chip", "a80", "--chips", "8"), 6, "no chip is named 'a80'"),
         (("telechat2-3b", "--chip", "mlu590", "--chips", "8"), 6, "the peak of mlu590 is not published"),

@@ -33,6 +33,9 @@ CASES: list[tuple[Kind, int, str, tuple[str, ...]]] = [
     ("mixture", 16, "pipeline=2 replicas=2 shards=2 tensor=2 expert=2", ("chip.precision=bf16",)),
     ("dense", 4, "shards=4", ("chip.precision=bf16", "model.tied_embeddings=true")),
     ("mixture", 4, "pipeline=2 shards=2", ("training.recompute=selective",)),
+    ("dense", 8, "shards=2 replicas=2 tensor=2 reduce=micro_batch", ("chip.precision=bf16",)),
+    ("mixture", 8, "pipeline=2 shards=4 expert=2 schedule=interleaved reduce=micro_batch", ()),
+    ("mixture", 4, "shards=4 expert=2", ("preference.beta=0.1", "training.start_from=model")),
     ("tele-flm-1t", 4, "shards=2 tensor=2", ()),
     ("zili-1t-a32b", 8, "pipeline=2 shards=2 tensor=2 expert=4", ("training.recompute=full",)),
 ]

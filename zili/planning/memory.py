@@ -18,7 +18,7 @@ from typing import NamedTuple
 from zili.models.arithmetic import is_hidden_matrix
 from zili.planning.job import Job
 from zili.planning.messages import rows_at_once
-from zili.planning.schedule import Action, Plan
+from zili.planning.schedule import Action, Plan, asked_for
 from zili.planning.weights import Group, end_groups, layer_groups, weight_groups
 
 _FP32, _INT32, _INT64 = 4, 4, 8
@@ -153,6 +153,8 @@ class _Step:
         idle = layer_groups(job, job.model.layers) if job.has_last and job.model.mtp_layers else ()
         self.idle = () if job.predicts_further else _gathered(job, tuple(idle))
         """Weights that take no part: of multi-token prediction beside preferences."""
+        self._flying = dict.fromkeys(range(len(job.stages)), 0.0)
+        """Of each stage the message of its last sum, which FSDP2 keeps until the next one inside a pipeline."""
         self._summed = dict.fromkeys(range(len(job.stages)), False)
         self._late = 0.0
         self._kept = [self._kept_of(place) for place in range(len(job.stages))]
@@ -225,8 +227,9 @@ class _Step:
             self.live[GATHERED] = sum(layer.gathered for stage in self.stages for layer in stage)
             self.live[GATHERED] += sum(end.gathered for end in self.ends) + sum(group.gathered for group in self.idle)
         # Of every stage the gradient that it sent last is still there.
-        self.live[MESSAGES] = self.stream * sum(n - 1 >= 0 and n - 1 not in home for n in home)
-        for action in plan.actions(job.place):
+        sent = sum(number > 0 and number - 1 not in home for number in home)
+        for action, unused in zip(plan.actions(job.place), asked_for(plan)[job.place], strict=True):
+            self.live[MESSAGES] = (sent + unused) * self.stream + sum(self._flying.values())
             self._act(action, home, plan)
             if action.kind in ("backward", "weights") and action.micro_batch == count - 1 and not job.whole:
                 self._sum_stage(home[action.stage])
@@ -339,6 +342,11 @@ class _Step:
         return tokens + self._head_gradient if self.job.predicts_further else 0.0
 
     @cached_property
+    def _looked_up(self) -> float:
+        """Of the embedding, as a micro-batch makes it."""
+        return self._head_gradient
+
+    @cached_property
     def _head_gradient(self) -> float:
         """Of the output matrix; beside adapters it has none."""
         model = self.job.model
@@ -381,9 +389,13 @@ class _Step:
             if new and (self.alone or job.adds_up):
                 self.live[GRADIENTS] += _FP32 * layer.learned
             gathered = 0 if self.pipelined else ahead
+            if summed and self.pipelined:
+                self.live[MESSAGES] -= self._flying[place]
+                self._flying[place] = 0.0
             for group in layer.groups if summed else ():
                 flying = self._sum(group, new, (GATHERED, gathered), (BACKWARD, gradient))
             if ends_here and number == len(layers) - 1:
+                self.live[BACKWARD] += self._looked_up if self._first_loss else 0.0
                 self.at((BACKWARD, self._first_loss))
                 self.live[LOGITS] -= self._first_loss
         if not put_off:
@@ -391,18 +403,23 @@ class _Step:
         if ends_here:
             self.at()
             self.live[BACKWARD] -= 0 if put_off else self._head_gradient
+            self.live[BACKWARD] -= self._looked_up if self._first_loss and not put_off else 0.0
         if not put_off:
-            self._end_backward(place, new, summed)
+            self._end_backward(place, new, summed, flying)
 
-    def _end_backward(self, place: int, new: bool, summed: bool) -> None:
-        """Gradients of what lies around a stage's blocks, which come last."""
+    def _end_backward(self, place: int, new: bool, summed: bool, flying: float) -> None:
+        """Gradients of what lies around a stage's blocks, which come last; `flying`: of those before."""
         end, job = self.ends[place], self.job
+        if job.stages[place].start == 0:
+            raised = _FP32 * end.learned if new and job.adds_up and job.lowered else 0
+            self.at((BACKWARD, self._looked_up), (GRADIENTS, raised))
         if new and (self.alone or job.adds_up):
             self.live[GRADIENTS] += _FP32 * end.learned
         if summed and not self.pipelined:
             self.live[GATHERED] = 0.0
         for group in end.groups if summed else ():
-            self._sum(group, new)
+            flying = self._sum(group, new)
+        self._flying[place] = flying
         self._summed[place] = True
 
     def _fresh(self, group: _Gathered, layer: _Layer, first: bool) -> float:

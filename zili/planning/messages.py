@@ -161,7 +161,8 @@ def _weights(job: Job) -> Some:
         size = group.pieces(shards) * shards
         # A pipeline gathers once a step; else a block lets go after each forward pass.
         gathers = 1 if layout.pipeline > 1 else job.micro_batches * (1 if group.stays else 2)
-        yield Message("all_gather", mesh, shards, size * (_FP32 if group.in_fp32 else job.product_bytes)), gathers
+        if layout.pipeline > 1 or group.used:
+            yield Message("all_gather", mesh, shards, size * (_FP32 if group.in_fp32 else job.product_bytes)), gathers
         learned = group.pieces(shards, learned=True) * shards
         if learned:
             yield Message("reduce_scatter", mesh, shards, learned * _FP32), job.micro_batches if job.sums_each else 1

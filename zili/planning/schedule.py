@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from zili.config.parallel import Schedule
@@ -118,6 +119,38 @@ def _shape_of_a_v(plan: Plan, process: int) -> Iterator[Action]:
     for end in (1, 0):
         while counts["weights", end] < counts["inputs", end]:
             yield from act(("weights", end))
+
+
+@lru_cache(maxsize=256)
+def asked_for(plan: Plan) -> tuple[tuple[int, ...], ...]:
+    """For each process, as each of its actions begins: messages that were asked for and are not used yet, its own not
+    counted.
+
+    1F1B asks for one when it needs it; of several stages a process asks, as torch lowers their schedules, right where
+    the other sends (`_add_send_recv` of torch.distributed.pipelining.schedules).
+    """
+    queues = [plan.actions(process) for process in range(plan.processes)]
+    if plan.schedule == "1f1b":
+        return tuple((0,) * len(queue) for queue in queues)
+    home = {action.stage: process for process, queue in enumerate(queues) for action in queue}
+    done: set[tuple[bool, int, int]] = set()
+    unused, found = [0] * len(queues), [[] for _ in queues]
+    while any(len(counts) < len(queue) for counts, queue in zip(found, queues, strict=True)):
+        for process, queue in enumerate(queues):
+            if len(found[process]) == len(queue):
+                continue
+            kind, stage, micro_batch = queue[len(found[process])]
+            forward = kind == "forward"
+            before, after = (stage - 1, stage + 1) if forward else (stage + 1, stage - 1)
+            travels = kind != "weights"
+            if travels and before in home and (forward, before, micro_batch) not in done:
+                continue
+            unused[process] -= travels and home.get(before, process) != process
+            found[process].append(unused[process])
+            if travels:
+                done.add((forward, stage, micro_batch))
+                unused[home.get(after, process)] += home.get(after, process) != process
+    return tuple(map(tuple, found))
 
 
 class Span(NamedTuple):

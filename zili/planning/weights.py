@@ -36,6 +36,8 @@ class Group:
     """Whether it is gathered in fp32 also where products are not."""
     whole: bool = False
     """Whether it is not cut, and so not gathered."""
+    used: bool = True
+    """Whether a step goes through it: not through multi-token prediction where it learns preferences."""
 
     def pieces(self, shards: int, learned: bool = False) -> int:
         """Elements of one of `shards`: each weight is cut along its first dimension, the last pieces filled up; stacks
@@ -103,10 +105,13 @@ def _last(job: Job, stage: range) -> list[str]:
 def _split(job: Job, shapes: dict[str, Shape]) -> Iterator[Group]:
     """A block's weights, and those of its experts, who are shared by other processes."""
     parameters = [_parameter(job, name, shape) for name, shape in shapes.items() if not name.endswith("expert_bias")]
+    used = job.config.preference is None or not any(name.startswith("next_tokens.") for name in shapes)
     experts = tuple(parameter for parameter in parameters if ".experts." in parameter.name)
     if experts:
-        yield Group(experts, of_experts=True)
-    yield from _around_whole(job, [parameter for parameter in parameters if ".experts." not in parameter.name])
+        yield Group(experts, of_experts=True, used=used)
+    yield from _around_whole(
+        job, [parameter for parameter in parameters if ".experts." not in parameter.name], used=used
+    )
 
 
 def _mixed(job: Job) -> bool:
@@ -114,13 +119,13 @@ def _mixed(job: Job) -> bool:
     return job.lowered and not job.whole
 
 
-def _around_whole(job: Job, parameters: list[Parameter], stays: bool = False) -> Iterator[Group]:
+def _around_whole(job: Job, parameters: list[Parameter], stays: bool = False, used: bool = True) -> Iterator[Group]:
     """What is gathered of `parameters`, and what every process has whole."""
     whole = [parameter for parameter in parameters if _mixed(job) and stays_fp32(parameter.name)]
     if gathered := tuple(parameter for parameter in parameters if parameter not in whole):
-        yield Group(gathered, stays=stays)
+        yield Group(gathered, stays=stays, used=used)
     if whole:
-        yield Group(tuple(whole), stays=stays, in_fp32=True, whole=True)
+        yield Group(tuple(whole), stays=stays, in_fp32=True, whole=True, used=used)
 
 
 def _parameter(job: Job, name: str, shape: Shape) -> Parameter:

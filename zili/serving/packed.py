@@ -75,9 +75,15 @@ class PackedBlock(nn.Module):
         self._down = _linear(kernels, feed_forward.down)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, document_ids: Tensor | None, cache_entry: SlotEntry
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        document_ids: Tensor | None,
+        cache_entry: SlotEntry,
+        padding: Tensor | None = None,
     ) -> Tensor:
-        """As `Block.forward`."""
+        """As `Block.forward`; there are no experts here that would have to know of padding."""
         joined = self._input(self._kernels.norm(x, *self._norms[0]))
         keys, values = cache_entry.kept
         self._kernels.place(joined, cos, sin, cache_entry.rows, keys, values)
