@@ -42,7 +42,7 @@ def test_all_stages_with_json_and_page(file: Path, tmp_path: Path) -> None:
         assert max(sum(parts.values()) for _, parts in one["timeline"]) == one["peak"]["bytes"]
     sent = [message for message in first["messages"] if message["kind"] == "send"]
     # To the next stage, a micro-batch's hidden states in fp32: two rows of 64 tokens, half of them here, 64 wide.
-    assert [(m["mesh"], m["bytes"], m["count"]) for m in sent] == [("pipeline", 2 * 32 * 64 * 4, 2)]
+    assert [(m["mesh"], m["bytes"], m["count"]) for m in sent] == [("pipeline", 2 * 32 * 64 * 4, 4)]
     text = page.read_text(encoding="utf-8")
     assert "Process 4: layers 2-3" in text and "<svg" in text and "ascend-910b2" in text
     assert not (tmp_path / "run").exists()

@@ -134,7 +134,8 @@ def asked_for(plan: Plan) -> tuple[tuple[int, ...], ...]:
         return tuple((0,) * len(queue) for queue in queues)
     home = {action.stage: process for process, queue in enumerate(queues) for action in queue}
     done: set[tuple[bool, int, int]] = set()
-    unused, found = [0] * len(queues), [[] for _ in queues]
+    unused = [0] * len(queues)
+    found: list[list[int]] = [[] for _ in queues]
     while any(len(counts) < len(queue) for counts, queue in zip(found, queues, strict=True)):
         for process, queue in enumerate(queues):
             if len(found[process]) == len(queue):
