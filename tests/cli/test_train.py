@@ -161,7 +161,11 @@ REFUSED = {
     "an unknown version": (["chip.operations.linear=x"], 3, ["no version 'x'", "reference"]),
     "no store": (['data.sources=[{store="nowhere"}]'], 4, ["nowhere.json", "Build the store again"]),
     "no tokenizer": (["data.tokenizer=nowhere"], 4, ["nowhere"]),
-    "a text too short": (["training.sequence_length=60000", "model.max_length=60000"], 4, ["fill no row of 60000"]),
+    "a text too short": (
+        ["training.sequence_length=16000", "model.max_length=16000", "model.heads=1", "training.micro_batch=1"],
+        4,
+        ["fill no row of 16000"],
+    ),
     "an unknown chip": (["chip.name=asend"], 6, ["'asend'", "did you mean ascend", "zili chips"]),
 }
 
