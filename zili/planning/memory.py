@@ -343,8 +343,10 @@ class _Step:
 
     @cached_property
     def _looked_up(self) -> float:
-        """Of the embedding, as a micro-batch makes it."""
-        return self._head_gradient
+        """Of the embedding, as a micro-batch makes it: fp32 in every run; beside adapters it has none."""
+        model = self.job.model
+        rows = 0 if model.lora is not None else model.vocab_size // self.job.layout.tensor
+        return _FP32 * rows * model.hidden_size
 
     @cached_property
     def _head_gradient(self) -> float:
@@ -401,7 +403,9 @@ class _Step:
         if not put_off:
             self.live[ACTIVATIONS] -= self._kept[place] - sum(layer.kept for layer in layers)
         if ends_here:
-            self.at()
+            # Looked up twice in one stage, the embedding has two gradients and their sum.
+            twice = self._first_loss and job.stages[place].start == 0
+            self.at((BACKWARD, 2 * self._looked_up if twice else 0.0))
             self.live[BACKWARD] -= 0 if put_off else self._head_gradient
             self.live[BACKWARD] -= self._looked_up if self._first_loss and not put_off else 0.0
         if not put_off:

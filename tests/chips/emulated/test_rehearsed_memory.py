@@ -82,11 +82,11 @@ def largest_bytes(configs: Sequence[RunConfig]) -> list[int]:
 def to_every_expert_alike(forward: Any) -> Any:
     """A router as rehearsals think of it: every expert is taken as often as every other."""
 
-    def routed(router: Router, x: torch.Tensor) -> Any:
-        routes, loss, counts = forward(router, x)
+    def routed(router: Router, x: torch.Tensor, padding: torch.Tensor | None = None) -> Any:
+        routes, loss, counts = forward(router, x, padding)
         experts = torch.arange(routes.experts.numel(), device=x.device).view_as(routes.experts)
         even = torch.full_like(counts, experts.numel() / len(counts))
-        return Routes(experts % router.mixture.experts, routes.weights), loss, even
+        return Routes(experts % router.mixture.experts, routes.weights, even.long()), loss, even
 
     return routed
 
