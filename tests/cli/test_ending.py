@@ -33,6 +33,7 @@ def among_two(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     def place(rank: int) -> None:
         for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", 2), ("LOCAL_WORLD_SIZE", 2)):
             monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr("zili.parallel.world._others", True)
         monkeypatch.setattr("zili.cli.ending.os._exit", leave)
 
     return place
