@@ -94,7 +94,7 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert command[:2] == ["zili", "train"] and Path(command[2]) == tmp_path / "run" / "recipe.toml"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_to_the_process_saves_and_the_same_command_goes_on(
     recipe_file: Path, tmp_path: Path, number: int
 ) -> None:

@@ -52,7 +52,7 @@ def conversations(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_a_layout_has_the_curve_of_one_process(
     layout: Layout, kind: Kind, conversations: str, runs: Runs, request: pytest.FixtureRequest
 ) -> None:
-    one, other = runs.alone(kind, conversations), runs.on(layout, kind, conversations)
+    one, other = runs.alone(kind, conversations), runs.on(layout, kind, conversations, steps=8)
     Row.of(f"{layout}, conversations", layout.world, kind, one, other, 2e-4, 2e-3).check(request)
     assert one.losses[-1] < one.losses[0]
 

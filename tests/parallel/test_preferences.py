@@ -70,7 +70,7 @@ def test_a_layout_has_the_curve_of_one_process(
     request: pytest.FixtureRequest,
 ) -> None:
     overrides = (pairs, *begun[kind], "preference.likelihood=0.2")
-    one, other = runs.alone(kind, *overrides), runs.on(layout, kind, *overrides)
+    one, other = runs.alone(kind, *overrides), runs.on(layout, kind, *overrides, steps=8)
     Row.of(f"{layout}, preferences", layout.world, kind, one, other, 2e-4, 2e-3).check(request)
     assert one.losses[-1] < one.losses[0] - 0.1
 

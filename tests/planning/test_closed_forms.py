@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from many import on_processes
-from tiny_models import Kind, Layout, tiny_recipe
+from tiny_models import Kind, Layout, slow, tiny_recipe
 
 from zili import chips
 from zili.config import RunConfig
@@ -13,30 +15,30 @@ from zili.planning.job import Job
 from zili.planning.messages import Message, messages
 from zili.planning.work import flops
 
-CASES: list[tuple[Kind, int, str, tuple[str, ...]]] = [
+CASES: list[Any] = [
     ("dense", 1, "", ()),
-    ("dense", 1, "", ("training.recompute=full",)),
+    slow("dense", 1, "", ("training.recompute=full",)),
     ("dense", 1, "", ("training.recompute=selective",)),
     ("dense", 4, "tensor=2 context=2", ("chip.precision=bf16",)),
-    ("dense", 8, "context=4 shards=2", ("training.recompute=full",)),
+    slow("dense", 8, "context=4 shards=2", ("training.recompute=full",)),
     ("dense", 16, "pipeline=4 shards=2 tensor=2", ()),
-    ("dense", 8, "pipeline=2 shards=4 schedule=interleaved", ("training.recompute=full",)),
+    slow("dense", 8, "pipeline=2 shards=4 schedule=interleaved", ("training.recompute=full",)),
     ("mixture", 1, "", ()),
-    ("mixture", 4, "context=2 tensor=2", ("training.recompute=selective",)),
-    ("mixture", 8, "shards=4 tensor=2 expert=8", ("chip.precision=bf16",)),
+    slow("mixture", 4, "context=2 tensor=2", ("training.recompute=selective",)),
+    slow("mixture", 8, "shards=4 tensor=2 expert=8", ("chip.precision=bf16",)),
     ("mixture", 8, "pipeline=2 shards=2 context=2 expert=4", ("training.recompute=full",)),
-    ("dense", 16, "replicas=2 shards=2 tensor=2 context=2", ("training.micro_batch=1", "chip.precision=bf16")),
-    ("mixture", 8, "replicas=2 shards=2 tensor=2 expert=4", ("training.micro_batch=1",)),
-    ("dense", 8, "pipeline=2 shards=2 tensor=2 schedule=zero_bubble", ()),
+    slow("dense", 16, "replicas=2 shards=2 tensor=2 context=2", ("training.micro_batch=1", "chip.precision=bf16")),
+    slow("mixture", 8, "replicas=2 shards=2 tensor=2 expert=4", ("training.micro_batch=1",)),
+    slow("dense", 8, "pipeline=2 shards=2 tensor=2 schedule=zero_bubble", ()),
     ("dense", 4, "pipeline=2 context=2 schedule=zbv", ()),
     ("dense", 8, "pipeline=2 tensor=2 context=2", ("preference.beta=0.1", "training.start_from=model")),
     ("mixture", 16, "pipeline=2 replicas=2 shards=2 tensor=2 expert=2", ("chip.precision=bf16",)),
     ("dense", 4, "shards=4", ("chip.precision=bf16", "model.tied_embeddings=true")),
-    ("mixture", 4, "pipeline=2 shards=2", ("training.recompute=selective",)),
+    slow("mixture", 4, "pipeline=2 shards=2", ("training.recompute=selective",)),
     ("dense", 8, "shards=2 replicas=2 tensor=2 reduce=micro_batch", ("chip.precision=bf16",)),
     ("mixture", 8, "pipeline=2 shards=4 expert=2 schedule=interleaved reduce=micro_batch", ()),
     ("mixture", 4, "shards=4 expert=2", ("preference.beta=0.1", "training.start_from=model")),
-    ("tele-flm-1t", 4, "shards=2 tensor=2", ()),
+    slow("tele-flm-1t", 4, "shards=2 tensor=2", ()),
     ("zili-1t-a32b", 8, "pipeline=2 shards=2 tensor=2 expert=4", ("training.recompute=full",)),
 ]
 

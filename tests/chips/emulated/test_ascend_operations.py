@@ -291,7 +291,7 @@ def test_training_with_all_of_them(
     fused = [f"chip.operations.{version.operation}={version.name}" for version in ascend.VERSIONS]
     base = [*chosen.overrides, "chip.precision=bf16", "chip.name=ascend"]
     wanted, found = (
-        on_processes(chosen.world, train, runs.recipe(kind, *base, *how), environment=with_plugins(ASCEND))[0]
+        on_processes(chosen.world, train, runs.recipe(kind, *base, *how), 6, environment=with_plugins(ASCEND))[0]
         for how in ([f"chip.operations.{version.operation}=reference" for version in ascend.VERSIONS], fused)
     )
     assert wanted.losses != found.losses, "they ran"

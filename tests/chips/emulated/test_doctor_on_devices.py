@@ -148,10 +148,11 @@ def test_a_slow_process_is_named(with_plugins: Environment, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("fault", "seen"),
     [
-        ({"kind": "slow", "amount": 1000}, "process 1 did not take part in all_gather among 2"),
-        ({"kind": "die"}, "process 1 ended with code 9 at all_gather among 2"),
+        pytest.param({"kind": "slow", "amount": 1000}, "process 1 did not take part in all_gather among 2", id="hangs"),
+        pytest.param(
+            {"kind": "die"}, "process 1 ended with code 9 at all_gather among 2", marks=pytest.mark.slow, id="dies"
+        ),
     ],
-    ids=["hangs", "dies"],
 )
 def test_a_process_that_hangs_or_dies_is_named_in_time(
     fault: dict[str, Any], seen: str, with_plugins: Environment, tmp_path: Path
