@@ -5,9 +5,10 @@
     python benchmarks/train_cpu.py W1 --rounds 12 --precision bf16
 
 Both train the same model from the same weights on the same batches: fp32, or under autocast to bf16, AdamW (fused),
-clipping at 1.0. They take turns, one step each, with the machine's matrix product timed before and after every step, so
-that a drift of the machine's speed falls on both. Printed are medians over the rounds: tokens/s, GFLOP/s, and the share of two rates of a
-2048^3 product of that precision measured beside the step: torch's own (`torch.mm`), and the fastest found (`zili.ops`).
+clipping at 1.0. They take turns, one step each, with the machine's matrix product timed before and after every step,
+so that a drift of the machine's speed falls on both. Printed are medians over the rounds: tokens/s, GFLOP/s, and the
+share of two rates of a 2048^3 product of that precision measured beside the step: torch's own (`torch.mm`), and the
+fastest found (`zili.ops`).
 
 FLOPs a token: 6 N + 6 L S H d (`zili.models.arithmetic.training_flops_per_token`), for both.
 """
