@@ -110,21 +110,12 @@ def state_bytes(config: RunConfig, layout: Layout) -> float:
 
 
 def peak_bytes(config: RunConfig, layout: Layout) -> float:
-    """State and gradients, one block or all of a stage gathered, and the activations of `activation_bytes`."""
-    from zili.training.setup import activation_bytes
+    """The planner's, of the process that has most; without the copies of a save, since none is made here."""
+    from zili.planning.job import Job
+    from zili.planning.memory import CHECKPOINT, fullest
 
-    sizes, micro = Sizes(config, layout), config.training.micro_batch
-    assert isinstance(micro, int)
-    gradients = state_bytes(config, layout) / 3
-    gathered = 0.0
-    if layout.world > 1:
-        blocks = 1 if layout.pipeline > 1 else config.model.layers
-        gathered = 2 * 4 * ((sizes.products + sizes.experts) / blocks + sizes.ends)
-    in_flight = layout.pipeline
-    layers = config.model.layers / layout.pipeline + 1
-    share = layers / (config.model.layers + 1) * in_flight
-    activations = activation_bytes(config) * micro * share / layout.context / layout.tensor
-    return state_bytes(config, layout) + gradients + gathered + activations
+    parts = fullest(Job(config, layout, on_host=True))
+    return sum(size for part, size in parts.items() if part != CHECKPOINT)
 
 
 def sent_bytes(config: RunConfig, layout: Layout) -> float:

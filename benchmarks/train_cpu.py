@@ -118,81 +118,13 @@ def _ours(config: ModelConfig, batches: list, precision: str, *, compiled: bool)
 
 
 def _transformers(config: ModelConfig, batches: list, precision: str) -> Step:
-    """A plain loop over LlamaForCausalLM as it comes: SDPA attention, fused AdamW, foreach clipping."""
+    """The same of transformers' Llama, on the same batches."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.ffn_hidden_size,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.kv_heads,
-            head_dim=config.head_dim,
-            rms_norm_eps=config.norm_eps,
-            rope_theta=config.rotary.base,
-            max_position_embeddings=config.max_length,
-            tie_word_embeddings=False,
-            use_cache=False,
-            attn_implementation="sdpa",
-        )
-    )
-    model.load_state_dict(_llama_names(config))
-    model.train()
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
-        lr=LEARNING_RATE,
-        betas=(0.9, 0.95),
-        eps=1e-8,
-        fused=True,
-    )
+    from zili.diagnosis.device_speed import transformers_step
 
-    def step(number: int) -> float:
-        tokens = batches[number % len(batches)]
-        # Labels already shifted, so that both sides predict the same S targets.
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            logits = model(input_ids=tokens[:, :-1]).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(loss.detach())
-
-    return step
-
-
-LLAMA_NAMES = {
-    "embedding.": "model.embed_tokens.",
-    "layers.": "model.layers.",
-    "attention_norm.": "input_layernorm.",
-    "feed_forward_norm.": "post_attention_layernorm.",
-    "attention.query.": "self_attn.q_proj.",
-    "attention.key.": "self_attn.k_proj.",
-    "attention.value.": "self_attn.v_proj.",
-    "attention.output.": "self_attn.o_proj.",
-    "feed_forward.gate.": "mlp.gate_proj.",
-    "feed_forward.up.": "mlp.up_proj.",
-    "feed_forward.down.": "mlp.down_proj.",
-    "head.": "lm_head.",
-}
-
-
-def _llama_names(config: ModelConfig) -> dict:
-    """The weights our trainer starts from, under the names of the Llama layout."""
-    from zili.models.decoder import Decoder
-
-    renamed = {}
-    for name, tensor in Decoder(config).state_dict().items():
-        llama = "model.norm.weight" if name == "norm.weight" else name
-        for ours, theirs in LLAMA_NAMES.items():
-            llama = llama.replace(ours, theirs)
-        renamed[llama] = tensor.clone()
-    return renamed
+    step = transformers_step(config, torch.device("cpu"), precision)
+    return lambda number: step(batches[number % len(batches)])
 
 
 def _compare_losses(ours: Step, theirs: Step, limit: float) -> None:
