@@ -99,6 +99,9 @@ class _Gathered(NamedTuple):
     """Of `elements`, those that have gradients."""
     learned_here: int
     """Of `stored`."""
+    ahead: int
+    """Of `gathered`, what the backward pass asks for while the layer after it is at work: not experts, which are when
+    their own layer is; and what one process has is copied when it is used."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,10 @@ class _Layer:
     @cached_property
     def learned(self) -> int:
         return sum(group.learned for group in self.groups)
+
+    @cached_property
+    def ahead(self) -> int:
+        return sum(group.ahead for group in self.groups)
 
 
 class _Step:
@@ -286,7 +293,8 @@ class _Step:
         flying, arriving = _FP32 * group.learned, _FP32 * group.learned_here
         self.at((MESSAGES, flying), (GRADIENTS, made + arriving), *common)
         self.live[GRADIENTS] += (arriving if new or added else 0) - added
-        return flying
+        # What every process holds whole is summed when all else is; by then no other message is there.
+        return flying if group.gathered else 0.0
 
     # ---- passes
 
@@ -323,6 +331,9 @@ class _Step:
         self.at((LOGITS, logits * (_FP32 + lowered) + copy + so_far), *here)
         scores = logits * job.product_bytes
         made = job.product_bytes * matrix + self._head_gradient + in_fp32 if self._head_gradient else 0.0
+        if rows >= job.tokens and made and not raised:
+            # The only chunk's is straightened when its scores are gone; others add up beside theirs.
+            made -= min(scores, self._head_gradient)
         self.at((LOGITS, scores + copy + made), *here)
         self.live[LOGITS] += self._head_gradient
 
@@ -370,7 +381,7 @@ class _Step:
         for number in reversed(range(len(layers))):
             layer = layers[number]
             # Gathered while this one is at work; alone with its weights, a process copies them without a buffer.
-            ahead = layers[number - 1].gathered if number and self._shards > 1 else 0
+            ahead = layers[number - 1].ahead if number and self._shards > 1 else 0
             gathered = 0 if self.pipelined or self.alone else layer.gathered + ahead
             common = ((GATHERED, gathered), (MESSAGES, flying), (BACKWARD, gradient))
             if put_off:
@@ -395,7 +406,7 @@ class _Step:
                 self.live[MESSAGES] -= self._flying[place]
                 self._flying[place] = 0.0
             for group in layer.groups if summed else ():
-                flying = self._sum(group, new, (GATHERED, gathered), (BACKWARD, gradient))
+                flying = self._sum(group, new, (GATHERED, gathered), (BACKWARD, gradient)) or flying
             if ends_here and number == len(layers) - 1:
                 self.live[BACKWARD] += self._looked_up if self._first_loss else 0.0
                 self.at((BACKWARD, self._first_loss))
@@ -422,7 +433,7 @@ class _Step:
         if summed and not self.pipelined:
             self.live[GATHERED] = 0.0
         for group in end.groups if summed else ():
-            flying = self._sum(group, new)
+            flying = self._sum(group, new) or flying
         self._flying[place] = flying
         self._summed[place] = True
 
@@ -466,7 +477,8 @@ def _gathered(job: Job, groups: Sequence[Group]) -> tuple[_Gathered, ...]:
         taken = 0 if group.whole else _FP32 if group.in_fp32 else job.product_bytes
         elements, learned = group.pieces(1), group.pieces(1, learned=True)
         here = group.pieces(shards), group.pieces(shards, learned=True)
-        found.append(_Gathered(elements, here[0], elements * taken, learned, here[1]))
+        ahead = 0 if group.of_experts or shards == 1 else elements * taken
+        found.append(_Gathered(elements, here[0], elements * taken, learned, here[1], ahead))
     return tuple(found)
 
 
@@ -497,7 +509,7 @@ def _layer(job: Job, number: int) -> _Layer:
         copies = job.product_bytes * sum(prod(parameter.shape) for group in groups for parameter in group.parameters)
         kept, whole = kept + copies, whole + copies
     largest = max((prod(p.shape) for group in groups for p in group.parameters if p.learned), default=0)
-    worst = 2 * job.product_bytes * _inner(job, number)
+    worst = max(2 * job.product_bytes * _inner(job, number), _combined(job, number) - job.product_bytes * largest)
     model, tensor = job.model, job.layout.tensor
     heads = (model.heads + 2 * model.kv_heads) * model.head_dim / tensor
     put_off = job.product_bytes * (2 * _inner(job, number) + job.tokens * (heads + 2 * model.hidden_size))
@@ -511,6 +523,15 @@ def _inner(job: Job, number: int) -> float:
     if mixture is not None and job.model.has_experts(number):
         return job.own_tokens * (mixture.top_k + mixture.shared_experts) * mixture.ffn_hidden_size
     return job.tokens * job.model.ffn_hidden_size / job.layout.tensor
+
+
+def _combined(job: Job, number: int) -> float:
+    """What is there while experts' rows become tokens: rows as they were sent and came back, and both times weights."""
+    mixture = job.model.mixture
+    if mixture is None or not job.model.has_experts(number):
+        return 0.0
+    row = (2 if job.layout.expert > 1 else 1) * job.product_bytes + _FP32
+    return row * job.own_tokens * mixture.top_k * job.model.hidden_size
 
 
 def _kept_whole(job: Job, number: int) -> Iterator[float]:
