@@ -12,6 +12,7 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
+import forks
 import pytest
 from waiting import until
 
@@ -98,8 +99,8 @@ def test_an_interrupted_run_says_how_to_go_on(
 def test_a_signal_to_the_process_saves_and_the_same_command_goes_on(
     recipe_file: Path, tmp_path: Path, number: int
 ) -> None:
-    command = [sys.executable, "-m", "zili", "train", str(recipe_file), "--set"]
-    endless = [*command, "training.steps=1000000", "--set", "checkpoint.every=0"]
+    endless = [sys.executable, "-m", "zili", "train", str(recipe_file), "--set", "training.steps=1000000"]
+    endless += ["--set", "checkpoint.every=0"]
     metrics = tmp_path / "run" / "metrics.jsonl"
     process = subprocess.Popen(endless, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
@@ -112,7 +113,7 @@ def test_a_signal_to_the_process_saves_and_the_same_command_goes_on(
     assert err == "" and "Go on with:\n" in out and "zili train" in out
     (saved,) = list_checkpoints(tmp_path / "run" / "checkpoints")
     step = int(saved.name.removeprefix("step-"))
-    again = subprocess.run([*command, f"training.steps={step + 2}"], capture_output=True, text=True, check=False)
+    again = forks.zili("train", recipe_file, "--set", f"training.steps={step + 2}")
     assert again.returncode == 0, again.stderr
     assert f"at step {step}" in again.stdout and f"Done: {step + 2} steps" in again.stdout
 

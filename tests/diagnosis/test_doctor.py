@@ -28,8 +28,12 @@ def doctor(*words: object, **variables: str) -> subprocess.CompletedProcess[str]
     return zili("doctor", "--chip", "cpu", *words, environment=variables)
 
 
-def test_this_machine(tmp_path: Path) -> None:
-    finished = doctor("--json", "--folder", str(tmp_path))
+@pytest.mark.parametrize(
+    "areas", [("numbers", "disk", "repeatability"), pytest.param((), marks=pytest.mark.slow, id="whole")]
+)
+def test_this_machine(areas: tuple[str, ...], tmp_path: Path) -> None:
+    only = [word for area in areas for word in ("--only", area)]
+    finished = doctor("--json", "--folder", str(tmp_path), *only)
     report = json.loads(finished.stdout)
     assert finished.returncode == 0, [
         found for found in report["findings"] if found["severity"] in ("broken", "degraded")

@@ -246,9 +246,13 @@ def test_the_thousands_of_lm_evals_tasks_are_read_only_when_wanted(
     assert read[-1] is True
 
 
-def test_a_task_that_is_not_there(opened: tuple[OpenedModel, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow  # lm-eval reads its thousands of tasks
+def test_a_task_that_is_not_there(opened: tuple[OpenedModel, Path]) -> None:
     with pytest.raises(ConfigError, match="no task 'zili_arithmetics'; did you mean zili_arithmetic"):
         run_tasks(Scorer(opened[0]), ["zili_arithmetics"])
+
+
+def test_without_the_harness(opened: tuple[OpenedModel, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     with pytest.raises(ConfigError, match=r"pip install 'zili\[eval\]'"):
         run_tasks(Scorer(opened[0]), ["zili_copy"])

@@ -80,12 +80,15 @@ def test_a_layout_trains_as_one_process(layout: Layout, kind: Kind, runs: Runs, 
     Row.of(layout, layout.world, kind, one, many, BOUND).check(request)
 
 
+SMALL_BATCH = ("training.global_batch=8",)
+
+
 @pytest.mark.parametrize(("text", "kind"), PREFIXES)
 def test_a_layout_begins_as_one_process(text: str, kind: Kind, runs: Runs, request: pytest.FixtureRequest) -> None:
     layout = Layout(text)
-    many = runs.on(layout, kind, steps=5)
-    assert len(many.losses) == 5
-    Row.of(f"{layout}, 5 steps", layout.world, kind, runs.alone(kind), many, BOUND).check(request)
+    one, many = runs.alone(kind, *SMALL_BATCH, steps=3), runs.on(layout, kind, *SMALL_BATCH, steps=3)
+    assert len(many.losses) == 3
+    Row.of(f"{layout}, 3 steps", layout.world, kind, one, many, BOUND).check(request)
 
 
 def moved_weights(configs: list[RunConfig]) -> list[Curve]:

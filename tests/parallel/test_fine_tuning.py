@@ -19,6 +19,9 @@ from zili.data.tokenizer import Tokenizer
 from zili.ops import IGNORE_INDEX
 
 
+FEW = "training.global_batch=8"
+
+
 @pytest.fixture(scope="session")
 def conversations(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """An override that makes a run of the tiny models one on conversations."""
@@ -52,7 +55,7 @@ def conversations(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_a_layout_has_the_curve_of_one_process(
     layout: Layout, kind: Kind, conversations: str, runs: Runs, request: pytest.FixtureRequest
 ) -> None:
-    one, other = runs.alone(kind, conversations), runs.on(layout, kind, conversations, steps=8)
+    one, other = runs.alone(kind, conversations, FEW), runs.on(layout, kind, conversations, FEW, steps=5)
     Row.of(f"{layout}, conversations", layout.world, kind, one, other, 2e-4, 2e-3).check(request)
     assert one.losses[-1] < one.losses[0]
 
@@ -62,7 +65,8 @@ def test_a_layout_has_the_curve_of_one_process(
     [Layout("context=2 tensor=2"), slow(Layout("")), slow(Layout("shards=2 expert=2")), slow(Layout("pipeline=2"))],
 )
 def test_what_fills_rows_up_is_no_load_of_experts(layout: Layout, conversations: str, runs: Runs) -> None:
-    config = runs.recipe("mixture", conversations, "training.sequence_length=128", *layout.overrides)
+    smaller = ("training.sequence_length=128", "model.layers=2")
+    config = runs.recipe("mixture", conversations, *smaller, *layout.overrides)
     for loads, tokens in on_processes(layout.world, _loads, config):
         assert 0 < tokens < 0.99 * 16 * 128, "some of the batch is padding"
         assert [sum(layer) for layer in loads] == [config.model.mixture.top_k * tokens] * len(loads)
@@ -101,8 +105,8 @@ LORA = "model.lora={rank=4, alpha=8.0, matrices=['query', 'value', 'output', 'ga
 def test_adapters_have_the_curve_of_one_process(
     layout: Layout, kind: Kind, conversations: str, runs: Runs, request: pytest.FixtureRequest
 ) -> None:
-    rate = "optimizer.learning_rate=0.01"
-    one, other = runs.alone(kind, conversations, LORA, rate), runs.on(layout, kind, conversations, LORA, rate)
+    more = (conversations, LORA, FEW, "optimizer.learning_rate=0.01")
+    one, other = runs.alone(kind, *more), runs.on(layout, kind, *more, steps=10)
     Row.of(f"{layout}, adapters", layout.world, kind, one, other, 2e-4, 2e-3).check(request)
     assert one.losses[-1] < one.losses[0] - 0.1
 
@@ -137,9 +141,9 @@ def _both_ways(config: RunConfig) -> tuple[float, float]:
 
 def test_a_run_goes_on_where_it_was_stopped(conversations: str, runs: Runs, tmp_path: Path) -> None:
     folder = f"folder={tmp_path / 'stopped'}"
-    (whole,) = on_processes(1, _weights, runs.recipe("dense", conversations), None)
-    on_processes(1, _weights, runs.recipe("dense", conversations, folder), 7)
-    (resumed,) = on_processes(1, _weights, runs.recipe("dense", conversations, folder), None)
+    (whole,) = on_processes(1, _weights, runs.recipe("dense", conversations, FEW), None)
+    on_processes(1, _weights, runs.recipe("dense", conversations, FEW, folder), 7)
+    (resumed,) = on_processes(1, _weights, runs.recipe("dense", conversations, FEW, folder), None)
     assert whole == resumed
 
 

@@ -43,6 +43,7 @@ def begun(runs: Runs) -> dict[str, tuple[str, ...]]:
             f"training.start_from={config.folder}",
             f"preference.beta={BETA}",
             "training.sequence_length=128",
+            "training.global_batch=8",
         )
     return found
 
@@ -70,7 +71,7 @@ def test_a_layout_has_the_curve_of_one_process(
     request: pytest.FixtureRequest,
 ) -> None:
     overrides = (pairs, *begun[kind], "preference.likelihood=0.2")
-    one, other = runs.alone(kind, *overrides), runs.on(layout, kind, *overrides, steps=8)
+    one, other = runs.alone(kind, *overrides), runs.on(layout, kind, *overrides, steps=5)
     Row.of(f"{layout}, preferences", layout.world, kind, one, other, 2e-4, 2e-3).check(request)
     assert one.losses[-1] < one.losses[0] - 0.1
 

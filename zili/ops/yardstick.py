@@ -101,12 +101,17 @@ def distance(
         wrong = 0.0 if torch.equal(found.to(same.dtype), same) else math.inf
         return Distance(wrong, 0.0)
     right = (same if exact is None else exact.detach()).double()
-    if not torch.equal(found.isnan(), same.isnan()) or not torch.equal(_infinities(found), _infinities(same)):
-        return Distance(math.inf, 0.0)
     finite = right.isfinite() & found.isfinite()
+    whole = bool(finite.all())  # as nearly always, and taking some elements costs more than all else here
+    if not (whole and bool(same.isfinite().all())) and not _alike(found, same):
+        return Distance(math.inf, 0.0)
     if not finite.any():
         return Distance(0.0, 0.0)
-    right, own, cpus = right[finite], found.double()[finite], same.double()[finite]
+
+    def taken(x: Tensor) -> Tensor:
+        return x.double() if whole else x.double()[finite]
+
+    right, own, cpus = taken(right), taken(found), taken(same)
     unit = unit or found.dtype
     ulp = torch.finfo(unit).eps * float(right.abs().max().clamp(min=torch.finfo(found.dtype).tiny))
     cpu_error = float((cpus - right).abs().max()) / ulp
@@ -115,7 +120,7 @@ def distance(
     if not right.any():
         return Distance(error, _TIMES_THE_CPUS * cpu_error + _ULPS_MORE, bias)
     rounded = found.dtype if moved else unit
-    scale = _scale(own, cpus, right, torch.finfo(rounded).eps, [other.double()[finite] for other in moved])
+    scale = _scale(own, cpus, right, torch.finfo(rounded).eps, [taken(other) for other in moved])
     scale = scale._replace(most=scale.most + _ONE_SIDED * torch.finfo(unit).eps)
     scatter = _scatter(own, cpus, right, torch.finfo(unit).eps)
     return Distance(error, _TIMES_THE_CPUS * cpu_error + _ULPS_MORE, bias, scale, scatter)
@@ -157,21 +162,22 @@ def _scatter(own: Tensor, cpus: Tensor, right: Tensor, eps: float) -> Share:
     return Share(error, most + _IN_FP32)
 
 
-def _infinities(x: Tensor) -> Tensor:
-    """1 where `x` is infinite, -1 where it is minus infinite, else 0."""
-    return x.isinf() * x.sign()
+def _alike(found: Tensor, same: Tensor) -> bool:
+    """Whether both are nan, infinite and minus infinite in the same places."""
+    kinds = (Tensor.isnan, Tensor.isposinf, Tensor.isneginf)
+    return all(torch.equal(kind(found), kind(same)) for kind in kinds)
 
 
 def _bias(own: Tensor, cpus: Tensor, right: Tensor, dtype: torch.dtype) -> float:
     """Mean error toward zero beyond the CPU's: of operations that round each element once, with elements enough."""
-    large = right.abs() > 1e-3 * right.abs().max()
+    sizes = right.abs()
+    large = sizes > 1e-3 * sizes.max()
     if int(large.sum()) < _ENOUGH:
         return 0.0
-    place = torch.finfo(dtype).eps * torch.exp2(right[large].abs().log2().floor())
-    if float(((cpus - right)[large].abs() / place).max()) > _ROUNDED_ONCE:
+    place = torch.finfo(dtype).eps * torch.exp2(sizes.log2().floor())
+    if float(((cpus - right).abs() / place)[large].max()) > _ROUNDED_ONCE:
         return 0.0
-    sign = right[large].sign()
-    return float((((cpus - own)[large] * sign) / place).clamp(-4, 4).mean())
+    return float(((cpus - own) * right.sign() / place)[large].clamp(-4, 4).mean())
 
 
 def on_cpu(values: Any, dtype: torch.dtype | None = None) -> Any:

@@ -116,10 +116,11 @@ def test_its_memory_does_not_grow_with_the_depth(runs: Runs, with_plugins: Envir
         on_processes(1, memory, recipe(runs, "dense", f"model.layers={layers}"), environment=with_plugins(CAMBRICON))[0]
         for layers in (2, 6)
     ]
-    for plain, watched, _ in found:
-        assert watched <= 1.02 * plain
-    (shallow, _, host), (deep, _, host_of_deep) = found
+    (shallow, watched, host), (deep, watched_deep, host_of_deep) = found
     assert deep > 1.5 * shallow
+    a_layer = (deep - shallow) / 4
+    # Attention's gradients are taken once more by themselves, for which a shallow model's step leaves no room.
+    assert watched <= shallow + a_layer and watched_deep <= 1.02 * deep
     assert 0 < host_of_deep <= 1.02 * host
 
 
@@ -161,10 +162,14 @@ def test_preferences_are_aligned_beside_a_reference(
     assert losses[1] == pytest.approx([losses[1][0]] * 2, rel=1e-5)
 
 
+ALWAYS = ("aten::index_select", "aten::addmm", "aten::silu_backward", "aten::_fused_adamw_")
+"""Kernels tried by default: of the embedding, of a product, backward, and of the optimizer."""
+
+
 def place(given: tuple[Any, ...]) -> Any:
-    """A case of the test below; those of the mixture take as long again."""
+    """A case of the test below."""
     values = (*given, "")[:6]
-    return slow(*values) if values[4] == "mixture" else values
+    return values if values[0] in ALWAYS else slow(*values)
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +178,8 @@ def found(runs: Runs, with_plugins: Environment, request: pytest.FixtureRequest)
     results = {}
     asked = [item for item in request.session.items if item.path == request.path and "found" in item.fixturenames]
     for kind in sorted({item.callspec.params["kind"] for item in asked}):
-        places = [(place[0], place[1]) for place in PLACES if place[4] == kind]
+        of_kind = [item.callspec.params for item in asked if item.callspec.params["kind"] == kind]
+        places = [(parameters["kernel"], parameters["call"]) for parameters in of_kind]
         planted = [[Fault(kernel, "scale", 0.01, call, call + 1)] for kernel, call in places]
         (own,) = on_processes(1, alignments, recipe(runs, kind), planted, environment=with_plugins(CAMBRICON))
         results |= {(*place, kind): result for place, result in zip(places, own, strict=True)}

@@ -289,9 +289,9 @@ def test_training_with_all_of_them(
 
     chosen = Layout(layout)
     fused = [f"chip.operations.{version.operation}={version.name}" for version in ascend.VERSIONS]
-    base = [*chosen.overrides, "chip.precision=bf16", "chip.name=ascend"]
+    base = [*chosen.overrides, "chip.precision=bf16", "chip.name=ascend", "training.global_batch=8"]
     wanted, found = (
-        on_processes(chosen.world, train, runs.recipe(kind, *base, *how), 6, environment=with_plugins(ASCEND))[0]
+        on_processes(chosen.world, train, runs.recipe(kind, *base, *how), 4, environment=with_plugins(ASCEND))[0]
         for how in ([f"chip.operations.{version.operation}=reference" for version in ascend.VERSIONS], fused)
     )
     assert wanted.losses != found.losses, "they ran"

@@ -12,7 +12,8 @@ from tiny_models import BOUND, Kind, Layout, Row, Runs, slow
 from zili.config import RunConfig
 from zili.ops.registry import OPERATIONS
 
-PLAIN = ("training.steps=5", *(f"chip.operations.{operation}=reference" for operation in OPERATIONS))
+# Few steps: an emulated device takes its time, and what differs does so from the first one on.
+PLAIN = ("training.steps=3", "training.global_batch=8", *(f"chip.operations.{operation}=reference" for operation in OPERATIONS))
 CORE: dict[int, list[tuple[Kind, str]]] = {
     1: [("dense", ""), ("mixture", "")],
     2: [
@@ -26,13 +27,9 @@ CORE: dict[int, list[tuple[Kind, str]]] = {
 }
 
 
-_STEPS = 6
-"""Of the curves' 20: an emulated device takes its time, and what differs does so from the first step on."""
-
-
 def train_all(configs: Sequence[RunConfig]) -> list[Curve]:
     """One run after the other in the same processes."""
-    return [train(config, _STEPS) for config in configs]
+    return [train(config) for config in configs]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from zili.ops.registry import OPERATIONS
 from zili.training.checkpoints import list_checkpoints, read_state
 
 PLAIN = tuple(f"chip.operations.{operation}=reference" for operation in OPERATIONS)
-SHORT = (*PLAIN, "training.steps=6")
+SHORT = (*PLAIN, "training.steps=6", "training.global_batch=8")
 STOPS = (2, 4, 6)
 
 

@@ -15,6 +15,7 @@ from tiny_models import BOUND, Layout, Row, Runs
 
 ACME = Vendor("acme", "torch_acme", "acme", "acmeccl", "ACME-1")
 LAYOUT = Layout("shards=2")
+SHORT = ("training.steps=3", "training.global_batch=8")
 
 
 def its_own_tests(folder: Path) -> tuple[int, str]:
@@ -37,6 +38,6 @@ def test_an_afternoon(runs: Runs, with_plugins: Environment, tmp_path: Path, req
     variables["PYTHONPATH"] = os.pathsep.join((str(folder), variables["PYTHONPATH"]))
     ((code, said),) = on_processes(1, its_own_tests, folder, environment=variables)
     assert code == 0 and "3 passed" in said, said
-    config = runs.recipe("dense", *LAYOUT.overrides, "chip.name=acme", "training.steps=5", "chip.precision=fp32")
+    config = runs.recipe("dense", *LAYOUT.overrides, "chip.name=acme", *SHORT, "chip.precision=fp32")
     curve = on_processes(2, train, config, environment=variables)[0]
-    Row.of("shards=2 on acme", 2, "dense", runs.alone("dense", "training.steps=5"), curve, BOUND).check(request)
+    Row.of("shards=2 on acme", 2, "dense", runs.alone("dense", *SHORT), curve, BOUND).check(request)

@@ -35,7 +35,7 @@ class Watch(TorchDispatchMode):
         if any(frame.filename.endswith("npu_operations.py") for frame in traceback.extract_stack()):
             return out  # what stands in for a vendor's operation, and its checks
         given = any(self._is_here(leaf) for leaf in tree_leaves((arguments, keywords)))
-        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and not leaf.is_meta]
         leaves_the_device = given and any(not self._is_here(tensor) for tensor in made)
         if given and (leaves_the_device or self._depends_on_values(function, arguments, keywords or {})):
             self.waits[f"{function} at {_source()}"] += 1
