@@ -18,7 +18,6 @@ from zili.data.sources import Census
 from zili.data.tokenizer import Tokenizer
 from zili.ops import IGNORE_INDEX
 
-
 FEW = "training.global_batch=8"
 
 

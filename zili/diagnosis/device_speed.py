@@ -111,7 +111,8 @@ def _beside(config: RunConfig, device: Device, reached: float, ours: float, firs
         return Finding("throughput", name, Severity.FALLBACK, f"not compared: {first_line(error)}")
     found = _finding(name, config, device, reached, theirs)
     apart = abs(loss / first - 1)
-    seen = f"{found.seen}, {attention} attention; zili is {theirs / ours:.2f} times as fast; first losses {apart:.1e} apart"
+    seen = f"{found.seen}, {attention} attention; zili is {theirs / ours:.2f} times as fast"
+    seen += f"; first losses {apart:.1e} apart"
     return Finding("throughput", name, Severity.GOOD, seen, figures={**found.figures, "zili over it": theirs / ours})
 
 

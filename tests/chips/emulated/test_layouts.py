@@ -13,7 +13,10 @@ from zili.config import RunConfig
 from zili.ops.registry import OPERATIONS
 
 # Few steps: an emulated device takes its time, and what differs does so from the first one on.
-PLAIN = ("training.steps=3", "training.global_batch=8", *(f"chip.operations.{operation}=reference" for operation in OPERATIONS))
+PLAIN = (
+    *("training.steps=3", "training.global_batch=8"),
+    *(f"chip.operations.{operation}=reference" for operation in OPERATIONS),
+)
 CORE: dict[int, list[tuple[Kind, str]]] = {
     1: [("dense", ""), ("mixture", "")],
     2: [
