@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 
-from zili.durable import locked, soon
+from zili.durable import locked, refused_by_disk, soon, whole_folder, write_whole
 from zili.errors import ConfigError
 
 
@@ -42,3 +42,31 @@ def test_soon_waits_and_gives_up() -> None:
     answers = iter([False, False, True])
     assert soon(lambda: next(answers))
     assert not soon(lambda: False, patience=0.2)
+
+
+def test_a_full_disk_leaves_nothing_and_is_named(tmp_path: Path) -> None:
+    """What writing raises, other than opening, names no file."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with mock.patch("zili.durable.sync", side_effect=full), pytest.raises(OSError) as of_file:
+        write_whole(tmp_path / "recipe.toml", "seed = 0")
+    with pytest.raises(OSError) as of_folder, whole_folder(tmp_path / "release"):
+        raise full
+    assert list(tmp_path.iterdir()) == []
+    for raised, name in ((of_file, "recipe.toml"), (of_folder, "release")):
+        told = refused_by_disk(raised.value)
+        assert told is not None and f"No space left on device: '{tmp_path / name}'" in str(told)
+
+
+@pytest.mark.parametrize(
+    ("error", "refused"),
+    [
+        (OSError(errno.EDQUOT, "quota"), True),
+        (OSError(errno.EACCES, "forbidden", "a file"), True),
+        (OSError(errno.EACCES, "a port"), False),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), True),  # as safetensors has it
+        (FileNotFoundError(errno.ENOENT, "a defect of ours, perhaps", "a file"), False),
+        (RuntimeError("else"), False),
+    ],
+)
+def test_what_a_disk_refuses_is_told_from_defects(error: Exception, refused: bool) -> None:
+    assert (refused_by_disk(error) is not None) == refused

@@ -5,16 +5,31 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from zili.errors import CheckpointError, ConfigError, ZiliError
 
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 """What file systems without locks answer."""
+_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
+"""What a disk answers that is full, over a quota, read-only or broken."""
+_FORBIDDEN = {errno.EACCES, errno.EPERM}
+"""Of a file; of other things it may be a defect."""
+
+
+def refused_by_disk(error: BaseException) -> ConfigError | None:
+    """What a user can cure, where `error` is how a disk said no; None where it is something else."""
+    said = re.search(r"\(os error (\d+)\)", str(error))  # safetensors raises an error of its own
+    number = error.errno if isinstance(error, OSError) else int(said[1]) if said else None
+    forbidden = number in _FORBIDDEN and getattr(error, "filename", None) is not None
+    if number in _REFUSALS or forbidden:
+        return ConfigError(f"the disk refuses: {error}; free some space, or name another place")
+    return None
 
 
 def sync(path: Path) -> None:
@@ -33,11 +48,20 @@ def sync_tree(folder: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a small UTF-8 file so that a reader finds the old one or the new one, never half of it."""
+    """Write a small UTF-8 file so that a reader finds the old one or the new one, never half of it.
+
+    Raises:
+        OSError: it cannot be written; nothing of it is left, and the error names it.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    sync(aside)
-    aside.replace(path)
+    try:
+        aside.write_text(text, encoding="utf-8")
+        sync(aside)
+        aside.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise _naming(path, error) from error
 
 
 @contextmanager
@@ -56,9 +80,16 @@ def whole_folder(target: Path, refused: type[ZiliError] = CheckpointError) -> It
         sync_tree(aside)
         aside.replace(target)
         sync(target.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, OSError) and error.filename is None and refused_by_disk(error):
+            raise _naming(target, error) from error
         raise
+
+
+def _naming(path: Path, error: OSError) -> OSError:
+    """What writing and syncing raise, other than opening, names no file."""
+    return OSError(error.errno, error.strerror, str(path))
 
 
 def soon(holds: Callable[[], bool], patience: float = 10.0) -> bool:

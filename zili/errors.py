@@ -16,7 +16,7 @@ class ZiliError(Exception):
 
 
 class ConfigError(ZiliError):
-    """A recipe, an override or a command line that cannot be run as written."""
+    """A recipe, an override or a command line that cannot be run as written, or not where it is to write."""
 
     exit_code = 3
 

@@ -57,7 +57,7 @@ sources = [{{ store = "{training.get("store", tmp_path / "data" / "train")}" }}]
 tokenizer = "{tmp_path / "data" / "tokenizer"}"
 {training.get("data", "")}
 [training]
-start_from = "{training.get("start_from", model)}"
+{f'start_from = "{training["start_from"]}"' if "start_from" in training else ""}
 steps = {training.get("steps", 120)}
 sequence_length = 64
 global_batch = 4
@@ -169,7 +169,9 @@ def test_a_reference_that_is_lost_ends_the_run_before_a_step(zili: Zili, model: 
     pairs.write_text(json.dumps({"prompt": "Sky?", "chosen": "blue", "rejected": "red"}), encoding="utf-8")
     assert zili("dialogues", pairs, "--model", model, "--to", tmp_path / "data").code == 0
     wanted = {"steps": 2, "more": "[preference]"}
-    assert zili("train", recipe(tmp_path, model, **wanted)).code == 0
+    begun = zili("train", recipe(tmp_path, model, **wanted))
+    assert begun.code == 0 and f"weights from {model}" in begun.out and "reference: 1 pairs in" in begun.out, begun
+    assert "step 1/2  loss 0.693 " in begun.out, "the model that [model] folder names is what it is compared with"
     (tmp_path / "run" / "reference.safetensors").unlink()
     found = zili("train", recipe(tmp_path, model, **{**wanted, "steps": 4}))
     assert found.code == 5 and "what it began as cannot be read" in " ".join(found.err.split()), found.err

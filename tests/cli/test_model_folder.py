@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tomli_w
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from zili.cli.options import read_recipe
 from zili.config import ModelConfig
+from zili.errors import ConfigError
 from zili.models.decoder import Decoder
-from zili.release import import_model, load
+from zili.release import export_model, import_model, load
 from zili.training.checkpoints import list_checkpoints
 
 # As the tiny recipe's model, in another library's words.
@@ -50,7 +54,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor in load(folder).named_parameters()}
 
 
-@pytest.mark.parametrize("kind", ["published", "imported", "run", "checkpoint"])
+@pytest.mark.parametrize("kind", ["published", "imported", "gguf", "run", "checkpoint"])
 def test_a_new_run_has_the_shape_and_the_weights_of_the_folder(
     zili, naming, published: Path, tmp_path: Path, kind: str
 ) -> None:
@@ -58,6 +62,10 @@ def test_a_new_run_has_the_shape_and_the_weights_of_the_folder(
     if kind == "imported":
         import_model(published, tmp_path / "imported")
         folder = tmp_path / "imported"
+    if kind == "gguf":
+        pytest.importorskip("gguf")
+        export_model(published, tmp_path / "release", layout="gguf")
+        folder = tmp_path / "release" / "model.gguf"
     if kind in ("run", "checkpoint"):
         assert zili("train", naming("base", folder=str(published)), "--set", "training.steps=2").code == 0
         folder = tmp_path / "base"
@@ -132,3 +140,26 @@ def test_torch_is_not_loaded_before_the_chip_is_chosen(naming, published: Path) 
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert said.stdout.split() == ["32", str(published), "False"], said.stderr
+
+
+def test_a_package_that_is_missing_is_no_broken_model(
+    naming, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether torch is there to read the shape, or a process of its own does."""
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ConfigError, match="pip install"):
+        read_recipe(naming(folder=str(file)))
+
+    def apart(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr("sys.argv", command[2:])
+        monkeypatch.delitem(sys.modules, "zili.release.shape", raising=False)
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module(command[2], run_name="__main__")
+        return subprocess.CompletedProcess(command, int(str(ended.value.code)), "", capsys.readouterr().err)
+
+    monkeypatch.setattr("zili.cli.options.subprocess.run", apart)
+    monkeypatch.setattr("zili.cli.options.sys", SimpleNamespace(modules={}, executable=sys.executable))
+    with pytest.raises(ConfigError, match="pip install"):
+        read_recipe(naming(folder=str(file)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -255,6 +256,14 @@ def test_a_store_whose_content_changed_is_refused(zili, recipe_file: Path, tiny_
     copy.with_suffix(".bin").write_bytes(content[1000:] + content[:1000])
     outcome = zili("train", recipe_file, "--set", f'data.sources=[{{store="{copy}"}}]')
     assert outcome.code == 4 and "copy.bin: content changed" in outcome.err
+
+
+def test_a_disk_that_is_full_from_the_start(zili, recipe_file: Path, tmp_path: Path, monkeypatch) -> None:
+    def full(_: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("zili.durable.sync", full)
+    one_error(zili("train", recipe_file), 3, f"No space left on device: '{tmp_path / 'run' / 'recipe.toml'}'")
 
 
 def test_a_run_folder_has_one_trainer(zili, recipe_file: Path, tmp_path: Path) -> None:

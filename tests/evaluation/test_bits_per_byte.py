@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from zili.config.model import ModelConfig
 from zili.data.tokenizer import Tokenizer
 from zili.errors import ConfigError, DataError
-from zili.evaluation.bits_per_byte import bits_per_byte, limit_bytes, score_token_ids
+from zili.evaluation.bits_per_byte import bits_per_byte, expected_seconds, limit_bytes, score_token_ids
 from zili.models.decoder import Decoder
 
 TEXTS = [
@@ -143,3 +144,24 @@ def test_ids_may_be_of_any_integer_type(model: Decoder) -> None:
     for kind in (np.uint16, np.int32, np.int64):
         score = score_token_ids(model, [(np.array([5, 6, 7], kind), 3)], start_token=2, sequence_length=8, batch_size=1)
         assert score.tokens == 3
+
+
+def test_what_scoring_will_take_is_told_from_one_batch(monkeypatch: pytest.MonkeyPatch, model: Decoder) -> None:
+    """Told by a clock that goes on by 3 seconds a batch, by 50 at the first ever."""
+    now, calls = [0.0], []
+
+    def turn(*_: object, **__: object) -> torch.Tensor:
+        now[0] += 3.0 if calls else 50.0
+        calls.append(model.training)
+        return torch.zeros(())
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(model, "loss_sum", turn)
+    ids = [(np.arange(5, 5 + n), n) for n in (70, 3, 30, 90)]
+    shape = {"start_token": 2, "sequence_length": 16, "batch_size": 2}
+    model.train()
+    expected = expected_seconds(model, iter(ids), **shape)
+    assert model.training and not any(calls), "as it was, and asked without dropout"
+    assert len(calls) == 3
+    assert expected == score_token_ids(model, iter(ids), **shape).seconds > 9
+    assert expected_seconds(model, [], **shape) == 0

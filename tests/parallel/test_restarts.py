@@ -58,14 +58,15 @@ def worker_of(agent: subprocess.Popen[str]) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("agents", [1, 2])
-def test_a_worker_that_is_killed_is_survived(torchrun, agents: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("agents", "rendezvous"), [(1, ""), (2, "c10d"), (2, "static")])
+def test_a_worker_that_is_killed_is_survived(torchrun, agents: int, rendezvous: str, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert torchrun(whole, "--nproc-per-node", "2").wait(300) == 0
     place = ["--nnodes", str(agents), "--nproc-per-node", str(2 // agents), "--max-restarts", "3"]
-    if agents > 1:
-        place += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "a-job"]
-    running = [torchrun(parts, *place) for _ in range(agents)]
+    if rendezvous:
+        place += ["--rdzv-backend", rendezvous, "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "a-job"]
+    own = [["--node-rank", str(number)] if rendezvous == "static" else [] for number in range(agents)]
+    running = [torchrun(parts, *place, *words) for words in own]
     until(lambda: list_checkpoints(parts / "checkpoints"))
     os.kill(worker_of(running[-1]), signal.SIGKILL)
     assert [agent.wait(300) for agent in running] == [0] * agents

@@ -40,7 +40,10 @@ SAME = [
             ("mixture", "pipeline=2 shards=2 expert=2"),
         )
     ),
-    slow("compiled", "dense", Layout("shards=2"), [], ["chip.compile=true"], BOUND, BOUND),
+    *(
+        slow("compiled", kind, Layout(layout), [], ["chip.compile=true"], BOUND, BOUND)
+        for kind, layout in (("dense", "shards=2"), ("mixture", "shards=2 expert=2"), ("mixture", "tensor=2 expert=2"))
+    ),
     slow("bf16", "dense", Layout("shards=2"), ["chip.precision=bf16"], [], BF16, 10 * BF16),
     slow("bf16", "dense", Layout(BOTH), ["chip.precision=bf16"], [], BF16, 10 * BF16),
 ]

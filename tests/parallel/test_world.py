@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ def agreements() -> dict[str, Any]:
         "the last fails": failed(lambda: agreeing(world, {1: CheckpointError("a shard is missing")})),
         "all fail alike": failed(lambda: agreeing(world, dict.fromkeys((0, 1), DataError("no store")))),
         "each fails": failed(lambda: agreeing(world, {0: DataError("no store"), 1: CheckpointError("none")})),
+        "a disk is full": failed(lambda: agreeing(world, {1: OSError(errno.ENOSPC, "no space", "a file")})),
         "the last meets a defect": failed(lambda: agreeing(world, {1: KeyError("a name")})),
         "well again": world.agree(lambda: world.rank * 10),
         "from the first": world.from_first(lambda: {"rank": world.rank, "none": None}),
@@ -78,6 +80,11 @@ def told() -> list[dict[str, Any]]:
         ("all fail alike", "DataError", "no store"),
         ("each fails", "DataError", "no store"),
         ("the first makes nothing", "DataError", "no"),
+        (
+            "a disk is full",
+            "ConfigError",
+            f"the disk refuses: [Errno {errno.ENOSPC}] no space: 'a file'; free some space, or name another place",
+        ),
     ],
 )
 def test_an_error_of_one_process_is_raised_on_all(told: list[dict[str, Any]], case: str, kind: str, text: str) -> None:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 from tiny_run import At, Recipe, assert_same_bits, final_tensors, interrupt, open_trainer, train
 
 from zili.config import RunConfig
+from zili.data.store import TokenStore
+from zili.data.tokenizer import Tokenizer
+from zili.evaluation.during_training import seconds_of
 from zili.training.callbacks import Callback
 from zili.training.pacing import Pacer
 from zili.training.trainer import Trainer
 
 WSD = ("schedule.kind=wsd", "schedule.warmup_steps=3", "schedule.decay_fraction=0.4", "checkpoint.every=20")
+MIXTURE = "model.mixture={experts=4, top_k=2, ffn_hidden_size=16, bias=true, bias_update_rate=0.01}"
 
 
 class Clock(Callback):
@@ -25,10 +32,18 @@ class Clock(Callback):
         self.now += self._later if trainer.step > self._then else early
 
 
-def paced(config: RunConfig, clock: Clock, minutes: float, *more: Callback) -> tuple[Trainer, list[RunConfig]]:
+def paced(
+    config: RunConfig,
+    clock: Clock,
+    minutes: float,
+    *more: Callback,
+    expected: Callable[[Trainer], float] | None = None,
+) -> tuple[Trainer, list[RunConfig]]:
     """`config` trained until so long after now; and what was to be kept of it."""
     kept: list[RunConfig] = []
     pacer = Pacer(clock.now + 60 * minutes, kept.append, clock=lambda: clock.now)
+    if expected is not None:
+        pacer.expect(expected)
     trainer = open_trainer(config, [*more, clock, pacer])
     trainer.resume()
     trainer.fit()
@@ -51,9 +66,14 @@ def test_a_run_ends_on_time_at_whatever_speed(
 
 
 @pytest.mark.parametrize("kind", ["wsd", "cosine", "constant"])
-def test_a_run_with_these_numbers_in_its_recipe_has_the_same_bits(recipe: Recipe, kind: str) -> None:
-    config = recipe(*WSD, f"schedule.kind={kind}", "training.steps=100", "model.hidden_dropout=0.1")
-    _, kept = paced(config, Clock(1, 2, 15), 0.8)
+def test_a_run_with_these_numbers_in_its_recipe_has_the_same_bits(recipe: Recipe, tiny_data: Path, kind: str) -> None:
+    """Learning what an evaluation takes moves neither generators nor the load of experts that their biases follow."""
+    held_out = tiny_data / "held_out"
+    expected = seconds_of(TokenStore.open(held_out), Tokenizer.from_folder(tiny_data / "tokenizer"))
+    asked: list[float] = []
+    config = recipe(*WSD, MIXTURE, f"schedule.kind={kind}", "training.steps=100", "model.hidden_dropout=0.1")
+    _, kept = paced(config, Clock(1, 2, 15), 0.8, expected=lambda trainer: asked.append(expected(trainer)) or 0.1)
+    assert len(asked) == 1 and asked[0] > 0
     found = kept[-1]
     assert 10 < found.training.steps < 60
     told = found.model_copy(update={"folder": config.folder.with_name("told")})
@@ -106,3 +126,12 @@ def test_evaluations_are_paid_for(recipe: Recipe) -> None:
     open_trainer(config, [clock, Evaluated(), pacer]).fit()
     # The last evaluation comes after the last step: its 8 seconds are kept for it.
     assert 0.8 * 120 <= clock.now - began + 8 <= 1.2 * 120
+
+
+def test_the_first_evaluation_is_paid_for_as_it_is_expected(recipe: Recipe) -> None:
+    """None comes before the last step: its 40 seconds of 120 are known from before the first."""
+    config = recipe(*WSD, "training.steps=400", "evaluation.max_bytes=2000", "data.held_out=x")
+    clock = Clock(1, 1, 0, first=1)
+    began = clock.now
+    trainer, _ = paced(config, clock, 2.0, expected=lambda trainer: 40.0)
+    assert clock.now - began == pytest.approx(80, abs=2) and trainer.step == pytest.approx(80, abs=2)

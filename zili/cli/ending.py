@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+from zili.durable import refused_by_disk
 from zili.errors import PeerError, ZiliError
 from zili.parallel.layout import processes
 
@@ -21,7 +22,7 @@ _SECONDS_BEHIND = 2.0
 
 def end_by(error: Exception) -> NoReturn:
     """Say what a user can cure in one line, anything else with its traceback; end with the code of `error`."""
-    error = _lost_peer(error) or error
+    error = _lost_peer(error) or refused_by_disk(error) or error
     if isinstance(error, ZiliError):
         text, code, heard, cause = f"zili: {_who()}{error}\n", error.exit_code, _is_heard(error), _is_cause(error)
     else:

@@ -111,7 +111,8 @@ def run(launch: Launch, console: Console, pacer: Pacer | None = None) -> Trainer
 
     `pacer` finds where the end is.
     """
-    from zili.evaluation.during_training import EvaluationSink, HeldOutEvaluation, measure_of
+    from zili.data.store import TokenStore
+    from zili.evaluation.during_training import EvaluationSink, HeldOutEvaluation, measure_of, seconds_of
     from zili.training.callbacks import Callback, MetricsLog, ProgressDisplay, TensorBoardLog
     from zili.training.trainer import Trainer
 
@@ -133,6 +134,8 @@ def run(launch: Launch, console: Console, pacer: Pacer | None = None) -> Trainer
     held_out = world.agree(lambda: _open_held_out(launch))
     if held_out is not None:
         callbacks.insert(0, HeldOutEvaluation(measure_of(held_out, launch.tokenizer), sinks))
+    if pacer is not None and isinstance(held_out, TokenStore):
+        pacer.expect(seconds_of(held_out, launch.tokenizer))
     with _run_folder(config.folder, world, progress.on_note):
         trainer = world.agree(lambda: Trainer(config, launch.loader, launch.setup.device, callbacks, world))
         if world.is_first:

@@ -105,5 +105,6 @@ def _shape_in(folder: Path) -> ModelConfig | None:
     environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     answer = subprocess.run(asked, capture_output=True, text=True, check=False, env=environment)
     if answer.returncode:
-        raise CheckpointError(answer.stderr.strip())
+        kind = ConfigError if answer.returncode == ConfigError.exit_code else CheckpointError
+        raise kind(answer.stderr.strip())
     return None if answer.stdout == "null\n" else ModelConfig.model_validate_json(answer.stdout)

@@ -24,10 +24,11 @@ from zili.errors import ConfigError, LayoutError
 from zili.parallel.layout import processes
 
 if TYPE_CHECKING:
+    from zili.evaluation.compressors import Reference
     from zili.training.pacing import Pacer
 
-_SECONDS_AFTER_TRAINING = 20
-"""Kept for compressors, samples and the report."""
+_SECONDS_AFTER_TRAINING = 5
+"""Kept for the last checkpoint, samples and the report, beside the last evaluation, whose time is measured."""
 _EVALUATIONS = 3
 """Times the held-out text is scored, the last at the end."""
 _DATA = "data"
@@ -66,6 +67,7 @@ def quickstart(
     launch = prepare_launch(recipe)
     choices = (*launch.choices, *length)
     print_choices(choices, console)
+    references = _compress(launch, console)
     trainer = run(launch, console, _pacer(recipe, deadline) if paced else None)
     if trainer.interrupted:
         from zili.training.interruption import ignore_repeats
@@ -74,7 +76,7 @@ def quickstart(
         console.print(f"Stopped at step {trainer.step}; the checkpoint is written. Go on with the same command:")
         console.print(f"  {_command(text, folder, text_field, on_error)}", highlight=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED)
-    _conclude(launch, choices, time.perf_counter() - started, console)
+    _conclude(launch, choices, references, time.perf_counter() - started, console)
 
 
 def _command(text: list[Path], folder: Path, text_field: str, on_error: OnError) -> str:
@@ -173,12 +175,22 @@ def _new_recipe(folder: Path, overrides: list[str], minutes: float) -> RunConfig
     return build_config(table, overrides, origin="quickstart")
 
 
-def _conclude(launch: Launch, choices: tuple[Choice, ...], seconds: float, console: Console) -> None:
-    """Compare, sample, report, and say what comes next."""
+def _compress(launch: Launch, console: Console) -> list[Reference]:
+    """Before training, which gets the time that is left: how long they take has nothing to do with a step."""
+    from zili.evaluation.conclusion import compress
+
+    with console.status("compressing the held-out text, to compare with"):
+        return compress(launch.recipe, launch.tokenizer)
+
+
+def _conclude(
+    launch: Launch, choices: tuple[Choice, ...], references: list[Reference], seconds: float, console: Console
+) -> None:
+    """Sample, report, and say what comes next."""
     from zili.evaluation.conclusion import conclude
 
-    with console.status("comparing with compressors, drawing samples"):
-        end = conclude(launch.recipe, launch.tokenizer, launch.setup.device, choices, seconds)
+    with console.status("drawing samples"):
+        end = conclude(launch.recipe, launch.tokenizer, launch.setup.device, choices, references, seconds)
     console.print("\nbits per byte of {documents} held-out documents, {bytes:,} bytes:".format(**end.evaluation))
     rows = [("this model", end.evaluation["bits_per_byte"]), *((r.name, r.bits_per_byte) for r in end.references)]
     for name, value in rows:

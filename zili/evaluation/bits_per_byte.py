@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -28,13 +29,15 @@ from torch import Tensor
 from zili.data.store import TokenStore
 from zili.data.tokenizer import Tokenizer
 from zili.errors import ConfigError, DataError
-from zili.evaluation.windows import Window, batches, pack, windows_of
+from zili.evaluation.windows import Batch, Window, batches, pack, windows_of
 
 Progress = Callable[[int], None]
 """Called after each batch with the tokens scored so far."""
 
 BATCHES_HELD = 16
 """Windows for this many full batches are gathered before packing: rows fill well and memory stays bounded."""
+_TIMED = 2
+"""Times a batch is scored to learn what one takes."""
 TEXTS_ENCODED = 256
 CHARACTERS_ENCODED = 1 << 20
 
@@ -131,19 +134,13 @@ def score_token_ids(
             "at least 2 and 1 are needed"
         )
     began = time.perf_counter()
-    tally = _Tally()
-    nats, was_training = 0.0, model.training
-    model.eval()
-    try:
-        for held in _held(documents, start_token, sequence_length, batch_size, tally):
-            rows = pack(held, sequence_length)
-            for batch in batches(rows, sequence_length, batch_size, start_token):
-                nats += _loss(model, *batch)
-                tally.scored += int((batch.labels >= 0).sum())
-                if progress is not None:
-                    progress(tally.scored)
-    finally:
-        model.train(was_training)
+    tally, nats = _Tally(), 0.0
+    with _evaluating(model):
+        for batch in _batches(documents, start_token, sequence_length, batch_size, tally):
+            nats += _loss(model, *batch)
+            tally.scored += int((batch.labels >= 0).sum())
+            if progress is not None:
+                progress(tally.scored)
     if not tally.bytes:
         raise DataError("there is no text to evaluate: every document is empty; give files with some text")
     return Score(
@@ -154,6 +151,33 @@ def score_token_ids(
         documents=tally.documents,
         seconds=time.perf_counter() - began,
     )
+
+
+def expected_seconds(
+    model: LossModel,
+    documents: Iterable[tuple[np.ndarray, int]],
+    *,
+    start_token: int,
+    sequence_length: int,
+    batch_size: int,
+) -> float:
+    """What `score_token_ids` of the same will take: its batches are made and counted, and the first one is scored.
+
+    The first time takes memory and wakes threads, and does not count.
+    """
+    began = time.perf_counter()
+    made = _batches(documents, start_token, sequence_length, batch_size, _Tally())
+    first = next(made, None)
+    if first is None:
+        return 0.0
+    count = 1 + sum(1 for _ in made)
+    making = time.perf_counter() - began
+    with _evaluating(model):
+        _loss(model, *first)
+        began = time.perf_counter()
+        for _ in range(_TIMED):
+            _loss(model, *first)
+    return making + count * (time.perf_counter() - began) / _TIMED
 
 
 def stored_documents(
@@ -178,6 +202,23 @@ class _Tally:
     scored: int = 0
     bytes: int = 0
     documents: int = 0
+
+
+@contextmanager
+def _evaluating(model: LossModel) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _batches(
+    documents: Iterable[tuple[np.ndarray, int]], start: int, length: int, batch_size: int, tally: _Tally
+) -> Iterator[Batch]:
+    for held in _held(documents, start, length, batch_size, tally):
+        yield from batches(pack(held, length), length, batch_size, start)
 
 
 def _held(

@@ -40,28 +40,38 @@ class Conclusion:
     report: Path
 
 
+def compress(config: RunConfig, tokenizer: Tokenizer) -> list[Reference]:
+    """What compressors need for the documents that the model is scored on, whole; for the fairer of their figures they
+    get the beginning of its training text.
+
+    Raises:
+        DataError: the recipe names no held-out text.
+    """
+    learned = itertools.chain.from_iterable(
+        _texts(source.store, tokenizer, TRAINING_BYTES) for source in config.data.sources
+    )
+    return reference_compressors(_scored(config, tokenizer), training_texts=learned)
+
+
 def conclude(
-    config: RunConfig, tokenizer: Tokenizer, device: Device, choices: Sequence[Choice], seconds: float
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    device: Device,
+    choices: Sequence[Choice],
+    references: list[Reference],
+    seconds: float,
 ) -> Conclusion:
     """Write `samples.jsonl`, `summary.json` and `report.html` into the folder of a run that was evaluated.
 
-    The compressors get the documents the model was scored on, whole, and for the fairer of their figures the
-    beginning of its training text. The samples come from the saved checkpoint: what the user's next command loads.
+    The samples come from the saved checkpoint: what the user's next command loads.
 
     Raises:
         DataError: the recipe names no held-out text, or no evaluation was recorded.
     """
-    if config.data.held_out is None:
-        raise DataError("the recipe names no data.held_out, so there is nothing to compare with")
     evaluations = read_run(config.folder).evals
     if not evaluations:
         raise DataError(f"{config.folder} records no evaluation; `zili train` its recipe to the end first")
-    scored = list(_texts(config.data.held_out, tokenizer, config.evaluation.max_bytes))
-    learned = itertools.chain.from_iterable(
-        _texts(source.store, tokenizer, TRAINING_BYTES) for source in config.data.sources
-    )
-    references = reference_compressors(scored, training_texts=learned)
-    samples = _draw_samples(config, device, scored)
+    samples = _draw_samples(config, device, list(_scored(config, tokenizer)))
     lines = [json.dumps({"step": evaluations[-1]["step"], **s.as_json()}, ensure_ascii=False) for s in samples]
     write_whole(config.folder / "samples.jsonl", "".join(f"{line}\n" for line in lines))
     summary = {
@@ -74,6 +84,12 @@ def conclude(
     }
     write_whole(config.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     return Conclusion(evaluations[-1], references, samples, write_report(config.folder))
+
+
+def _scored(config: RunConfig, tokenizer: Tokenizer) -> Iterator[str]:
+    if config.data.held_out is None:
+        raise DataError("the recipe names no data.held_out, so there is nothing to compare with")
+    return _texts(config.data.held_out, tokenizer, config.evaluation.max_bytes)
 
 
 def _texts(prefix: Path, tokenizer: Tokenizer, max_bytes: int) -> Iterator[str]:

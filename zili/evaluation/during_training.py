@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
 from zili.data.packing import DialogueLoader
 from zili.data.store import TokenStore
 from zili.data.tokenizer import Tokenizer
-from zili.evaluation.bits_per_byte import score_token_ids, stored_documents
+from zili.evaluation.bits_per_byte import expected_seconds, score_token_ids, stored_documents
 from zili.parallel.model import REWARDS
 from zili.training.callbacks import Callback
 from zili.training.trainer import Trainer
 
 _TOKENS_A_BATCH = 8192
 """Bounds the memory of an evaluation batch, whatever the sequence length."""
+T = TypeVar("T")
 Measure = Callable[[Trainer], dict[str, float]]
 """Figures of the model as it is now."""
 
@@ -62,18 +63,32 @@ def measure_of(held_out: TokenStore | DialogueLoader, tokenizer: Tokenizer) -> M
     return _of_text(held_out, tokenizer)
 
 
+def seconds_of(store: TokenStore, tokenizer: Tokenizer) -> Callable[[Trainer], float]:
+    """What one measurement of plain text takes on the machine as it is now; training does not notice."""
+
+    def expect(trainer: Trainer) -> float:
+        with trainer.uncompiled():
+            return _on_text(expected_seconds, trainer, store, tokenizer)
+
+    return expect
+
+
+def _on_text(figure: Callable[..., T], trainer: Trainer, store: TokenStore, tokenizer: Tokenizer) -> T:
+    length = trainer.config.training.sequence_length
+    return figure(
+        trainer.parallel,
+        stored_documents(store, tokenizer, trainer.config.evaluation.max_bytes),
+        start_token=tokenizer.end_id,
+        sequence_length=length,
+        batch_size=_rows_at_once(trainer, length),
+    )
+
+
 def _of_text(store: TokenStore, tokenizer: Tokenizer) -> Measure:
     """Bits per byte of plain text."""
 
     def measure(trainer: Trainer) -> dict[str, float]:
-        length = trainer.config.training.sequence_length
-        score = score_token_ids(
-            trainer.parallel,
-            stored_documents(store, tokenizer, trainer.config.evaluation.max_bytes),
-            start_token=tokenizer.end_id,
-            sequence_length=length,
-            batch_size=_rows_at_once(trainer, length),
-        )
+        score = _on_text(score_token_ids, trainer, store, tokenizer)
         return {
             "bits_per_byte": score.bits_per_byte,
             "loss": score.loss_per_token,

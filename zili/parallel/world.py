@@ -16,6 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from zili import errors
 from zili.chips.device import Device
+from zili.durable import refused_by_disk
 from zili.errors import ZiliError
 from zili.parallel.collectives import Peers
 from zili.parallel.layout import Layout, processes
@@ -179,7 +180,7 @@ class World:
         try:
             result = work()
         except Exception as error:
-            failure = error
+            failure = refused_by_disk(error) or error
         if self.size > 1:
             everyones: list[tuple[str, str] | None] = [None] * self.size
             dist.all_gather_object(everyones, _said(failure, self.rank), group=group)

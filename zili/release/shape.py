@@ -35,4 +35,5 @@ if __name__ == "__main__":
         shape = shape_in(Path(sys.argv[1]))
         print("null" if shape is None else shape.model_dump_json())
     except ZiliError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)

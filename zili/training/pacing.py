@@ -40,11 +40,17 @@ class Pacer(Callback):
         self._deadline, self._keep, self._clock = deadline, keep, clock
         self._seconds: deque[float] = deque()
         self._then: float | None = None
-        self._evaluating = 0.0
-        self._one_evaluation: float | None = None
+        self._evaluating = self._one_evaluation = 0.0
+        self._expected: Callable[[Trainer], float] | None = None
         self.settled = False
 
+    def expect(self, seconds: Callable[[Trainer], float]) -> None:
+        """Have `seconds` of one evaluation asked for before the first step: until one was made, it is all there is."""
+        self._expected = seconds
+
     def on_start(self, trainer: Trainer) -> None:
+        if self._expected is not None:
+            self._one_evaluation = self._expected(trainer)
         self._then = self._clock()
 
     def on_evaluation(self, step: int, values: dict[str, float]) -> None:
@@ -71,20 +77,11 @@ class Pacer(Callback):
         done = len(self._seconds) - _FIRST
         recent = min(done, max(_FEWEST, round(_RECENT * done)))
         step = sum(islice(reversed(self._seconds), recent)) / recent
-        left = self._deadline - now - self._evaluation(trainer.config, step)
+        left = self._deadline - now - self._one_evaluation
         every = trainer.config.evaluation.every
         if every:  # those before the last one: each step brings its share
-            step += self._evaluation(trainer.config, step) / every
+            step += self._one_evaluation / every
         return max(0, int(left / step))
-
-    def _evaluation(self, config: RunConfig, step: float) -> float:
-        """Seconds of one, as the last took; before, a forward pass, which is about half a step."""
-        if config.data.held_out is None:
-            return 0.0
-        if self._one_evaluation is not None:
-            return self._one_evaluation
-        tokens = 2 * config.evaluation.max_bytes / 3  # about three bytes a token; windows overlap by half
-        return step / 2 * tokens / (config.training.global_batch * config.training.sequence_length)
 
     def _set(self, trainer: Trainer, steps: int) -> None:
         config = trainer.config
