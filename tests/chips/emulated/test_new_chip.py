@@ -25,6 +25,7 @@ def its_own_tests(folder: Path) -> tuple[int, str]:
     return int(code), said.getvalue()
 
 
+@pytest.mark.slow
 def test_an_afternoon(runs: Runs, with_plugins: Environment, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     folder = tmp_path / "zili-acme"
     made = zili("chips", "new", "acme", "--folder", folder)
