@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic_core import from_json
 
 _THINK, _THOUGHT = "<think>", "</think>"
 _CALL, _CALLED = "<tool_call>", "</tool_call>"
-_NAMED = re.compile(
-    r"\s*([\w.-]+)\s*((?:<param_key>.*?</param_key>\s*<param_value>.*?</param_value>\s*)*)\s*", re.DOTALL
-)
-_PARAMETER = re.compile(r"<param_key>(.*?)</param_key>\s*<param_value>(.*?)</param_value>", re.DOTALL)
+_KEY, _VALUE = ("<param_key>", "</param_key>"), ("<param_value>", "</param_value>")
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,8 @@ class Reply:
         self._state: Literal["begin", "thinking", "content", "calling"] = "thinking" if thinking else "begin"
         self._tools = tools
         self._held = ""
+        self._looked = 0
+        """Characters of `_held` in which a call does not end, so that a long one is not looked through again and again."""
         self.calls = 0
         """Of tools, so far."""
 
@@ -94,9 +94,11 @@ class Reply:
         return bool(found)
 
     def _call(self, parts: Parts) -> bool:
-        inside, found, after = self._held.partition(_CALLED)
-        if not found:
+        end = self._held.find(_CALLED, self._looked)
+        if end < 0:
+            self._looked = max(0, len(self._held) - len(_CALLED) + 1)
             return False
+        inside, after, self._looked = self._held[:end], self._held[end + len(_CALLED) :], 0
         call = read_call(inside)
         if call is None:
             parts.content += _CALL + inside + _CALLED
@@ -108,9 +110,12 @@ class Reply:
 
 
 def read_call(text: str) -> Call | None:
-    """What stands between the tags: Hermes' JSON, or TeleChat3-Coder's names and values. None: neither."""
+    """What stands between the tags: Hermes' JSON, or TeleChat3-Coder's names and values. None: neither.
+
+    It takes time in proportion to the text, whatever a model was made to say.
+    """
     try:
-        called = json.loads(text)
+        called = _json(text)
     except ValueError:
         return _read_named(text)
     if not isinstance(called, dict) or not isinstance(called.get("name"), str):
@@ -118,26 +123,59 @@ def read_call(text: str) -> Call | None:
     arguments = called.get("arguments", {})
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
+            arguments = _json(arguments)
         except ValueError:
             return None
-    return Call(called["name"], json.dumps(arguments, ensure_ascii=False)) if isinstance(arguments, dict) else None
+    return _call_of(called["name"], arguments) if isinstance(arguments, dict) else None
 
 
 def _read_named(text: str) -> Call | None:
-    found = _NAMED.fullmatch(text)
-    if found is None:
+    """A name, and then `<param_key>a</param_key><param_value>1</param_value>` any number of times."""
+    first = text.find(_KEY[0])
+    name, rest = (text, "") if first < 0 else (text[:first], text[first:])
+    name = name.strip()
+    if not all(letter.isalnum() or letter in "_.-" for letter in name) or not name:
         return None
-    arguments = {}
-    for key, value in _PARAMETER.findall(found[2]):
+    arguments: dict[str, Any] = {}
+    place = 0
+    while place < len(rest):
+        key = _between(rest, place, _KEY)
+        value = key and _between(rest, key[1], _VALUE)
+        if not key or not value:
+            return None
+        place = value[1]
         try:
-            arguments[key] = json.loads(value)
+            arguments[key[0]] = _json(value[0])
         except ValueError:
-            arguments[key] = value  # a text is written without quotes
-    return Call(found[1], json.dumps(arguments, ensure_ascii=False))
+            arguments[key[0]] = value[0]  # a text is written without quotes
+    return _call_of(name, arguments)
+
+
+def _between(text: str, start: int, tags: tuple[str, str]) -> tuple[str, int] | None:
+    """What stands between two tags, of which the first is at `start`, and where what follows begins."""
+    opening, closing = tags
+    end = text.find(closing, start) if text.startswith(opening, start) else -1
+    if end < 0:
+        return None
+    after = end + len(closing)
+    while after < len(text) and text[after].isspace():
+        after += 1
+    return text[start + len(opening) : end], after
+
+
+def _json(text: str) -> Any:
+    # `json` fails for what is nested deep with another error than ValueError, and takes half of a surrogate pair.
+    return from_json(text, allow_inf_nan=False)
+
+
+def _call_of(name: str, arguments: dict[str, Any]) -> Call | None:
+    try:
+        return Call(name, json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+    except ValueError:  # 1e999
+        return None
 
 
 def overlap(text: str, tag: str) -> int:
-    """Length of the longest beginning of `tag`, short of all of it, that `text` ends with."""
+    """Length of the longest beginning of `tag`, a short one, short of all of it, that `text` ends with."""
     longest = min(len(tag) - 1, len(text))
     return next((size for size in range(longest, 0, -1) if text.endswith(tag[:size])), 0)
