@@ -7,8 +7,9 @@ token. A mark that the tokenizer has no token for cannot be told apart so: a tex
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +53,7 @@ class Guard:
             text: chr(_HIGH + number // _LOWS) + chr(_LOW + number % _LOWS) for number, text in enumerate(self._spelled)
         }
         self._texts = {code: text for text, code in self._codes.items()}
-        alternatives = [*map(re.escape, self._spelled), BEGIN, END]
-        self._cut = re.compile("(" + "|".join(alternatives) + ")")
+        self._cut = re.compile(f"({any_of([*self._spelled, BEGIN, END])})")
         self._tokenizer = tokenizer.taking_for_text(written)
 
     def broken(self, value: Any, depth: int = 0) -> Any:
@@ -93,6 +93,24 @@ class Guard:
             elif part:
                 said = _CODE.sub(lambda found: self._texts.get(found[0], found[0]), part)
                 yield Piece(said, self._tokenizer.encode(said).tolist())
+
+
+def any_of(words: Collection[str]) -> str:
+    """An expression that finds any of some words, the longest where several begin.
+
+    What words begin with alike is written once: some tokenizers reserve hundreds of tokens, and each would be tried
+    at every `<` of a text.
+    """
+    following: dict[str, list[str]] = {}
+    for word in filter(None, words):
+        following.setdefault(word[0], []).append(word)
+    branches = []
+    for alike in following.values():
+        begin = os.path.commonprefix(alike)
+        branches.append(re.escape(begin) + any_of([word.removeprefix(begin) for word in alike]))
+    if not branches or (len(branches) == 1 and "" not in words):
+        return "".join(branches)
+    return f"(?:{'|'.join(branches)})" + ("?" if "" in words else "")
 
 
 class MarkSpoken(DataError):
