@@ -106,7 +106,7 @@ def any_of(words: Collection[str]) -> str:
         following.setdefault(word[0], []).append(word)
     branches = []
     for alike in following.values():
-        begin = os.path.commonprefix(alike)
+        begin = os.path.commonprefix(alike)  # noqa: RUF071  (of letters, as is wanted)
         branches.append(re.escape(begin) + any_of([word.removeprefix(begin) for word in alike]))
     if not branches or (len(branches) == 1 and "" not in words):
         return "".join(branches)
