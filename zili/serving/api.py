@@ -6,14 +6,13 @@ import asyncio
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
@@ -24,10 +23,11 @@ from zili.data.manners import Manners
 from zili.data.tokenizer import Tokenizer
 from zili.errors import ConfigError, DataError
 from zili.serving import wording
-from zili.serving.delivery import events, whole
+from zili.serving.delivery import Whole, events, whole
 from zili.serving.engine import Ask, Engine, Guide
 from zili.serving.gate import Gate, Limits
 from zili.serving.generation import Sampling
+from zili.serving.intake import Aside, Intake
 from zili.serving.keys import Keys
 from zili.serving.metrics import CONTENT_TYPE, Metrics
 from zili.serving.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -36,6 +36,10 @@ from zili.serving.reply import Reply
 from zili.serving.streaming import Said, Stream
 from zili.serving.structure import Forms, Part
 
+T = TypeVar("T")
+
+_STRETCH = 1 << 16
+"""Characters of a text that are counted at a time, where it may be too long."""
 _PAGE = Path(__file__).with_name("page")
 _HEADERS = {
     # The page brings everything along; what a model writes can neither run nor fetch.
@@ -82,11 +86,12 @@ def make_app(served: Served) -> FastAPI:
         responses=_REFUSALS,
     )
     app.exception_handler(Refusal)(_refused)
-    app.exception_handler(RequestValidationError)(_invalid)
     app.exception_handler(HTTPException)(_no_route)
     app.exception_handler(Exception)(_failed)
     app.add_middleware(Gate, keys=served.keys, limits=served.limits)
-    api = _Api(served)
+    app.state.intake = Intake()
+    app.router.route_class = Aside
+    api = _Api(served, app.state.intake)
 
     @app.get("/health", response_class=JSONResponse)
     async def health() -> dict[str, str]:
@@ -100,8 +105,8 @@ def make_app(served: Served) -> FastAPI:
     app.get("/v1/models")(api.models)
     app.post("/v1/chat/completions", response_model=None, responses=answered)(api.chat)
     app.post("/v1/completions", response_model=None, responses=answered)(api.complete)
-    app.post("/tokenize")(api.tokenize)
-    app.post("/detokenize")(api.detokenize)
+    app.post("/tokenize", response_model=None)(api.tokenize)
+    app.post("/detokenize", response_model=None)(api.detokenize)
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
@@ -116,13 +121,6 @@ async def _refused(_: Request, error: Exception) -> Response:
     return error.response()
 
 
-async def _invalid(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"] if part != "body")
-    return Refusal(400, f"{place}: {first['msg']}" if place else str(first["msg"]), param=place or None).response()
-
-
 async def _no_route(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return Refusal(error.status_code, str(error.detail), headers=error.headers).response()
@@ -132,11 +130,39 @@ async def _failed(_: Request, error: Exception) -> Response:
     return Refusal(500, f"the server failed ({type(error).__name__})").response()
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """What is asked, as the engine takes it."""
+
+    given: list[list[int]]
+    """Prompts."""
+    answers: int
+    """To each of them."""
+    form: Part | None
+    bias: dict[int, float]
+    thinking: bool = False
+    """Whether the prompt opens the answer's thoughts."""
+
+    @property
+    def each(self) -> list[list[int]]:
+        """The prompt of each answer."""
+        return [prompt for prompt in self.given for _ in range(self.answers)]
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """All texts in what was given as JSON."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in (*value, *value.values()) if isinstance(value, dict) else value:
+            yield from _texts_in(inner)
+
+
 class _Api:
     """The routes."""
 
-    def __init__(self, served: Served) -> None:
-        self.served = served
+    def __init__(self, served: Served, intake: Intake) -> None:
+        self.served, self._intake = served, intake
         self.tokenizer, self.engine = served.tokenizer, served.engine
         self.metrics = Metrics(served.engine, served.name)
         template = served.template or ChatTemplate.named("chatml")
@@ -151,83 +177,128 @@ class _Api:
         model = {"id": self.served.name, "object": "model", "created": self.served.created, "owned_by": "zili"}
         return {"object": "list", "data": [{**model, "max_model_len": self.engine.context}]}
 
-    async def tokenize(self, asked: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(self, asked: TokenizeRequest, request: Request) -> dict[str, Any]:
         """A text's ids."""
-        ids = self._encoded(asked.prompt)
+        ids = await self._aside(request, self._encoded, asked.prompt)
         return {"tokens": ids, "count": len(ids), "max_model_len": self.engine.context}
 
-    async def detokenize(self, asked: DetokenizeRequest) -> dict[str, Any]:
+    async def detokenize(self, asked: DetokenizeRequest, request: Request) -> dict[str, Any]:
         """The text of ids."""
-        self._known(asked.tokens)
-        return {"prompt": self.tokenizer.decode(asked.tokens)}
+        await self._aside(request, self._known, asked.tokens)
+        return {"prompt": await self._aside(request, self.tokenizer.decode, asked.tokens)}
 
     async def chat(self, asked: ChatRequest, request: Request) -> Any:
         """The next turn of a conversation."""
-        self._check_model(asked.model)
+        self._check(asked, asked.n)
         if self.served.template is None:
             raise Refusal(400, "the model has no chat template: use /v1/completions", param="messages")
+        ready = await self._aside(request, self._conversation, asked)
+        guide = await self._guide(ready.form, thinking=ready.thinking)
+        top = asked.top_logprobs if asked.logprobs else None
+        streams = self._begin(request, asked, ready, asked.longest, top, guide)
+        head = self._head("chatcmpl", "chat.completion")
+        replies = [Reply(thinking=ready.thinking, tools=bool(asked.offered)) for _ in streams]
+        if asked.stream:
+            chunk = head | {"object": "chat.completion.chunk"}
+            return self._events(request, asked, streams, chunk, partial(self._delta, asked, replies), ready.given)
+        answers = await whole(streams, request, self.served.limits.answer_seconds)
+        choices = await self._aside(request, self._said, asked, answers, replies)
+        return {**head, "choices": choices, "usage": wording.usage(streams, ready.given)}
+
+    def _said(self, asked: ChatRequest, answers: list[Whole], replies: list[Reply]) -> list[dict[str, Any]]:
+        choices = []
+        for index, (answer, reply) in enumerate(zip(answers, replies, strict=True)):
+            parts = reply.push(answer.text) + reply.finish()
+            finish = "tool_calls" if parts.calls and answer.finish == "stop" else answer.finish
+            choice = {"index": index, "message": wording.message(parts), "finish_reason": finish}
+            told = wording.chat_logprobs(self.tokenizer, answer.tokens) if asked.logprobs else None
+            choices.append({**choice, "logprobs": told})
+        return choices
+
+    async def complete(self, asked: CompletionRequest, request: Request) -> Any:
+        """What follows a text."""
+        self._check(asked, len(asked.prompts) * asked.n)
+        if asked.stream and asked.echo:
+            raise Refusal(400, "echo is not streamed", param="echo")
+        ready = await self._aside(request, self._texts, asked)
+        guide = await self._guide(ready.form)
+        streams = self._begin(request, asked, ready, asked.max_tokens, asked.logprobs, guide, of_prompt=asked.echo)
+        head = self._head("cmpl", "text_completion")
+        if asked.stream:
+            return self._events(request, asked, streams, head, partial(self._text, asked), ready.given)
+        answers = await whole(streams, request, self.served.limits.answer_seconds)
+        choices = await self._aside(request, self._continued, asked, answers, streams)
+        return {**head, "choices": choices, "usage": wording.usage(streams, ready.given)}
+
+    def _continued(self, asked: CompletionRequest, answers: list[Whole], streams: list[Stream]) -> list[dict[str, Any]]:
+        choices = []
+        for index, (answer, stream) in enumerate(zip(answers, streams, strict=True)):
+            text, told = answer.text, answer.tokens
+            if asked.echo:
+                text = self.tokenizer.decode(stream.answer.ask.prompt) + text
+                told = [*stream.answer.prompt, *told]
+            logprobs = wording.logprobs(self.tokenizer, told) if asked.logprobs is not None else None
+            choices.append({"index": index, "text": text, "finish_reason": answer.finish, "logprobs": logprobs})
+        return choices
+
+    # ---- what is asked
+
+    async def _aside(self, request: Request, work: Callable[..., T], *given: Any) -> T:
+        """What takes longer for larger bodies."""
+        return await self._intake.aside(request.state.size, work, *given)
+
+    def _check(self, asked: ChatRequest | CompletionRequest, answers: int) -> None:
+        """Before anything is done for it."""
+        if asked.model is not None and asked.model != self.served.name:
+            raise Refusal(
+                404,
+                f"the model {asked.model[:100]!r} is not served here; there is {self.served.name!r}",
+                param="model",
+                code="model_not_found",
+            )
+        if answers > self.served.limits.waiting:
+            raise Refusal(400, f"{answers} answers are asked for at once; {self.served.limits.waiting} may be")
+
+    def _conversation(self, asked: ChatRequest) -> _Ready:
+        assert self.served.template is not None
+        turns = [message.plain() for message in asked.messages]
+        options = {"add_generation_prompt": True, "tools": asked.offered or None, **asked.chat_template_kwargs}
+        self._check_fit(_texts_in([turns, options]))
         try:
-            turns = [message.plain() for message in asked.messages]
-            options = {"add_generation_prompt": True, "tools": asked.offered or None, **asked.chat_template_kwargs}
             prompt = self.served.template.render(self.tokenizer, turns, **options).ids
         except (DataError, TypeError) as error:
             raise Refusal(400, str(error), param="messages") from error
         # Some templates open an answer's thoughts themselves.
         thinking = bool(Manners.opening(self.tokenizer.decode(prompt[-16:])))
-        guide = await self._guide(asked.form_with_calls(tagged=self._tagged), thinking=thinking)
-        top = asked.top_logprobs if asked.logprobs else None
-        streams = self._begin(request, asked, [prompt] * asked.n, asked.longest, top, guide)
-        head = self._head("chatcmpl", "chat.completion")
-        replies = [Reply(thinking=thinking, tools=bool(asked.offered)) for _ in streams]
-        if asked.stream:
-            chunk = head | {"object": "chat.completion.chunk"}
-            return self._events(request, asked, streams, chunk, partial(self._delta, asked, replies), [prompt])
-        choices = []
-        for index, answer in enumerate(await whole(streams, request, self.served.limits.answer_seconds)):
-            parts = replies[index].push(answer.text) + replies[index].finish()
-            finish = "tool_calls" if parts.calls and answer.finish == "stop" else answer.finish
-            choice = {"index": index, "message": wording.message(parts), "finish_reason": finish}
-            told = wording.chat_logprobs(self.tokenizer, answer.tokens) if asked.logprobs else None
-            choices.append({**choice, "logprobs": told})
-        return {**head, "choices": choices, "usage": wording.usage(streams, [prompt])}
+        form = asked.form_with_calls(tagged=self._tagged)
+        return _Ready([prompt], asked.n, form, self._bias(asked.logit_bias), thinking)
 
-    async def complete(self, asked: CompletionRequest, request: Request) -> Any:
-        """What follows a text."""
-        self._check_model(asked.model)
-        if asked.stream and asked.echo:
-            raise Refusal(400, "echo is not streamed", param="echo")
+    def _texts(self, asked: CompletionRequest) -> _Ready:
         prompts = [self._ids(prompt) for prompt in asked.prompts]
-        each = [prompt for prompt in prompts for _ in range(asked.n)]
-        guide = await self._guide(asked.form)
-        streams = self._begin(request, asked, each, asked.max_tokens, asked.logprobs, guide, of_prompt=asked.echo)
-        head = self._head("cmpl", "text_completion")
-        if asked.stream:
-            return self._events(request, asked, streams, head, partial(self._text, asked), prompts)
-        choices = []
-        for index, answer in enumerate(await whole(streams, request, self.served.limits.answer_seconds)):
-            text, told = answer.text, answer.tokens
-            if asked.echo:
-                text, told = self.tokenizer.decode(each[index]) + text, [*streams[index].answer.prompt, *told]
-            logprobs = wording.logprobs(self.tokenizer, told) if asked.logprobs is not None else None
-            choices.append({"index": index, "text": text, "finish_reason": answer.finish, "logprobs": logprobs})
-        return {**head, "choices": choices, "usage": wording.usage(streams, prompts)}
-
-    # ---- what is asked
-
-    def _check_model(self, name: str | None) -> None:
-        if name is not None and name != self.served.name:
-            raise Refusal(
-                404,
-                f"the model {name!r} is not served here; there is {self.served.name!r}",
-                param="model",
-                code="model_not_found",
-            )
+        return _Ready(prompts, asked.n, asked.form, self._bias(asked.logit_bias))
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
+            self._check_fit([prompt])
             return self._encoded(prompt) or [self.tokenizer.end_id]
         self._known(prompt)
         return prompt
+
+    def _check_fit(self, texts: Iterable[str]) -> None:
+        """Refuse what is far longer than the context, before memory is taken for all of it."""
+        texts, most = list(texts), 2 * self.engine.context
+        if sum(map(len, texts)) <= _STRETCH:
+            return
+        count = 0
+        for text in texts:
+            for start in range(0, len(text), _STRETCH):
+                count += len(self._encoded(text[start : start + _STRETCH]))
+                if count > most + _STRETCH:
+                    raise Refusal(
+                        400,
+                        f"the context holds {self.engine.context} tokens; what is asked has more than {count:,}",
+                        code="context_length_exceeded",
+                    )
 
     def _encoded(self, text: str) -> list[int]:
         try:
@@ -244,16 +315,14 @@ class _Api:
         self,
         request: Request,
         asked: ChatRequest | CompletionRequest,
-        prompts: list[list[int]],
+        ready: _Ready,
         longest: int | None,
         top: int | None,
         guide: Callable[[], Guide] | None,
         *,
         of_prompt: bool = False,
     ) -> list[Stream]:
-        most = self.served.limits.waiting
-        if len(prompts) > most:
-            raise Refusal(400, f"{len(prompts)} answers are asked for at once; {most} may be")
+        prompts, most = ready.each, self.served.limits.waiting
         if sum(self.engine.load) + len(prompts) > self.engine.slots + most:
             message = f"{self.engine.load[1]} answers wait already, {most} may"
             raise Refusal(503, message, code="busy", headers={"Retry-After": "1"})
@@ -278,7 +347,7 @@ class _Api:
                     frozenset() if asked.ignore_eos and guide is None else self.stop_ids,
                     log_probabilities=top,
                     of_prompt=of_prompt,
-                    bias=self._bias(asked.logit_bias),
+                    bias=ready.bias,
                     guide=guide,
                 )
                 ends = self._end_texts if isinstance(asked, ChatRequest) and not asked.ignore_eos else ()
