@@ -172,7 +172,7 @@ class _Api:
             raise Refusal(400, str(error), param="messages") from error
         # Some templates open an answer's thoughts themselves.
         thinking = self.tokenizer.decode(prompt[-16:]).rstrip().endswith("<think>")
-        guide = await self._guide(asked.form_with_calls(tagged=self._tagged), thinking=thinking)
+        guide = await self._guide(partial(asked.form_with_calls, tagged=self._tagged), thinking=thinking)
         top = asked.top_logprobs if asked.logprobs else None
         streams = self._begin(request, asked, [prompt] * asked.n, asked.longest, top, guide)
         head = self._head("chatcmpl", "chat.completion")
@@ -196,7 +196,7 @@ class _Api:
             raise Refusal(400, "echo is not streamed", param="echo")
         prompts = [self._ids(prompt) for prompt in asked.prompts]
         each = [prompt for prompt in prompts for _ in range(asked.n)]
-        guide = await self._guide(asked.form)
+        guide = await self._guide(lambda: asked.form)
         streams = self._begin(request, asked, each, asked.max_tokens, asked.logprobs, guide, of_prompt=asked.echo)
         head = self._head("cmpl", "text_completion")
         if asked.stream:
@@ -298,12 +298,14 @@ class _Api:
             raise Refusal(400, f"a token is beyond {self.tokenizer.vocab_size}", param="logit_bias")
         return bias
 
-    async def _guide(self, form: Part | None, *, thinking: bool = False) -> Callable[[], Guide] | None:
-        if form is None:
-            return None
+    async def _guide(self, form: Callable[[], Part | None], *, thinking: bool = False) -> Callable[[], Guide] | None:
+        def made() -> Callable[[], Guide] | None:
+            part = form()
+            return None if part is None else self._forms.of(part, thinking=thinking)
+
         try:
             # Compiling a large one takes seconds, in which the others go on.
-            return await asyncio.to_thread(self._forms.of, form, thinking=thinking)
+            return await asyncio.to_thread(made)
         except ConfigError as error:
             raise Refusal(400, str(error), param="response_format") from error
 

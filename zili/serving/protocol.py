@@ -213,13 +213,11 @@ class ChatRequest(_Asked):
 
     def form_with_calls(self, *, tagged: bool) -> structure.Part | None:
         """What the answer must look like, calls of tools included; `tagged` as of `structure.calls`."""
-        if not self.offered:
+        if not self.offered or (self.tool_choice == "auto" and self.form is None):
             return self.form
         several = self.parallel_tool_calls and not isinstance(self.tool_choice, OneTool)
         calls = structure.calls(self.offered, several=several, tagged=tagged)
-        if self.tool_choice != "auto":
-            return calls
-        return None if self.form is None else {"type": "or", "elements": [calls, self.form]}
+        return {"type": "or", "elements": [calls, self.form]} if self.tool_choice == "auto" else calls
 
     @property
     def longest(self) -> int | None:
