@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-_END_NAMES = (
+DOCUMENT_ENDS = (
     *("<_end>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<eos>", "<|eos|>"),
     "<｜end▁of▁sentence｜>",
 )
+"""Names of tokens that end a document, in the order in which they are looked for."""
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -44,7 +45,13 @@ class Tokenizer:
     here gives every text back exactly; one read from elsewhere may normalise.
     """
 
-    def __init__(self, definition: str, *, end_token: str | None = None, name: str = "tokenizer.json") -> None:
+    def __init__(
+        self,
+        definition: str,
+        *,
+        end_token: str | None = None,
+        name: str = "tokenizer.json",
+    ) -> None:
         try:
             self._inner = tokenizers.Tokenizer.from_str(definition)
         except Exception as error:  # tokenizers raises bare Exception
@@ -56,9 +63,12 @@ class Tokenizer:
         ids = self._inner.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values()) + 1
         added = self._inner.get_added_tokens_decoder()
+        self.added_tokens = {token.content: id_ for id_, token in sorted(added.items())}
         self.special_tokens = {token.content: id_ for id_, token in sorted(added.items()) if token.special}
         self.end_token = _end_token(ids, end_token, name)
         self.end_id = ids[self.end_token]
+        self.end_ids = frozenset((self.end_id,))
+        """All tokens after which the model it belongs to has said what it says."""
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int = 8192) -> Tokenizer:
@@ -122,12 +132,9 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_text(config, encoding="utf-8", newline="\n")
 
     def _config(self) -> dict[str, Any]:
-        roles = {"bos_token": "<_start>", "pad_token": "<_pad>", "unk_token": "<_unk>"}
-        named = {role: token for role, token in roles.items() if token in self.special_tokens}
         return {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": self.end_token,
-            **named,
+            **self.roles,
             "clean_up_tokenization_spaces": False,
         }
 
@@ -136,9 +143,30 @@ class Tokenizer:
         """Of `tokenizer.json` as written, byte for byte."""
         return hashlib.sha256(self.definition.encode()).hexdigest()
 
+    def taking_for_text(self, added: Collection[str]) -> Tokenizer:
+        """The tokenizer with these added tokens recognised in no text, as special ones are not."""
+        if all(token in self.special_tokens for token in added):
+            return self
+        content = json.loads(self.definition)
+        for token in content["added_tokens"]:
+            token["special"] = token["special"] or token["content"] in added
+        return Tokenizer(json.dumps(content, ensure_ascii=False), end_token=self.end_token)
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """Tokens that templates ask for by role."""
+        roles = {"bos_token": "<_start>", "unk_token": "<_unk>", "pad_token": "<_pad>"}
+        named = {role: token for role, token in roles.items() if token in self.special_tokens}
+        return {**named, "eos_token": self.end_token}
+
     def tokens(self) -> dict[str, int]:
         """All tokens, as the vocabulary spells them, with their ids."""
         return self._inner.get_vocab(with_added_tokens=True)
+
+    def token_id(self, text: str) -> int | None:
+        """The id of a token as the vocabulary spells it; None: there is none."""
+        found: int | None = self._inner.token_to_id(text)
+        return found
 
     def decoders(self) -> set[str]:
         """The steps by which a token's spelling becomes text: "ByteLevel", "ByteFallback", ..."""
@@ -174,10 +202,14 @@ def _end_token(ids: dict[str, int], wanted: str | None, name: str) -> str:
         if wanted not in ids:
             raise DataError(f"{name}: no token {wanted!r} to end documents with.")
         return wanted
-    for token in _END_NAMES:
+    for token in DOCUMENT_ENDS:
         if token in ids:
             return token
-    raise DataError(f"{name}: none of {', '.join(_END_NAMES)} is in it. Name its end token (end_token=...).")
+    raise DataError(f"{name}: none of {', '.join(DOCUMENT_ENDS)} is in it. Name its end token (end_token=...).")
+
+
+_CHARACTER = 4
+"""Bytes of a character at most, and so tokens."""
 
 
 class DecodeStream:
@@ -197,9 +229,23 @@ class DecodeStream:
         self._waiting.append(id_)
         text = self._fresh()
         if not text or text.endswith("\ufffd"):
-            return ""
+            return self._settled(text) if len(self._waiting) % (2 * _CHARACTER) == 0 else ""
         self._said, self._waiting = self._waiting, []
         return text
+
+    def _settled(self, text: str) -> str:
+        """What of `text` is whole though its end is not: a model may say bytes that never become a character.
+
+        All of it would be decoded again with each of them.
+        """
+        for kept in range(_CHARACTER, 2 * _CHARACTER):
+            before = self._decode(self._said + self._waiting[:-kept])[len(self._decode(self._said)) :]
+            if text.startswith(before):
+                # Tokens without text are no context: at a beginning some decoders drop a space.
+                self._said = self._waiting[:-kept] if before else self._said
+                self._waiting = self._waiting[-kept:]
+                return before
+        return ""
 
     def finish(self) -> str:
         """What still waits, unfinished characters as U+FFFD."""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from zili.data.chat import ChatTemplate
+from zili.data.manners import Manners
 from zili.data.tokenizer import Tokenizer
-
-_ENDS = ("<_end>", "<_user>", "<|im_end|>", "<|endoftext|>")
-"""Special tokens after which it is not the model's turn."""
 
 
 class Conversation(Protocol):
@@ -22,7 +20,7 @@ class Conversation(Protocol):
     """What is said when it begins anew."""
 
     @property
-    def stop_ids(self) -> set[int]:
+    def stop_ids(self) -> Set[int]:
         """Tokens that end an answer."""
 
     def ask(self, text: str) -> None:
@@ -61,9 +59,8 @@ class Dialogue:
     """What of an answer the prompt has said already, such as `<think>`."""
 
     @property
-    def stop_ids(self) -> set[int]:
-        special = self.tokenizer.special_tokens
-        return {self.tokenizer.end_id, *(special[name] for name in _ENDS if name in special)}
+    def stop_ids(self) -> Set[int]:
+        return self.template.manners(self.tokenizer).end_ids(self.tokenizer)
 
     def ask(self, text: str) -> None:
         self.turns.append([{"role": "user", "content": text}])
@@ -84,8 +81,7 @@ class Dialogue:
         while len(ids := self._rendered(True)) > room and len(self.turns) > 1:
             self.turns.pop(0)
             dropped += 1
-        opening = self.tokenizer.decode(ids[len(self._rendered(False)) :])
-        self._opening = opening[opening.index("<think>") :] if "<think>" in opening else ""
+        self._opening = Manners.opening(self.tokenizer.decode(ids[len(self._rendered(False)) :]))
         return ids, dropped
 
     def _rendered(self, add_generation_prompt: bool) -> list[int]:
@@ -109,8 +105,8 @@ class RunningText:
     new: str = "A new text."
 
     @property
-    def stop_ids(self) -> set[int]:
-        return {self.tokenizer.end_id}
+    def stop_ids(self) -> Set[int]:
+        return self.tokenizer.end_ids
 
     def ask(self, text: str) -> None:
         # A line typed after an answer starts a line of the running text too.
