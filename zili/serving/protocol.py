@@ -6,7 +6,7 @@ import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel as _BaseModel
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, model_validator
 
 from zili.serving import structure
 
@@ -21,10 +21,28 @@ Ids = Annotated[list[Annotated[Whole, Field(ge=0)]], Field(min_length=1)]
 _MOST_CHOICES = 16
 
 
+def _given(value: Any) -> Any:
+    return {name: one for name, one in value.items() if one is not None} if isinstance(value, dict) else value
+
+
 class BaseModel(_BaseModel):
-    """Nothing is taken for what it is not: "5" is no number."""
+    """Nothing is taken for what it is not: "5" is no number. What is null is absent, as clients mean it."""
 
     model_config = ConfigDict(strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: Any) -> Any:
+        return _given(data)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        made = handler(core)
+        inside = handler.resolve_ref_schema(made)
+        for name, one in inside.get("properties", {}).items():
+            if name not in inside.get("required", ()) and {"type": "null"} not in one.get("anyOf", ()):
+                inside["properties"][name] = {"anyOf": [one, {"type": "null"}]}
+        return made
 
 
 class _Asked(BaseModel):
@@ -41,7 +59,7 @@ class _Asked(BaseModel):
     seed: Annotated[Whole, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
     n: Annotated[Whole, Field(ge=1, le=_MOST_CHOICES)] = 1
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_given)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
@@ -193,7 +211,7 @@ class ChatRequest(_Asked):
     max_completion_tokens: Annotated[Whole, Field(ge=0)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] = 0
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_given)] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _known_tool(self) -> ChatRequest:
