@@ -27,7 +27,6 @@ from zili.serving import wording
 from zili.serving.delivery import events, whole
 from zili.serving.engine import Ask, Engine, Guide
 from zili.serving.gate import Gate, Limits
-from zili.serving.generation import Sampling
 from zili.serving.keys import Keys
 from zili.serving.metrics import CONTENT_TYPE, Metrics
 from zili.serving.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -140,7 +139,7 @@ class _Api:
         self.tokenizer, self.engine = served.tokenizer, served.engine
         self.metrics = Metrics(served.engine, served.name)
         template = served.template or ChatTemplate.named("chatml")
-        manners = template.manners(served.tokenizer)
+        manners = self._manners = template.manners(served.tokenizer)
         self.stop_ids = manners.end_ids(served.tokenizer)
         self._end_texts = manners.end_texts(served.tokenizer) if served.template else ()
         self._forms = Forms(served.tokenizer, self.stop_ids)
@@ -164,20 +163,13 @@ class _Api:
     async def chat(self, asked: ChatRequest, request: Request) -> Any:
         """The next turn of a conversation."""
         self._check_model(asked.model)
-        if self.served.template is None:
-            raise Refusal(400, "the model has no chat template: use /v1/completions", param="messages")
-        try:
-            turns = [message.plain() for message in asked.messages]
-            options = {"add_generation_prompt": True, "tools": asked.offered or None, **asked.chat_template_kwargs}
-            prompt = self.served.template.render(self.tokenizer, turns, **options).ids
-        except (DataError, TypeError) as error:
-            raise Refusal(400, str(error), param="messages") from error
+        prompt = self._rendered(asked)
         # Some templates open an answer's thoughts themselves.
         thinking = bool(Manners.opening(self.tokenizer.decode(prompt[-16:])))
         guide = await self._guide(partial(asked.form_with_calls, tagged=self._tagged), thinking=thinking)
         top = asked.top_logprobs if asked.logprobs else None
         streams = self._begin(request, asked, [prompt] * asked.n, asked.longest, top, guide)
-        head = self._head("chatcmpl", "chat.completion")
+        head = self._head("chatcmpl", "chat.completion", asked)
         replies = [Reply(thinking=thinking, tools=bool(asked.offered)) for _ in streams]
         if asked.stream:
             chunk = head | {"object": "chat.completion.chunk"}
@@ -200,7 +192,7 @@ class _Api:
         each = [prompt for prompt in prompts for _ in range(asked.n)]
         guide = await self._guide(lambda: asked.form)
         streams = self._begin(request, asked, each, asked.max_tokens, asked.logprobs, guide, of_prompt=asked.echo)
-        head = self._head("cmpl", "text_completion")
+        head = self._head("cmpl", "text_completion", asked)
         if asked.stream:
             return self._events(request, asked, streams, head, partial(self._text, asked), prompts)
         choices = []
@@ -223,6 +215,36 @@ class _Api:
                 code="model_not_found",
             )
 
+    def _rendered(self, asked: ChatRequest) -> list[int]:
+        if self.served.template is None:
+            raise Refusal(400, "the model has no chat template: use /v1/completions", param="messages")
+        if asked.offered and not self._manners.tools:
+            name = self.served.template.name
+            raise Refusal(400, f"{name} has no place for tools: the model would not hear of them", param="tools")
+        begin = asked.add_generation_prompt
+        options = {
+            "add_generation_prompt": not asked.continue_final_message if begin is None else begin,
+            "continue_final_message": asked.continue_final_message,
+            "tools": asked.offered or None,
+            **self._effort(asked.reasoning_effort),
+            **asked.chat_template_kwargs,
+        }
+        try:
+            turns = [message.plain() for message in asked.messages]
+            return self.served.template.render(self.tokenizer, turns, **options).ids
+        except (DataError, TypeError) as error:
+            raise Refusal(400, str(error), param="messages") from error
+
+    def _effort(self, effort: str | None) -> dict[str, str]:
+        """The template's option, where it has one."""
+        word = "reasoning_effort"
+        assert self.served.template is not None
+        if effort is not None and word in self.served.template.source:
+            return {word: effort}
+        if effort not in (None, "medium", *(() if self._manners.thinks else ("none",))):
+            raise Refusal(400, f"{word}: the chat template of this model knows none", param=word)
+        return {}
+
     def _ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
             return self._encoded(prompt) or [self.tokenizer.end_id]
@@ -235,10 +257,10 @@ class _Api:
         except DataError as error:
             raise Refusal(400, str(error), param="prompt") from error
 
-    def _known(self, ids: Sequence[int]) -> None:
+    def _known(self, ids: Sequence[int], param: str = "prompt") -> None:
         beyond = next((id_ for id_ in ids if id_ >= self.tokenizer.vocab_size), None)
         if beyond is not None:
-            raise Refusal(400, f"token {beyond}: the tokenizer has {self.tokenizer.vocab_size}", param="prompt")
+            raise Refusal(400, f"token {beyond}: the tokenizer has {self.tokenizer.vocab_size}", param=param)
 
     def _begin(
         self,
@@ -257,6 +279,11 @@ class _Api:
         if sum(self.engine.load) + len(prompts) > self.engine.slots + most:
             message = f"{self.engine.load[1]} answers wait already, {most} may"
             raise Refusal(503, message, code="busy", headers={"Retry-After": "1"})
+        if longest is not None and asked.min_tokens > longest:
+            raise Refusal(
+                400, f"min_tokens is {asked.min_tokens}, and at most {longest} are asked for", param="min_tokens"
+            )
+        self._known(asked.stop_token_ids, "stop_token_ids")
         seed = secrets.randbits(32) if asked.seed is None else asked.seed % 2**63
         streams: list[Stream] = []
         used = getattr(request.state, "used", lambda tokens: None)
@@ -271,19 +298,28 @@ class _Api:
                         param="max_tokens",
                         code="context_length_exceeded",
                     )
+                ends = frozenset() if asked.ignore_eos and guide is None else self.stop_ids
                 ask = Ask(
                     prompt,
                     room if longest is None else longest,
-                    Sampling(asked.temperature, asked.top_p, asked.top_k, asked.repetition_penalty, seed + number),
-                    frozenset() if asked.ignore_eos and guide is None else self.stop_ids,
+                    asked.sampling(seed + number),
+                    ends | set(asked.stop_token_ids),
                     log_probabilities=top,
                     of_prompt=of_prompt,
                     bias=self._bias(asked.logit_bias),
                     guide=guide,
+                    min_new_tokens=asked.min_tokens,
                 )
-                ends = self._end_texts if isinstance(asked, ChatRequest) and not asked.ignore_eos else ()
-                stops = [*asked.stops, *ends]
-                stream = Stream(self.engine, self.tokenizer, ask, stops, metrics=self.metrics, used=used)
+                texts = self._end_texts if isinstance(asked, ChatRequest) and not asked.ignore_eos else ()
+                stream = Stream(
+                    self.engine,
+                    self.tokenizer,
+                    ask,
+                    [*asked.stops, *texts],
+                    skip_special=asked.skip_special_tokens,
+                    metrics=self.metrics,
+                    used=used,
+                )
                 streams.append(stream)
         except (Refusal, ConfigError) as error:
             for stream in streams:
@@ -315,9 +351,14 @@ class _Api:
 
     # ---- what is answered
 
-    def _head(self, kind: str, name: str) -> dict[str, Any]:
+    def _head(self, kind: str, name: str, asked: ChatRequest | CompletionRequest) -> dict[str, Any]:
         created = int(time.time())
-        return {"id": f"{kind}-{uuid.uuid4().hex}", "object": name, "created": created, "model": self.served.name}
+        return {
+            "id": f"{kind}-{asked.request_id or uuid.uuid4().hex}",
+            "object": name,
+            "created": created,
+            "model": self.served.name,
+        }
 
     def _events(
         self,
