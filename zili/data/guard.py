@@ -20,6 +20,8 @@ from zili.errors import DataError
 # Halves of surrogate pairs: text that can be encoded has none, so nothing that is said can hold one.
 BEGIN, END = "\ud800", "\ud801"
 """What a template writes before and after what the assistant says."""
+OPEN = "\ud802"
+"""Where what is said goes on."""
 _HIGH, _LOW = 0xD900, 0xDC00
 _LOWS = 0x400
 _CODE = re.compile("[\ud900-\udbff][\udc00-\udfff]")

@@ -26,7 +26,6 @@ from zili.serving import wording
 from zili.serving.delivery import Whole, events, whole
 from zili.serving.engine import Ask, Engine, Guide
 from zili.serving.gate import Gate, Limits
-from zili.serving.generation import Sampling
 from zili.serving.intake import Aside, Intake
 from zili.serving.keys import Keys
 from zili.serving.metrics import CONTENT_TYPE, Metrics
@@ -138,7 +137,8 @@ class _Ready:
     """Prompts."""
     answers: int
     """To each of them."""
-    form: Part | None
+    form: Callable[[], Part | None]
+    """Makes the form of an answer; None: as it likes."""
     bias: dict[int, float]
     thinking: bool = False
     """Whether the prompt opens the answer's thoughts."""
@@ -166,7 +166,7 @@ class _Api:
         self.tokenizer, self.engine = served.tokenizer, served.engine
         self.metrics = Metrics(served.engine, served.name)
         template = served.template or ChatTemplate.named("chatml")
-        manners = template.manners(served.tokenizer)
+        manners = self._manners = template.manners(served.tokenizer)
         self.stop_ids = manners.end_ids(served.tokenizer)
         self._end_texts = manners.end_texts(served.tokenizer) if served.template else ()
         self._forms = Forms(served.tokenizer, self.stop_ids)
@@ -190,13 +190,11 @@ class _Api:
     async def chat(self, asked: ChatRequest, request: Request) -> Any:
         """The next turn of a conversation."""
         self._check(asked, asked.n)
-        if self.served.template is None:
-            raise Refusal(400, "the model has no chat template: use /v1/completions", param="messages")
         ready = await self._aside(request, self._conversation, asked)
         guide = await self._guide(ready.form, thinking=ready.thinking)
         top = asked.top_logprobs if asked.logprobs else None
         streams = self._begin(request, asked, ready, asked.longest, top, guide)
-        head = self._head("chatcmpl", "chat.completion")
+        head = self._head("chatcmpl", "chat.completion", asked)
         replies = [Reply(thinking=ready.thinking, tools=bool(asked.offered)) for _ in streams]
         if asked.stream:
             chunk = head | {"object": "chat.completion.chunk"}
@@ -223,7 +221,7 @@ class _Api:
         ready = await self._aside(request, self._texts, asked)
         guide = await self._guide(ready.form)
         streams = self._begin(request, asked, ready, asked.max_tokens, asked.logprobs, guide, of_prompt=asked.echo)
-        head = self._head("cmpl", "text_completion")
+        head = self._head("cmpl", "text_completion", asked)
         if asked.stream:
             return self._events(request, asked, streams, head, partial(self._text, asked), ready.given)
         answers = await whole(streams, request, self.served.limits.answer_seconds)
@@ -260,22 +258,46 @@ class _Api:
             raise Refusal(400, f"{answers} answers are asked for at once; {self.served.limits.waiting} may be")
 
     def _conversation(self, asked: ChatRequest) -> _Ready:
-        assert self.served.template is not None
-        turns = [message.plain() for message in asked.messages]
-        options = {"add_generation_prompt": True, "tools": asked.offered or None, **asked.chat_template_kwargs}
-        self._check_fit(_texts_in([turns, options]))
-        try:
-            prompt = self.served.template.render(self.tokenizer, turns, **options).ids
-        except (DataError, TypeError) as error:
-            raise Refusal(400, str(error), param="messages") from error
+        prompt = self._rendered(asked)
         # Some templates open an answer's thoughts themselves.
         thinking = bool(Manners.opening(self.tokenizer.decode(prompt[-16:])))
-        form = asked.form_with_calls(tagged=self._tagged)
+        form = partial(asked.form_with_calls, tagged=self._tagged)
         return _Ready([prompt], asked.n, form, self._bias(asked.logit_bias), thinking)
 
     def _texts(self, asked: CompletionRequest) -> _Ready:
         prompts = [self._ids(prompt) for prompt in asked.prompts]
-        return _Ready(prompts, asked.n, asked.form, self._bias(asked.logit_bias))
+        return _Ready(prompts, asked.n, lambda: asked.form, self._bias(asked.logit_bias))
+
+    def _rendered(self, asked: ChatRequest) -> list[int]:
+        if self.served.template is None:
+            raise Refusal(400, "the model has no chat template: use /v1/completions", param="messages")
+        if asked.offered and not self._manners.tools:
+            name = self.served.template.name
+            raise Refusal(400, f"{name} has no place for tools: the model would not hear of them", param="tools")
+        begin = asked.add_generation_prompt
+        options = {
+            "add_generation_prompt": not asked.continue_final_message if begin is None else begin,
+            "continue_final_message": asked.continue_final_message,
+            "tools": asked.offered or None,
+            **self._effort(asked.reasoning_effort),
+            **asked.chat_template_kwargs,
+        }
+        try:
+            turns = [message.plain() for message in asked.messages]
+            self._check_fit(_texts_in([turns, options]))
+            return self.served.template.render(self.tokenizer, turns, **options).ids
+        except (DataError, TypeError) as error:
+            raise Refusal(400, str(error), param="messages") from error
+
+    def _effort(self, effort: str | None) -> dict[str, str]:
+        """The template's option, where it has one."""
+        word = "reasoning_effort"
+        assert self.served.template is not None
+        if effort is not None and word in self.served.template.source:
+            return {word: effort}
+        if effort not in (None, "medium", *(() if self._manners.thinks else ("none",))):
+            raise Refusal(400, f"{word}: the chat template of this model knows none", param=word)
+        return {}
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
@@ -306,10 +328,10 @@ class _Api:
         except DataError as error:
             raise Refusal(400, str(error), param="prompt") from error
 
-    def _known(self, ids: Sequence[int]) -> None:
+    def _known(self, ids: Sequence[int], param: str = "prompt") -> None:
         beyond = next((id_ for id_ in ids if id_ >= self.tokenizer.vocab_size), None)
         if beyond is not None:
-            raise Refusal(400, f"token {beyond}: the tokenizer has {self.tokenizer.vocab_size}", param="prompt")
+            raise Refusal(400, f"token {beyond}: the tokenizer has {self.tokenizer.vocab_size}", param=param)
 
     def _begin(
         self,
@@ -326,6 +348,11 @@ class _Api:
         if sum(self.engine.load) + len(prompts) > self.engine.slots + most:
             message = f"{self.engine.load[1]} answers wait already, {most} may"
             raise Refusal(503, message, code="busy", headers={"Retry-After": "1"})
+        if longest is not None and asked.min_tokens > longest:
+            raise Refusal(
+                400, f"min_tokens is {asked.min_tokens}, and at most {longest} are asked for", param="min_tokens"
+            )
+        self._known(asked.stop_token_ids, "stop_token_ids")
         seed = secrets.randbits(32) if asked.seed is None else asked.seed % 2**63
         streams: list[Stream] = []
         used = getattr(request.state, "used", lambda tokens: None)
@@ -340,19 +367,28 @@ class _Api:
                         param="max_tokens",
                         code="context_length_exceeded",
                     )
+                ends = frozenset() if asked.ignore_eos and guide is None else self.stop_ids
                 ask = Ask(
                     prompt,
                     room if longest is None else longest,
-                    Sampling(asked.temperature, asked.top_p, asked.top_k, asked.repetition_penalty, seed + number),
-                    frozenset() if asked.ignore_eos and guide is None else self.stop_ids,
+                    asked.sampling(seed + number),
+                    ends | set(asked.stop_token_ids),
                     log_probabilities=top,
                     of_prompt=of_prompt,
                     bias=ready.bias,
                     guide=guide,
+                    min_new_tokens=asked.min_tokens,
                 )
-                ends = self._end_texts if isinstance(asked, ChatRequest) and not asked.ignore_eos else ()
-                stops = [*asked.stops, *ends]
-                stream = Stream(self.engine, self.tokenizer, ask, stops, metrics=self.metrics, used=used)
+                texts = self._end_texts if isinstance(asked, ChatRequest) and not asked.ignore_eos else ()
+                stream = Stream(
+                    self.engine,
+                    self.tokenizer,
+                    ask,
+                    [*asked.stops, *texts],
+                    skip_special=asked.skip_special_tokens,
+                    metrics=self.metrics,
+                    used=used,
+                )
                 streams.append(stream)
         except (Refusal, ConfigError) as error:
             for stream in streams:
@@ -371,20 +407,27 @@ class _Api:
             raise Refusal(400, f"a token is beyond {self.tokenizer.vocab_size}", param="logit_bias")
         return bias
 
-    async def _guide(self, form: Part | None, *, thinking: bool = False) -> Callable[[], Guide] | None:
-        if form is None:
-            return None
+    async def _guide(self, form: Callable[[], Part | None], *, thinking: bool = False) -> Callable[[], Guide] | None:
+        def made() -> Callable[[], Guide] | None:
+            part = form()
+            return None if part is None else self._forms.of(part, thinking=thinking)
+
         try:
             # Compiling a large one takes seconds, in which the others go on.
-            return await asyncio.to_thread(self._forms.of, form, thinking=thinking)
+            return await asyncio.to_thread(made)
         except ConfigError as error:
             raise Refusal(400, str(error), param="response_format") from error
 
     # ---- what is answered
 
-    def _head(self, kind: str, name: str) -> dict[str, Any]:
+    def _head(self, kind: str, name: str, asked: ChatRequest | CompletionRequest) -> dict[str, Any]:
         created = int(time.time())
-        return {"id": f"{kind}-{uuid.uuid4().hex}", "object": name, "created": created, "model": self.served.name}
+        return {
+            "id": f"{kind}-{asked.request_id or uuid.uuid4().hex}",
+            "object": name,
+            "created": created,
+            "model": self.served.name,
+        }
 
     def _events(
         self,

@@ -63,12 +63,13 @@ class Ask:
     """Added to the logits of tokens."""
     guide: Callable[[], Guide] | None = None
     """Makes what holds the answer to a form, its end included."""
+    min_new_tokens: int = 0
+    """Before so many no stop token is drawn."""
 
     @property
     def greedy(self) -> bool:
         """Whether each token is the likeliest as the model has it."""
-        plain = self.sampling.temperature == 0 and self.sampling.repetition_penalty == 1.0
-        return plain and not self.bias and self.guide is None
+        return self.sampling.plain and not self.bias and self.guide is None and not self.min_new_tokens
 
 
 class Answer:
@@ -346,7 +347,12 @@ class Engine:
         if ask.bias and sequence.bias is None:
             sequence.bias = _bias(ask, len(logits))
         scores = logits if sequence.bias is None else logits + sequence.bias
-        token = draw(guide.allowed(scores) if guide else scores, sequence.ids, ask.sampling, sequence.random)
+        if sequence.said < ask.min_new_tokens:
+            early = torch.tensor([id_ for id_ in ask.stop_ids if id_ < len(scores)], dtype=torch.int64)
+            scores = scores.index_fill(0, early, -math.inf)
+        if guide is not None:
+            scores = guide.allowed(scores)
+        token = draw(scores, sequence.ids, ask.sampling, sequence.random, prompt=len(ask.prompt))
         if guide is not None and token not in ask.stop_ids:
             guide.accept(token)
         return token

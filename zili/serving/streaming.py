@@ -92,12 +92,15 @@ class Stream:
         ask: Ask,
         stops: Sequence[str] = (),
         *,
+        skip_special: bool = True,
         metrics: Metrics | None = None,
         used: Callable[[int], None] = lambda tokens: None,
     ) -> None:
         """`used` is told how many tokens prompt and answer had, once. Raises `ConfigError` as `Engine.submit`."""
         loop, self._news = asyncio.get_running_loop(), asyncio.Event()
-        self._text, self._stop = DecodeStream(tokenizer), StopText(stops)
+        self._text, self._stop = DecodeStream(tokenizer, skip_special=skip_special), StopText(stops)
+        self._free = ask.min_new_tokens
+        """Tokens whose text no stop ends."""
         self.tokens = 0
         """Of the answer so far."""
 
@@ -142,7 +145,8 @@ class Stream:
             said, kept = "", []
             for token in tokens:
                 kept.append(token)
-                said += self._stop.push(self._text.push(token.id))
+                text = self._text.push(token.id)
+                said += text if self.tokens + len(kept) <= self._free else self._stop.push(text)
                 if self._stop.stopped:
                     break
             self.tokens += len(kept)
