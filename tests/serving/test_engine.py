@@ -6,7 +6,7 @@ import gc
 import random
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -187,6 +187,11 @@ def test_what_cannot_be_asked(engine: Engine) -> None:
             engine.submit(ask)
 
 
+def test_a_token_that_the_model_has_not_is_refused_before_a_step(engine: Engine) -> None:
+    with pytest.raises(ConfigError, match="token 96: the model has 96"):
+        engine.submit(Ask([1, 96], 2))
+
+
 def test_damaged_weights_end_the_answer_and_not_the_engine(engine: Engine) -> None:
     bias = engine.model.get_parameter("norm.weight")
     good = bias.detach().clone()
@@ -218,3 +223,56 @@ def test_the_context_ends_where_positions_would_be_turned_otherwise() -> None:
     assert served_length(still, 1000) == 128
     stretching = {"rule": "telechat_ntk", "original_length": 32, "training_length": 64}
     assert served_length(ModelConfig.model_validate({**MODELS["grouped"], "rotary": stretching}), 1000) == 64
+
+
+class Slow:
+    """A guide that lets everything pass, when it is let."""
+
+    def __init__(self) -> None:
+        self.ready, self.closed, self.fails = False, False, False
+
+    def allowed(self, scores: torch.Tensor) -> torch.Tensor:
+        if self.fails:
+            raise ZeroDivisionError("of a guide")
+        assert self.ready
+        return scores
+
+    def accept(self, token: int) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_others_go_on_while_a_guide_takes_its_time(engine: Engine) -> None:
+    guide, prompt = Slow(), prompts(1)[0]
+    expected = alone(made("grouped"), prompt, 20)
+    held = engine.submit(Ask(prompt, 20, GREEDY, guide=lambda: guide))
+    other = engine.submit(Ask(prompt, 20, GREEDY))
+    assert [token.id for token in other.wait(60)] == expected and held.finished is None
+    guide.ready = True
+    assert [token.id for token in held.wait(60)] == expected and guide.closed
+    cancelled = engine.submit(Ask(prompt, 20, GREEDY, guide=Slow))
+    cancelled.cancel()
+    assert not cancelled.wait(60) and cancelled.finished == "cancelled"
+
+
+def broken() -> Slow:
+    raise ZeroDivisionError("of a guide")
+
+
+def failing() -> Slow:
+    guide = Slow()
+    guide.ready = guide.fails = True
+    return guide
+
+
+@pytest.mark.parametrize("guide", [broken, failing])
+def test_what_a_guide_fails_with_ends_its_own_answer_alone(engine: Engine, guide: Callable[[], Slow]) -> None:
+    prompt = prompts(1)[0]
+    expected = alone(made("grouped"), prompt, 40)
+    others = [engine.submit(Ask(prompt, 40, GREEDY)) for _ in range(2)]
+    with pytest.raises(ZeroDivisionError):
+        engine.submit(Ask(prompt, 20, GREEDY, guide=guide)).wait(60)
+    assert all([token.id for token in other.wait(60)] == expected for other in others)
+    assert engine.load == (0, 0)

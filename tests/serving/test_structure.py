@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,9 +12,12 @@ import openai
 import pytest
 import torch
 from served import KEYS, Place, serve_a_tiny_model, tiny_tokenizer
+from waiting import until
 
 from zili.data.tokenizer import Tokenizer
 from zili.errors import ConfigError
+from zili.serving import guides
+from zili.serving.guides import TooManyForms
 from zili.serving.structure import Forms, Part, calls, grammar, one_of, regex, schema
 
 CITY = {
@@ -195,3 +199,37 @@ def test_others_answer_while_one_is_held(place: Place) -> None:
     place.client().chat.completions.create(model="tiny", messages=ASKED, response_format=FORMAT)
     again = place.client().completions.create(model="tiny", prompt="snow", temperature=0, max_tokens=30)
     assert again.choices[0].text == plain
+
+
+def test_a_costly_form_ends_its_own_answer_alone(place: Place) -> None:
+    """Masks of this one double: the 28th takes a quarter of a second, some tokens later one takes minutes."""
+    plain: Any = {"model": "tiny", "prompt": "snow", "temperature": 0, "max_tokens": 100}
+    alone = place.client().completions.create(**plain).choices[0].text
+    said: list[tuple[int, dict[str, Any]]] = []
+    push = {str(place.served.tokenizer.encode("a").tolist()[0]): 100}
+    costly = {"prompt": "a", "max_tokens": 200, "logit_bias": push}
+    costly["structured_outputs"] = {"regex": "(((a{1,60}){1,60}){1,60}){1,60}"}
+    other = threading.Thread(target=lambda: said.append(place.post("/v1/completions", costly)))
+    other.start()
+    until(lambda: place.served.engine.load[0] > 0 or bool(said), seconds=60)
+    assert place.client().completions.create(**plain).choices[0].text == alone
+    other.join(120)
+    (status, answer) = said[0]
+    assert status == 400 and "takes too long" in answer["error"]["message"]
+    again = place.post("/v1/completions", {"prompt": "a", "structured_outputs": {"choice": ["blue"]}})
+    assert again[0] == 200 and again[1]["choices"][0]["text"] == "blue"
+
+
+def test_a_form_is_compiled_once_and_its_process_ends_with_it(forms: Forms, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = forms.of(regex("a+"))
+    assert forms.of(regex("a+")) is one
+    monkeypatch.setattr(guides, "_MOST", 0)
+    with pytest.raises(TooManyForms):
+        forms.of(regex("b+"))
+    monkeypatch.setattr(guides, "_MOST", 48)
+    guide = one()
+    one._line.close()  # as where the system ends it
+    with pytest.raises(ConfigError, match="too long or too much memory"):
+        guide.accept(0)
+    assert guide.ready
+    assert forms.of(regex("a+")) is not one

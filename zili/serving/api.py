@@ -7,6 +7,7 @@ import secrets
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from zili.serving import wording
 from zili.serving.delivery import Whole, events, whole
 from zili.serving.engine import Ask, Engine, Guide
 from zili.serving.gate import Gate, Limits
+from zili.serving.guides import Form, TooManyForms
 from zili.serving.intake import Aside, Intake
 from zili.serving.keys import Keys
 from zili.serving.metrics import CONTENT_TYPE, Metrics
@@ -33,7 +35,7 @@ from zili.serving.protocol import ChatRequest, CompletionRequest, DetokenizeRequ
 from zili.serving.refusal import ErrorBody, Refusal
 from zili.serving.reply import Reply
 from zili.serving.streaming import Said, Stream
-from zili.serving.structure import Forms, Part
+from zili.serving.structure import Forms
 
 T = TypeVar("T")
 
@@ -137,8 +139,8 @@ class _Ready:
     """Prompts."""
     answers: int
     """To each of them."""
-    form: Callable[[], Part | None]
-    """Makes the form of an answer; None: as it likes."""
+    form: dict[str, Any] | None
+    """What of the request says how answers must look."""
     bias: dict[int, float]
     thinking: bool = False
     """Whether the prompt opens the answer's thoughts."""
@@ -169,6 +171,8 @@ class _Api:
         manners = self._manners = template.manners(served.tokenizer)
         self.stop_ids = manners.end_ids(served.tokenizer)
         self._end_texts = manners.end_texts(served.tokenizer) if served.template else ()
+        # A few, since each compiles in a process that takes a CPU.
+        self._compiling = ThreadPoolExecutor(2, "zili-forms")
         self._forms = Forms(served.tokenizer, self.stop_ids)
         self._tagged = manners.calls == "tagged"
 
@@ -191,7 +195,7 @@ class _Api:
         """The next turn of a conversation."""
         self._check(asked, asked.n)
         ready = await self._aside(request, self._conversation, asked)
-        guide = await self._guide(ready.form, thinking=ready.thinking)
+        guide = await self._guide(ready)
         top = asked.top_logprobs if asked.logprobs else None
         streams = self._begin(request, asked, ready, asked.longest, top, guide)
         head = self._head("chatcmpl", "chat.completion", asked)
@@ -219,7 +223,7 @@ class _Api:
         if asked.stream and asked.echo:
             raise Refusal(400, "echo is not streamed", param="echo")
         ready = await self._aside(request, self._texts, asked)
-        guide = await self._guide(ready.form)
+        guide = await self._guide(ready)
         streams = self._begin(request, asked, ready, asked.max_tokens, asked.logprobs, guide, of_prompt=asked.echo)
         head = self._head("cmpl", "text_completion", asked)
         if asked.stream:
@@ -261,12 +265,11 @@ class _Api:
         prompt = self._rendered(asked)
         # Some templates open an answer's thoughts themselves.
         thinking = bool(Manners.opening(self.tokenizer.decode(prompt[-16:])))
-        form = partial(asked.form_with_calls, tagged=self._tagged)
-        return _Ready([prompt], asked.n, form, self._bias(asked.logit_bias), thinking)
+        return _Ready([prompt], asked.n, asked.formed, self._bias(asked.logit_bias), thinking)
 
     def _texts(self, asked: CompletionRequest) -> _Ready:
         prompts = [self._ids(prompt) for prompt in asked.prompts]
-        return _Ready(prompts, asked.n, lambda: asked.form, self._bias(asked.logit_bias))
+        return _Ready(prompts, asked.n, asked.formed, self._bias(asked.logit_bias))
 
     def _rendered(self, asked: ChatRequest) -> list[int]:
         if self.served.template is None:
@@ -407,14 +410,15 @@ class _Api:
             raise Refusal(400, f"a token is beyond {self.tokenizer.vocab_size}", param="logit_bias")
         return bias
 
-    async def _guide(self, form: Callable[[], Part | None], *, thinking: bool = False) -> Callable[[], Guide] | None:
-        def made() -> Callable[[], Guide] | None:
-            part = form()
-            return None if part is None else self._forms.of(part, thinking=thinking)
-
+    async def _guide(self, ready: _Ready) -> Form | None:
+        if ready.form is None:
+            return None
+        compile_ = partial(self._forms.asked, ready.form, tagged=self._tagged, thinking=ready.thinking)
         try:
-            # Compiling a large one takes seconds, in which the others go on.
-            return await asyncio.to_thread(made)
+            # It takes seconds, in which the others go on.
+            return await asyncio.get_running_loop().run_in_executor(self._compiling, compile_)
+        except TooManyForms as error:
+            raise Refusal(503, str(error), code="busy", headers={"Retry-After": "1"}) from error
         except ConfigError as error:
             raise Refusal(400, str(error), param="response_format") from error
 

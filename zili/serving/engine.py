@@ -24,17 +24,26 @@ from zili.serving.kernels import compiled
 from zili.serving.packed import pack
 from zili.serving.slots import Piece, SlotCache, serve_from, served_length
 
+_GUIDES_SECONDS = 0.001
+"""After which guides that were not ready are asked again."""
 FinishReason = Literal["stop", "length", "context", "cancelled"]
 
 
 class Guide(Protocol):
     """What one answer may say next."""
 
+    @property
+    def ready(self) -> bool:
+        """Whether `allowed` does not wait: the others' answers go on until it is."""
+
     def allowed(self, scores: Tensor) -> Tensor:
         """`scores [V]`, minus infinity where a token may not come. Raises ZiliError, none may."""
 
     def accept(self, token: int) -> None:
         """It has come."""
+
+    def close(self) -> None:
+        """The answer has ended."""
 
 
 class Token(NamedTuple):
@@ -140,6 +149,8 @@ class _Sequence:
     said: int = 0
     guide: Guide | None = None
     bias: Tensor | None = None
+    held: tuple[Tensor, float, int] | None = None
+    """What the next token is drawn of, until the guide is ready: `_say_next`'s."""
 
 
 class Engine:
@@ -213,6 +224,8 @@ class Engine:
             raise ConfigError(
                 f"the prompt has {len(ask.prompt)} tokens and the context holds {self.context}, answer included"
             )
+        if max(ask.prompt) >= (rows := self.model.config.vocab_size):  # one such would end the step of all
+            raise ConfigError(f"token {max(ask.prompt)}: the model has {rows}")
         answer = Answer(ask, notify)
         with self._work:
             if self._closed:
@@ -251,6 +264,7 @@ class Engine:
     def _step(self) -> None:
         self._drop_cancelled()
         self._admit()
+        self._say_held()
         pieces, sequences = [], []
         left = self._tokens_a_step
         # Who answers goes first; prompts share what is left of the step, the oldest first.
@@ -261,6 +275,9 @@ class Engine:
                 sequences.append(sequence)
                 left -= len(ids)
         if not pieces:
+            if self._running:  # all wait for their guides
+                with self._work:
+                    self._work.wait(_GUIDES_SECONDS)
             return
         row, last = self._cache.lay(pieces)
         hidden = self.model.hidden_states(row, cache=self._cache)[0]  # type: ignore[arg-type]
@@ -301,11 +318,21 @@ class Engine:
             random = torch.Generator().manual_seed(answer.ask.sampling.seed)
             # Among those that run before anything can fail, so that it hears of it.
             self._running.append(sequence := _Sequence(answer, slot, prompt, found, random))
-            sequence.guide = answer.ask.guide() if answer.ask.guide else None
+            try:
+                sequence.guide = answer.ask.guide() if answer.ask.guide else None
+            except Exception as error:
+                self._fail(sequence, error)
+                continue
             if longest > found:
                 self._cache.copy(other, slot, longest)
                 sequence.computed = longest
             answer.reused = sequence.computed
+
+    def _say_held(self) -> None:
+        for sequence in [one for one in self._running if one.held is not None]:
+            held, sequence.held = sequence.held, None
+            if held is not None:
+                self._say_next(sequence, *held)
 
     def _tell_prompt(self, sequence: _Sequence, piece: Piece, hidden: Tensor) -> None:
         """Log-probabilities of the tokens after those of `piece`, as far as they are the prompt's."""
@@ -322,20 +349,22 @@ class Engine:
         if sequence.said >= ask.max_new_tokens:  # of 0
             self._finish(sequence, "length")
             return
+        if sequence.guide is not None and not sequence.guide.ready:
+            sequence.held = logits, highest, likeliest
+            return
         try:
             plainly = ask.greedy and math.isfinite(highest)
             token = likeliest if plainly else self._draw(sequence, logits)
+            told = None if token in ask.stop_ids else self._token(ask, token, logits)
         except Exception as error:  # whatever it is, it is this sequence's alone
-            self._running.remove(sequence)
-            self._release(sequence, keep=False)
-            answer._say(error=error)
+            self._fail(sequence, error)
             return
-        if token in ask.stop_ids:
+        if told is None:
             self._finish(sequence, "stop")
             return
         sequence.ids.append(token)
         sequence.said += 1
-        answer._say(self._token(ask, token, logits))
+        answer._say(told)
         if sequence.said >= ask.max_new_tokens:
             self._finish(sequence, "length")
         elif len(sequence.ids) >= self.context:
@@ -366,6 +395,11 @@ class Engine:
         likeliest = dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
         return Token(token, float(probabilities[token]), likeliest)
 
+    def _fail(self, sequence: _Sequence, error: Exception) -> None:
+        self._running.remove(sequence)
+        self._release(sequence, keep=False)
+        sequence.answer._say(error=error)
+
     def _finish(self, sequence: _Sequence, reason: FinishReason) -> None:
         self._running.remove(sequence)
         self._release(sequence, keep=True)
@@ -373,6 +407,8 @@ class Engine:
 
     def _release(self, sequence: _Sequence, *, keep: bool) -> None:
         self._kept[sequence.slot] = sequence.ids[: sequence.computed] if keep else []
+        if sequence.guide is not None:
+            sequence.guide.close()
 
 
 def _bias(ask: Ask, vocabulary: int) -> Tensor | None:

@@ -122,8 +122,18 @@ class _Asked(BaseModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
     @property
+    def formed(self) -> dict[str, Any] | None:
+        """What of the request says how the answer must look; None: it may look as it likes."""
+        said = self.response_format is not None and self.response_format.type != "text"
+        return self._of_form() if said or self.structured_outputs is not None else None
+
+    def _of_form(self) -> dict[str, Any]:
+        named = {"response_format", "structured_outputs", "tools", "tool_choice", "parallel_tool_calls"}
+        return self.model_dump(include=named, by_alias=True, exclude_unset=True)
+
+    @property
     def form(self) -> structure.Part | None:
-        """What the answer must look like; None: as it likes."""
+        """What the answer must look like; None: as it likes. It may take long to say."""
         if self.structured_outputs is not None:
             return self.structured_outputs.form
         return None if self.response_format is None else self.response_format.form
@@ -291,6 +301,10 @@ class ChatRequest(_Asked):
         if isinstance(self.tool_choice, OneTool):
             tools = [tool for tool in tools if tool.function.name == self.tool_choice.function.name]
         return [tool.model_dump(exclude_none=True) for tool in tools]
+
+    @property
+    def formed(self) -> dict[str, Any] | None:
+        return self._of_form() if self.offered and self.tool_choice != "auto" else super().formed
 
     def form_with_calls(self, *, tagged: bool) -> structure.Part | None:
         """What the answer must look like, calls of tools included; `tagged` as of `structure.calls`."""

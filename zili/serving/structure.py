@@ -5,25 +5,16 @@ that may come next (Dong et al. 2024).
 from __future__ import annotations
 
 import json
-import re
-import threading
-from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection
+from typing import Any
 
-from torch import Tensor
-
-from zili.data.manners import ANSWER_TAGS, THOUGHT
+from zili.data.manners import ANSWER_TAGS
 from zili.data.tokenizer import Tokenizer
 from zili.errors import ConfigError
 from zili.serving import patterns
+from zili.serving.guides import Form, Processes
 from zili.serving.schemas import kept
 
-if TYPE_CHECKING:
-    import xgrammar
-
-_LONGEST = 65_536
-"""Characters of a schema or an expression."""
-_CACHE_BYTES = 256 << 20
 _WHITESPACE = 32
 """Characters in a row between the parts of JSON, so that an answer cannot be lost in them."""
 
@@ -31,67 +22,22 @@ Part = dict[str, Any]
 """A format of xgrammar's structural tags."""
 
 
-class Guide:
-    """Where in its form one answer is."""
-
-    def __init__(self, compiled: xgrammar.CompiledGrammar, stop_ids: Collection[int]) -> None:
-        import xgrammar
-
-        self._matcher = xgrammar.GrammarMatcher(compiled, override_stop_tokens=sorted(stop_ids))
-        self._bits = xgrammar.allocate_token_bitmask(1, compiled.tokenizer_info.vocab_size)
-        self._apply = xgrammar.apply_token_bitmask_inplace
-
-    def allowed(self, scores: Tensor) -> Tensor:
-        """`scores [V]`, minus infinity where a token cannot come next.
-
-        Raises: ConfigError, no token can.
-        """
-        if self._matcher.fill_next_token_bitmask(self._bits):
-            scores = scores.clone()
-            self._apply(scores, self._bits[0])
-            if scores.max() == -float("inf"):
-                raise ConfigError("the tokenizer has no token that goes on with the form that was asked for")
-        return scores
-
-    def accept(self, token: int) -> None:
-        """It has come."""
-        self._matcher.accept_token(token)
-
-
 class Forms:
     """Compiles forms for one tokenizer. Each method returns what makes a `Guide` for each answer; from any thread.
 
-    Raises, each: ConfigError, that is no such form, or xgrammar is not installed.
+    Raises, each: ConfigError, that is no such form, it takes too long, or xgrammar is not installed.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop_ids: Collection[int]) -> None:
-        self._tokenizer, self._stop_ids = tokenizer, stop_ids
-        self._lock = threading.Lock()
-        self._made: xgrammar.GrammarCompiler | None = None
+        self._processes = Processes(lambda: _vocabulary(tokenizer, stop_ids))
 
-    def of(self, *parts: Part, thinking: bool = False) -> Callable[[], Guide]:
+    def of(self, *parts: Part, thinking: bool = False) -> Form:
         """Parts in a row; with `thinking` after the thoughts that the prompt has opened."""
-        if len(json.dumps(parts)) > _LONGEST:
-            raise ConfigError(f"the form is longer than {_LONGEST:,} characters")
-        before = [{"type": "tag", "begin": "", "content": {"type": "any_text"}, "end": THOUGHT}] if thinking else []
-        whole = {"type": "sequence", "elements": [*before, *parts]}
-        with self._lock:  # the first makes the compiler, and two at once would take each other's CPUs
-            compiler = self._compiler()
-            try:
-                compiled = compiler.compile_structural_tag({"type": "structural_tag", "format": whole})
-            except (ValueError, RuntimeError) as error:  # whatever its C++ finds
-                raise ConfigError(f"the form cannot be compiled: {_first_line(error)}") from error
-        return lambda: Guide(compiled, self._stop_ids)
+        return self._processes.form({"parts": parts, "thinking": thinking})
 
-    def _compiler(self) -> xgrammar.GrammarCompiler:
-        if self._made is None:
-            try:
-                import xgrammar
-            except ImportError as error:
-                raise ConfigError("forms need xgrammar: pip install 'zili[serve]'") from error
-            info = _vocabulary(self._tokenizer, self._stop_ids)
-            self._made = xgrammar.GrammarCompiler(info, max_threads=1, cache_limit_bytes=_CACHE_BYTES)
-        return self._made
+    def asked(self, request: dict[str, Any], *, tagged: bool, thinking: bool) -> Form:
+        """What a request's `formed` says, written down where it may take as long as it likes."""
+        return self._processes.form({"request": request, "tagged": tagged, "thinking": thinking})
 
 
 def schema(given: dict[str, Any] | bool) -> Part:
@@ -164,20 +110,14 @@ def _arguments(function: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"tools: parameters of {function['name']}: {error}") from error
 
 
-def _vocabulary(tokenizer: Tokenizer, stop_ids: Collection[int]) -> xgrammar.TokenizerInfo:
-    import xgrammar
-
+def _vocabulary(tokenizer: Tokenizer, stop_ids: Collection[int]) -> dict[str, Any]:
+    """As `form_process` takes it."""
     hidden = {id_ for token, id_ in tokenizer.special_tokens.items() if token not in ANSWER_TAGS}
     texts = [""] * tokenizer.vocab_size  # a token without text is never allowed
     for token, id_ in tokenizer.tokens().items():
         if id_ not in hidden:
             texts[id_] = token
-    kinds = {"ByteLevel": xgrammar.VocabType.BYTE_LEVEL, "ByteFallback": xgrammar.VocabType.BYTE_FALLBACK}
+    kinds = {"ByteLevel": "BYTE_LEVEL", "ByteFallback": "BYTE_FALLBACK"}
     used = tokenizer.decoders()
-    kind = next((kind for name, kind in kinds.items() if name in used), xgrammar.VocabType.RAW)
-    return xgrammar.TokenizerInfo(texts, kind, stop_token_ids=sorted(stop_ids))
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return re.sub(r"^\S+:\d+: ", "", lines[0])  # without the place in xgrammar's source
+    kind = next((kind for name, kind in kinds.items() if name in used), "RAW")
+    return {"texts": texts, "kind": kind, "stop_ids": sorted(stop_ids)}
