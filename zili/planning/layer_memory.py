@@ -215,7 +215,7 @@ def _kept_attention(job: Job) -> Iterator[float]:
     if latent is None:
         yield size * tokens * model.hidden_size if _learns(job, "query", "key", "value") else 0
         yield size * tokens * heads * head  # queries
-        yield size * keys * model.kv_heads / tensor * (head + model.value_head_dim)
+        yield size * keys * job.attended_heads / tensor * (head + model.value_head_dim)
     else:
         short = latent.query_rank + latent.key_value_rank
         yield size * own * model.hidden_size

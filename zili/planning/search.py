@@ -42,6 +42,8 @@ class Candidate:
     """The recipe with it."""
     layout: Layout
     time: StepTime
+    machine: Machine
+    """What it runs on."""
 
     @cached_property
     def run(self) -> Run:
@@ -58,7 +60,7 @@ class Candidate:
 
     @cached_property
     def _peaks(self) -> Peaks:
-        return Peaks(Job(self.config, self.layout))
+        return Peaks(job_on(self.config, self.layout, self.machine))
 
     @property
     def memory(self) -> Bytes:
@@ -69,9 +71,16 @@ class Candidate:
     def bytes(self) -> float:
         return sum(self.memory.values())
 
-    def fits(self, machine: Machine) -> bool:
+    @property
+    def fits(self) -> bool:
         """Whether it does, beside what the chip's runtime takes."""
-        return self._peaks.within(float("inf") if machine.capacity is None else usable(machine))
+        return self._peaks.within(float("inf") if self.machine.capacity is None else usable(self.machine))
+
+
+def job_on(config: RunConfig, layout: Layout, machine: Machine) -> Job:
+    """What such a chip's process does; of what the chip can a recipe has the last word."""
+    grouped = config.chip.capabilities.get("grouped_heads_attention", machine.grouped_heads)
+    return Job(config, layout, grouped_heads=grouped)
 
 
 def usable(machine: Machine) -> float:
@@ -88,9 +97,9 @@ def predicted(config: RunConfig, world: int, machine: Machine, rates: Rates) -> 
     """
     layout = lay_out(config, world)
     room = float("inf") if machine.capacity is None else usable(machine)
-    config = with_reduce(Job(config, layout), room).config
+    config = with_reduce(job_on(config, layout, machine), room).config
     time = step_time(run_of(config, layout), machine, rates)
-    return Candidate(config, layout, played_through(config, layout, time, machine, rates))
+    return Candidate(config, layout, played_through(config, layout, time, machine, rates), machine)
 
 
 @dataclass(frozen=True)
@@ -131,13 +140,13 @@ def search(config: RunConfig, world: int, machine: Machine, rates: Rates, *, cou
         if option.alike in best or not room.may_have(option):
             continue
         tried += 1
-        candidate = option.candidate(config)
+        candidate = option.candidate(config, machine)
         if room.has(option, candidate):
             best[option.alike] = candidate
     # Stages that are uneven wait for one another in ways no formula has: played through.
     ranked = tuple(sorted(map(room.played, best.values()), key=lambda one: one.time.total))
     losses = tuple(_losses(ranked[0], options, room)) if ranked else ()
-    smallest = ranked[0] if ranked else min(options, key=room.least).candidate(config)
+    smallest = ranked[0] if ranked else min(options, key=room.least).candidate(config, machine)
     return Found(ranked, losses, len(options), smallest)
 
 
@@ -171,7 +180,7 @@ class _Room:
 
     def has(self, option: _Option, candidate: Candidate) -> bool:
         """Whether it fits."""
-        fits = candidate.fits(self.machine)
+        fits = candidate.fits
         if not fits:
             failed = (*option.alike, option.sums_each)
             self._failed[failed] = max(option.shards, self._failed.get(failed, 0))
@@ -209,8 +218,8 @@ class _Room:
         run = option.run
         key = (run.tensor, run.context, run.expert, run.micro_batch, run.recompute)
         if key not in self._kept:
-            candidate = option.candidate(self.config)
-            self._kept[key] = kept_bytes(Job(candidate.config, candidate.layout))
+            candidate = option.candidate(self.config, self.machine)
+            self._kept[key] = kept_bytes(job_on(candidate.config, candidate.layout, self.machine))
         return self._kept[key]
 
 
@@ -252,7 +261,7 @@ class _Option:
         cut = (run.tensor, run.context, run.pipeline, run.expert, run.schedule, run.virtual)
         return (*cut, run.micro_batch, run.recompute)
 
-    def candidate(self, config: RunConfig) -> Candidate:
+    def candidate(self, config: RunConfig, machine: Machine) -> Candidate:
         """With the recipe it makes."""
         run = self.run
         layout = Layout(run.pipeline, run.data // self.shards, self.shards, run.context, run.tensor, run.expert)
@@ -262,7 +271,8 @@ class _Option:
         parallel = ParallelConfig(**sizes, schedule=run.schedule, stages_per_process=stages, reduce=reduce)
         chosen = {"micro_batch": run.micro_batch, "recompute": run.recompute}
         training = config.training.model_copy(update=chosen)
-        return Candidate(config.model_copy(update={"parallel": parallel, "training": training}), layout, self.time)
+        config = config.model_copy(update={"parallel": parallel, "training": training})
+        return Candidate(config, layout, self.time, machine)
 
 
 @lru_cache(maxsize=4096)
@@ -404,7 +414,7 @@ def _loss(choice: str, those: Sequence[_Option], best: Candidate, room: _Room) -
             break
         if room.may_have(option):
             tried += 1
-            candidate = option.candidate(room.config)
+            candidate = option.candidate(room.config, room.machine)
             if room.has(option, candidate):
                 return Loss(choice, _slower(room.played(candidate), best))
     ratio = those[0].seconds / best.time.total - 1
