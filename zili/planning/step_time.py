@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, log2
 from typing import NamedTuple
@@ -42,7 +42,7 @@ class StepTime:
     @property
     def total(self) -> float:
         """Of the whole step."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(vars(self).values())
 
 
 class Phase(NamedTuple):
@@ -145,21 +145,67 @@ def work(run: Run, machine: Machine, rates: Rates) -> Work:
     return Work(layers, head, sum(ahead), ahead.products)
 
 
-def step_time(run: Run, machine: Machine, rates: Rates, known: Work | None = None) -> StepTime:
-    """Seconds of one step of `run`, by what takes them; `known` is its `work`, where that was computed before."""
-    layers, head, *_ = known or work(run, machine, rates)
-    busiest = _busiest(run, layers, head)
-    longest, together = sum(busiest), sum(layers) + sum(head)
-    between = between_stages(run, machine, rates)
-    idle = together - longest + (run.pipeline - 1) * between
-    total = busiest.by(run.micro_batches)
-    data = _data(run, machine, rates, longest, sum(total))
-    plain, experts = local_parameters(run.model, run.tensor, run.pipeline, run.expert)
-    stored = plain / run.state_shards + experts / expert_shards(run, run.state_shards)
-    optimizer = _STATE_BYTES * stored / (machine.memory * rates.memory)
-    rest = (run.micro_batches * between, idle * bubble_share(run), data, optimizer)
-    waiting = rates.waiting * log2(max(run.chips, 8) / 8) * (sum(total) + sum(rest))
-    return StepTime(*total, *rest, waiting)
+class _Share(NamedTuple):
+    """What the busiest process of a pipeline does in a step."""
+
+    parts: Phase
+    """Of all its micro-batches."""
+    seconds: float
+    """The same in all."""
+    longest: float
+    """Of one micro-batch."""
+    others: float
+    """Of a micro-batch on all other processes together."""
+
+
+class StepTimes:
+    """Seconds of steps of one model and batch in one software, whatever their layouts: what several layouts share is
+    computed once."""
+
+    def __init__(self, machine: Machine, rates: Rates) -> None:
+        self._machine, self._rates = machine, rates
+        self._works: dict[tuple[object, ...], Work] = {}
+        self._shares: dict[tuple[object, ...], _Share] = {}
+        self._traffic: dict[tuple[object, ...], tuple[float, float]] = {}
+
+    def of(self, run: Run) -> StepTime:
+        """Of one step, by what takes them."""
+        share = self._share(run)
+        between = between_stages(run, self._machine, self._rates)
+        idle = share.others + (run.pipeline - 1) * between
+        sent, optimizer = self._sent(run)
+        data = _not_hidden(run, self._rates, sent, share.longest, share.seconds)
+        rest = (run.micro_batches * between, idle * bubble_share(run), data, optimizer)
+        waiting = self._rates.waiting * log2(max(run.chips, 8) / 8) * (share.seconds + sum(rest))
+        return StepTime(*share.parts, *rest, waiting)
+
+    def _share(self, run: Run) -> _Share:
+        kind = (run.micro_batch, run.tensor, run.context, run.expert, run.recompute)
+        key = (*kind, run.pipeline, run.data)
+        if key not in self._shares:
+            if kind not in self._works:
+                self._works[kind] = work(run, self._machine, self._rates)
+            layers, head, *_ = self._works[kind]
+            busiest = _busiest(run, layers, head)
+            parts, longest = busiest.by(run.micro_batches), sum(busiest)
+            self._shares[key] = _Share(parts, sum(parts), longest, sum(layers) + sum(head) - longest)
+        return self._shares[key]
+
+    def _sent(self, run: Run) -> tuple[float, float]:
+        """Seconds that weights and gradients travel, and of the optimizer."""
+        cut = (run.tensor, run.context, run.pipeline, run.expert, run.data, run.micro_batch)
+        key = (*cut, run.weight_shards, run.state_shards, run.kept_gathered, run.software.sums_each)
+        if key not in self._traffic:
+            plain, experts = local_parameters(run.model, run.tensor, run.pipeline, run.expert)
+            stored = plain / run.state_shards + experts / expert_shards(run, run.state_shards)
+            optimizer = _STATE_BYTES * stored / (self._machine.memory * self._rates.memory)
+            self._traffic[key] = _data(run, self._machine, self._rates), optimizer
+        return self._traffic[key]
+
+
+def step_time(run: Run, machine: Machine, rates: Rates) -> StepTime:
+    """Seconds of one step of `run`, by what takes them."""
+    return StepTimes(machine, rates).of(run)
 
 
 def bubble_share(run: Run) -> float:
@@ -324,14 +370,19 @@ def expert_shards(run: Run, processes: int) -> int:
     return max(1, processes * run.tensor // run.expert)
 
 
-def _data(run: Run, machine: Machine, rates: Rates, longest: float, work: float) -> float:
-    """Seconds of gathering weights and reducing gradients that arithmetic does not hide."""
+def _data(run: Run, machine: Machine, rates: Rates) -> float:
+    """Seconds that weights are gathered and gradients reduced."""
     plain, experts = local_parameters(run.model, run.tensor, run.pipeline, run.expert)
     together = run.data * run.context
     seconds = _exchanged(run, plain, together, run.weight_shards, run.tensor, machine, rates)
     if experts:
         count, shards = expert_shards(run, together), expert_shards(run, run.weight_shards)
         seconds += _exchanged(run, experts, count, shards, run.expert, machine, rates)
+    return seconds
+
+
+def _not_hidden(run: Run, rates: Rates, seconds: float, longest: float, work: float) -> float:
+    """Of the seconds of `_data`, those that arithmetic does not hide."""
     if not run.software.hides_gradients:
         return seconds
     # Once a step only the last backward pass is beside it; what is sent for each micro-batch has all of the work.
