@@ -113,7 +113,8 @@ class _ChunkedRowLosses(torch.autograd.Function):
         hidden, weight, labels, sums = ctx.saved_tensors
         matrix = weight.to(hidden.dtype)
         grad = grad * (labels != IGNORE_INDEX) * ctx.multiplier
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
 
         def chunk(these: slice) -> None:
             rows, by = hidden[these], grad[these, None]
@@ -122,7 +123,8 @@ class _ChunkedRowLosses(torch.autograd.Function):
             scores = logits.sub_(sums[these, None]).exp_().mul_(by).scatter_add_(1, target, -mine[:, None] * by)
             scores = scores.to(hidden.dtype)
             grad_hidden[these] = ctx.product(scores, matrix.t())
-            grad_weight.add_(weight_gradient(scores, rows, ctx.product))
+            if grad_weight is not None:
+                grad_weight.add_(weight_gradient(scores, rows, ctx.product))
 
         for start in range(0, len(hidden), ctx.size):
             chunk(slice(start, start + ctx.size))

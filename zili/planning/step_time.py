@@ -8,7 +8,7 @@ from math import ceil, log2
 from typing import NamedTuple
 
 from zili.config.model import ModelConfig
-from zili.models.arithmetic import layer_shapes
+from zili.models.arithmetic import is_adapter, layer_shapes
 from zili.parallel.cuts import cut_of
 from zili.planning.machine import Machine, share_sent
 from zili.planning.rates import Rates
@@ -73,6 +73,8 @@ class Matrix(NamedTuple):
     """In which dimension tensor-parallel processes cut it."""
     experts: int = 0
     """How many experts have one; 0: all tokens go through it."""
+    learned: bool = True
+    """Whether it has a gradient: beside adapters nothing else has."""
 
 
 @lru_cache(maxsize=1024)
@@ -81,10 +83,11 @@ def matrices(model: ModelConfig, layer: int) -> tuple[Matrix, ...]:
     found = []
     for name, shape in layer_shapes(model, layer).items():
         module, _, key = name.rpartition(".")
+        learned = model.lora is None or is_adapter(name)
         if len(shape) == 2:
-            found.append(Matrix(shape[0], shape[1], cut_of(f"layers.{layer}.{module}", key)))
+            found.append(Matrix(shape[0], shape[1], cut_of(f"layers.{layer}.{module}", key), learned=learned))
         elif len(shape) == 3:
-            found.append(Matrix(shape[1], shape[2], None, shape[0]))
+            found.append(Matrix(shape[1], shape[2], None, shape[0], learned))
     return tuple(found)
 
 
@@ -128,7 +131,7 @@ class Work(NamedTuple):
     forward: float
     """Seconds of the forward pass, of those of the layers."""
     weights: float
-    """Of products that give gradients of weights: as long as a forward pass's."""
+    """Of products that give gradients of weights: as long as a forward pass's, but beside adapters."""
 
 
 def work(run: Run, machine: Machine, rates: Rates) -> Work:
@@ -142,7 +145,11 @@ def work(run: Run, machine: Machine, rates: Rates) -> Work:
         # One more block and its own logits, behind the last layer.
         forward, backward = layer_phases(run, run.model.layers - 1, machine, rates)
         head = head.by(2).plus(forward).plus(backward)
-    return Work(layers, head, sum(ahead), ahead.products)
+    learning = sum(
+        times * _slow(run, rates) * _products(run, layer, machine, rates, learned=True)
+        for layer, times in kinds_of_layers(run.model)
+    )
+    return Work(layers, head, sum(ahead), learning)
 
 
 class _Share(NamedTuple):
@@ -227,12 +234,12 @@ def layer_phases(run: Run, layer: int, machine: Machine, rates: Rates) -> tuple[
     tensor = 4 * collective(_BF16 * run.rows * run.model.hidden_size, run.tensor, 1, machine, rates)
     tensor *= _shown(run, rates)
     context, expert = _keys(run, attention, machine, rates), _rows_to_experts(run, layer, machine, rates)
-    slow = 1.0 if run.software.tuned else 1 / rates.untuned
-    products, attention, attention_back, passes = (
-        slow * one for one in (products, attention, attention_back, passes + rates.launch)
+    learning = _products(run, layer, machine, rates, learned=True)
+    products, learning, attention, attention_back, passes = (
+        _slow(run, rates) * one for one in (products, learning, attention, attention_back, passes + rates.launch)
     )
     forward = Phase(products, attention, passes, tensor, context, expert)
-    backward = Phase(2 * products, attention_back, 2 * passes, tensor, context, expert)
+    backward = Phase(products + learning, attention_back, 2 * passes, tensor, context, expert)
     if run.recompute == "full":
         backward = backward.plus(forward)
     elif run.recompute != "none":
@@ -240,17 +247,25 @@ def layer_phases(run: Run, layer: int, machine: Machine, rates: Rates) -> tuple[
     return forward, backward
 
 
+def _slow(run: Run, rates: Rates) -> float:
+    """How many times as long everything takes in software that the chip's vendor has not tuned."""
+    return 1.0 if run.software.tuned else 1 / rates.untuned
+
+
 def _shown(run: Run, rates: Rates) -> float:
     """Share of what tensor-parallel processes send that is not hidden."""
     return 1 - rates.hide_tensor if run.software.hides_tensor else 1.0
 
 
-def _products(run: Run, layer: int, machine: Machine, rates: Rates) -> float:
-    """Of one forward pass: arithmetic at the chip's rate, and operands through its memory."""
+def _products(run: Run, layer: int, machine: Machine, rates: Rates, learned: bool = False) -> float:
+    """Of one forward pass: arithmetic at the chip's rate, and operands through its memory; or of `learned` matrices
+    alone, whose gradients take as long."""
     model, own = run.model, run.rows / run.tensor
     rate, memory = rates.product_rate(machine, run.precision), machine.memory * rates.memory
     seconds = moved = 0.0
     for matrix in matrices(model, layer):
+        if learned and not matrix.learned:
+            continue
         rows, outputs, inputs = run.rows, float(matrix.outputs), float(matrix.inputs)
         if matrix.experts:
             assert model.mixture is not None
@@ -322,9 +337,9 @@ def head_phase(run: Run, machine: Machine, rates: Rates) -> Phase:
     """Logits, loss and both gradients of a micro-batch; in bf16 whatever the blocks are in."""
     rows, vocabulary = run.rows, run.model.vocab_size / run.tensor
     tokens = _BF16 * rows * run.model.hidden_size
-    slow = 1.0 if run.software.tuned else 1 / rates.untuned
+    slow, each = _slow(run, rates), 6 if run.model.lora is None else 4
     return Phase(
-        products=slow * 6 * rows * run.model.hidden_size * vocabulary / rates.product_rate(machine, "bf16"),
+        products=slow * each * rows * run.model.hidden_size * vocabulary / rates.product_rate(machine, "bf16"),
         passes=slow * rates.logit_passes * _BF16 * rows * vocabulary / (machine.memory * rates.memory),
         tensor=2 * collective(tokens, run.tensor, 1, machine, rates) * _shown(run, rates),
     )

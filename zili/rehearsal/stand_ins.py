@@ -27,11 +27,13 @@ class _Grouped(torch.autograd.Function):
         return x @ weights[0].t()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weights = ctx.saved_tensors
-        grad_x = grad @ weights[0]
-        grad.t() @ x  # as many products as over all experts, which are not kept
-        return grad_x, torch.empty_like(weights)
+        of_input, of_weights = ctx.needs_input_grad
+        grad_x = grad @ weights[0] if of_input else None
+        if of_weights:
+            grad.t() @ x  # as many products as over all experts, which are not kept
+        return grad_x, torch.empty_like(weights) if of_weights else None
 
 
 def grouped(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
