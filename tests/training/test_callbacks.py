@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import resource
 import time
 from collections import defaultdict
@@ -17,7 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_run import PEAK, At, Recipe, Recorder, die_after_step, interrupt, run_apart, train
 
 from zili.models.arithmetic import parameter_shapes
-from zili.training.callbacks import MetricsLog, ProgressDisplay, StepRecord, TensorBoardLog
+from zili.training.callbacks import Callback, MetricsLog, ProgressDisplay, StepRecord, TensorBoardLog
+from zili.training.saving import Saved
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -123,28 +125,92 @@ class Steps:
         self.step = 0
 
 
-def shown(recipe: Recipe, steps: int, every: int = 1) -> list[str]:
-    """What a run of `steps` steps prints where there is no terminal."""
-    output = io.StringIO()
-    display = ProgressDisplay(Console(file=output, width=200))
-    trainer: Any = Steps(recipe(f"training.steps={steps}"))
+class Clock:
+    """Stands still until told."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ")
+
+
+def shown(recipe: Recipe, steps: int, seconds: float, *overrides: str, until: int | None = None) -> list[str]:
+    """What a run prints without a terminal, steps of `seconds` each; of each line what is behind its stamp."""
+    output, clock = io.StringIO(), Clock()
+    display = ProgressDisplay(Console(file=output, width=20), clock)
+    trainer: Any = Steps(recipe(f"training.steps={steps}", *overrides))
     display.on_start(trainer)
-    for step in range(1, steps + 1):
-        if step % every == 0 or step == steps:
-            display.on_step(trainer, StepRecord(step, step * 100, 2.5, 1e-3, 1.0, 0.1, 0.0, 12_345.6, 0.789))
+    for step in range(1, (until or steps) + 1):
+        clock.now += seconds
+        display.on_step(
+            trainer, StepRecord(step, step * 100, 2.5, 1e-3, 1.25, 0.1, 0.0, 12_345.6, 0.789, memory_bytes=3 * 10**9)
+        )
     display.on_end(trainer)
-    return output.getvalue().splitlines()
+    lines = output.getvalue().splitlines()
+    assert all(STAMP.match(line) for line in lines), lines
+    return [STAMP.sub("", line) for line in lines]
 
 
-@pytest.mark.parametrize(("steps", "every"), [(20, 1), (39, 1), (100, 1), (1000, 7), (1000, 30), (12_345, 10)])
-def test_without_a_terminal_about_twenty_lines_tell_the_run(recipe: Recipe, steps: int, every: int) -> None:
-    found = shown(recipe, steps, every)
-    assert 14 <= len(found) <= 22
-    assert found[-1].startswith(f"step {steps}/{steps}")
+@pytest.mark.parametrize(
+    ("steps", "seconds", "overrides", "told"),
+    [
+        (5, 31.0, [], [1, 2, 3, 4, 5]),
+        (20, 10.0, [], [1, 4, 7, 10, 13, 16, 19, 20]),
+        (50_000, 0.001, [], [1, 30_001, 50_000]),
+        (20, 10.0, ["logging.line_seconds=60"], [1, 7, 13, 19, 20]),
+        (5, 0.01, ["logging.line_seconds=0"], [1, 2, 3, 4, 5]),
+    ],
+)
+def test_without_a_terminal_a_run_is_told_by_the_clock(
+    recipe: Recipe, steps: int, seconds: float, overrides: list[str], told: list[int]
+) -> None:
+    begun, *found = shown(recipe, steps, seconds, *overrides)
+    assert begun.startswith(f"step 0/{steps}  begins")
+    expected = [f"step {step}/{steps}" for step in told]
+    # Thousandths of a second add up with an error that may move a line by a step.
+    assert [line.split("  ")[0] for line in found] == expected or steps == 50_000 and len(found) == 3
 
 
-def test_a_line_holds_the_figures(recipe: Recipe) -> None:
-    assert shown(recipe, 1) == ["step 1/1  loss 2.500  12,346 tokens/s  79% of matmul peak"]
+def test_a_run_that_is_stopped_tells_its_last_step(recipe: Recipe) -> None:
+    assert shown(recipe, 50, 1.0, until=20)[-1].startswith("step 20/50")
+
+
+def test_a_line_holds_the_figures_and_the_time_that_is_left(recipe: Recipe) -> None:
+    figures = "loss 2.500  lr 1.00e-03  norm 1.25  12,346 tokens/s  79% of matmul peak  3.0 GB"
+    assert shown(recipe, 1, 1.0)[1:] == [f"step 1/1  {figures}"]
+    assert shown(recipe, 100, 90.0, until=3)[-1] == f"step 3/100  {figures}  2:25:30 left"
+
+
+def test_a_checkpoint_is_a_line_once_it_is_whole(recipe: Recipe) -> None:
+    output, config = io.StringIO(), recipe("checkpoint.every=4", "checkpoint.keep=9")
+    found = []
+
+    class Whole(Callback):
+        def on_saved(self, saved: Saved) -> None:
+            found.append((saved.path.name, saved.bytes == sum(f.stat().st_size for f in files(saved.path))))
+
+    def files(folder: Path) -> list[Path]:
+        return list(folder.glob("shard-*"))
+
+    train(config, ProgressDisplay(Console(file=output)), Whole())
+    assert found == [("step-00000004", True), ("step-00000006", True)]
+    told = [line.split("  ", 1)[1] for line in output.getvalue().splitlines() if "  saved " in line]
+    assert [line.split(": ")[0] for line in told] == [
+        f"saved {config.folder}/checkpoints/{name}" for name, _ in found
+    ]
+
+
+def test_the_record_has_the_memory_that_the_process_has_had(recipe: Recipe) -> None:
+    """The kernel's own figure: what getrusage has is at least as much, since it counts the parent's too."""
+    config = recipe("training.steps=2")
+    train(config, MetricsLog(config.folder))
+    had = [line["memory_bytes"] for line in lines(config.folder) if line["kind"] == "train"]
+    most = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert 50e6 < had[0] <= had[1] < 1.02 * most, "Linux counts pages in batches, a thread each"
 
 
 def test_the_newest_evaluation_is_shown_from_then_on(recipe: Recipe) -> None:

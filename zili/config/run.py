@@ -156,6 +156,9 @@ class LoggingConfig(Section):
 
     every: PositiveInt = 1
     """Steps between records in metrics.jsonl."""
+    line_seconds: NonNegativeFloat = 30.0
+    """Seconds between lines of progress where output is no terminal (a file, a cluster's log), which has a bar instead.
+    The first and the last record have a line always; 0: every record."""
     tensorboard: bool = False
     """Also write TensorBoard event files to `tensorboard/` in the run folder."""
 

@@ -31,7 +31,7 @@ from zili.training import checkpoints
 from zili.training.callbacks.base import Callback, StepRecord
 from zili.training.interruption import Interruption
 from zili.training.optimizers import build_optimizers, set_learning_rate
-from zili.training.saving import Saver
+from zili.training.saving import Saved, Saver
 from zili.training.schedules import learning_rate_share
 from zili.training.throughput import matmul_peak
 
@@ -81,6 +81,7 @@ class Trainer:
             asynchronous=config.checkpoint.asynchronous,
             patience=config.checkpoint.patience,
             note=self.note,
+            saved=self._tell_saved,
         )
         self._saved_at: int | None = None
         self._last: tuple[Tensor, Tensor] | None = None
@@ -127,6 +128,10 @@ class Trainer:
         """
         for callback in self.callbacks:
             callback.on_note(text)
+
+    def _tell_saved(self, saved: Saved) -> None:
+        for callback in self.callbacks:
+            callback.on_saved(saved)
 
     def resume(self) -> bool:
         """Go to the newest sound checkpoint of the run folder, if there is one.
@@ -294,6 +299,7 @@ class Trainer:
             step_seconds=seconds,
             data_seconds=waited,
             tokens_per_second=tokens / seconds,
+            memory_bytes=self.device.peak_memory(),
             further=further_figures(self._loads, self._further),
             matmul_share=tokens * self._flops_per_token / seconds / self.matmul_peak / self.world.size,
         )
