@@ -193,7 +193,8 @@ class RunConfig(Section):
             )
         if self.schedule.warmup_steps >= training.steps and self.schedule.warmup_steps > 0:
             raise ValueError(
-                f"schedule.warmup_steps ({self.schedule.warmup_steps}) leaves none of training.steps ({training.steps})"
+                f"schedule.warmup_steps ({self.schedule.warmup_steps}) leaves none of training.steps "
+                f"({training.steps}); for a short trial set schedule.warmup_steps = 0 beside it"
             )
         if self.schedule.decay_start is not None and self.schedule.kind != "wsd":
             raise ValueError(f"schedule.decay_start is of wsd, and schedule.kind is {self.schedule.kind}")
