@@ -84,8 +84,8 @@ def off(case: Case, folder: Path, *, on_host: bool = False) -> float:
     layout = lay_out(config, case.world)
     rank = case.place * (case.world // layout.pipeline)
     (truth,) = on_processes(1, rehearsed, config, case.world, rank, "cpu" if on_host else "ascend")
-    sharded = config.chip.capabilities.get("fsdp2", True)
-    job = Job(config, layout, case.place, sharded=sharded, on_host=on_host)
+    sharded, grouped = (config.chip.capabilities.get(name, True) for name in ("fsdp2", "grouped_heads_attention"))
+    job = Job(config, layout, case.place, sharded, grouped, on_host)
     return sum(peak_bytes(job).values()) / truth - 1
 
 
@@ -117,6 +117,7 @@ SIZES = (
 LOGITS = ("model.vocab_size=131072", "training.micro_batch=4", "training.sequence_length=2048", "model.layers=1")
 PAIRS = ("preference.beta=0.1", "training.start_from=nothing", "model.mtp_layers=1")
 NARROW = "model.mixture={experts=6, top_k=2, ffn_hidden_size=250, shared_experts=0, dense_layers=1}"
+REPEATED = ("chip.capabilities.grouped_heads_attention=false", "model.kv_heads=1", "model.hidden_size=256")
 FEATURES = {
     "adapters": Case(("model.lora.rank=8",), 1, 0),
     "adapters in a pipeline": Case(("model.lora.rank=8", "parallel.pipeline=2"), 2, 1),
@@ -126,6 +127,7 @@ FEATURES = {
     "pairs, and a loss that is not theirs": Case(PAIRS, 1, 0),
     "Muon": Case(("optimizer.name=muon",), 4, 0),
     "experts of a width that is not aligned": Case((NARROW,), 4, 0),
+    "heads that are repeated": Case((*REPEATED, "training.micro_batch=16"), 1, 0),
     "gradients summed after each": Case(("parallel.reduce=micro_batch",), 2, 0),
     "the same in a pipeline": Case(("parallel.reduce=micro_batch", "parallel.pipeline=2", "parallel.shards=2"), 4, 1),
 }

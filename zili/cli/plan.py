@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from zili.chips.catalog import find_chip
+from zili.chips.catalog import Chip, find_chip
 from zili.cli.options import MOST_CHIPS, Overrides, finite, read_recipe
 from zili.config import RunConfig, build_config, dump_recipe
 from zili.config.presets import load_preset
@@ -26,111 +26,123 @@ _SHOWN_LOSSES = 8
 _NEEDED = "give a model, --chip (or a recipe with chip.model) and --chips; or --runs and --out"
 
 
+Model = Annotated[str | None, typer.Argument(help="Preset (`zili config presets`) or TOML recipe.")]
+ChipName = Annotated[
+    str | None, typer.Option(help="Model of the chips, as `zili chips` lists them; else the recipe's.")
+]
+Chips = Annotated[int | None, typer.Option(min=1, max=MOST_CHIPS, help="How many.")]
+Tokens = Annotated[
+    float | None, typer.Option(min=1, max=1e18, callback=finite, help="To train on; of a recipe its own.")
+]
+SequenceLength = Annotated[int | None, typer.Option(min=1, max=2**24, help="Tokens of a sequence.")]
+GlobalBatch = Annotated[int | None, typer.Option(min=1, max=2**22, help="Sequences of a step.")]
+Compare = Annotated[
+    str | None, typer.Option(help="Other chips too: names, each with :COUNT where it differs, with commas.")
+]
+LayoutText = Annotated[
+    str | None,
+    typer.Option(
+        help='Predict this one: "tensor=8 pipeline=8 schedule=interleaved micro_batch=1 recompute=full"; '
+        '"recipe" for the recipe\'s own.'
+    ),
+]
+Doctor = Annotated[Path | None, typer.Option(help="Report of `zili doctor --json` from such a chip: measured speeds.")]
+PeakTflops = Annotated[
+    float | None, typer.Option(min=0.001, max=1e6, callback=finite, help="Peak in bf16, where none is published.")
+]
+Price = Annotated[float | None, typer.Option(min=0, max=1e9, callback=finite, help="Of a chip-hour.")]
+PerChipDay = Annotated[float, typer.Option(min=0, max=1, callback=finite, help="Interruptions a chip-day.")]
+PerDay = Annotated[float, typer.Option(min=0, max=1000, callback=finite, help="Those that do not grow with the chips.")]
+Together = Annotated[int, typer.Option(min=1, max=4096, help="Chips that one failure takes.")]
+RestartMinutes = Annotated[
+    float | None, typer.Option(min=0, max=10_000, callback=finite, help="From an interruption to training.")
+]
+CheckpointSeconds = Annotated[
+    float, typer.Option(min=0.01, max=86_400, callback=finite, help="That one keeps the run.")
+]
+Spares = Annotated[
+    float, typer.Option(min=0, max=1, callback=finite, help="Chips kept ready and paid for, as a share.")
+]
+Write = Annotated[Path | None, typer.Option(help="Write the best layout as a recipe for `zili train`.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write everything here, as JSON.")]
+Page = Annotated[Path | None, typer.Option(help="Write an HTML page here.")]
+RunsTable = Annotated[Path | None, typer.Option(help="Predict the rows of this table of published runs instead.")]
+Out = Annotated[Path | None, typer.Option(help="Where --runs writes its table.")]
+
+
 def plan(
-    model: Annotated[str | None, typer.Argument(help="Preset (`zili config presets`) or TOML recipe.")] = None,
-    chip: Annotated[
-        str | None, typer.Option(help="Model of the chips, as `zili chips` lists them; else the recipe's.")
-    ] = None,
-    chips: Annotated[int | None, typer.Option(min=1, max=MOST_CHIPS, help="How many.")] = None,
-    tokens: Annotated[
-        float | None, typer.Option(min=1, max=1e18, callback=finite, help="To train on; of a recipe its own.")
-    ] = None,
-    sequence: Annotated[int | None, typer.Option(min=1, max=2**24, help="Tokens of a sequence.")] = None,
-    global_batch: Annotated[int | None, typer.Option(min=1, max=2**22, help="Sequences of a step.")] = None,
-    compare: Annotated[
-        str | None, typer.Option(help="Other chips too: names, each with :COUNT where it differs, with commas.")
-    ] = None,
-    layout: Annotated[
-        str | None,
-        typer.Option(
-            help='Predict this one: "tensor=8 pipeline=8 schedule=interleaved micro_batch=1 recompute=full"; '
-            '"recipe" for the recipe\'s own.'
-        ),
-    ] = None,
-    doctor: Annotated[
-        Path | None, typer.Option(help="Report of `zili doctor --json` from such a chip: measured speeds.")
-    ] = None,
-    peak_tflops: Annotated[
-        float | None, typer.Option(min=0.001, max=1e6, callback=finite, help="Peak in bf16, where none is published.")
-    ] = None,
-    price: Annotated[float | None, typer.Option(min=0, max=1e9, callback=finite, help="Of a chip-hour.")] = None,
-    failures: Annotated[
-        float, typer.Option(min=0, max=1, callback=finite, help="Interruptions a chip-day.")
-    ] = LLAMA3_RATE,
-    failures_per_day: Annotated[
-        float, typer.Option(min=0, max=1000, callback=finite, help="Those that do not grow with the chips.")
-    ] = 0.0,
-    failing_together: Annotated[int, typer.Option(min=1, max=4096, help="Chips that one failure takes.")] = 1,
-    restart_minutes: Annotated[
-        float | None, typer.Option(min=0, max=10_000, callback=finite, help="From an interruption to training.")
-    ] = None,
-    checkpoint_seconds: Annotated[
-        float, typer.Option(min=0.01, max=86_400, callback=finite, help="That one keeps the run.")
-    ] = 2.0,
-    spares: Annotated[
-        float, typer.Option(min=0, max=1, callback=finite, help="Chips kept ready and paid for, as a share.")
-    ] = 0.02,
-    write: Annotated[Path | None, typer.Option(help="Write the best layout as a recipe for `zili train`.")] = None,
-    as_json: Annotated[Path | None, typer.Option("--json", help="Write everything here, as JSON.")] = None,
-    page: Annotated[Path | None, typer.Option(help="Write an HTML page here.")] = None,
-    runs: Annotated[Path | None, typer.Option(help="Predict the rows of this table of published runs instead.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where --runs writes its table.")] = None,
+    model: Model = None,
+    chip: ChipName = None,
+    chips: Chips = None,
+    tokens: Tokens = None,
+    sequence: SequenceLength = None,
+    global_batch: GlobalBatch = None,
+    compare: Compare = None,
+    layout: LayoutText = None,
+    doctor: Doctor = None,
+    peak_tflops: PeakTflops = None,
+    price: Price = None,
+    failures: PerChipDay = LLAMA3_RATE,
+    failures_per_day: PerDay = 0.0,
+    failing_together: Together = 1,
+    restart_minutes: RestartMinutes = None,
+    checkpoint_seconds: CheckpointSeconds = 2.0,
+    spares: Spares = 0.02,
+    write: Write = None,
+    as_json: Json = None,
+    page: Page = None,
+    runs: RunsTable = None,
+    out: Out = None,
     overrides: Overrides = None,
 ) -> None:
     """Search the layouts of a model on chips, and say what the best takes: time with its error, memory, days, money.
 
     Exit codes: 0 done, 3 not understood, 6 the chip's peak is not known, 7 nothing divides or fits.
     """
-    for file in (write, as_json, page, out):
-        if file is not None and not file.parent.is_dir():
-            raise ConfigError(f"{file} cannot be written: there is no folder {file.parent}")
-        if file is not None and file.is_dir():
-            raise ConfigError(f"{file} cannot be written: it is a folder")
-    console = Console()
+    _refuse_what_cannot_be_written(write, as_json, page, out)
     if runs is not None:
-        _predict_runs(runs, out, chip, console)
+        _predict_runs(runs, out, chip)
         return
     if model is None or chips is None:
         raise typer.BadParameter(_NEEDED)
-    config, tokens = _config(model, chips, tokens, sequence, global_batch, overrides or [])
-    chip = chip or config.chip.model
-    if chip is None:
-        raise typer.BadParameter(_NEEDED)
-    risk = Failures(
-        per_chip_day=failures,
-        per_day=failures_per_day,
-        checkpoint=checkpoint_seconds,
-        blast=failing_together,
-        spares=spares,
-    )
-    if restart_minutes is not None:
-        risk = _with_restart(risk, 60 * restart_minutes)
-    batch_taken = global_batch is None and not model.endswith(".toml") and not _sets_batch(overrides or [])
-    setting = Setting(config, tokens, risk, price, _report(doctor), peak_tflops, batch_taken)
-    if layout is not None and layout != "recipe":
-        setting = replace(setting, config=_with_layout(config, layout))
-    made = make_plan(setting, find_chip(chip), chips, given=layout is not None)
+    config, to_train, batch_taken = _config(model, chips, tokens, sequence, global_batch, overrides or [])
+    risk = _failures(failures, failures_per_day, failing_together, restart_minutes, checkpoint_seconds, spares)
+    setting = Setting(_laid_out(config, layout), to_train, risk, price, _report(doctor), peak_tflops, batch_taken)
+    _tell(make_plan(setting, _chip(chip, config), chips, given=layout is not None), compare, write, as_json, page)
+
+
+def _tell(made: Plan, compare: str | None, recipe: Path | None, as_json: Path | None, page: Path | None) -> None:
+    """What is asked for of a plan: shown, compared and written."""
+    console = Console()
     _show(made, console)
-    others = [made, *_others(compare, setting, chips, console)] if compare else [made]
+    others = [made, *_others(compare, made, console)] if compare else [made]
     if compare:
         _show_comparison(others, console)
-    if write is not None:
-        write_whole(write, _recipe(made))
-        console.print(f"recipe: {write}", highlight=False, soft_wrap=True)
+    if recipe is not None:
+        write_whole(recipe, _recipe(made))
+        console.print(f"recipe: {recipe}", highlight=False, soft_wrap=True)
     if as_json is not None:
         everything = made.as_json() | ({"compared": [one.as_json() for one in others]} if compare else {})
         write_whole(as_json, json.dumps(everything, indent=1) + "\n")
     if page is not None:
         from zili.planning.page import page as drawn
 
-        write_whole(page, drawn(others, f"{config.name} on {chips:,} {made.chip.name}"))
+        write_whole(page, drawn(others, f"{made.setting.config.name} on {made.chips:,} {made.chip.name}"))
         console.print(f"page: {page}", highlight=False, soft_wrap=True)
+
+
+def _refuse_what_cannot_be_written(*files: Path | None) -> None:
+    for file in files:
+        if file is not None and not file.parent.is_dir():
+            raise ConfigError(f"{file} cannot be written: there is no folder {file.parent}")
+        if file is not None and file.is_dir():
+            raise ConfigError(f"{file} cannot be written: it is a folder")
 
 
 def _config(
     model: str, chips: int, tokens: float | None, sequence: int | None, batch: int | None, overrides: Sequence[str]
-) -> tuple[RunConfig, float]:
-    """The recipe, or one for a preset, and how many tokens it is for."""
+) -> tuple[RunConfig, float, bool]:
+    """The recipe, or one for a preset; how many tokens it is for; and whether nobody gave its batch."""
     if model.endswith(".toml"):
         given = [f"training.sequence_length={sequence}"] if sequence else []
         given += [f"training.global_batch={batch}"] if batch else []
@@ -140,18 +152,23 @@ def _config(
         if tokens:
             steps = {"steps": max(1, ceil(tokens / a_step))}
             config = config.model_copy(update={"training": training.model_copy(update=steps)})
-        return _in_bf16(config), tokens or float(training.steps * a_step)
+        return _in_bf16(config), tokens or float(training.steps * a_step), False
     table = load_preset(model)
     length = sequence or min(4096, int(table.get("max_length", 4096)))
     wanted = tokens or 1e12
     config = setting_config(table, length, batch or usual_batch(chips, length), wanted, f"{model}-{chips}")
     if overrides:
         config = build_config(config.model_dump(mode="json", exclude_none=True), overrides, origin="the plan")
-    return _in_bf16(config), wanted
+    set_too = any(one.partition("=")[0].strip() == "training.global_batch" for one in overrides)
+    return _in_bf16(config), wanted, batch is None and not set_too
 
 
-def _sets_batch(overrides: Sequence[str]) -> bool:
-    return any(one.partition("=")[0].strip() == "training.global_batch" for one in overrides)
+def _chip(name: str | None, config: RunConfig) -> Chip:
+    """That of the option, or else the recipe's."""
+    name = name or config.chip.model
+    if name is None:
+        raise typer.BadParameter(_NEEDED)
+    return find_chip(name)
 
 
 def _in_bf16(config: RunConfig) -> RunConfig:
@@ -163,8 +180,11 @@ def _in_bf16(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"chip": chip, "training": config.training.model_copy(update=fixed)})
 
 
-def _with_layout(config: RunConfig, text: str) -> RunConfig:
-    """`config` with "tensor=8 pipeline=4 recompute=full": of the layout, what is not named is as it is by default."""
+def _laid_out(config: RunConfig, text: str | None) -> RunConfig:
+    """`config` with "tensor=8 pipeline=4 recompute=full": of the layout, what is not named is as it is by default.
+    "recipe": as it is."""
+    if text is None or text == "recipe":
+        return config
     inside = {"micro_batch": "training", "recompute": "training"}
     overrides = []
     for part in text.replace(",", " ").split():
@@ -178,9 +198,14 @@ def _with_layout(config: RunConfig, text: str) -> RunConfig:
     return _in_bf16(build_config(table, overrides, origin="--layout"))
 
 
-def _with_restart(risk: Failures, seconds: float) -> Failures:
-    """The same parts of a restart, adding up to `seconds`."""
-    factor = seconds / risk.restart
+def _failures(
+    per_chip: float, per_day: float, together: int, restart_minutes: float | None, checkpoint: float, spares: float
+) -> Failures:
+    """With the usual parts of a restart, or these in proportion, adding up to `restart_minutes`."""
+    risk = Failures(per_chip, per_day, checkpoint=checkpoint, blast=together, spares=spares)
+    if restart_minutes is None:
+        return risk
+    factor = 60 * restart_minutes / risk.restart
     parts = {name: factor * getattr(risk, name) for name in ("detection", "replacement", "reload", "warm_up")}
     return replace(risk, **parts)
 
@@ -197,17 +222,16 @@ def _report(path: Path | None) -> dict[str, Any] | None:
     return report
 
 
-def _others(compare: str, setting: Setting, chips: int, console: Console) -> list[Plan]:
+def _others(compare: str, made: Plan, console: Console) -> list[Plan]:
     """The same model on other chips; one that does not work is said and left out."""
-    found = []
+    # Measured on the first chip, and its peak, if they were given, are not the others'.
+    other, found = replace(made.setting, doctor=None, peak_tflops=None), []
     for text in filter(None, (part.strip() for part in compare.split(","))):
         name, colon, count = text.partition(":")
         if colon and not (count.isdecimal() and 0 < int(count) <= MOST_CHIPS):
             raise ConfigError(f"--compare {text!r}: write it as {name}:2048")
         try:
-            # Measured on the first chip, and its peak, if they were given, are not the others'.
-            other = replace(setting, doctor=None, peak_tflops=None)
-            found.append(make_plan(other, find_chip(name), int(count) if colon else chips))
+            found.append(make_plan(other, find_chip(name), int(count) if colon else made.chips))
         except ZiliError as error:
             console.print(f"{text}: {error}", highlight=False, markup=False, soft_wrap=True)
     return found
@@ -298,7 +322,7 @@ def _show_comparison(plans: Sequence[Plan], console: Console) -> None:
         console.print(f"{made.chip.name}: {made.best.text}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _predict_runs(runs: Path, out: Path | None, chip: str | None, console: Console) -> None:
+def _predict_runs(runs: Path, out: Path | None, chip: str | None) -> None:
     from zili.planning.runs import predict_table
 
     if out is None:
@@ -309,4 +333,4 @@ def _predict_runs(runs: Path, out: Path | None, chip: str | None, console: Conso
         raise ConfigError(f"cannot read the table {runs}: {error}") from error
     table, said = predict_table(text, find_chip(chip) if chip else None)
     write_whole(out, table)
-    console.print(f"{said}: {out}", highlight=False, markup=False, soft_wrap=True)
+    Console().print(f"{said}: {out}", highlight=False, markup=False, soft_wrap=True)

@@ -187,7 +187,7 @@ def make_plan(setting: Setting, chip: Chip, chips: int, *, given: bool = False) 
         found = Found((candidate,), (), 1, candidate)
     else:
         found = search(setting.config, chips, place, rates)
-    if not found.best or (given and not found.best[0].fits(place)):
+    if not found.best or (given and not found.best[0].fits):
         raise LayoutError(_does_not_fit(setting, chip, chips, place, rates, found, given))
     band = band_of(found.best[0].run, chip.family)
     good = goodput(chips, setting.failures)

@@ -28,7 +28,7 @@ from zili.rehearsal.fake_world import FakeWorld, RehearsedDevice, as_rank, evenl
 from zili.rehearsal.recorder import Recorder
 from zili.rehearsal.report import Rehearsal, memory
 from zili.rehearsal.stand_ins import FUSED, stand_in
-from zili.training.setup import resolve
+from zili.training.setup import job_on, resolve
 from zili.training.trainer import Trainer
 
 
@@ -72,7 +72,7 @@ def rehearse(
         device = RehearsedDevice(backend, chip if left_to_us else None, config.chip.capabilities)
         eager = _eagerly(config, device, on_host)
         if chip is not None and not left_to_us:
-            eager = with_reduce(Job(eager, layout), usable(1e9 * chip.require("memory_gb"))).config
+            eager = with_reduce(job_on(eager, layout, device), usable(1e9 * chip.require("memory_gb"))).config
         whole, choices = resolve(eager, layout, device)
         lay_out(whole, world)
         resolved = _shortened(whole, layout, micro_batches)
