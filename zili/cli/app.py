@@ -26,9 +26,18 @@ from zili.cli import (
     train,
 )
 from zili.cli.ending import end_by, leave_the_others, leave_word, place, stay_behind
+from zili.config.explaining import key_of_option
 
 _UsageError: Any = typer.BadParameter.__base__
 """click's, which typer brings along under a name of its own."""
+
+
+def _lead_on(error: Any) -> None:
+    """Of an option that there is none of, and that is a key of the recipe here, say so."""
+    option, command = getattr(error, "option_name", None), getattr(error.ctx, "command", None)
+    if option is not None and any("--set" in parameter.opts for parameter in getattr(command, "params", ())):
+        hint = key_of_option(option)
+        error.message += f". Keys of a recipe are set by --set KEY=VALUE; {hint}" if hint else ""
 
 
 class _Commands(TyperGroup):
@@ -42,6 +51,7 @@ class _Commands(TyperGroup):
                 print("zili: interrupted; run the same command again to go on", file=sys.stderr)
             raise typer.Exit(train.INTERRUPTED) from None
         except _UsageError as error:
+            _lead_on(error)
             first = place()[2] == 0
             if not first:
                 stay_behind()
@@ -59,7 +69,7 @@ app = typer.Typer(
     help="Train, check, release and serve TeleChat-class language models on whatever chips you can get.",
     epilog="Exit codes: 0 done, 1 a defect of ours, 2 wrong usage, 3 configuration, 4 data, 5 checkpoint, 6 chip, "
     "7 layout, 8 training diverged, 9 and 10 what doctor and align found, 11 another process of the run is gone, 130 "
-    "interrupted (a run that had begun wrote a checkpoint).",
+    "interrupted, or out of time (a run that had begun wrote a checkpoint).",
 )
 app.command()(quickstart.quickstart)
 app.command()(train.train)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from zili.cli.amounts import amounts
-from zili.cli.options import MOST_CHIPS, Overrides, read_recipe
+from zili.cli.options import MOST_CHIPS, Overrides, Recipe, read_recipe
 from zili.config import ModelConfig, RunConfig, dump_recipe, load_preset, preset_names
 from zili.config.reference import reference
 from zili.errors import ChipError, ConfigError, LayoutError
@@ -21,7 +21,7 @@ app = typer.Typer(no_args_is_help=True, help="Show what a recipe means, list pre
 
 @app.command()
 def show(
-    recipe: Annotated[Path, typer.Argument(help="TOML recipe, or a run folder.")],
+    recipe: Recipe,
     chips: Annotated[
         int | None, typer.Option(min=1, max=MOST_CHIPS, help="Lay it out over so many, and open none.")
     ] = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 MOST_CHIPS = 1_000_000
 """That a plan or a rehearsal is made for."""
+_MOST_TOKENS = 1e18
+_SHOWN_RECIPES = 8
 
 
 class OnError(StrEnum):
@@ -53,6 +56,20 @@ def finite(value: float | None) -> float | None:
     if value is not None and not isfinite(value):
         raise typer.BadParameter(f"{value} is no number to reckon with")
     return value
+
+
+_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
+
+
+def count_of(text: str) -> float:
+    """A `parser` of options: 1T, 300B, 20M, 1.5e12, 10_000_000."""
+    found = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?(?:e\+?[0-9]{1,2})?) ?([kmgbt]?)", text.strip().lower())
+    if found is None:
+        raise typer.BadParameter(f"{text!r} is no number; write it as 1T, 300B, 20M or 1.5e12")
+    count = float(re.sub("[_,]", "", found[1])) * _UNITS[found[2]]
+    if not 1 <= count <= _MOST_TOKENS:
+        raise typer.BadParameter(f"{text} is not between 1 and 1e18")
+    return count
 
 
 def dtype_named(name: str) -> torch.dtype:
@@ -86,9 +103,30 @@ def _python() -> str:
     return os.path.relpath(sys.executable)
 
 
+Recipe = Annotated[Path, typer.Argument(help="TOML recipe, or a run folder, which keeps its own.", metavar="RECIPE")]
+
+
 def read_recipe(path: Path, overrides: list[str] | None = None) -> RunConfig:
-    """A recipe with its overrides; `[model] folder` may be any folder that holds a model."""
-    return load_recipe(path, overrides or [], shape_in=_shape_in)
+    """A recipe with its overrides, or that of a run folder; `[model] folder` may be any folder that holds a model.
+
+    Raises:
+        ConfigError: there is none, or it cannot be run.
+    """
+    own = path / "recipe.toml"
+    if path.is_dir() and not own.is_file():
+        raise ConfigError(f"{path} is a folder, and no run: it holds no recipe.toml; name a recipe{_recipes()}")
+    if not path.exists():
+        raise ConfigError(
+            f"there is no recipe {path}{_recipes()}; `zili quickstart` makes one for your text, "
+            "`zili config presets` lists shapes for a [model] table, docs/training.md has a whole recipe"
+        )
+    return load_recipe(own if path.is_dir() else path, overrides or [], shape_in=_shape_in)
+
+
+def _recipes() -> str:
+    """Those in recipes/, for the end of a sentence."""
+    found = sorted(str(file) for file in Path("recipes").glob("*.toml"))[:_SHOWN_RECIPES]
+    return f"; there are {', '.join(found)}" if found else ""
 
 
 def _shape_in(folder: Path) -> ModelConfig | None:

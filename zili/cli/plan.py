@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from zili.chips.catalog import Chip, find_chip
-from zili.cli.options import MOST_CHIPS, Overrides, finite, read_recipe
+from zili.cli.options import MOST_CHIPS, Overrides, count_of, finite, read_recipe
 from zili.config import RunConfig, build_config, dump_recipe
 from zili.config.presets import load_preset
 from zili.durable import write_whole
@@ -23,16 +23,23 @@ from zili.planning.goodput import LLAMA3_RATE, Failures
 from zili.planning.plan import MFU, Plan, Setting, make_plan, setting_config, usual_batch
 
 _SHOWN_LOSSES = 8
-_NEEDED = "give a model, --chip (or a recipe with chip.model) and --chips; or --runs and --out"
+_NEEDED = {
+    "model": "a model: a preset (`zili config presets`), a recipe or a run folder",
+    "chip": "--chip: the model of the chips (`zili chips` lists them), where the recipe names none in chip.model",
+    "chips": "--chips: how many",
+}
 
 
-Model = Annotated[str | None, typer.Argument(help="Preset (`zili config presets`) or TOML recipe.")]
+Model = Annotated[str | None, typer.Argument(help="Preset (`zili config presets`), TOML recipe or run folder.")]
 ChipName = Annotated[
     str | None, typer.Option(help="Model of the chips, as `zili chips` lists them; else the recipe's.")
 ]
 Chips = Annotated[int | None, typer.Option(min=1, max=MOST_CHIPS, help="How many.")]
 Tokens = Annotated[
-    float | None, typer.Option(min=1, max=1e18, callback=finite, help="To train on; of a recipe its own.")
+    float | None,
+    typer.Option(
+        parser=count_of, metavar="COUNT", help="How many to train on, such as 300B or 1T; a recipe has its own."
+    ),
 ]
 SequenceLength = Annotated[int | None, typer.Option(min=1, max=2**24, help="Tokens of a sequence.")]
 GlobalBatch = Annotated[int | None, typer.Option(min=1, max=2**22, help="Sequences of a step.")]
@@ -104,7 +111,7 @@ def plan(
         _predict_runs(runs, out, chip)
         return
     if model is None or chips is None:
-        raise typer.BadParameter(_NEEDED)
+        raise _missing(model=model, chips=chips)
     config, to_train, batch_taken = _config(model, chips, tokens, sequence, global_batch, overrides or [])
     risk = _failures(failures, failures_per_day, failing_together, restart_minutes, checkpoint_seconds, spares)
     setting = Setting(_laid_out(config, layout), to_train, risk, price, _report(doctor), peak_tflops, batch_taken)
@@ -143,7 +150,7 @@ def _config(
     model: str, chips: int, tokens: float | None, sequence: int | None, batch: int | None, overrides: Sequence[str]
 ) -> tuple[RunConfig, float, bool]:
     """The recipe, or one for a preset; how many tokens it is for; and whether nobody gave its batch."""
-    if model.endswith(".toml"):
+    if model.endswith(".toml") or Path(model).is_dir():
         given = [f"training.sequence_length={sequence}"] if sequence else []
         given += [f"training.global_batch={batch}"] if batch else []
         config = read_recipe(Path(model), [*overrides, *given])
@@ -163,11 +170,15 @@ def _config(
     return _in_bf16(config), wanted, batch is None and not set_too
 
 
+def _missing(**given: object) -> typer.BadParameter:
+    return typer.BadParameter("missing: " + "; ".join(_NEEDED[name] for name, value in given.items() if value is None))
+
+
 def _chip(name: str | None, config: RunConfig) -> Chip:
     """That of the option, or else the recipe's."""
     name = name or config.chip.model
     if name is None:
-        raise typer.BadParameter(_NEEDED)
+        raise _missing(chip=name)
     return find_chip(name)
 
 

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from zili import chips
 from zili.chips.catalog import Chip, find_chip
-from zili.cli.options import MOST_CHIPS, Overrides, read_recipe
+from zili.cli.options import MOST_CHIPS, Overrides, Recipe, read_recipe
 from zili.config import RunConfig
 from zili.durable import write_whole
 from zili.errors import ConfigError, LayoutError, ZiliError
@@ -31,7 +31,7 @@ _SHOWN = 4
 
 
 def rehearse(
-    recipe: Annotated[Path, typer.Argument(help="TOML recipe, as `zili train` takes it.")],
+    recipe: Recipe,
     count: Annotated[int, typer.Option("--chips", min=1, max=MOST_CHIPS, help="Processes in all, one a chip.")],
     rank: Annotated[int, typer.Option(min=0, help="Which of them to be.")] = 0,
     all_stages: Annotated[

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from zili.cli.amounts import amounts
-from zili.cli.options import Overrides, read_recipe, starter
+from zili.cli.options import Overrides, Recipe, read_recipe, starter
 from zili.parallel.layout import processes
 
 INTERRUPTED = 130
@@ -18,7 +18,7 @@ INTERRUPTED = 130
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="TOML recipe; a run folder keeps its own as recipe.toml.")],
+    recipe: Recipe,
     overrides: Overrides = None,
 ) -> None:
     """Train a recipe to its last step, from the newest checkpoint of its run folder if there is one."""

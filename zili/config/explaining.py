@@ -65,10 +65,24 @@ def _plain(message: str) -> str:
     return message
 
 
+def key_of_option(option: str) -> str | None:
+    """What to say of `--steps` or `--lr` where overrides are taken; None: like no key."""
+    name = option.lstrip("-").replace("-", "_")
+    if name in RunConfig.model_fields:
+        return f"did you mean {name}?"
+    table = _tables().get(name)
+    return meant_key(name) if table is None else f"did you mean {table}.{name}?"
+
+
+def _tables() -> dict[str, str]:
+    """The table of each key that is in one."""
+    return {key: name for name in RunConfig.model_fields for key in fields_at((name,))}
+
+
 def _nearest(location: tuple[Any, ...]) -> str:
     """What the user may have meant: the same key of another table, what it is called elsewhere, the nearest."""
     known, wanted = list(fields_at(location[:-1])), str(location[-1])
-    elsewhere = {key: name for name in RunConfig.model_fields for key in fields_at((name,))}
+    elsewhere = _tables()
     if wanted in elsewhere:
         return f"; did you mean {elsewhere[wanted]}.{wanted}?"
     meant = meant_key(wanted)

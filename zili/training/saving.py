@@ -25,7 +25,7 @@ from zili.checksums import SUMS_FILE, sha256, write_sums
 from zili.durable import soon, sync
 from zili.errors import CheckpointError
 from zili.parallel.world import World
-from zili.training.checkpoints import RUN_FILE, RunState, list_checkpoints, one_process
+from zili.training.checkpoints import RUN_FILE, RunState, list_checkpoints, one_process, step_of
 
 Result = TypeVar("Result")
 _SLOWEST = timedelta(days=1)
@@ -57,17 +57,19 @@ class Saver:
         world: World,
         *,
         keep: int,
+        keep_every: int = 0,
         asynchronous: bool,
         patience: int = 1,
         note: Callable[[str], None] = print,
         saved: Callable[[Saved], None] = lambda saved: None,
     ) -> None:
-        """`keep`: newest checkpoints that stay. `asynchronous`: a save returns when its tensors are copied.
+        """`keep`: newest checkpoints that stay, beside those of every `keep_every`-th step, if any. `asynchronous`: a save returns when its tensors are copied.
         `patience`: saves in a row that may fail, after which `lost` is true. `note` is told of what went wrong, `saved`
         of what is whole; both by the thread that calls."""
         self.folder = folder
         self._world = world
         self._keep = keep
+        self._keep_every = keep_every
         self._asynchronous = asynchronous
         self._patience = patience
         self._note = note
@@ -183,7 +185,8 @@ class Saver:
         aside.rename(target)
         sync(self.folder)
         for old in list_checkpoints(self.folder)[: -self._keep]:
-            self._drop_or_tell(old)
+            if not (self._keep_every and step_of(old) % self._keep_every == 0):
+                self._drop_or_tell(old)
 
     def _drop_or_tell(self, path: Path) -> None:
         """What cannot be deleted, since somebody reads it over NFS or it is write-protected, is no reason to stop."""
