@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tiny_run import PEAK, At, Recipe, Recorder, die_after_step, interrupt, run_apart, train
 
 from zili.models.arithmetic import parameter_shapes
@@ -255,14 +256,34 @@ def test_a_full_disk_leaves_gaps_in_the_record_and_is_said_once(recipe: Recipe) 
 class AtStep:
     """What TensorBoard's log asks of a trainer."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, config: Any = None) -> None:
         self.step = step
+        self.config = config
 
 
-def test_tensorboard_goes_on_after_a_full_disk(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_tensorboard_has_the_settings_of_a_run(recipe: Recipe) -> None:
+    """As its own table of hyperparameters reads them."""
+    config = recipe("optimizer.learning_rate=0.00125", "schedule.kind=wsd")
+    log: Any = TensorBoardLog(config.folder)
+    log.on_start(AtStep(0, config))
+    log.on_end(AtStep(0, config))
+    accumulator = EventAccumulator(str(config.folder / "tensorboard"))
+    accumulator.Reload()
+    content = accumulator.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    settings = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert settings["optimizer.learning_rate"].number_value == 0.00125
+    assert settings["schedule.kind"].string_value == "wsd"
+    assert settings["model.layers"].number_value == config.model.layers
+    assert settings["chip.compile"].bool_value is False
+    assert [path.name for path in (config.folder / "tensorboard").iterdir() if path.is_dir()] == []
+
+
+def test_tensorboard_goes_on_after_a_full_disk(
+    recipe: Recipe, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     said = list[str]()
     log: Any = TensorBoardLog(tmp_path, said.append)
-    log.on_start(AtStep(0))
+    log.on_start(AtStep(0, recipe()))
     log.on_evaluation(1, {"loss": 1.0})
     log.on_checkpoint(AtStep(1))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -51,6 +51,19 @@ Template = Annotated[str | None, typer.Option(help="Chat template in place of th
 Chip = Annotated[str, typer.Option(help="Where to run; `zili chips` lists names.")]
 
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Page = Annotated[Path | None, typer.Option(help="Write an HTML page here.")]
+
+
+def refuse_unwritable(*files: Path | None) -> None:
+    """ConfigError where one of the files that an option names cannot be written, before anything is computed."""
+    for file in files:
+        if file is not None and not file.parent.is_dir():
+            raise ConfigError(f"{file} cannot be written: there is no folder {file.parent}")
+        if file is not None and file.is_dir():
+            raise ConfigError(f"{file} cannot be written: it is a folder")
+
+
 def finite(value: float | None) -> float | None:
     """A `callback` of options: bounds alone let `nan` pass, which is not below anything, nor above."""
     if value is not None and not isfinite(value):
