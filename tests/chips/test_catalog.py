@@ -121,7 +121,7 @@ def test_a_good_one_is_read():
 
 @pytest.mark.parametrize("name", ["nvidia", "cuda", "NVIDIA"])
 def test_a_vendors_name_gets_its_chips(name):
-    with pytest.raises(ChipError, match="its chips are a100-40, .*h100-sxm"):
+    with pytest.raises(ChipError, match=r"its chips are a100-40, .*h100-sxm"):
         find_chip(name)
 
 

@@ -173,7 +173,7 @@ def test_without_a_terminal_a_run_is_told_by_the_clock(
     assert begun.startswith(f"step 0/{steps}  begins")
     expected = [f"step {step}/{steps}" for step in told]
     # Thousandths of a second add up with an error that may move a line by a step.
-    assert [line.split("  ")[0] for line in found] == expected or steps == 50_000 and len(found) == 3
+    assert [line.split("  ")[0] for line in found] == expected or (steps == 50_000 and len(found) == 3)
 
 
 def test_a_run_that_is_stopped_tells_its_last_step(recipe: Recipe) -> None:
@@ -200,9 +200,7 @@ def test_a_checkpoint_is_a_line_once_it_is_whole(recipe: Recipe) -> None:
     train(config, ProgressDisplay(Console(file=output)), Whole())
     assert found == [("step-00000004", True), ("step-00000006", True)]
     told = [line.split("  ", 1)[1] for line in output.getvalue().splitlines() if "  saved " in line]
-    assert [line.split(": ")[0] for line in told] == [
-        f"saved {config.folder}/checkpoints/{name}" for name, _ in found
-    ]
+    assert [line.split(": ")[0] for line in told] == [f"saved {config.folder}/checkpoints/{name}" for name, _ in found]
 
 
 def test_the_record_has_the_memory_that_the_process_has_had(recipe: Recipe) -> None:

@@ -49,7 +49,7 @@ def _read(store: Path, share: float, tokens: int) -> Amount:
     if epochs <= _MANY_EPOCHS:
         return Amount(text)
     return Amount(
-        f"{text}. Above {_MANY_EPOCHS} epochs a text teaches ever less when it comes again: more text, a smaller weight, "
-        "or fewer training.steps",
+        f"{text}. Above {_MANY_EPOCHS} epochs a text teaches ever less when it comes again: take more text, a smaller "
+        "weight, or fewer training.steps",
         warns=True,
     )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from zili.cli.amounts import amounts
 from zili.cli.options import MOST_CHIPS, Overrides, Recipe, read_recipe
+from zili.cli.output import console, table
 from zili.config import ModelConfig, RunConfig, dump_recipe, load_preset, preset_names
 from zili.config.reference import reference
 from zili.errors import ChipError, ConfigError, LayoutError
@@ -44,7 +42,7 @@ def _laid_out(config: RunConfig, chips: int) -> tuple[RunConfig, list[str]]:
     layout = lay_out(config, chips)
     found = {"shards": layout.shards, "stages_per_process": config.parallel.stages_each}
     parallel = config.parallel.model_copy(update=found)
-    line = f"{chips:,} chips: {layout}; what is left to \"auto\" is chosen on them"
+    line = f'{chips:,} chips: {layout}; what is left to "auto" is chosen on them'
     return config.model_copy(update={"parallel": parallel}), [line]
 
 
@@ -65,13 +63,15 @@ def presets() -> None:
     """List the model presets with their parameter counts."""
     from zili.models.arithmetic import count_parameters
 
-    table = Table("preset", "layers", "hidden", "heads/kv", "FFN", "vocabulary", "parameters", box=None, padding=(0, 1))
+    to = console()
+    columns = ("preset", "layers", "hidden", "heads/kv", "FFN", "vocabulary", "parameters")
+    rows = table(to, columns, left=columns[:1])
     for name in preset_names():
         model = ModelConfig.model_validate(load_preset(name))
         heads = f"{model.heads}/{model.kv_heads}"
         sizes = (model.layers, model.hidden_size, heads, model.ffn_hidden_size, model.vocab_size)
-        table.add_row(name, *map(str, sizes), f"{count_parameters(model).total:,}")
-    Console().print(table, highlight=False)
+        rows.add_row(name, *map(str, sizes), f"{count_parameters(model).total:,}")
+    to.print(rows, highlight=False)
 
 
 @app.command(name="reference")

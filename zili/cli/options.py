@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterable
 from enum import StrEnum
 from math import isfinite
 from pathlib import Path
@@ -16,7 +18,7 @@ import typer
 
 from zili.config import ModelConfig, RunConfig, load_recipe
 from zili.config.model_folder import shape_in
-from zili.errors import CheckpointError, ConfigError
+from zili.errors import CheckpointError, ConfigError, DataError
 from zili.parallel.layout import processes, torchrun
 
 if TYPE_CHECKING:
@@ -62,6 +64,42 @@ def refuse_unwritable(*files: Path | None) -> None:
             raise ConfigError(f"{file} cannot be written: there is no folder {file.parent}")
         if file is not None and file.is_dir():
             raise ConfigError(f"{file} cannot be written: it is a folder")
+
+
+def model_at(path: Path) -> Path:
+    """`path`, where a model may lie. Asked before torch is loaded, which takes seconds.
+
+    Raises:
+        CheckpointError: nothing is there, or a recipe is.
+    """
+    if path.is_file() and path.suffix == ".toml":
+        raise CheckpointError(f"{path} is a recipe, not a model: {_run_of(path)}")
+    if not path.exists():
+        runs = sorted(str(found.parent) for found in Path("runs").glob("*/checkpoints"))[:_SHOWN_RECIPES]
+        hub = f"; `zili import {path} --to FOLDER` fetches a model" if re.match("(hf|modelscope):", str(path)) else ""
+        raise CheckpointError(
+            f"{path} does not exist; give a run, a checkpoint, a model folder or a GGUF file{hub}"
+            + (f"; runs here: {', '.join(runs)}" if runs else "")
+        )
+    return path
+
+
+def _run_of(recipe: Path) -> str:
+    """Where what a recipe trains lies, for the end of a sentence."""
+    try:
+        folder = tomllib.loads(recipe.read_text(encoding="utf-8")).get("folder")
+    except (OSError, ValueError):
+        folder = None
+    if isinstance(folder, str) and (Path(folder) / "checkpoints").is_dir():
+        return f"give the run that it made, {folder}"
+    return f"train it first, `zili train {recipe}`, and give the run's folder" + (f", {folder}" if folder else "")
+
+
+def present(paths: Iterable[Path] | None) -> None:
+    """DataError where text or conversations are not there; asked before torch is loaded."""
+    for path in paths or ():
+        if not path.exists():
+            raise DataError(f"{path} does not exist; give a file or a folder")
 
 
 def finite(value: float | None) -> float | None:

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folder, such as runs/quickstart; or several.", metavar="RUN...")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run folder, such as runs/quickstart; or several.", metavar="RUN...")
+    ],
     page: Page = None,
     as_json: AsJson = False,
 ) -> None:

@@ -104,8 +104,8 @@ def _scaled(preset: dict[str, Any], hidden_size: Any, origin: str) -> dict[str, 
 
 
 def _with_overrides(table: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """A deep copy of `table` with each `a.b=value` set; the value is TOML, or a plain string where it is not, and `none`
-    unsets the key."""
+    """A deep copy of `table` with each `a.b=value` set; the value is TOML, or a plain string where it is not, and
+    `none` unsets the key."""
     result = _copied(table)
     for override in overrides:
         key, equals, text = override.partition("=")

@@ -102,7 +102,7 @@ def page(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
     rows = [[name, *cells(run)] for name, run in zip(names, runs, strict=True)]
     told = [[key, *settings] for key, settings in differences(runs).items()]
     parts = [
-        f"<header><div><p class=\"eyebrow\">Zili training runs</p><h1>{len(runs)} runs compared</h1></div></header>",
+        f'<header><div><p class="eyebrow">Zili training runs</p><h1>{len(runs)} runs compared</h1></div></header>',
         f"<section><h2>Where they stand</h2>{plain_table(['run', *HEADINGS.values()], rows)}</section>",
         f"<section><h2>In what their recipes differ</h2>{plain_table(['key', *names], told)}</section>" if told else "",
         _charts(runs, names),
@@ -115,7 +115,13 @@ def page(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
 def _charts(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
     asked = (
         ("Loss", "Of training, smoothed; lower is better.", "train", "loss", True),
-        ("Bits per byte", "On held-out text; lower is better, and comparable on the same text alone.", "evals", "bits_per_byte", True),
+        (
+            "Bits per byte",
+            "On held-out text; comparable on the same text alone.",
+            "evals",
+            "bits_per_byte",
+            True,
+        ),
         ("Held-out loss", "Nats a token; comparable with one tokenizer alone.", "evals", "loss", False),
         ("Learning rate", "As the schedules set it.", "train", "learning_rate", False),
         ("Throughput", "Tokens a second.", "train", "tokens_per_second", False),

@@ -26,7 +26,9 @@ _MARGIN, _MOST_MARGIN = 0.02, 30.0
 class RunClock:
     """The first process's; the others are told what it finds due."""
 
-    def __init__(self, config: RunConfig, started: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, config: RunConfig, started: float | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """`started`: when the process was, as `clock` tells time; now, if not given."""
         self._clock = clock
         self._started = clock() if started is None else started

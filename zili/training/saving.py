@@ -63,7 +63,8 @@ class Saver:
         note: Callable[[str], None] = print,
         saved: Callable[[Saved], None] = lambda saved: None,
     ) -> None:
-        """`keep`: newest checkpoints that stay, beside those of every `keep_every`-th step, if any. `asynchronous`: a save returns when its tensors are copied.
+        """`keep`: newest checkpoints that stay, beside those of every `keep_every`-th step, if any. `asynchronous`: a
+        save returns when its tensors are copied.
         `patience`: saves in a row that may fail, after which `lost` is true. `note` is told of what went wrong, `saved`
         of what is whole; both by the thread that calls."""
         self.folder = folder
@@ -106,7 +107,9 @@ class Saver:
             return target
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         # Not a daemon: a process that ends lets the checkpoint at hand be finished.
-        self._thread = threading.Thread(target=self._attempt, args=(target, state, copies, begun), name="zili-checkpoint")
+        self._thread = threading.Thread(
+            target=self._attempt, args=(target, state, copies, begun), name="zili-checkpoint"
+        )
         self._thread.start()
         return target
 
