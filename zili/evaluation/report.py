@@ -95,7 +95,7 @@ def next_commands(run_folder: Path) -> list[Command]:
         Command(f"zili chat {run}", "write with it in the terminal"),
         Command(f"zili eval {run} --text PATH", "bits per byte on other text"),
         Command(f"zili train {_as_typed(run_folder / 'recipe.toml')}{_more_steps(run_folder)}", "train on"),
-        Command(f"zili report {run}", "write this page again"),
+        Command(f"zili report {run}", "write its report, a page, from what it recorded"),
     ]
 
 
