@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from zili.cli.options import Chip, Demo, ModelPath, Template, dtype_named
+from zili.cli.options import Chip, Demo, ModelPath, Template, dtype_named, model_at
 from zili.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ def serve(
     """Answer over HTTP as OpenAI's API does: /v1/chat/completions, /v1/completions, /v1/models, /tokenize."""
     if path is None and not demo:
         raise typer.BadParameter("give a model, or --demo")
+    if path is not None:
+        model_at(path)
     device = None
     if engine is Engines.zili:
         from zili.serving.place import open_device, prepared

@@ -30,8 +30,13 @@ _RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 _CHOICES = ("tensor", "context", "pipeline", "expert", "schedule", "recompute")
 _ONCE, _EACH = Software(), Software(sums_each=True)
 """Gradients are summed once a step, or after each micro-batch."""
-_TRIED, _TRIED_OF_A_CHOICE = 300, 6
+_TRIED, _TRIED_OF_A_CHOICE, _TRIED_FOR_SIMPLICITY = 300, 6, 24
 """Layouts whose memory is computed, the fastest first, before the search looks for others."""
+_SCHEDULES: tuple[Schedule, ...] = ("1f1b", "interleaved", "zero_bubble", "zbv")
+"""The plainest first."""
+TIE = 0.07
+"""Share of a step's time by which two layouts must differ to be told apart: the median error of predicting runs that
+nobody had fitted (docs/planning.md)."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,8 @@ class Found:
     searched: int
     smallest: Candidate
     """What seems to take least, where nothing fits."""
+    simplest: Candidate | None = None
+    """The one with the fewest kinds of parallelism among those that are as fast as the first, within `TIE`."""
 
 
 def search(config: RunConfig, world: int, machine: Machine, rates: Rates, *, count: int = 5) -> Found:
@@ -147,7 +154,7 @@ def search(config: RunConfig, world: int, machine: Machine, rates: Rates, *, cou
     ranked = tuple(sorted(map(room.played, best.values()), key=lambda one: one.time.total))
     losses = tuple(_losses(ranked[0], options, room)) if ranked else ()
     smallest = ranked[0] if ranked else min(options, key=room.least).candidate(config, machine)
-    return Found(ranked, losses, len(options), smallest)
+    return Found(ranked, losses, len(options), smallest, _simplest(ranked, options, room))
 
 
 class _Room:
@@ -248,6 +255,10 @@ class _Option:
     def order(self) -> tuple[float, int]:
         """The fastest first; of those as fast to three digits, the one that shares weights most widely."""
         return float(f"{self.seconds:.3g}"), -self.shards
+
+    @cached_property
+    def complexity(self) -> tuple[int, int, int]:
+        return complexity(self.run)
 
     @property
     def sums_each(self) -> bool:
@@ -393,6 +404,37 @@ def _nearest(config: RunConfig, world: int, machine: Machine) -> str:
     )
 
 
+def _simplest(ranked: Sequence[Candidate], options: Sequence[_Option], room: _Room) -> Candidate | None:
+    """Of the layouts that are as fast as the first of `ranked`, the simplest that fits, and of these the fastest."""
+    if not ranked:
+        return None
+    limit = (1 + TIE) * ranked[0].time.total
+    within = sorted((option for option in options if option.seconds <= limit), key=lambda o: (o.complexity, o.order()))
+    tried = 0
+    for option in within:
+        if tried == _TRIED_FOR_SIMPLICITY or option.complexity >= complexity(ranked[0].run):
+            break
+        if not room.may_have(option):
+            continue
+        tried += 1
+        candidate = option.candidate(room.config, room.machine)
+        if room.has(option, candidate):
+            played = room.played(candidate)
+            if played.time.total <= limit:
+                return played
+    return min(
+        (one for one in ranked if one.time.total <= limit), key=lambda one: (complexity(one.run), one.time.total)
+    )
+
+
+def complexity(run: Run) -> tuple[int, int, int]:
+    """How much of a layout whoever runs it must know: kinds of parallelism beside data's; then what its schedule, its
+    recomputation and its sums of gradients add; then the processes that share a copy of the model."""
+    kinds = sum(size > 1 for size in (run.tensor, run.context, run.pipeline, run.expert))
+    more = _SCHEDULES.index(run.schedule) + (run.recompute != "none") + run.software.sums_each
+    return kinds, more, run.tensor * run.context * run.pipeline
+
+
 def _losses(best: Candidate, options: Sequence[_Option], room: _Room) -> Iterator[Loss]:
     """For each choice that the best layout did not make: the fastest with it, and why that is not the best."""
     made = {name: getattr(best.run, name) for name in _CHOICES}
@@ -420,11 +462,19 @@ def _loss(choice: str, those: Sequence[_Option], best: Candidate, room: _Room) -
     ratio = those[0].seconds / best.time.total - 1
     speed = f"{ratio:.0%} slower" if ratio > 0 else f"{-ratio:.0%} faster"
     least = min(map(room.least, those)) / 2**30
-    why = f"none of its fastest fits ({tried} tried)" if tried else f"does not fit, {least:.0f} GiB and more"
-    return Loss(choice, f"{why}; {speed} at best")
+    why = f"none of the {tried} fastest with it fits" if tried else f"does not fit, {least:.0f} GiB and more"
+    return Loss(choice, f"{why}; it would be {speed}")
+
+
+def seconds_text(seconds: float) -> str:
+    """With a unit that leaves something of it: `1.23 s`, `45.6 ms`, `78 µs`."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.2f} {unit}" if unit == "s" else f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} µs"
 
 
 def _slower(candidate: Candidate, best: Candidate) -> str:
     more = {name: seconds - getattr(best.time, name) for name, seconds in vars(candidate.time).items()}
     part = max(more, key=lambda name: more[name])
-    return f"{candidate.time.total / best.time.total - 1:.1%} slower: {part} +{more[part]:.2f} s"
+    return f"{candidate.time.total / best.time.total - 1:.1%} slower: {part} +{seconds_text(more[part])}"

@@ -110,7 +110,13 @@ def resolve(config: RunConfig, layout: Layout, device: Device) -> tuple[RunConfi
         *fitted,
     ]
     if config.parallel.shards == "auto":
-        choices.append(Choice("parallel.shards", str(layout.shards), f"what is left of {layout.world} processes"))
+        choices.append(
+            Choice(
+                "parallel.shards",
+                str(layout.shards),
+                f"what is left of {layout.world} process{'es' * (layout.world != 1)}",
+            )
+        )
     choices += _fallbacks(config.model, layout, device, precision)
     unused = () if config.model.mixture else OF_EXPERTS
     lacking = device.lacking() | ({EAGER: "blocks are compiled, which fuses it"} if compiled else {})
