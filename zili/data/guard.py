@@ -97,3 +97,5 @@ class Guard:
 
 class MarkSpoken(DataError):
     """Somebody says what the template marks turns with."""
+
+    reason = "with a mark of the template in a text"
