@@ -154,6 +154,7 @@ class _Api:
     async def tokenize(self, asked: TokenizeRequest) -> dict[str, Any]:
         """A text's ids."""
         ids = self._encoded(asked.prompt)
+        ids = [*self.tokenizer.begin_ids, *ids] if asked.add_special_tokens else ids
         return {"tokens": ids, "count": len(ids), "max_model_len": self.engine.context}
 
     async def detokenize(self, asked: DetokenizeRequest) -> dict[str, Any]:
@@ -207,7 +208,9 @@ class _Api:
         for index, answer in enumerate(await whole(streams, request, self.served.limits.answer_seconds)):
             text, told = answer.text, answer.tokens
             if asked.echo:
-                text, told = self.tokenizer.decode(each[index]) + text, [*streams[index].answer.prompt, *told]
+                given = asked.prompts[index // asked.n]  # without the BOS token that was put before it
+                before = given if isinstance(given, str) else self.tokenizer.decode(given)
+                text, told = before + text, [*streams[index].answer.prompt, *told]
             logprobs = wording.logprobs(self.tokenizer, told) if asked.logprobs is not None else None
             choices.append({"index": index, "text": text, "finish_reason": answer.finish, "logprobs": logprobs})
         return {**head, "choices": choices, "usage": wording.usage(streams, prompts)}
@@ -225,7 +228,7 @@ class _Api:
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
-            return self._encoded(prompt) or [self.tokenizer.end_id]
+            return [*self.tokenizer.begin_ids, *self._encoded(prompt)] or [self.tokenizer.start_id]
         self._known(prompt)
         return prompt
 
