@@ -74,7 +74,8 @@ class Dialogue:
         self.turns.append([{"role": "user", "content": text}])
 
     def answered(self, ids: Sequence[int]) -> None:
-        kept = [number for number in ids if number not in self.stop_ids]
+        stops = self.stop_ids
+        kept = [number for number in ids if number not in stops]
         said = self._opening + self.tokenizer.decode(kept)
         for text in self.stop_texts:
             said = said.partition(text)[0]
