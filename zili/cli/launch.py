@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from zili.training.trainer import Trainer
 
 RECIPE_FILE = "recipe.toml"
-_TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+_TOKENIZER_FILES = (
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
+    "generation_config.json",  # it names the tokens that end an answer
+)
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,21 @@
 """Chat templates: a conversation as token ids, and which of them the assistant says.
 
 A template is the text that transformers and vLLM take as `chat_template`; those of the TeleChat family lie beside this
-file. It may write special tokens; nobody who speaks in the conversation may. Before it is rendered every spelling of a
-special token in what people, tools and system prompts say is broken with a character that occurs nowhere, and only what
-is whole afterwards becomes the special id.
+file. It may write special tokens; nobody who speaks in the conversation may: `zili.data.guard` keeps them apart. What a
+template cannot be asked is guessed in `zili.data.manners`.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import jinja2
 from jinja2 import nodes
@@ -23,16 +23,25 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from zili.data.guard import BEGIN, END, Guard
+from zili.data.manners import THINK, THOUGHT, Manners, find_manners, read_arguments, split_thoughts
 from zili.data.tokenizer import Tokenizer
 from zili.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
 Message = Mapping[str, Any]
 """`role` and `content`; an assistant's may have `reasoning_content` and `tool_calls`."""
-_PRIVATE = range(0xE000, 0xF900)
-"""Characters without a meaning of their own, of which some are taken that occur nowhere else."""
-_THOUGHT = re.compile(r"\s*<think>\n?(.*?)\n?</think>(.*)", re.DOTALL)
 _MARK = re.compile(r"(\{%-?\s*)(end)?generation(\s*-?%\})")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the assistant says at one place."""
+
+    start: int
+    stop: int
+    """Its tokens are those from `start` to before `stop`."""
+    text: str
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,9 @@ class Rendered:
     ids: list[int]
     said: list[bool]
     """Whether the assistant says it, what ends its turn included: what is learned."""
+    turns: list[Turn] = field(default_factory=list, compare=False)
+    text: str = field(default="", compare=False)
+    """All of it."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +63,13 @@ class ChatTemplate:
     source: str
     name: str = "chat template"
     _compiled: Callable[..., str] = field(init=False, repr=False, compare=False)
+    _guards: WeakKeyDictionary[Tokenizer, Guard] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "_guards", WeakKeyDictionary())
         try:
             object.__setattr__(self, "_compiled", _environment().from_string(self.source).render)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, RecursionError) as error:
             raise DataError(f"{self.name} is no chat template that can be read: {error}") from error
 
     @classmethod
@@ -74,17 +88,36 @@ class ChatTemplate:
 
     @classmethod
     def of_folder(cls, folder: Path) -> ChatTemplate | None:
-        """The template beside a model, as transformers looks for it; None where there is none."""
-        file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-        if file.is_file():
-            return cls(file.read_text(encoding="utf-8"), str(file))
-        if not config.is_file():
-            return None
-        try:
-            text = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
-        except ValueError as error:
-            raise DataError(f"{config}: broken JSON ({error}).") from error
-        return cls(text, str(config)) if isinstance(text, str) else None
+        """The template beside a model, as transformers looks for it; None where there is none.
+
+        Raises: DataError, it is there and cannot be read.
+        """
+        if (file := folder / "chat_template.jinja").is_file():
+            return cls(_text(file), str(file))
+        for name in ("chat_template.json", "tokenizer_config.json"):
+            if (file := folder / name).is_file() and (text := _template_in(file)):
+                return cls(text, str(file))
+        return None
+
+    def manners(self, tokenizer: Tokenizer | None = None) -> Manners:
+        """How it has a model speak; of a tokenizer, whose tokens it may ask for by their role."""
+        return find_manners(self._bare({})) if tokenizer is None else self._guard(tokenizer).manners
+
+    def _bare(self, roles: Mapping[str, str]) -> Callable[..., str]:
+        """The template without marks of what is said, asked for an answer or not."""
+
+        def render(**given: Any) -> str:
+            neutral = {"tools": None, "add_generation_prompt": False, "begin_said": "", "end_said": "", "bos_token": ""}
+            return self._compiled(**{**neutral, "eos_token": "", **roles, **given})
+
+        return render
+
+    def _guard(self, tokenizer: Tokenizer) -> Guard:
+        guard = self._guards.get(tokenizer)
+        if guard is None:
+            manners = find_manners(self._bare(tokenizer.roles))
+            guard = self._guards[tokenizer] = Guard(tokenizer, manners, self.source, self.name)
+        return guard
 
     @property
     def without_marks(self) -> str:
@@ -106,31 +139,48 @@ class ChatTemplate:
         """The ids of `messages`, of which `add_generation_prompt` ends with what an answer begins after.
 
         `options` are the template's own, such as enable_thinking. An assistant's content that begins with
-        `<think>...</think>` is taken apart into thoughts and answer.
+        `<think>...</think>` is taken apart into thoughts and answer where the template writes thoughts, and else said
+        as it is.
 
         Raises:
-            DataError: a message without role or content, a role that the template has not, or a template that fails.
+            DataError: a message without role or content, a role that the template has not, a text that holds a mark
+                which the tokenizer has no token for, or a template that fails.
         """
-        said = [_normal(message) for message in messages]
-        signs = _signs(self.source + json.dumps([said, tools], ensure_ascii=False))
-        guard = _Guard(tokenizer, *signs)
+        guard = self._guard(tokenizer)
         try:
             text = self._compiled(
-                messages=guard.broken(said),
+                messages=[_normal(message, guard) for message in messages],
                 tools=guard.broken(tools),
                 add_generation_prompt=add_generation_prompt,
-                begin_said=guard.begin,
-                end_said=guard.end,
-                **_named(tokenizer),
-                **options,
+                begin_said=BEGIN,
+                end_said=END,
+                **{"bos_token": "", **tokenizer.roles},
+                **{name: guard.broken(value) for name, value in options.items()},
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except DataError:
+            raise
+        except Exception as error:  # a template is a foreign program, and raises whatever it likes
             raise DataError(f"{self.name} cannot say this conversation: {error}") from error
-        ids, spoken = [], []
-        for token_ids, by_assistant in guard.pieces(text):
-            ids += token_ids
-            spoken += [by_assistant] * len(token_ids)
-        return Rendered(ids, spoken)
+        return _tokens(guard, text)
+
+
+def _tokens(guard: Guard, text: str) -> Rendered:
+    ids: list[int] = []
+    said: list[bool] = []
+    turns: list[Turn] = []
+    whole, spoken = [], ""
+    begun: int | None = None
+    for part in guard.pieces(text):
+        if part.text in (BEGIN, END):
+            if begun is not None:
+                turns.append(Turn(begun, len(ids), spoken))
+            begun, spoken = (len(ids) if part.text == BEGIN else None), ""
+            continue
+        ids += part.ids
+        said += [begun is not None] * len(part.ids)
+        whole.append(part.text)
+        spoken += part.text if begun is not None else ""
+    return Rendered(ids, said, turns, "".join(whole))
 
 
 def template_names() -> list[str]:
@@ -153,78 +203,65 @@ def template_for(tokenizer: Tokenizer) -> ChatTemplate | None:
     return None
 
 
-def _normal(message: Message) -> dict[str, Any]:
-    """With a role and a content, thoughts apart from it, and arguments of calls as tables."""
+def _normal(message: Message, guard: Guard) -> dict[str, Any]:
+    """With a role and a content, thoughts apart from it where the template writes them, and arguments as tables; all
+    marks in it broken."""
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise DataError(f"a message's role is {role!r}; it must be one of {', '.join(ROLES)}")
     if content is not None and not isinstance(content, str):
         raise DataError(f"a message of {role} has content of type {type(content).__name__}; text is read")
     normal = {**message, "content": content or ""}
+    inline = None
     if role == "assistant":
-        thought = None if normal.get("reasoning_content") else _THOUGHT.fullmatch(normal["content"])
-        if thought:
-            normal |= {"reasoning_content": thought[1], "content": thought[2].removeprefix("\n")}
+        thoughts = None if normal.get("reasoning_content") else split_thoughts(normal["content"])
+        if thoughts and guard.manners.thinks:
+            normal |= {"reasoning_content": thoughts[0], "content": thoughts[1]}
+        elif thoughts:
+            inline = _with_thoughts(normal["content"], guard)
         normal["tool_calls"] = [_normal_call(call) for call in message.get("tool_calls") or []]
-    return normal
+    broken = guard.broken({key: value for key, value in normal.items() if key != "role"})
+    return {"role": role, **broken, **({} if inline is None else {"content": inline})}
+
+
+def _with_thoughts(content: str, guard: Guard) -> str:
+    """A content that begins with thoughts, as it is: those two tags are the assistant's to say."""
+    before, _, rest = content.partition(THINK)
+    thoughts, _, answer = rest.partition(THOUGHT)
+    return f"{before}{THINK}{guard.broken(thoughts)}{THOUGHT}{guard.broken(answer)}"
 
 
 def _normal_call(call: Any) -> dict[str, Any]:
-    inner = call.get("function", call) if isinstance(call, Mapping) else {}
+    """As OpenAI has it, which templates are written for: the function inside."""
+    inner = call.get("function") or call if isinstance(call, Mapping) else {}
     if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
         raise DataError(f"a tool call has no name: {str(call)[:100]}")
-    arguments = inner.get("arguments", {})
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except ValueError as error:
-            raise DataError(f"the arguments of a call of {inner['name']} are no JSON ({error})") from error
-    return {**inner, "arguments": arguments}
+    arguments = read_arguments(inner.get("arguments"))
+    if arguments is None:
+        raise DataError(f"the arguments of a call of {inner['name']} are no JSON object")
+    function = {"name": inner["name"], "arguments": arguments}
+    identity = {"id": call["id"]} if "id" in call else {}
+    return {**identity, "type": "function", "function": function}
 
 
-def _named(tokenizer: Tokenizer) -> dict[str, str]:
-    """Special tokens that templates ask for by role."""
-    roles = {"bos_token": "<_start>", "unk_token": "<_unk>", "pad_token": "<_pad>"}
-    named = {role: token for role, token in roles.items() if token in tokenizer.special_tokens}
-    return {"bos_token": "", **named, "eos_token": tokenizer.end_token}
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read ({error}).") from error
 
 
-def _signs(text: str) -> tuple[str, str, str]:
-    """Three characters that do not occur in `text`."""
-    used = set(text)
-    free = (chr(code) for code in _PRIVATE if chr(code) not in used)
-    return next(free), next(free), next(free)
-
-
-class _Guard:
-    """Keeps what is said apart from what the template writes."""
-
-    def __init__(self, tokenizer: Tokenizer, breaking: str, begin: str, end: str) -> None:
-        self._tokenizer, self._breaking, self.begin, self.end = tokenizer, breaking, begin, end
-        spellings = sorted(tokenizer.special_tokens, key=len, reverse=True)
-        alternatives = [re.escape(text) for text in (*spellings, begin, end) if text]
-        self._cut = re.compile("(" + "|".join(alternatives) + ")")
-
-    def broken(self, value: Any) -> Any:
-        """`value` with a sign in every spelling of a special token in it."""
-        if isinstance(value, str):
-            return self._cut.sub(lambda found: found[0][:1] + self._breaking + found[0][1:], value)
-        if isinstance(value, Mapping):
-            return {self.broken(key): self.broken(inner) for key, inner in value.items()}
-        if isinstance(value, list | tuple):
-            return [self.broken(inner) for inner in value]
-        return value
-
-    def pieces(self, text: str) -> Iterator[tuple[list[int], bool]]:
-        """Ids of the parts of a rendered text, and whether the assistant says them."""
-        spoken = False
-        for part in self._cut.split(text):
-            if part in (self.begin, self.end):
-                spoken = part == self.begin
-            elif part in self._tokenizer.special_tokens:
-                yield [self._tokenizer.special_id(part)], spoken
-            elif part:
-                yield self._tokenizer.encode(part.replace(self._breaking, "")).tolist(), spoken
+def _template_in(file: Path) -> str | None:
+    """A JSON file's `chat_template`; of several named ones the one named default."""
+    try:
+        config = json.loads(_text(file))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}: broken JSON ({error}).") from error
+    found = config.get("chat_template") if isinstance(config, dict) else None
+    if isinstance(found, list):
+        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else None
 
 
 class _Generation(Extension):

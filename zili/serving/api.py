@@ -20,10 +20,10 @@ from starlette.exceptions import HTTPException
 
 import zili
 from zili.data.chat import ChatTemplate
+from zili.data.manners import Manners
 from zili.data.tokenizer import Tokenizer
 from zili.errors import ConfigError, DataError
 from zili.serving import wording
-from zili.serving.conversation import Dialogue
 from zili.serving.delivery import events, whole
 from zili.serving.engine import Ask, Engine, Guide
 from zili.serving.gate import Gate, Limits
@@ -140,9 +140,11 @@ class _Api:
         self.tokenizer, self.engine = served.tokenizer, served.engine
         self.metrics = Metrics(served.engine, served.name)
         template = served.template or ChatTemplate.named("chatml")
-        self.stop_ids = Dialogue(served.tokenizer, template).stop_ids
+        manners = template.manners(served.tokenizer)
+        self.stop_ids = manners.end_ids(served.tokenizer)
+        self._end_texts = manners.end_texts(served.tokenizer) if served.template else ()
         self._forms = Forms(served.tokenizer, self.stop_ids)
-        self._tagged = "<param_key>" in template.source
+        self._tagged = manners.calls == "tagged"
 
     async def models(self) -> dict[str, Any]:
         """The one that is served."""
@@ -152,6 +154,7 @@ class _Api:
     async def tokenize(self, asked: TokenizeRequest) -> dict[str, Any]:
         """A text's ids."""
         ids = self._encoded(asked.prompt)
+        ids = [*self.tokenizer.begin_ids, *ids] if asked.add_special_tokens else ids
         return {"tokens": ids, "count": len(ids), "max_model_len": self.engine.context}
 
     async def detokenize(self, asked: DetokenizeRequest) -> dict[str, Any]:
@@ -171,7 +174,7 @@ class _Api:
         except (DataError, TypeError) as error:
             raise Refusal(400, str(error), param="messages") from error
         # Some templates open an answer's thoughts themselves.
-        thinking = self.tokenizer.decode(prompt[-16:]).rstrip().endswith("<think>")
+        thinking = bool(Manners.opening(self.tokenizer.decode(prompt[-16:])))
         guide = await self._guide(asked.form_with_calls(tagged=self._tagged), thinking=thinking)
         top = asked.top_logprobs if asked.logprobs else None
         streams = self._begin(request, asked, [prompt] * asked.n, asked.longest, top, guide)
@@ -205,7 +208,9 @@ class _Api:
         for index, answer in enumerate(await whole(streams, request, self.served.limits.answer_seconds)):
             text, told = answer.text, answer.tokens
             if asked.echo:
-                text, told = self.tokenizer.decode(each[index]) + text, [*streams[index].answer.prompt, *told]
+                given = asked.prompts[index // asked.n]  # without the BOS token that was put before it
+                before = given if isinstance(given, str) else self.tokenizer.decode(given)
+                text, told = before + text, [*streams[index].answer.prompt, *told]
             logprobs = wording.logprobs(self.tokenizer, told) if asked.logprobs is not None else None
             choices.append({"index": index, "text": text, "finish_reason": answer.finish, "logprobs": logprobs})
         return {**head, "choices": choices, "usage": wording.usage(streams, prompts)}
@@ -223,7 +228,7 @@ class _Api:
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
-            return self._encoded(prompt) or [self.tokenizer.end_id]
+            return [*self.tokenizer.begin_ids, *self._encoded(prompt)] or [self.tokenizer.start_id]
         self._known(prompt)
         return prompt
 
@@ -279,7 +284,9 @@ class _Api:
                     bias=self._bias(asked.logit_bias),
                     guide=guide,
                 )
-                stream = Stream(self.engine, self.tokenizer, ask, asked.stops, metrics=self.metrics, used=used)
+                ends = self._end_texts if isinstance(asked, ChatRequest) and not asked.ignore_eos else ()
+                stops = [*asked.stops, *ends]
+                stream = Stream(self.engine, self.tokenizer, ask, stops, metrics=self.metrics, used=used)
                 streams.append(stream)
         except (Refusal, ConfigError) as error:
             for stream in streams:

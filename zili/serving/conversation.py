@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from zili.data.chat import ChatTemplate
+from zili.data.manners import Manners
 from zili.data.tokenizer import Tokenizer
-
-_ENDS = ("<_end>", "<_user>", "<|im_end|>", "<|endoftext|>")
-"""Special tokens after which it is not the model's turn."""
 
 
 class Conversation(Protocol):
@@ -22,8 +20,12 @@ class Conversation(Protocol):
     """What is said when it begins anew."""
 
     @property
-    def stop_ids(self) -> set[int]:
+    def stop_ids(self) -> Set[int]:
         """Tokens that end an answer."""
+
+    @property
+    def stop_texts(self) -> Sequence[str]:
+        """Texts that do, of a template whose marks are no tokens."""
 
     def ask(self, text: str) -> None:
         """Open a turn with what the user wrote."""
@@ -61,16 +63,22 @@ class Dialogue:
     """What of an answer the prompt has said already, such as `<think>`."""
 
     @property
-    def stop_ids(self) -> set[int]:
-        special = self.tokenizer.special_tokens
-        return {self.tokenizer.end_id, *(special[name] for name in _ENDS if name in special)}
+    def stop_ids(self) -> Set[int]:
+        return self.template.manners(self.tokenizer).end_ids(self.tokenizer)
+
+    @property
+    def stop_texts(self) -> Sequence[str]:
+        return self.template.manners(self.tokenizer).end_texts(self.tokenizer)
 
     def ask(self, text: str) -> None:
         self.turns.append([{"role": "user", "content": text}])
 
     def answered(self, ids: Sequence[int]) -> None:
-        kept = [number for number in ids if number not in self.stop_ids]
+        stops = self.stop_ids
+        kept = [number for number in ids if number not in stops]
         said = self._opening + self.tokenizer.decode(kept)
+        for text in self.stop_texts:
+            said = said.partition(text)[0]
         self.turns[-1].append({"role": "assistant", "content": said})
 
     def withdraw(self) -> None:
@@ -84,8 +92,7 @@ class Dialogue:
         while len(ids := self._rendered(True)) > room and len(self.turns) > 1:
             self.turns.pop(0)
             dropped += 1
-        opening = self.tokenizer.decode(ids[len(self._rendered(False)) :])
-        self._opening = opening[opening.index("<think>") :] if "<think>" in opening else ""
+        self._opening = Manners.opening(self.tokenizer.decode(ids[len(self._rendered(False)) :]))
         return ids, dropped
 
     def _rendered(self, add_generation_prompt: bool) -> list[int]:
@@ -109,8 +116,12 @@ class RunningText:
     new: str = "A new text."
 
     @property
-    def stop_ids(self) -> set[int]:
-        return {self.tokenizer.end_id}
+    def stop_ids(self) -> Set[int]:
+        return self.tokenizer.end_ids
+
+    @property
+    def stop_texts(self) -> Sequence[str]:
+        return ()
 
     def ask(self, text: str) -> None:
         # A line typed after an answer starts a line of the running text too.
@@ -130,4 +141,4 @@ class RunningText:
         while len(self.turns) > 1 and 1 + sum(map(len, self.turns)) > room:
             self.turns.pop(0)
             dropped += 1
-        return [self.tokenizer.end_id, *(number for turn in self.turns for number in turn)], dropped
+        return [self.tokenizer.start_id, *(number for turn in self.turns for number in turn)], dropped

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from zili.data.chat import ChatTemplate
+from zili.data.manners import THINK
 from zili.errors import CheckpointError, ConfigError
 
 
@@ -62,10 +64,10 @@ def to_vllm(folder: Path, offer: Offer, *, chip: str, key: str | None) -> Handov
         arguments += ["--max-model-len", str(offer.context)]
     if "auto_map" in config:
         arguments.append("--trust-remote-code")  # of our own writing, in the folder
-    template = _template(folder)
-    if "<tool_call>" in template and "<param_key>" not in template:
+    template = ChatTemplate.of_folder(folder)
+    if template is not None and template.manners().calls == "hermes":
         arguments += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
-    if "<think>" in template:
+    if template is not None and THINK in template.source:
         arguments += ["--reasoning-parser", "deepseek_r1"]
     environment = {"VLLM_NO_USAGE_STATS": "1"}
     stored = config.get("torch_dtype", config.get("dtype"))
@@ -95,10 +97,3 @@ def _config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{file}: is no object")
     return config
-
-
-def _template(folder: Path) -> str:
-    from zili.data.chat import ChatTemplate
-
-    found = ChatTemplate.of_folder(folder)
-    return found.source if found else ""

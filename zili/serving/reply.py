@@ -2,26 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-_THINK, _THOUGHT = "<think>", "</think>"
-_CALL, _CALLED = "<tool_call>", "</tool_call>"
-_NAMED = re.compile(
-    r"\s*([\w.-]+)\s*((?:<param_key>.*?</param_key>\s*<param_value>.*?</param_value>\s*)*)\s*", re.DOTALL
-)
-_PARAMETER = re.compile(r"<param_key>(.*?)</param_key>\s*<param_value>(.*?)</param_value>", re.DOTALL)
-
-
-@dataclass(frozen=True)
-class Call:
-    """Of a tool."""
-
-    name: str
-    arguments: str
-    """A JSON object."""
+from zili.data.manners import CALL, CALLED, THINK, THOUGHT, Call, read_call
 
 
 @dataclass
@@ -60,7 +44,7 @@ class Reply:
         if self._state == "thinking":
             parts.reasoning += self._held
         else:
-            parts.content += (_CALL if self._state == "calling" else "") + self._held
+            parts.content += (CALL if self._state == "calling" else "") + self._held
         self._held = ""
         return parts
 
@@ -68,17 +52,17 @@ class Reply:
         """One step; False where more text is needed."""
         if self._state == "begin":
             start = self._held.lstrip()
-            if not start or (len(start) < len(_THINK) and _THINK.startswith(start)):
+            if not start or (len(start) < len(THINK) and THINK.startswith(start)):
                 return False
-            thinks = start.startswith(_THINK)
-            self._held = start.removeprefix(_THINK) if thinks else self._held
+            thinks = start.startswith(THINK)
+            self._held = start.removeprefix(THINK) if thinks else self._held
             self._state = "thinking" if thinks else "content"
             return True
         if self._state == "thinking":
-            return self._up_to(_THOUGHT, parts, "reasoning", "content")
+            return self._up_to(THOUGHT, parts, "reasoning", "content")
         if self._state == "content":
             if self._tools:
-                return self._up_to(_CALL, parts, "content", "calling")
+                return self._up_to(CALL, parts, "content", "calling")
             parts.content, self._held = parts.content + self._held, ""
             return False
         return self._call(parts)
@@ -94,47 +78,17 @@ class Reply:
         return bool(found)
 
     def _call(self, parts: Parts) -> bool:
-        inside, found, after = self._held.partition(_CALLED)
+        inside, found, after = self._held.partition(CALLED)
         if not found:
             return False
         call = read_call(inside)
         if call is None:
-            parts.content += _CALL + inside + _CALLED
+            parts.content += CALL + inside + CALLED
         else:
             parts.calls.append(call)
             self.calls += 1
         self._held, self._state = after, "content"
         return True
-
-
-def read_call(text: str) -> Call | None:
-    """What stands between the tags: Hermes' JSON, or TeleChat3-Coder's names and values. None: neither."""
-    try:
-        called = json.loads(text)
-    except ValueError:
-        return _read_named(text)
-    if not isinstance(called, dict) or not isinstance(called.get("name"), str):
-        return None
-    arguments = called.get("arguments", {})
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except ValueError:
-            return None
-    return Call(called["name"], json.dumps(arguments, ensure_ascii=False)) if isinstance(arguments, dict) else None
-
-
-def _read_named(text: str) -> Call | None:
-    found = _NAMED.fullmatch(text)
-    if found is None:
-        return None
-    arguments = {}
-    for key, value in _PARAMETER.findall(found[2]):
-        try:
-            arguments[key] = json.loads(value)
-        except ValueError:
-            arguments[key] = value  # a text is written without quotes
-    return Call(found[1], json.dumps(arguments, ensure_ascii=False))
 
 
 def overlap(text: str, tag: str) -> int:

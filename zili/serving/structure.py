@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from zili.data.manners import ANSWER_TAGS, THOUGHT
 from zili.data.tokenizer import Tokenizer
 from zili.errors import ConfigError
 
 if TYPE_CHECKING:
     import xgrammar
 
-_MEANT = {tag for name in ("think", "tool_call", "param_key", "param_value") for tag in (f"<{name}>", f"</{name}>")}
-"""Tokens that are part of an answer's text though a tokenizer may hold them for special."""
 _LONGEST = 65_536
 """Characters of a schema or an expression."""
 _CACHE_BYTES = 256 << 20
@@ -72,7 +71,7 @@ class Forms:
         """Parts in a row; with `thinking` after the thoughts that the prompt has opened."""
         if len(json.dumps(parts)) > _LONGEST:
             raise ConfigError(f"the form is longer than {_LONGEST:,} characters")
-        before = [{"type": "tag", "begin": "", "content": {"type": "any_text"}, "end": "</think>"}] if thinking else []
+        before = [{"type": "tag", "begin": "", "content": {"type": "any_text"}, "end": THOUGHT}] if thinking else []
         whole = {"type": "sequence", "elements": [*before, *parts]}
         with self._lock:  # the first makes the compiler, and two at once would take each other's CPUs
             compiler = self._compiler()
@@ -145,7 +144,7 @@ def _tagged(function: dict[str, Any]) -> Part:
 def _vocabulary(tokenizer: Tokenizer, stop_ids: Collection[int]) -> xgrammar.TokenizerInfo:
     import xgrammar
 
-    hidden = {id_ for token, id_ in tokenizer.special_tokens.items() if token not in _MEANT}
+    hidden = {id_ for token, id_ in tokenizer.special_tokens.items() if token not in ANSWER_TAGS}
     texts = [""] * tokenizer.vocab_size  # a token without text is never allowed
     for token, id_ in tokenizer.tokens().items():
         if id_ not in hidden:

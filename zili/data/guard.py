@@ -1,0 +1,106 @@
+"""Keeps what is said in a conversation apart from what its template writes.
+
+Before a template is rendered every spelling of a guarded token in what people, tools and system prompts say is replaced
+by a code of two characters that no text has; only a spelling that is whole afterwards, the template's own, becomes the
+token. A mark that the tokenizer has no token for cannot be told apart so: a text that holds one is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from zili.data.manners import Manners, marks_in
+from zili.data.tokenizer import Tokenizer
+from zili.errors import DataError
+
+# Halves of surrogate pairs: text that can be encoded has none, so nothing that is said can hold one.
+BEGIN, END = "\ud800", "\ud801"
+"""What a template writes before and after what the assistant says."""
+_HIGH, _LOW = 0xD900, 0xDC00
+_LOWS = 0x400
+_CODE = re.compile("[\ud900-\udbff][\udc00-\udfff]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_DEEPEST = 64
+"""Levels of lists and tables in a conversation: no use of tools needs more, and rendering calls itself for each."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a rendered text; the signs of what is said have no ids."""
+
+    text: str
+    ids: list[int]
+
+
+class Guard:
+    """For one template and one tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer, manners: Manners, source: str, name: str) -> None:
+        self.manners, self._name = manners, name
+        self._plain = manners.plain(tokenizer)
+        marks = {mark.text for mark in manners.marks}
+        # Tokens that are not special are text, but for those that the template itself writes.
+        written = {text for text in tokenizer.added_tokens if text and (text in marks or text in source)}
+        roles = {text: tokenizer.token_id(text) for text in tokenizer.roles.values() if text}
+        self._ids = {text: number for text, number in roles.items() if number is not None}
+        self._ids |= {text: tokenizer.added_tokens[text] for text in written | set(tokenizer.special_tokens) if text}
+        self._spelled = sorted(self._ids, key=len, reverse=True)
+        self._codes = {
+            text: chr(_HIGH + number // _LOWS) + chr(_LOW + number % _LOWS) for number, text in enumerate(self._spelled)
+        }
+        self._texts = {code: text for text, code in self._codes.items()}
+        alternatives = [*map(re.escape, self._spelled), BEGIN, END]
+        self._cut = re.compile("(" + "|".join(alternatives) + ")")
+        self._tokenizer = tokenizer.taking_for_text(written)
+        # Characters that a vocabulary does not have may become its unknown token; nothing else may become a mark.
+        self._never = set(self._ids.values()) - {tokenizer.unknown_id}
+
+    def broken(self, value: Any, depth: int = 0) -> Any:
+        """`value` with a code in place of every spelling of a guarded token in it.
+
+        Raises:
+            DataError: a text in it holds a mark that is no token, or is no Unicode; or it is nested too deep.
+        """
+        if isinstance(value, str):
+            return self._broken_text(value)
+        if depth > _DEEPEST:
+            raise DataError(f"it is nested deeper than {_DEEPEST} levels")
+        if isinstance(value, Mapping):
+            return {self.broken(key): self.broken(inner, depth + 1) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.broken(inner, depth + 1) for inner in value]
+        return value
+
+    def _broken_text(self, text: str) -> str:
+        if not text.isascii() and (found := _SURROGATE.search(text)):
+            code = f"U+{ord(found[0]):04X}"
+            raise DataError(f"text with a lone surrogate, {code} at character {found.start()}, cannot be encoded")
+        if self._plain and (mark := marks_in(text, self._plain)) is not None:
+            raise MarkSpoken(
+                f"a text holds {mark!r}, with which {self._name} marks turns: the tokenizer has no token of that "
+                "name, so that the model could not tell the two apart. Change the text, or take another template"
+            )
+        return self._cut.sub(lambda found: self._codes[found[0]], text)
+
+    def pieces(self, text: str) -> Iterator[Piece]:
+        """The parts of a rendered text, and their ids."""
+        for part in self._cut.split(text):
+            if part in (BEGIN, END):
+                yield Piece(part, [])
+            elif part in self._ids:
+                yield Piece(part, [self._ids[part]])
+            elif part:
+                said = _CODE.sub(lambda found: self._texts.get(found[0], found[0]), part)
+                ids = self._tokenizer.encode(said).tolist()
+                if not self._never.isdisjoint(ids):
+                    raise MarkSpoken(f"the tokenizer takes part of a text for one of its special tokens: {said[:60]!r}")
+                yield Piece(said, ids)
+
+
+class MarkSpoken(DataError):
+    """Somebody says what the template marks turns with."""
+
+    reason = "with a mark of the template in a text"
