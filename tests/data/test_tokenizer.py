@@ -1,4 +1,5 @@
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,6 +60,24 @@ def test_stream_holds_back_unfinished_characters_and_special_tokens(tokenizer: T
     half = tokenizer.encode("👧")[:-1]
     assert "".join(stream.push(int(id_)) for id_ in half) == "" and "\ufffd" in stream.finish()
     assert stream.push(int(tokenizer.encode("x")[0])) == "x"
+
+
+@settings(max_examples=100)
+@given(ids=st.lists(st.integers(0, 270), max_size=60))
+def test_streamed_tokens_of_any_bytes_are_their_text(tokenizer: Tokenizer, ids: list[int]) -> None:
+    stream = DecodeStream(tokenizer)
+    assert "".join([*map(stream.push, ids), stream.finish()]) == tokenizer.decode(ids, skip_special=True)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_tokens_that_never_become_a_character_are_not_decoded_again_and_again(
+    tokenizer: Tokenizer, special: bool
+) -> None:
+    half = tokenizer.end_id if special else int(tokenizer.encode("天")[0])
+    stream = DecodeStream(tokenizer)
+    began = time.thread_time()
+    said = [stream.push(half) for _ in range(3000)]
+    assert len("".join(said)) > (-1 if special else 2900) and time.thread_time() - began < 0.5
 
 
 def test_special_tokens_have_telechat2s_ids(tokenizer: Tokenizer) -> None:

@@ -135,6 +135,8 @@ def test_temperature_sharpens() -> None:
         (Sampling(1.0, top_p=0.8), {0, 1, 2}),
         (Sampling(1.0, top_p=0.8, top_k=2), {0, 1}),
         (Sampling(1.0, top_p=1e-9), {0}),
+        (Sampling(1.0, min_p=0.4), {0, 1}),
+        (Sampling(2.0, min_p=0.6), {0, 1}),
     ],
 )
 def test_what_is_kept(sampling: Sampling, kept: set[int]) -> None:

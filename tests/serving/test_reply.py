@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zili.serving.reply import Call, Reply, read_call
+from zili.serving.streaming import StopText
 
 HERMES = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "天"}}\n</tool_call>'
 CODER = "<tool_call>add<param_key>a</param_key><param_value>1</param_value><param_key>b</param_key><param_value>天</param_value></tool_call>"  # noqa: E501
@@ -57,7 +59,57 @@ def test_parts_do_not_depend_on_where_it_is_cut(
         ("[]", None),
         ("f", Call("f", "{}")),
         ("f g", None),
+        ("f <param_key>a</param_key> <param_value>[1, NaN]</param_value>\n", Call("f", '{"a": "[1, NaN]"}')),
+        ("f<param_key>a</param_key>", None),
+        ("f<param_key>a</param_key><param_value>b</param_value>c", None),
+        ('{"name": "f", "arguments": {"a": 1e999}}', None),  # Infinity is no JSON
+        ('{"name": "f", "arguments": {"a": "\\ud800"}}', None),  # half of a pair, which cannot be sent
+        ("[" * 100_000, None),
+        ('{"name": "f", "arguments": "' + "[" * 100_000 + '"}', None),
+        (f"f<param_key>a</param_key><param_value>{'[' * 9999}</param_value>", Call("f", '{"a": "' + "[" * 9999 + '"}')),
     ],
 )
 def test_calls_that_can_be_read_and_not(text: str, call: Call | None) -> None:
     assert read_call(text) == call
+
+
+CHAIN = "f" + "<param_key>a</param_key><param_value>b</param_value>" * 2000
+HOSTILE = [
+    CHAIN + "!",
+    CHAIN + "<param_key>",
+    "f" + "<param_key>" * 5000,
+    " " * 50_000 + "!",
+    "f" + "\n" * 50_000 + "<",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_reading_a_call_takes_time_in_proportion(text: str) -> None:
+    """Twenty-two of these parameters took minutes."""
+    began = time.thread_time()
+    assert read_call(text) is None
+    reply = Reply(thinking=False, tools=True)
+    for place in range(0, len(text), 4):
+        reply.push(("<tool_call>" if place == 0 else "") + text[place : place + 4])
+    assert reply.finish().content.startswith("<tool_call>")
+    assert time.thread_time() - began < 1.5
+
+
+@given(st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.text("ab", max_size=30), st.data())
+def test_a_stop_ends_where_it_begins_however_the_text_is_cut(stops: list[str], text: str, data: st.DataObject) -> None:
+    ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+    expected = text[: min(ends)[1]] if ends else text  # the stop that is whole first, of several the longest
+    stop, said, rest = StopText(stops), "", text
+    while rest and not stop.stopped:
+        size = data.draw(st.integers(1, 5))
+        said, rest = said + stop.push(rest[:size]), rest[size:]
+        assert expected.startswith(said)
+    assert said + stop.finish() == expected and stop.stopped == bool(ends)
+
+
+def test_a_stop_that_the_text_keeps_resembling_costs_no_more() -> None:
+    began = time.thread_time()
+    stop = StopText(["a" * 1000 + str(number) for number in range(16)])
+    for _ in range(2000):
+        stop.push("a")
+    assert not stop.stopped and time.thread_time() - began < 1.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import openai
@@ -95,19 +95,22 @@ def test_thoughts_come_before_the_form(forms: Forms, tokenizer: Tokenizer) -> No
 
 
 @pytest.mark.parametrize(
-    ("form", "said"),
+    ("make", "given", "said"),
     [
-        (schema({"type": "nonsense"}), "nonsense"),
-        (schema({"$ref": "#/nowhere"}), "nowhere"),
-        (schema({"type": "string", "pattern": "("}), "parenthesis"),
-        (regex("("), "parenthesis"),
-        (grammar("root := x"), "EBNF"),
-        (regex("a" * 100_000), "longer than 65,536"),
+        (schema, {"type": "nonsense"}, "nonsense"),
+        (schema, {"$ref": "#/nowhere"}, "nowhere"),
+        (schema, {"type": "string", "pattern": "("}, r"pattern.*\)"),
+        (schema, {"enum": ["x" * 70_000]}, "longer than 65,536"),
+        (regex, "(", r"\)"),
+        (grammar, "root := x", "EBNF"),
+        (regex, "a" * 100_000, "longer than 65,536"),
+        (regex, "(?=a)b", "cannot be kept"),
+        (regex, "a^b", "cannot be kept"),
     ],
 )
-def test_what_is_no_form(forms: Forms, form: Part, said: str) -> None:
+def test_what_is_no_form(forms: Forms, make: Callable[[Any], Part], given: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        forms.of(form)
+        forms.of(make(given))
 
 
 # ---- over the API, from a model of random weights
@@ -171,7 +174,7 @@ def test_calls_that_must_be_made(place: Place) -> None:
     [
         ({"response_format": {"type": "json_schema"}}, "json_schema comes with"),
         ({"response_format": {"type": "yaml"}}, "response_format"),
-        ({"structured_outputs": {"regex": "("}}, "parenthesis"),
+        ({"structured_outputs": {"regex": "("}}, ")"),
         ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "one of json"),
         ({"structured_outputs": {"json": "{"}}, "structured_outputs"),
         ({"tool_choice": "required"}, "no tools"),

@@ -23,7 +23,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from zili.data.guard import BEGIN, END, Guard
+from zili.data.guard import BEGIN, END, OPEN, Guard
 from zili.data.manners import THINK, THOUGHT, Manners, find_manners, read_arguments, split_thoughts
 from zili.data.tokenizer import Tokenizer
 from zili.errors import DataError
@@ -134,9 +134,11 @@ class ChatTemplate:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
         **options: Any,
     ) -> Rendered:
-        """The ids of `messages`, of which `add_generation_prompt` ends with what an answer begins after.
+        """The ids of `messages`, of which `add_generation_prompt` ends with what an answer begins after, and
+        `continue_final_message` with the last one's content, to go on with.
 
         `options` are the template's own, such as enable_thinking. An assistant's content that begins with
         `<think>...</think>` is taken apart into thoughts and answer where the template writes thoughts, and else said
@@ -147,9 +149,12 @@ class ChatTemplate:
                 which the tokenizer has no token for, or a template that fails.
         """
         guard = self._guard(tokenizer)
+        said = [_normal(message, guard) for message in messages]
+        if continue_final_message and said:
+            said[-1]["content"] += OPEN
         try:
             text = self._compiled(
-                messages=[_normal(message, guard) for message in messages],
+                messages=said,
                 tools=guard.broken(tools),
                 add_generation_prompt=add_generation_prompt,
                 begin_said=BEGIN,
@@ -161,6 +166,10 @@ class ChatTemplate:
             raise
         except Exception as error:  # a template is a foreign program, and raises whatever it likes
             raise DataError(f"{self.name} cannot say this conversation: {error}") from error
+        if continue_final_message:
+            text, found, _ = text.rpartition(OPEN)
+            if not found:
+                raise DataError(f"{self.name} does not write the last message as it is: it cannot be continued")
         return _tokens(guard, text)
 
 

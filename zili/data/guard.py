@@ -7,8 +7,9 @@ token. A mark that the tokenizer has no token for cannot be told apart so: a tex
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from zili.errors import DataError
 # Halves of surrogate pairs: text that can be encoded has none, so nothing that is said can hold one.
 BEGIN, END = "\ud800", "\ud801"
 """What a template writes before and after what the assistant says."""
+OPEN = "\ud802"
+"""Where what is said goes on."""
 _HIGH, _LOW = 0xD900, 0xDC00
 _LOWS = 0x400
 _CODE = re.compile("[\ud900-\udbff][\udc00-\udfff]")
@@ -52,8 +55,7 @@ class Guard:
             text: chr(_HIGH + number // _LOWS) + chr(_LOW + number % _LOWS) for number, text in enumerate(self._spelled)
         }
         self._texts = {code: text for text, code in self._codes.items()}
-        alternatives = [*map(re.escape, self._spelled), BEGIN, END]
-        self._cut = re.compile("(" + "|".join(alternatives) + ")")
+        self._cut = re.compile(f"({any_of([*self._spelled, BEGIN, END])})")
         self._tokenizer = tokenizer.taking_for_text(written)
         # Characters that a vocabulary does not have may become its unknown token; nothing else may become a mark.
         self._never = set(self._ids.values()) - {tokenizer.unknown_id}
@@ -98,6 +100,24 @@ class Guard:
                 if not self._never.isdisjoint(ids):
                     raise MarkSpoken(f"the tokenizer takes part of a text for one of its special tokens: {said[:60]!r}")
                 yield Piece(said, ids)
+
+
+def any_of(words: Collection[str]) -> str:
+    """An expression that finds any of some words, the longest where several begin.
+
+    What words begin with alike is written once: some tokenizers reserve hundreds of tokens, and each would be tried
+    at every `<` of a text.
+    """
+    following: dict[str, list[str]] = {}
+    for word in filter(None, words):
+        following.setdefault(word[0], []).append(word)
+    branches = []
+    for alike in following.values():
+        begin = os.path.commonprefix(alike)  # noqa: RUF071  (of letters, as is wanted)
+        branches.append(re.escape(begin) + any_of([word.removeprefix(begin) for word in alike]))
+    if not branches or (len(branches) == 1 and "" not in words):
+        return "".join(branches)
+    return f"(?:{'|'.join(branches)})" + ("?" if "" in words else "")
 
 
 class MarkSpoken(DataError):

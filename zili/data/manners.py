@@ -12,6 +12,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pydantic_core import from_json
+
 from zili.data.tokenizer import DOCUMENT_ENDS, Tokenizer
 
 CallStyle = Literal["hermes", "tagged", "other"]
@@ -218,15 +220,12 @@ _NO_JSON = object()
 def _json(text: str) -> Any:
     """What a text is in JSON, or `_NO_JSON`; what Python reads beyond JSON (NaN, 1e999) is none."""
     try:
-        value = json.loads(text, parse_constant=_refuse)
+        # Not by `json`: it takes half of a surrogate pair, which cannot be sent, and recurses as deep as the text does.
+        value = from_json(text, allow_inf_nan=False)
         json.dumps(value, allow_nan=False)
-    except (ValueError, RecursionError):
+    except ValueError:
         return _NO_JSON
     return value
-
-
-def _refuse(name: str) -> None:
-    raise ValueError(name)
 
 
 def _read_tagged(text: str) -> Call | None:

@@ -290,6 +290,10 @@ def _end_token(ids: dict[str, int], wanted: str | None, name: str) -> str:
     raise DataError(f"{name}: none of {', '.join(DOCUMENT_ENDS)} is in it. Name its end token (end_token=...).")
 
 
+_CHARACTER = 4
+"""Bytes of a character at most, and so tokens."""
+
+
 class DecodeStream:
     """Ids in one at a time, text out as soon as it is whole, for chat.
 
@@ -307,9 +311,23 @@ class DecodeStream:
         self._waiting.append(id_)
         text = self._fresh()
         if not text or text.endswith("\ufffd"):
-            return ""
+            return self._settled(text) if len(self._waiting) % (2 * _CHARACTER) == 0 else ""
         self._said, self._waiting = self._waiting, []
         return text
+
+    def _settled(self, text: str) -> str:
+        """What of `text` is whole though its end is not: a model may say bytes that never become a character.
+
+        All of it would be decoded again with each of them.
+        """
+        for kept in range(_CHARACTER, 2 * _CHARACTER):
+            before = self._decode(self._said + self._waiting[:-kept])[len(self._decode(self._said)) :]
+            if text.startswith(before):
+                # Tokens without text are no context: at a beginning some decoders drop a space.
+                self._said = self._waiting[:-kept] if before else self._said
+                self._waiting = self._waiting[-kept:]
+                return before
+        return ""
 
     def finish(self) -> str:
         """What still waits, unfinished characters as U+FFFD."""

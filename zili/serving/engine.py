@@ -63,12 +63,13 @@ class Ask:
     """Added to the logits of tokens."""
     guide: Callable[[], Guide] | None = None
     """Makes what holds the answer to a form, its end included."""
+    min_new_tokens: int = 0
+    """Before so many no stop token is drawn."""
 
     @property
     def greedy(self) -> bool:
         """Whether each token is the likeliest as the model has it."""
-        plain = self.sampling.temperature == 0 and self.sampling.repetition_penalty == 1.0
-        return plain and not self.bias and self.guide is None
+        return self.sampling.plain and not self.bias and self.guide is None and not self.min_new_tokens
 
 
 class Answer:
@@ -96,12 +97,11 @@ class Answer:
         """Why it ended; None while it goes on."""
         return self._finished
 
-    def take(self) -> list[Token]:
-        """Tokens since the last call."""
+    def take(self, most: int | None = None) -> list[Token]:
+        """Tokens since the last call, at most so many."""
         with self._changed:
-            tokens = list(self._tokens)
-            self._tokens.clear()
-            return tokens
+            count = len(self._tokens)
+            return [self._tokens.popleft() for _ in range(count if most is None else min(count, most))]
 
     def wait(self, timeout: float | None = None) -> list[Token]:
         """All tokens to the end.
@@ -139,6 +139,7 @@ class _Sequence:
     random: torch.Generator
     said: int = 0
     guide: Guide | None = None
+    bias: Tensor | None = None
 
 
 class Engine:
@@ -343,8 +344,15 @@ class Engine:
     @staticmethod
     def _draw(sequence: _Sequence, logits: Tensor) -> int:
         ask, guide = sequence.answer.ask, sequence.guide
-        scores = _biased(logits, ask)
-        token = draw(guide.allowed(scores) if guide else scores, sequence.ids, ask.sampling, sequence.random)
+        if ask.bias and sequence.bias is None:
+            sequence.bias = _bias(ask, len(logits))
+        scores = logits if sequence.bias is None else logits + sequence.bias
+        if sequence.said < ask.min_new_tokens:
+            early = torch.tensor([id_ for id_ in ask.stop_ids if id_ < len(scores)], dtype=torch.int64)
+            scores = scores.index_fill(0, early, -math.inf)
+        if guide is not None:
+            scores = guide.allowed(scores)
+        token = draw(scores, sequence.ids, ask.sampling, sequence.random, prompt=len(ask.prompt))
         if guide is not None and token not in ask.stop_ids:
             guide.accept(token)
         return token
@@ -367,12 +375,12 @@ class Engine:
         self._kept[sequence.slot] = sequence.ids[: sequence.computed] if keep else []
 
 
-def _biased(logits: Tensor, ask: Ask) -> Tensor:
-    ids = [id_ for id_ in ask.bias if id_ < len(logits)]
+def _bias(ask: Ask, vocabulary: int) -> Tensor | None:
+    """`[V]`, what is added to the logits; made once, since a client may name every token there is."""
+    ids = [id_ for id_ in ask.bias if id_ < vocabulary]
     if not ids:
-        return logits
-    values = torch.tensor([ask.bias[id_] for id_ in ids], dtype=logits.dtype)
-    return logits.index_add(0, torch.tensor(ids), values)
+        return None
+    return torch.zeros(vocabulary).index_add(0, torch.tensor(ids), torch.tensor([ask.bias[id_] for id_ in ids]))
 
 
 def _common(kept: Sequence[int], prompt: Sequence[int], limit: int) -> int:

@@ -6,6 +6,7 @@ that leaves no room is refused, and generation ends when the room is used up; no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self
@@ -41,9 +42,11 @@ class Sampling:
     """How the next token is drawn.
 
     `temperature` 0 takes the likeliest. `top_p` is nucleus sampling (Holtzman et al. 2020, section 3.1), 1
-    keeps all. `top_k` 0 keeps all. `repetition_penalty` is that of CTRL (Keskar et al. 2019, section 4.1),
-    1 leaves the logits alone; it counts prompt and answer. The same `seed` gives the same tokens for the
-    same logits on every chip: the draw itself is always made on the CPU.
+    keeps all. `top_k` 0 keeps all. `min_p` keeps tokens of so large a share of the likeliest one's probability
+    (Nguyen et al. 2024), 0 all. `repetition_penalty` is that of CTRL (Keskar et al. 2019, section 4.1), 1 leaves the
+    logits alone; it counts prompt and answer. `frequency_penalty` and `presence_penalty` are OpenAI's: taken from a
+    token's logit for each time it is in the answer so far, and once if it is. The same `seed` gives the same tokens
+    for the same logits on every chip: the draw itself is always made on the CPU.
     """
 
     temperature: float = 0.8
@@ -51,6 +54,15 @@ class Sampling:
     top_k: int = 0
     repetition_penalty: float = 1.0
     seed: int = 0
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+
+    @property
+    def plain(self) -> bool:
+        """Whether each token is the likeliest as the model has it."""
+        penalised = self.repetition_penalty != 1.0 or self.frequency_penalty or self.presence_penalty
+        return self.temperature == 0 and not penalised
 
     def checked(self) -> Self:
         """Itself, or ConfigError naming the setting that cannot be used."""
@@ -59,6 +71,7 @@ class Sampling:
             (0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1"),
             (self.top_k >= 0, "top_k", self.top_k, "0 (all) or more"),
             (self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "above 0"),
+            (0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 (all) to 1"),
         ]
         for holds, name, value, wanted in limits:
             if not holds:
@@ -124,7 +137,7 @@ def _tokens(
     seen = list(prompt_ids)
     fresh: Sequence[int] = prompt_ids
     for _ in range(count):
-        token = draw(_last_logits(model, fresh, cache)[:vocabulary], seen, sampling, random)
+        token = draw(_last_logits(model, fresh, cache)[:vocabulary], seen, sampling, random, prompt=len(prompt_ids))
         yield token
         seen.append(token)
         fresh = [token]
@@ -140,8 +153,8 @@ def _last_logits(model: CausalModel, ids: Sequence[int], cache: Any) -> Tensor:
     return logits.float().cpu()
 
 
-def draw(logits: Tensor, seen: Sequence[int], sampling: Sampling, random: torch.Generator) -> int:
-    """One token from `logits [V]` (fp32, CPU); `seen` are the tokens the repetition penalty counts."""
+def draw(logits: Tensor, seen: Sequence[int], sampling: Sampling, random: torch.Generator, *, prompt: int = 0) -> int:
+    """One token from `logits [V]` (fp32, CPU); of the tokens `seen` the first `prompt` are the prompt's."""
     if not torch.isfinite(logits.max()):  # NaN, where there is one
         raise CheckpointError(
             "the model's logits are not numbers (NaN, or infinite): its weights have diverged or were damaged; "
@@ -149,9 +162,14 @@ def draw(logits: Tensor, seen: Sequence[int], sampling: Sampling, random: torch.
         )
     if sampling.repetition_penalty != 1.0:
         logits = _penalised(logits, seen, sampling.repetition_penalty)
+    if sampling.frequency_penalty or sampling.presence_penalty:
+        logits = _lowered(logits, seen[prompt:], sampling)
     if sampling.temperature < _COLDEST:
         return int(logits.argmax())
-    scores = _likeliest(logits / sampling.temperature, sampling.top_k, sampling.top_p)
+    scores = logits / sampling.temperature
+    if sampling.min_p:
+        scores = scores.masked_fill(scores < scores.max() + math.log(sampling.min_p), -torch.inf)
+    scores = _likeliest(scores, sampling.top_k, sampling.top_p)
     # One random number and the sum up to each token: `torch.multinomial` draws one for every token of the vocabulary.
     below = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
     share = 1 - torch.rand(1, generator=random, dtype=torch.float64)  # above 0: a token without mass is never hit
@@ -163,6 +181,12 @@ def _penalised(logits: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
     ids = torch.tensor(sorted({i for i in seen if i < len(logits)}), dtype=torch.int64)
     old = logits[ids]
     return logits.index_copy(0, ids, torch.where(old > 0, old / penalty, old * penalty))
+
+
+def _lowered(logits: Tensor, said: Sequence[int], sampling: Sampling) -> Tensor:
+    """Logits of tokens in the answer, by how often they are there."""
+    ids, counts = torch.tensor([i for i in said if i < len(logits)], dtype=torch.int64).unique(return_counts=True)
+    return logits.index_add(0, ids, -(sampling.frequency_penalty * counts + sampling.presence_penalty).to(logits.dtype))
 
 
 def _likeliest(scores: Tensor, top_k: int, top_p: float) -> Tensor:

@@ -6,9 +6,12 @@ import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel as _BaseModel
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, model_validator
 
 from zili.serving import structure
+from zili.serving.generation import Sampling
+from zili.serving.refusal import Refusal
+from zili.serving.unserved import refuse_unserved
 
 
 def _integral(value: Any) -> Any:
@@ -16,19 +19,51 @@ def _integral(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Whole = Annotated[int, BeforeValidator(_integral)]
-Ids = Annotated[list[Annotated[Whole, Field(ge=0)]], Field(min_length=1)]
+def _all_integral(value: Any) -> Any:
+    return [_integral(one) for one in value] if isinstance(value, list) else value
+
+
 _MOST_CHOICES = 16
+_MOST_ITEMS = 8192
+"""Of a list that is not of tokens. More of them make no conversation that fits into a context."""
+_MOST_IDS = 1 << 20
+_LONGEST_STOP = 1024
+
+Whole = Annotated[int, BeforeValidator(_integral)]
+_Id = Annotated[int, Field(ge=0)]
+# A list's first wrong item ends its validation: a body of wrong ones would take gigabytes to say so of each.
+Ids = Annotated[list[_Id], Field(min_length=1, max_length=_MOST_IDS, fail_fast=True), BeforeValidator(_all_integral)]
+_Stop = Annotated[str, Field(max_length=_LONGEST_STOP)]
+_Several = Field(min_length=1, max_length=_MOST_ITEMS, fail_fast=True)
+_Any = Field(max_length=_MOST_ITEMS, fail_fast=True)
+
+
+def _given(value: Any) -> Any:
+    return {name: one for name, one in value.items() if one is not None} if isinstance(value, dict) else value
 
 
 class BaseModel(_BaseModel):
-    """Nothing is taken for what it is not: "5" is no number."""
+    """Nothing is taken for what it is not: "5" is no number. What is null is absent, as clients mean it."""
 
     model_config = ConfigDict(strict=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: Any) -> Any:
+        return _given(data)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        made = handler(core)
+        inside = handler.resolve_ref_schema(made)
+        for name, one in inside.get("properties", {}).items():
+            if name not in inside.get("required", ()) and {"type": "null"} not in one.get("anyOf", ()):
+                inside["properties"][name] = {"anyOf": [one, {"type": "null"}]}
+        return made
+
 
 class _Asked(BaseModel):
-    """Fields that chat and completions share. Unknown fields are let pass, as OpenAI's clients send ever new ones."""
+    """Fields that chat and completions share. Fields that no document names pass: clients send ever new ones."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -36,24 +71,51 @@ class _Asked(BaseModel):
     max_tokens: Annotated[Whole, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[Whole, Field(ge=0)] = 0
+    top_k: Annotated[Whole, Field(ge=-1)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    min_tokens: Annotated[Whole, Field(ge=0)] = 0
     seed: Annotated[Whole, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=16, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[Annotated[Whole, Field(ge=0)]], Field(max_length=64, fail_fast=True)] = []
     n: Annotated[Whole, Field(ge=1, le=_MOST_CHOICES)] = 1
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_given)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    request_id: Annotated[str, Field(pattern=r"^[\w.:-]{1,128}$")] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     user: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_what_is_served(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            refuse_unserved(data, chat="messages" in cls.model_fields)
+        return data
 
     @property
     def stops(self) -> list[str]:
         """Texts that end an answer; empty ones end nothing."""
         given = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return [text for text in given if text]
+
+    def sampling(self, seed: int) -> Sampling:
+        """How tokens are drawn."""
+        return Sampling(
+            self.temperature,
+            self.top_p,
+            max(0, self.top_k),  # -1 is all, too
+            self.repetition_penalty,
+            seed,
+            self.min_p,
+            self.frequency_penalty,
+            self.presence_penalty,
+        )
 
     @property
     def with_usage(self) -> bool:
@@ -108,13 +170,19 @@ class StructuredOutputs(BaseModel):
 
     json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
     regex: str | None = None
-    choice: Annotated[list[str], Field(min_length=1)] | None = None
+    choice: Annotated[list[str], _Several] | None = None
     grammar: str | None = None
+    json_object: bool = False
+    # How vLLM would go about it.
+    disable_fallback: bool = False
+    disable_any_whitespace: Literal[False] = False
+    disable_additional_properties: bool = False
 
     @model_validator(mode="after")
     def _one(self) -> StructuredOutputs:
-        if sum(one is not None for one in (self.json_, self.regex, self.choice, self.grammar)) != 1:
-            raise ValueError("one of json, regex, choice and grammar")
+        forms = (self.json_, self.regex, self.choice, self.grammar, self.json_object or None)
+        if sum(one is not None for one in forms) != 1:
+            raise ValueError("one of json, regex, choice, grammar and json_object")
         if isinstance(self.json_, str):
             self.json_ = json.loads(self.json_)
             if not isinstance(self.json_, dict):
@@ -123,8 +191,8 @@ class StructuredOutputs(BaseModel):
 
     @property
     def form(self) -> structure.Part:
-        if isinstance(self.json_, dict):
-            return structure.schema(self.json_)
+        if isinstance(self.json_, dict) or self.json_object:
+            return structure.schema(self.json_ if isinstance(self.json_, dict) else {"type": "object"})
         if self.regex is not None:
             return structure.regex(self.regex)
         return structure.one_of(self.choice) if self.choice else structure.grammar(self.grammar or "")
@@ -136,15 +204,17 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], _Any] | None = None
     reasoning_content: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Annotated[list[dict[str, Any]], _Any] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
 
     def plain(self) -> dict[str, Any]:
         """As a chat template takes it."""
         role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or [])
-        rest = {"reasoning_content": self.reasoning_content, "tool_calls": self.tool_calls}
+        rest = {name: getattr(self, name) for name in ("reasoning_content", "tool_calls", "tool_call_id", "name")}
         return {"role": role, "content": content, **{name: value for name, value in rest.items() if value}}
 
 
@@ -186,14 +256,25 @@ class OneTool(BaseModel):
 class ChatRequest(_Asked):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    messages: Annotated[list[Message], _Several]
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | OneTool = "auto"
     parallel_tool_calls: bool = True
     max_completion_tokens: Annotated[Whole, Field(ge=0)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] = 0
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    reasoning_effort: str | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_given)] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ChatRequest:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs come with logprobs")
+        return self
 
     @model_validator(mode="after")
     def _known_tool(self) -> ChatRequest:
@@ -213,13 +294,11 @@ class ChatRequest(_Asked):
 
     def form_with_calls(self, *, tagged: bool) -> structure.Part | None:
         """What the answer must look like, calls of tools included; `tagged` as of `structure.calls`."""
-        if not self.offered:
+        if not self.offered or (self.tool_choice == "auto" and self.form is None):
             return self.form
         several = self.parallel_tool_calls and not isinstance(self.tool_choice, OneTool)
         calls = structure.calls(self.offered, several=several, tagged=tagged)
-        if self.tool_choice != "auto":
-            return calls
-        return None if self.form is None else {"type": "or", "elements": [calls, self.form]}
+        return {"type": "or", "elements": [calls, self.form]} if self.tool_choice == "auto" else calls
 
     @property
     def longest(self) -> int | None:
@@ -229,10 +308,17 @@ class ChatRequest(_Asked):
 class CompletionRequest(_Asked):
     """`POST /v1/completions`."""
 
-    prompt: str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+    prompt: str | Ids | Annotated[list[str], _Several] | Annotated[list[Ids], _Several]
     max_tokens: Annotated[Whole, Field(ge=0)] | None = 16
     echo: bool = False
     logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+    best_of: Annotated[Whole, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _each_is_sent(self) -> CompletionRequest:
+        if self.best_of not in (None, self.n):
+            raise Refusal(400, f"best_of: {self.best_of} is not served, but for as many as n", param="best_of")
+        return self
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -252,7 +338,7 @@ class TokenizeRequest(BaseModel):
 class DetokenizeRequest(BaseModel):
     """`POST /detokenize`."""
 
-    tokens: list[Annotated[Whole, Field(ge=0)]]
+    tokens: Annotated[list[_Id], Field(max_length=_MOST_IDS, fail_fast=True), BeforeValidator(_all_integral)]
 
 
 for _request in (_Asked, ChatRequest, CompletionRequest, Message, Tool):

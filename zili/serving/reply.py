@@ -28,6 +28,8 @@ class Reply:
         self._state: Literal["begin", "thinking", "content", "calling"] = "thinking" if thinking else "begin"
         self._tools = tools
         self._held = ""
+        self._looked = 0
+        """Characters of `_held` in which no call ends: a long one is not looked through again with each piece."""
         self.calls = 0
         """Of tools, so far."""
 
@@ -78,9 +80,11 @@ class Reply:
         return bool(found)
 
     def _call(self, parts: Parts) -> bool:
-        inside, found, after = self._held.partition(CALLED)
-        if not found:
+        end = self._held.find(CALLED, self._looked)
+        if end < 0:
+            self._looked = max(0, len(self._held) - len(CALLED) + 1)
             return False
+        inside, after, self._looked = self._held[:end], self._held[end + len(CALLED) :], 0
         call = read_call(inside)
         if call is None:
             parts.content += CALL + inside + CALLED
@@ -92,6 +96,6 @@ class Reply:
 
 
 def overlap(text: str, tag: str) -> int:
-    """Length of the longest beginning of `tag`, short of all of it, that `text` ends with."""
+    """Length of the longest beginning of `tag`, a short one, short of all of it, that `text` ends with."""
     longest = min(len(tag) - 1, len(text))
     return next((size for size in range(longest, 0, -1) if text.endswith(tag[:size])), 0)

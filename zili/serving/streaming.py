@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from zili.data.tokenizer import DecodeStream, Tokenizer
 from zili.serving.engine import Answer, Ask, Engine, Token
 from zili.serving.metrics import Metrics
-from zili.serving.reply import overlap
+
+_AT_ONCE = 64
+"""Tokens that are worded before others of the loop have their turn."""
 
 
 @dataclass(frozen=True)
@@ -24,30 +26,60 @@ class Said:
 
 
 class StopText:
-    """Ends a text where one of `stops` begins; what might become one is held back."""
+    """Ends a text where one of `stops` begins; what might become one is held back.
+
+    Each character is looked at once for each stop (Knuth, Morris and Pratt 1977), however alike text and stop are.
+    The stop that is whole first ends the text, whatever pieces it came in; of several, the one that began first.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = stops
+        self._stops = [(stop, _borders(stop)) for stop in stops]
+        self._matched = [0] * len(stops)
+        """How much of each stop the text ends with."""
         self._held = ""
         self.stopped = False
 
     def push(self, text: str) -> str:
         """What may be sent now."""
+        if not self._stops:
+            return text
         self._held += text
-        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
-        if places:
-            self.stopped = True
-            sent, self._held = self._held[: min(places)], ""
-            return sent
-        keep = max((overlap(self._held, stop) for stop in self._stops), default=0)
-        cut = len(self._held) - keep
+        for place, letter in enumerate(text, start=len(self._held) - len(text) + 1):
+            whole = [
+                len(stop) for index, (stop, _) in enumerate(self._stops) if self._meets(index, letter) == len(stop)
+            ]
+            if whole:
+                self.stopped = True
+                sent, self._held = self._held[: place - max(whole)], ""
+                return sent
+        cut = len(self._held) - max(self._matched)
         sent, self._held = self._held[:cut], self._held[cut:]
         return sent
+
+    def _meets(self, index: int, letter: str) -> int:
+        stop, borders = self._stops[index]
+        matched = self._matched[index]
+        while matched and stop[matched] != letter:
+            matched = borders[matched - 1]
+        self._matched[index] = matched = matched + (stop[matched] == letter)
+        return matched
 
     def finish(self) -> str:
         """What was held back for nothing."""
         held, self._held = self._held, ""
         return held
+
+
+def _borders(stop: str) -> list[int]:
+    """Of each beginning of `stop`, the length of the longest shorter beginning that it ends with."""
+    borders = [0] * len(stop)
+    matched = 0
+    for place in range(1, len(stop)):
+        while matched and stop[matched] != stop[place]:
+            matched = borders[matched - 1]
+        matched += stop[matched] == stop[place]
+        borders[place] = matched
+    return borders
 
 
 class Stream:
@@ -60,12 +92,15 @@ class Stream:
         ask: Ask,
         stops: Sequence[str] = (),
         *,
+        skip_special: bool = True,
         metrics: Metrics | None = None,
         used: Callable[[int], None] = lambda tokens: None,
     ) -> None:
         """`used` is told how many tokens prompt and answer had, once. Raises `ConfigError` as `Engine.submit`."""
         loop, self._news = asyncio.get_running_loop(), asyncio.Event()
-        self._text, self._stop = DecodeStream(tokenizer), StopText(stops)
+        self._text, self._stop = DecodeStream(tokenizer, skip_special=skip_special), StopText(stops)
+        self._free = ask.min_new_tokens
+        """Tokens whose text no stop ends."""
         self.tokens = 0
         """Of the answer so far."""
 
@@ -99,14 +134,19 @@ class Stream:
             await self._news.wait()
             self._news.clear()
             finished = self.answer.finished  # asked before the tokens are taken: there are none after it
-            tokens = self.answer.take()
+            tokens = self.answer.take(_AT_ONCE)
+            if len(tokens) == _AT_ONCE:  # more may be there
+                self._news.set()
+                finished = None
+                await asyncio.sleep(0)
             if self.answer.error is not None:
                 self._end("error")
                 raise self.answer.error
             said, kept = "", []
             for token in tokens:
                 kept.append(token)
-                said += self._stop.push(self._text.push(token.id))
+                text = self._text.push(token.id)
+                said += text if self.tokens + len(kept) <= self._free else self._stop.push(text)
                 if self._stop.stopped:
                     break
             self.tokens += len(kept)

@@ -15,6 +15,8 @@ from torch import Tensor
 from zili.data.manners import ANSWER_TAGS, THOUGHT
 from zili.data.tokenizer import Tokenizer
 from zili.errors import ConfigError
+from zili.serving import patterns
+from zili.serving.schemas import kept
 
 if TYPE_CHECKING:
     import xgrammar
@@ -93,13 +95,20 @@ class Forms:
 
 
 def schema(given: dict[str, Any] | bool) -> Part:
-    """JSON as a schema has it; `{"type": "object"}` is any object."""
-    return {"type": "json_schema", "json_schema": given, "max_whitespace_cnt": _WHITESPACE}
+    """JSON that is valid under a schema; `{"type": "object"}` is any object.
+
+    Raises: ConfigError, naming the keyword that cannot be kept.
+    """
+    return _json(kept(given))
+
+
+def _json(made: dict[str, Any]) -> Part:
+    return {"type": "json_schema", "json_schema": made, "max_whitespace_cnt": _WHITESPACE}
 
 
 def regex(pattern: str) -> Part:
-    """Text that matches as a whole."""
-    return {"type": "regex", "pattern": pattern}
+    """Text that matches as a whole. Raises: ConfigError, no expression, or one that cannot be kept."""
+    return {"type": "regex", "pattern": patterns.of_text(pattern)}
 
 
 def grammar(ebnf: str) -> Part:
@@ -122,23 +131,37 @@ def calls(tools: list[dict[str, Any]], *, several: bool, tagged: bool) -> Part:
 
 def _hermes(function: dict[str, Any]) -> Part:
     begin = f'<tool_call>\n{{"name": {json.dumps(function["name"])}, "arguments": '
-    content = schema(function.get("parameters") or {"type": "object"})
-    return {"type": "tag", "begin": begin, "content": content, "end": "}\n</tool_call>"}
+    return {"type": "tag", "begin": begin, "content": _json(_arguments(function)), "end": "}\n</tool_call>"}
 
 
 def _tagged(function: dict[str, Any]) -> Part:
-    parameters = function.get("parameters") or {}
-    required = parameters.get("required", ())
-    named = {name: parameters[name] for name in ("$defs", "definitions") if name in parameters}
+    wanted = _arguments(function)
+    unsaid = set(wanted) & {"anyOf", "$ref", "patternProperties", "minProperties", "maxProperties"}
+    if unsaid:
+        raise ConfigError(f"tools: parameters of {function['name']}: {min(unsaid)} cannot be kept in calls by tags")
+    named = {name: wanted[name] for name in ("$defs",) if name in wanted}
     parts = []
-    for name, wanted in parameters.get("properties", {}).items():
-        text = isinstance(wanted, dict) and wanted.get("type") == "string" and "enum" not in wanted
-        content = {"type": "any_text"} if text else schema({**wanted, **named} if isinstance(wanted, dict) else wanted)
+    for name, value in wanted.get("properties", {}).items():
+        content = {"type": "any_text"} if value == {"type": "string"} else _json({**value, **named})
         begin = f"<param_key>{name}</param_key><param_value>"
         part = {"type": "tag", "begin": begin, "content": content, "end": "</param_value>"}
-        parts.append(part if name in required else {"type": "optional", "content": part})
+        parts.append(part if name in wanted.get("required", ()) else {"type": "optional", "content": part})
     inside = {"type": "sequence", "elements": parts} if parts else {"type": "const_string", "value": ""}
     return {"type": "tag", "begin": f"<tool_call>{function['name']}", "content": inside, "end": "</tool_call>"}
+
+
+def _arguments(function: dict[str, Any]) -> dict[str, Any]:
+    """What arguments of `function` are, an object; as xgrammar keeps it."""
+    given = function.get("parameters") or {}
+    try:
+        made = kept(given)
+        if not {"type", "anyOf", "$ref"} & set(made):
+            made = kept({**given, "type": "object"})  # arguments are one, said or not
+        elif made.get("type", "object") != "object":
+            raise ConfigError("type: arguments are an object")
+        return made
+    except ConfigError as error:
+        raise ConfigError(f"tools: parameters of {function['name']}: {error}") from error
 
 
 def _vocabulary(tokenizer: Tokenizer, stop_ids: Collection[int]) -> xgrammar.TokenizerInfo:

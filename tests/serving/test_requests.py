@@ -1,0 +1,203 @@
+"""Every field that OpenAI's and vLLM's documents name: what is absent, what is done, what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from served import KEYS, Place, Scripted, listening, serve_a_tiny_model, tiny_tokenizer
+from torch import Tensor
+
+from zili.data.chat import ChatTemplate
+from zili.serving.api import Served
+from zili.serving.protocol import BaseModel, ChatRequest, CompletionRequest, TokenizeRequest
+
+ASKED: list[Any] = [{"role": "user", "content": "snow?"}]
+BODIES: list[tuple[type[BaseModel], dict[str, Any]]] = [
+    (ChatRequest, {"messages": ASKED}),
+    (CompletionRequest, {"prompt": "snow"}),
+    (TokenizeRequest, {"prompt": "snow"}),
+]
+
+
+@pytest.mark.parametrize(("model", "body"), BODIES)
+def test_null_is_absent(model: type[BaseModel], body: dict[str, Any]) -> None:
+    plain = model.model_validate(body)
+    names = {field.alias or name for name, field in model.model_fields.items() if not field.is_required()}
+    assert model.model_validate({**body, **dict.fromkeys(names)}) == plain
+    described = model.model_json_schema()["properties"]
+    assert all({"type": "null"} in described[name]["anyOf"] for name in names)
+
+
+def test_null_is_absent_inside() -> None:
+    tool: Any = {"type": None, "function": {"name": "add", "description": None, "strict": None}}
+    asked = ChatRequest.model_validate(
+        {
+            "messages": [{"role": "assistant", "content": None, "tool_calls": None, "name": None}],
+            "stream_options": {"include_usage": None},
+            "response_format": {"type": "json_object", "json_schema": None},
+            "structured_outputs": {"regex": None, "json": {"const": None}, "choice": None},
+            "tools": [tool],
+            "logit_bias": {"5": None},
+            "chat_template_kwargs": {"enable_thinking": None},
+        }
+    )
+    assert not asked.with_usage and not asked.logit_bias and not asked.chat_template_kwargs
+    assert asked.offered == [{"type": "function", "function": {"name": "add"}}]
+    assert asked.structured_outputs is not None and asked.structured_outputs.json_ == {"const": None}
+
+
+# ---- what is done
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[Place]:
+    yield from serve_a_tiny_model(KEYS)
+
+
+def said(place: Place, **more: Any) -> tuple[str, str]:
+    """Text and end of a greedy completion."""
+    status, answer = place.post("/v1/completions", {"prompt": "snow", "max_tokens": 12, "temperature": 0, **more})
+    assert status == 200, answer
+    return answer["choices"][0]["text"], answer["choices"][0]["finish_reason"]
+
+
+def greedy(place: Place, change: Callable[[Tensor, list[int]], Tensor]) -> list[int]:
+    """Twelve ids, each the likeliest once the logits `[V]` are changed by what was said before."""
+    ids, count = place.served.tokenizer.encode("snow").tolist(), place.served.tokenizer.vocab_size
+    start = len(ids)
+    for _ in range(12):
+        with torch.no_grad():
+            logits = place.model(torch.tensor([ids]))[0, -1, :count]
+        ids.append(int(change(logits, ids[start:]).argmax()))
+    return ids[start:]
+
+
+def test_frequency_and_presence(place: Place) -> None:
+    def lowered(logits: Tensor, before: list[int]) -> Tensor:
+        counts = torch.bincount(torch.tensor(before, dtype=torch.int64), minlength=len(logits))
+        return logits - 0.5 * counts - 1.5 * (counts > 0)
+
+    expected = place.served.tokenizer.decode(greedy(place, lowered))
+    more = {"frequency_penalty": 0.5, "presence_penalty": 1.5, "ignore_eos": True}
+    assert said(place, **more) == (expected, "length")
+    assert said(place, ignore_eos=True)[0] != expected
+
+
+def test_stops_by_id_and_not_too_soon(place: Place) -> None:
+    ids = greedy(place, lambda logits, before: logits)
+    decode = place.served.tokenizer.decode
+    third = {"stop_token_ids": [ids[2]], "ignore_eos": True}
+    before = ids[: ids.index(ids[2])]
+    assert said(place, **third) == (decode(before), "stop")
+    text, end = said(place, **third, min_tokens=5)
+    assert end == "length" or len(place.served.tokenizer.encode(text)) >= 5
+    assert text != decode(before)
+    first = decode(ids[:1])
+    assert said(place, stop=first, ignore_eos=True) == ("", "stop")
+    assert said(place, stop=first, ignore_eos=True, min_tokens=1)[0].startswith(first)
+
+
+def test_a_share_of_the_likeliest(place: Place) -> None:
+    drawn = {said(place, temperature=2, min_p=1, seed=seed, ignore_eos=True)[0] for seed in range(3)}
+    assert drawn == {said(place, ignore_eos=True)[0]}
+
+
+def test_an_answer_goes_on(place: Place) -> None:
+    asked = [*ASKED, {"role": "assistant", "content": "It is wh"}]
+    body: dict[str, Any] = {"messages": asked, "max_tokens": 6, "temperature": 0, "ignore_eos": True}
+    status, answer = place.post("/v1/chat/completions", {**body, "continue_final_message": True})
+    template, tokenizer = place.served.template, place.served.tokenizer
+    assert status == 200 and template is not None
+    open_turn = template.render(tokenizer, ASKED, add_generation_prompt=True).ids
+    ids = [*open_turn, *tokenizer.encode("It is wh").tolist()]
+    _, plain = place.post("/v1/completions", {**body, "messages": None, "prompt": ids})
+    assert answer["choices"][0]["message"]["content"] == plain["choices"][0]["text"]
+    assert answer["usage"]["prompt_tokens"] == len(ids)
+    both = {"continue_final_message": True, "add_generation_prompt": True}
+    assert place.post("/v1/chat/completions", {**body, **both})[0] == 400
+    _, closed = place.post("/v1/chat/completions", {**body, "messages": ASKED, "add_generation_prompt": False})
+    assert closed["usage"]["prompt_tokens"] == len(template.render(tokenizer, ASKED).ids)
+
+
+def test_tokens_by_their_names(place: Place) -> None:
+    special = place.served.tokenizer.special_tokens["<_user>"]
+    more = {"logit_bias": {str(special): 100}, "max_tokens": 2}
+    assert said(place, **more, skip_special_tokens=False, ignore_eos=True)[0] == "<_user><_user>"
+    assert said(place, **more, ignore_eos=True)[0] == ""
+
+
+# ---- what is refused
+
+UNSERVED: dict[str, Any] = {
+    "best_of": 3,
+    "suffix": "x",
+    "use_beam_search": True,
+    "length_penalty": 0.5,
+    "include_stop_str_in_output": True,
+    "truncate_prompt_tokens": 5,
+    "prompt_logprobs": 1,
+    "prompt_embeds": "x",
+    "allowed_token_ids": [1],
+    "bad_words": ["x"],
+    "return_token_ids": True,
+    "priority": 1,
+    "cache_salt": "x",
+    "guided_json": {},
+    "guided_regex": "a",
+    "service_tier": "flex",
+    "min_tokens": 30,
+    "stop_token_ids": [100_000],
+    "min_p": 2,
+    "frequency_penalty": 3,
+}
+UNSERVED_CHAT: dict[str, Any] = {
+    "audio": {"voice": "x"},
+    "modalities": ["text", "audio"],
+    "functions": [{"name": "x"}],
+    "function_call": {"name": "x"},
+    "store": True,
+    "verbosity": "low",
+    "reasoning_effort": "high",
+    "web_search_options": {},
+    "documents": [{"text": "x"}],
+    "chat_template": "x",
+    "echo": True,
+    "include_reasoning": False,
+    "top_logprobs": 2,
+    "tool_choice": {"type": "allowed_tools", "allowed_tools": {}},
+}
+
+
+@pytest.mark.parametrize("name", [*UNSERVED, *UNSERVED_CHAT])
+def test_fields_that_are_not_served(place: Place, name: str) -> None:
+    chat = name in UNSERVED_CHAT
+    body: dict[str, Any] = {"messages": ASKED} if chat else {"prompt": "snow"}
+    value = UNSERVED_CHAT[name] if chat else UNSERVED[name]
+    path = "/v1/chat/completions" if chat else "/v1/completions"
+    status, answer = place.post(path, {**body, "max_tokens": 2, name: value})
+    error = answer["error"]
+    assert status == 400 and (error["param"] == name or name in error["message"]), error
+
+
+def test_fields_that_change_nothing(place: Place) -> None:
+    more = {"n": 2, "best_of": 2, "suffix": "", "use_beam_search": False, "length_penalty": 1, "priority": 0}
+    assert place.post("/v1/completions", {"prompt": "snow", "max_tokens": 2, **more, "top_k": -1})[0] == 200
+    chat = {"modalities": ["text"], "functions": [], "store": False, "verbosity": "medium", "user": "x", "metadata": {}}
+    status, answer = place.post(
+        "/v1/chat/completions", {"messages": ASKED, "max_tokens": 2, **chat, "request_id": "a1"}
+    )
+    assert status == 200 and answer["id"] == "chatcmpl-a1"
+
+
+def test_tools_that_a_template_cannot_tell() -> None:
+    tokenizer = tiny_tokenizer()
+    served = Served(Scripted(tokenizer), tokenizer, ChatTemplate.named("telechat1"), "tiny")  # type: ignore[arg-type]
+    tool = {"type": "function", "function": {"name": "add"}}
+    with listening(served) as url:
+        place = Place(url, served, None)  # type: ignore[arg-type]
+        status, answer = place.post("/v1/chat/completions", {"messages": ASKED, "tools": [tool]})
+        assert status == 400 and answer["error"]["param"] == "tools"
+        assert place.post("/v1/chat/completions", {"messages": ASKED, "tools": [tool], "tool_choice": "none"})[0] == 200
