@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,31 @@ class Tokenizer:
         decoder = json.loads(self.definition).get("decoder") or {}
         return {step["type"] for step in (decoder, *decoder.get("decoders", ())) if "type" in step}
 
+    def bytes_of(self, id_: int) -> bytes:
+        """What a token adds to a text in UTF-8, which need be no whole character; b"" for an id without a token.
+
+        At the beginning of a text some tokenizers leave out its space (`drops_first_space`).
+        """
+        spelled = self._inner.id_to_token(id_)
+        if spelled is None or spelled in self.added_tokens:
+            return (spelled or "").encode()
+        if "ByteLevel" in self._steps:
+            return b"".join(_BYTES.get(letter) or letter.encode() for letter in spelled)
+        if "ByteFallback" in self._steps and len(spelled) == 6 and spelled.startswith("<0x"):
+            return bytes([int(spelled[3:5], 16)])
+        if self._steps & {"ByteFallback", "Metaspace"}:
+            return spelled.replace("\u2581", " ").encode()
+        return self.decode([id_]).encode()
+
+    @cached_property
+    def _steps(self) -> set[str]:
+        return self.decoders()
+
+    @property
+    def drops_first_space(self) -> bool:
+        """Whether a text's first space is one that the tokenizer has put before it."""
+        return bool(self._steps & {"Strip", "Metaspace"})
+
     def special_id(self, token: str) -> int:
         """The id of a special token by name. Raises `DataError` naming those there are."""
         if token not in self.special_tokens:
@@ -208,8 +234,20 @@ def _end_token(ids: dict[str, int], wanted: str | None, name: str) -> str:
     raise DataError(f"{name}: none of {', '.join(DOCUMENT_ENDS)} is in it. Name its end token (end_token=...).")
 
 
+_CONTEXT = 8
+"""Tokens before a text that decide how it begins."""
 _CHARACTER = 4
 """Bytes of a character at most, and so tokens."""
+
+
+def _byte_letters() -> dict[str, bytes]:
+    """The letters by which byte-level tokens spell bytes (GPT-2, encoder.py `bytes_to_unicode`)."""
+    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    other = [code for code in range(0x100) if code not in seen]
+    return {chr(code): bytes([code]) for code in seen} | {chr(0x100 + n): bytes([code]) for n, code in enumerate(other)}
+
+
+_BYTES = _byte_letters()
 
 
 class DecodeStream:
@@ -219,10 +257,13 @@ class DecodeStream:
     so a short window is decoded again with each id, and text that ends in U+FFFD waits for its rest.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True, before: Sequence[int] = ()) -> None:
+        """`before`: ids of the text that this one goes on with. At a beginning some decoders drop a space."""
         self._decode = lambda ids: tokenizer.decode(ids, skip_special=skip_special)
-        self._said: list[int] = []
+        self._said = list(before[-_CONTEXT:])
         self._waiting: list[int] = []
+        while self._said and len(self._waiting) < _CHARACTER and self._decode(self._said).endswith("\ufffd"):
+            self._waiting.insert(0, self._said.pop())
 
     def push(self, id_: int) -> str:
         """The text that `id_` completes; empty while a character is unfinished."""

@@ -171,15 +171,16 @@ class _Api:
         streams = self._begin(request, asked, [prompt] * asked.n, asked.longest, top, guide)
         head = self._head("chatcmpl", "chat.completion", asked)
         replies = [Reply(thinking=thinking, tools=bool(asked.offered)) for _ in streams]
+        tellers = [wording.Told(self.tokenizer, skip_special=asked.skip_special_tokens) for _ in streams]
         if asked.stream:
             chunk = head | {"object": "chat.completion.chunk"}
-            return self._events(request, asked, streams, chunk, partial(self._delta, asked, replies), [prompt])
+            return self._events(request, asked, streams, chunk, partial(self._delta, asked, replies, tellers), [prompt])
         choices = []
         for index, answer in enumerate(await whole(streams, request, self.served.limits.answer_seconds)):
             parts = replies[index].push(answer.text) + replies[index].finish()
             finish = "tool_calls" if parts.calls and answer.finish == "stop" else answer.finish
             choice = {"index": index, "message": wording.message(parts), "finish_reason": finish}
-            told = wording.chat_logprobs(self.tokenizer, answer.tokens) if asked.logprobs else None
+            told = tellers[index].chat(answer.tokens) if asked.logprobs else None
             choices.append({**choice, "logprobs": told})
         return {**head, "choices": choices, "usage": wording.usage(streams, [prompt])}
 
@@ -193,14 +194,18 @@ class _Api:
         guide = await self._guide(lambda: asked.form)
         streams = self._begin(request, asked, each, asked.max_tokens, asked.logprobs, guide, of_prompt=asked.echo)
         head = self._head("cmpl", "text_completion", asked)
+        # What is echoed shows its special tokens, too.
+        before: list[Sequence[int]] = [() if asked.echo else prompt for prompt in each]
+        skip = asked.skip_special_tokens and not asked.echo
+        tellers = [wording.Told(self.tokenizer, prompt, skip_special=skip) for prompt in before]
         if asked.stream:
-            return self._events(request, asked, streams, head, partial(self._text, asked), prompts)
+            return self._events(request, asked, streams, head, partial(self._text, asked, tellers), prompts)
         choices = []
         for index, answer in enumerate(await whole(streams, request, self.served.limits.answer_seconds)):
             text, told = answer.text, answer.tokens
             if asked.echo:
                 text, told = self.tokenizer.decode(each[index]) + text, [*streams[index].answer.prompt, *told]
-            logprobs = wording.logprobs(self.tokenizer, told) if asked.logprobs is not None else None
+            logprobs = tellers[index].completion(told) if asked.logprobs is not None else None
             choices.append({"index": index, "text": text, "finish_reason": answer.finish, "logprobs": logprobs})
         return {**head, "choices": choices, "usage": wording.usage(streams, prompts)}
 
@@ -317,6 +322,7 @@ class _Api:
                     ask,
                     [*asked.stops, *texts],
                     skip_special=asked.skip_special_tokens,
+                    goes_on=isinstance(asked, CompletionRequest),
                     metrics=self.metrics,
                     used=used,
                 )
@@ -379,7 +385,15 @@ class _Api:
 
         return events(streams, request, self.served.limits.answer_seconds, chunk, last if asked.with_usage else None)
 
-    def _delta(self, asked: ChatRequest, replies: list[Reply], index: int, said: Said, first: bool) -> dict[str, Any]:
+    def _delta(
+        self,
+        asked: ChatRequest,
+        replies: list[Reply],
+        tellers: list[wording.Told],
+        index: int,
+        said: Said,
+        first: bool,
+    ) -> dict[str, Any]:
         reply, before = replies[index], replies[index].calls
         parts = reply.push(said.text)
         if said.finish:
@@ -390,9 +404,11 @@ class _Api:
         calls = [{"index": before + number, **wording.called(call)} for number, call in enumerate(parts.calls)]
         delta |= {"tool_calls": calls} if calls else {}
         finish = "tool_calls" if reply.calls and said.finish == "stop" else said.finish
-        logprobs = wording.chat_logprobs(self.tokenizer, said.tokens) if asked.logprobs else None
+        logprobs = tellers[index].chat(said.tokens) if asked.logprobs else None
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
 
-    def _text(self, asked: CompletionRequest, index: int, said: Said, first: bool) -> dict[str, Any]:
-        logprobs = wording.logprobs(self.tokenizer, said.tokens) if asked.logprobs is not None else None
+    def _text(
+        self, asked: CompletionRequest, tellers: list[wording.Told], index: int, said: Said, first: bool
+    ) -> dict[str, Any]:
+        logprobs = tellers[index].completion(said.tokens) if asked.logprobs is not None else None
         return {"index": index, "text": said.text, "logprobs": logprobs, "finish_reason": said.finish}

@@ -92,7 +92,8 @@ class Chat:
             stop_ids=self.conversation.stop_ids,
             vocabulary=self.conversation.tokenizer.vocab_size,
         )
-        text = DecodeStream(self.conversation.tokenizer)
+        before = prompt if self.conversation.goes_on else ()
+        text = DecodeStream(self.conversation.tokenizer, before=before)
         for token in tokens:
             taken.append(token)
             self.write(text.push(token))
