@@ -17,6 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 import zili
 from zili.data.chat import ChatTemplate
@@ -67,6 +68,8 @@ class Served:
     keys: Keys = field(default_factory=Keys)
     """Whoever asks names one of them; none: anyone may ask."""
     limits: Limits = field(default_factory=Limits)
+    origins: Sequence[str] = ()
+    """Of other web pages that may ask, such as https://chat.example.org; "*": any."""
     created: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -85,6 +88,9 @@ def make_app(served: Served) -> FastAPI:
     app.exception_handler(HTTPException)(_no_route)
     app.exception_handler(Exception)(_failed)
     app.add_middleware(Gate, keys=served.keys, limits=served.limits)
+    if served.origins:  # outside the gate: before it asks with a key a browser asks without whether it may
+        methods = ["GET", "POST"]
+        app.add_middleware(CORSMiddleware, allow_origins=served.origins, allow_methods=methods, allow_headers=["*"])
     api = _Api(served)
 
     @app.get("/health", response_class=JSONResponse)
@@ -97,6 +103,7 @@ def make_app(served: Served) -> FastAPI:
 
     answered: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
     app.get("/v1/models")(api.models)
+    app.get("/v1/models/{name:path}")(api.model)
     app.post("/v1/chat/completions", response_model=None, responses=answered)(api.chat)
     app.post("/v1/completions", response_model=None, responses=answered)(api.complete)
     app.post("/tokenize")(api.tokenize)
@@ -147,8 +154,13 @@ class _Api:
 
     async def models(self) -> dict[str, Any]:
         """The one that is served."""
-        model = {"id": self.served.name, "object": "model", "created": self.served.created, "owned_by": "zili"}
-        return {"object": "list", "data": [{**model, "max_model_len": self.engine.context}]}
+        return {"object": "list", "data": [await self.model(self.served.name)]}
+
+    async def model(self, name: str) -> dict[str, Any]:
+        """One by its name."""
+        self._check_model(name)
+        about = {"id": self.served.name, "object": "model", "created": self.served.created, "owned_by": "zili"}
+        return {**about, "max_model_len": self.engine.context}
 
     async def tokenize(self, asked: TokenizeRequest) -> dict[str, Any]:
         """A text's ids."""
