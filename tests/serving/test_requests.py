@@ -11,9 +11,11 @@ from typing import Any
 
 import openai
 import pytest
+import tokenizers
 import torch
 from served import KEY, KEYS, Place, Scripted, listening, serve_a_tiny_model, tiny_tokenizer
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from zili.data.chat import ChatTemplate
 from zili.serving.api import Served
@@ -132,6 +134,22 @@ def test_tokens_by_their_names(place: Place) -> None:
     more = {"logit_bias": {str(special): 100}, "max_tokens": 2}
     assert said(place, **more, skip_special_tokens=False, ignore_eos=True)[0] == "<_user><_user>"
     assert said(place, **more, ignore_eos=True)[0] == ""
+
+
+def test_marks_in_a_prompt_are_tokens_and_in_a_message_text(place: Place) -> None:
+    """As transformers and vLLM encode a prompt."""
+    tokenizer, text = place.served.tokenizer, "<_user>snow?<_bot>"
+    reference = PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(tokenizer.definition))
+    expected = reference.encode(text)
+    assert expected[0] == tokenizer.special_id("<_user>") and expected[-1] == tokenizer.special_id("<_bot>")
+    _, told = place.post("/tokenize", {"prompt": text})
+    assert told["tokens"] == expected
+    _, answer = place.post("/v1/completions", {"prompt": text, "max_tokens": 3, "temperature": 0})
+    _, same = place.post("/v1/completions", {"prompt": expected, "max_tokens": 3, "temperature": 0})
+    assert answer["choices"] == same["choices"] and answer["usage"]["prompt_tokens"] == len(expected)
+    said = [{"role": "user", "content": text}]
+    _, chat = place.post("/v1/chat/completions", {"messages": said, "max_tokens": 1})
+    assert chat["usage"]["prompt_tokens"] > len(expected) + 5
 
 
 # ---- what is refused

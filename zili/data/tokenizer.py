@@ -42,7 +42,7 @@ class Tokenizer:
     """A tokenizer read from, and kept as, the text of a `tokenizer.json`.
 
     Encoding never yields a special token's id: a document that spells `<_end>` is text like any other, and
-    no user's input can end a turn. Who wants the id asks for it by name (`special_id`). A tokenizer trained
+    no user's input can end a turn. Who wants the id asks for it (`special_id`, `encode_marked`). A tokenizer trained
     here gives every text back exactly; one read from elsewhere may normalise.
     """
 
@@ -217,6 +217,25 @@ class Tokenizer:
         except (UnicodeEncodeError, TypeError) as error:
             raise DataError(f"text with a lone surrogate, or no text at all, cannot be encoded ({error}).") from error
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def encode_marked(self, text: str) -> list[int]:
+        """Ids of a text in which the spellings of special tokens are these tokens: a prompt that its writer made whole.
+
+        Raises: DataError, text that is not Unicode.
+        """
+        try:
+            ids: list[int] = self._marking.encode(text, add_special_tokens=False).ids
+        except (UnicodeEncodeError, TypeError) as error:
+            raise DataError(f"text with a lone surrogate, or no text at all, cannot be encoded ({error}).") from error
+        return ids
+
+    @cached_property
+    def _marking(self) -> tokenizers.Tokenizer:
+        inner = tokenizers.Tokenizer.from_str(self.definition)
+        inner.no_padding()
+        inner.no_truncation()
+        inner.encode_special_tokens = False
+        return inner
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""

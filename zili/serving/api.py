@@ -270,7 +270,7 @@ class _Api:
 
     def _encoded(self, text: str) -> list[int]:
         try:
-            return self.tokenizer.encode(text).tolist()
+            return self.tokenizer.encode_marked(text)
         except DataError as error:
             raise Refusal(400, str(error), param="prompt") from error
 

@@ -298,6 +298,7 @@ class CompletionRequest(_Asked):
     max_tokens: Annotated[Whole, Field(ge=0)] | None = 16
     echo: bool = False
     logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+    add_special_tokens: bool = True
     best_of: Annotated[Whole, Field(ge=1)] | None = None
 
     @model_validator(mode="after")
@@ -318,7 +319,7 @@ class TokenizeRequest(BaseModel):
     """`POST /tokenize`."""
 
     prompt: str
-    add_special_tokens: bool = False
+    add_special_tokens: bool = True
 
 
 class DetokenizeRequest(BaseModel):
