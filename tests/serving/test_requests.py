@@ -205,6 +205,13 @@ def test_fields_that_are_not_served(place: Place, name: str) -> None:
     assert status == 400 and (error["param"] == name or name in error["message"]), error
 
 
+def test_parts_that_are_no_text(place: Place) -> None:
+    parts = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": "data:image/png,"}}]
+    status, answer = place.post("/v1/chat/completions", {"messages": [{"role": "user", "content": parts}]})
+    assert status == 400 and answer["error"]["param"] == "messages"
+    assert answer["error"]["message"] == "messages: a part is of type 'image_url'; this model reads text"
+
+
 def test_fields_that_change_nothing(place: Place) -> None:
     more = {"n": 2, "best_of": 2, "suffix": "", "use_beam_search": False, "length_penalty": 1, "priority": 0}
     assert place.post("/v1/completions", {"prompt": "snow", "max_tokens": 2, **more, "top_k": -1})[0] == 200

@@ -14,6 +14,7 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from zili.data.pointers import is_lfs_pointer, what_it_is
 from zili.errors import DataError
 
 SPECIAL_TOKENS = ("<_unk>", "<_start>", "<_end>", "<_pad>", "<_user>", "<_bot>", "<_system>")
@@ -102,6 +103,8 @@ class Tokenizer:
             definition = Path(path).read_bytes().decode()  # line ends as they are, for the hash
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: cannot be read as a tokenizer.json ({error}).") from error
+        if is_lfs_pointer(Path(path)):
+            raise DataError(what_it_is(Path(path), ""))
         return cls(definition, end_token=end_token, name=str(path))
 
     @classmethod
