@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
+from urllib.parse import urlsplit
 
 import typer
 
@@ -45,6 +47,10 @@ def serve(
     ] = None,
     queue: Annotated[int, typer.Option(help="Answers that may wait; further ones are refused.", min=1)] = 256,
     timeout: Annotated[float, typer.Option(help="Seconds an answer may take, its waiting included.", min=1)] = 600,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Web page whose scripts may ask, as https://chat.example.org; * is any. May be repeated."),
+    ] = None,
     engine: Annotated[
         Engines, typer.Option(help="vllm: hand a released folder to vLLM, with the right arguments.")
     ] = Engines.zili,
@@ -70,7 +76,7 @@ def serve(
     if device is None:
         _hand_over(place, offer, keys, chip)
     else:
-        _answer(place, offer, device, keys, template, queue, timeout)
+        _answer(place, offer, device, keys, template, queue, timeout, _origins(allow_origin or ()))
 
 
 def _answer(
@@ -81,6 +87,7 @@ def _answer(
     template: str | None,
     queue: int,
     timeout: float,
+    origins: Sequence[str],
 ) -> None:
     from zili.serving.place import prepared
 
@@ -107,8 +114,17 @@ def _answer(
     chosen = ChatTemplate.named(template) if template else opened.template
     with running:
         limits = Limits(waiting=queue, answer_seconds=timeout)
-        served = Served(running, opened.tokenizer, chosen, offer.name, known, limits)
+        served = Served(running, opened.tokenizer, chosen, offer.name, known, limits, origins)
         listen(served, offer.host, offer.port, typer.echo)
+
+
+def _origins(given: Sequence[str]) -> list[str]:
+    """As browsers send them: a scheme, a host and perhaps a port."""
+    for one in given:
+        parts = urlsplit(one)
+        if one != "*" and (not parts.scheme or not parts.netloc or one != f"{parts.scheme}://{parts.netloc}"):
+            raise typer.BadParameter(f"{one!r} is no origin; give one as http://localhost:3000, or *")
+    return list(given)
 
 
 def _hand_over(place: Path, offer: Offer, keys: Path | None, chip: str) -> NoReturn:

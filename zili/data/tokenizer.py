@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from zili.data.pointers import is_lfs_pointer, what_it_is
 from zili.errors import DataError
 
 SPECIAL_TOKENS = ("<_unk>", "<_start>", "<_end>", "<_pad>", "<_user>", "<_bot>", "<_system>")
@@ -43,7 +45,7 @@ class Tokenizer:
     """A tokenizer read from, and kept as, the text of a `tokenizer.json`.
 
     Encoding never yields a special token's id: a document that spells `<_end>` is text like any other, and
-    no user's input can end a turn. Who wants the id asks for it by name (`special_id`). A tokenizer trained
+    no user's input can end a turn. Who wants the id asks for it (`special_id`, `encode_marked`). A tokenizer trained
     here gives every text back exactly; one read from elsewhere may normalise.
     """
 
@@ -116,6 +118,8 @@ class Tokenizer:
             definition = Path(path).read_bytes().decode()  # line ends as they are, for the hash
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: cannot be read as a tokenizer.json ({error}).") from error
+        if is_lfs_pointer(Path(path)):
+            raise DataError(what_it_is(Path(path), ""))
         return cls(definition, end_token=end_token, name=str(path), **rest)
 
     @classmethod
@@ -213,6 +217,31 @@ class Tokenizer:
         decoder = json.loads(self.definition).get("decoder") or {}
         return {step["type"] for step in (decoder, *decoder.get("decoders", ())) if "type" in step}
 
+    def bytes_of(self, id_: int) -> bytes:
+        """What a token adds to a text in UTF-8, which need be no whole character; b"" for an id without a token.
+
+        At the beginning of a text some tokenizers leave out its space (`drops_first_space`).
+        """
+        spelled = self._inner.id_to_token(id_)
+        if spelled is None or spelled in self.added_tokens:
+            return (spelled or "").encode()
+        if "ByteLevel" in self._steps:
+            return b"".join(_BYTES.get(letter) or letter.encode() for letter in spelled)
+        if "ByteFallback" in self._steps and len(spelled) == 6 and spelled.startswith("<0x"):
+            return bytes([int(spelled[3:5], 16)])
+        if self._steps & {"ByteFallback", "Metaspace"}:
+            return spelled.replace("\u2581", " ").encode()
+        return self.decode([id_]).encode()
+
+    @cached_property
+    def _steps(self) -> set[str]:
+        return self.decoders()
+
+    @property
+    def drops_first_space(self) -> bool:
+        """Whether a text's first space is one that the tokenizer has put before it."""
+        return bool(self._steps & {"Strip", "Metaspace"})
+
     def special_id(self, token: str) -> int:
         """The id of a special token by name. Raises `DataError` naming those there are."""
         if token not in self.special_tokens:
@@ -231,6 +260,25 @@ class Tokenizer:
         except (UnicodeEncodeError, TypeError) as error:
             raise DataError(f"text with a lone surrogate, or no text at all, cannot be encoded ({error}).") from error
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def encode_marked(self, text: str) -> list[int]:
+        """Ids of a text in which the spellings of special tokens are these tokens: a prompt that its writer made whole.
+
+        Raises: DataError, text that is not Unicode.
+        """
+        try:
+            ids: list[int] = self._marking.encode(text, add_special_tokens=False).ids
+        except (UnicodeEncodeError, TypeError) as error:
+            raise DataError(f"text with a lone surrogate, or no text at all, cannot be encoded ({error}).") from error
+        return ids
+
+    @cached_property
+    def _marking(self) -> tokenizers.Tokenizer:
+        inner = tokenizers.Tokenizer.from_str(self.definition)
+        inner.no_padding()
+        inner.no_truncation()
+        inner.encode_special_tokens = False
+        return inner
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
@@ -290,8 +338,20 @@ def _end_token(ids: dict[str, int], wanted: str | None, name: str) -> str:
     raise DataError(f"{name}: none of {', '.join(DOCUMENT_ENDS)} is in it. Name its end token (end_token=...).")
 
 
+_CONTEXT = 8
+"""Tokens before a text that decide how it begins."""
 _CHARACTER = 4
 """Bytes of a character at most, and so tokens."""
+
+
+def _byte_letters() -> dict[str, bytes]:
+    """The letters by which byte-level tokens spell bytes (GPT-2, encoder.py `bytes_to_unicode`)."""
+    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    other = [code for code in range(0x100) if code not in seen]
+    return {chr(code): bytes([code]) for code in seen} | {chr(0x100 + n): bytes([code]) for n, code in enumerate(other)}
+
+
+_BYTES = _byte_letters()
 
 
 class DecodeStream:
@@ -301,10 +361,13 @@ class DecodeStream:
     so a short window is decoded again with each id, and text that ends in U+FFFD waits for its rest.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True, before: Sequence[int] = ()) -> None:
+        """`before`: ids of the text that this one goes on with. At a beginning some decoders drop a space."""
         self._decode = lambda ids: tokenizer.decode(ids, skip_special=skip_special)
-        self._said: list[int] = []
+        self._said = list(before[-_CONTEXT:])
         self._waiting: list[int] = []
+        while self._said and len(self._waiting) < _CHARACTER and self._decode(self._said).endswith("\ufffd"):
+            self._waiting.insert(0, self._said.pop())
 
     def push(self, id_: int) -> str:
         """The text that `id_` completes; empty while a character is unfinished."""

@@ -39,15 +39,16 @@ def continue_text(
 
     Raises: ConfigError and CheckpointError as `zili.serving.generation.generate`.
     """
+    ids = [tokenizer.start_id, *tokenizer.encode(prompt).tolist()]
     tokens = generate(
         model,
-        [tokenizer.start_id, *tokenizer.encode(prompt).tolist()],
+        ids,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         stop_ids=tokenizer.end_ids,
         vocabulary=tokenizer.vocab_size,
     )
-    return stream_text(tokenizer, tokens)
+    return stream_text(tokenizer, tokens, before=ids)
 
 
 def sample_text(

@@ -20,6 +20,10 @@ class Conversation(Protocol):
     """What is said when it begins anew."""
 
     @property
+    def goes_on(self) -> bool:
+        """Whether an answer goes on with the prompt's text, and is no text of its own."""
+
+    @property
     def stop_ids(self) -> Set[int]:
         """Tokens that end an answer."""
 
@@ -61,6 +65,10 @@ class Dialogue:
     new: str = "A new conversation."
     _opening: str = ""
     """What of an answer the prompt has said already, such as `<think>`."""
+
+    @property
+    def goes_on(self) -> bool:
+        return False
 
     @property
     def stop_ids(self) -> Set[int]:
@@ -114,6 +122,10 @@ class RunningText:
         "Write the beginning of a text and it writes on; /reset starts a new text. /help lists the commands."
     )
     new: str = "A new text."
+
+    @property
+    def goes_on(self) -> bool:
+        return True
 
     @property
     def stop_ids(self) -> Set[int]:

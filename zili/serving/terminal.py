@@ -93,7 +93,9 @@ class Chat:
             stop_ids=self.conversation.stop_ids,
             vocabulary=self.conversation.tokenizer.vocab_size,
         )
-        text, stop = DecodeStream(self.conversation.tokenizer), StopText(self.conversation.stop_texts)
+        before = prompt if self.conversation.goes_on else ()
+        text = DecodeStream(self.conversation.tokenizer, before=before)
+        stop = StopText(self.conversation.stop_texts)
         for token in tokens:
             taken.append(token)
             self.write(stop.push(text.push(token)))
