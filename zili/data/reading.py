@@ -190,7 +190,9 @@ def _json_records(file: SourceFile) -> Iterator[tuple[str, dict[str, Any] | Flaw
 
 
 def _parse_line(place: str, number: int, line: bytes | Flaw) -> dict[str, Any] | Flaw:
-    return line if isinstance(line, Flaw) else _object(place, _parse(place, line if number > 1 else _bare(line)))
+    if isinstance(line, Flaw):
+        return line
+    return _object(place, _parse(place, line if number > 1 else _bare(line), of_one_line=True))
 
 
 def _bare(raw: bytes) -> bytes:
@@ -198,13 +200,14 @@ def _bare(raw: bytes) -> bytes:
     return raw.removeprefix(codecs.BOM_UTF8)
 
 
-def _parse(place: str, raw: bytes) -> Any:
+def _parse(place: str, raw: bytes, *, of_one_line: bool = False) -> Any:
     try:
         return json.loads(raw.decode())
     except UnicodeDecodeError as error:
         return Flaw("broken UTF-8", f"{place}, byte {error.start} of the line: broken UTF-8.")
     except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        # A decoder that meets the end of a line counts the next one.
+        line = f"line {error.lineno}, " if error.lineno > 1 and not of_one_line else ""
         return Flaw("broken JSON", f"{place}, {line}column {error.colno}: broken JSON ({error.msg}).")
     except RecursionError:
         return Flaw("broken JSON", f"{place}: JSON nested too deep.")
