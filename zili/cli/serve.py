@@ -40,7 +40,9 @@ def serve(
     keys: Annotated[
         Path | None, typer.Option(help="TOML file of keys and their limits; whoever asks needs one.")
     ] = None,
-    slots: Annotated[int, typer.Option(help="Answers at once; further ones wait.", min=1)] = 16,
+    slots: Annotated[
+        int, typer.Option(help="Answers at once, as far as memory has room; further ones wait.", min=1)
+    ] = 16,
     context: Annotated[int | None, typer.Option(help="Tokens of prompt and answer; the model's by default.")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16, float16 or float32 (ours by default) for weights and products.")
@@ -103,10 +105,14 @@ def _answer(
 
     def prepare() -> tuple[OpenedModel, Engine]:
         from zili.serving.engine import Engine
+        from zili.serving.room import room_for
 
-        opened = open_folder(place, device=device, dtype=dtype_named(offer.dtype or "float32"))
+        dtype = dtype_named(offer.dtype or "float32")
+        opened = open_folder(place, device=device, dtype=dtype)
+        room = room_for(opened.model.config, offer.slots, offer.context, dtype, device)
+        typer.echo(room.said(offer.slots))
         vocabulary = opened.tokenizer.vocab_size
-        return opened, Engine(opened.model, slots=offer.slots, context=offer.context, vocabulary=vocabulary)
+        return opened, Engine(opened.model, slots=room.slots, context=room.context, vocabulary=vocabulary)
 
     opened, running = prepared(prepare)
     from zili.data.chat import ChatTemplate
