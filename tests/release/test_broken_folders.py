@@ -2,14 +2,22 @@
 
 import json
 import os
+import shutil
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
 import zili
-from zili.errors import CheckpointError
+from zili.data.tokenizer import Tokenizer
+from zili.errors import CheckpointError, ConfigError, DataError
 from zili.release import export_model, import_model
+from zili.release.companions import tokenizer_of
+from zili.release.tensors import open_tensors
+from zili.serving.engine import Ask, Engine
+from zili.serving.generation import generate
+from zili.serving.model_folder import open_folder
 
 
 def refused(folder, match):
@@ -254,3 +262,64 @@ def test_safetensors_of_an_unknown_dtype(publish):
     tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.float8_e4m3fn)
     save_file(tensors, folder / "model.safetensors")
     refused(folder, r"'model.norm.weight' has dtype F8_E4M3")
+
+
+@pytest.mark.parametrize("home", [3, None, ["model.safetensors"], {}, "../model.safetensors", ""])
+def test_an_index_that_names_no_file(publish, home):
+    folder = publish("llama")
+    index = {"weight_map": {"lm_head.weight": home, "model.norm.weight": "model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(folder, "'lm_head.weight' is in .*, which is no file of this folder")
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4665\nsize 4965799096\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "pytorch_model.bin", "config.json", "tokenizer.json", "tokenizer.model", "m.gguf"]
+)
+def test_pointers_in_place_of_files(publish, tmp_path, name):
+    folder = publish("llama")
+    if name.endswith((".bin", ".gguf")):
+        shutil.rmtree(folder)
+        folder.mkdir()
+        (folder / "config.json").write_text("{}" if name.endswith(".bin") else POINTER)
+        if name.endswith(".gguf"):
+            (folder / "config.json").unlink()
+    (folder / name).write_text(POINTER)
+    with pytest.raises((CheckpointError, DataError), match=rf"{name}.*Git LFS pointer.*git lfs pull"):
+        if name.startswith("tokenizer"):
+            tokenizer_of(folder)
+        else:
+            open_tensors(folder) if name.endswith(".bin") else zili.load(folder)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_token_that_was_added_without_weights(publish, special):
+    """As transformers opens it: the token is the tokenizer's, and no text of ours becomes it."""
+    size = 300
+
+    def widen(tensors):
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = tensors[name][:1].repeat(size, 1)
+
+    folder = publish("llama", changes={"vocab_size": size}, edit=widen)
+    tokenizer = tokenizers.Tokenizer.from_str(Tokenizer.train(["a text of words"] * 4, 270).definition)
+    fill = [f"<fill{number}>" for number in range(size - tokenizer.get_vocab_size())]
+    tokenizer.add_tokens([tokenizers.AddedToken(text, special=True) for text in fill])
+    tokenizer.add_tokens([tokenizers.AddedToken("[PAD]", special=special)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    opened = open_folder(folder)
+    assert opened.tokenizer.vocab_size == size + 1
+    ids = opened.tokenizer.encode("a [PAD] b").tolist()
+    assert max(ids) < size and opened.tokenizer.decode(ids) == "a [PAD] b"
+    with Engine(opened.model, slots=1, context=32) as engine, pytest.raises(ConfigError, match=f"token {size}"):
+        engine.submit(Ask([1, size], 2))
+    with pytest.raises(ConfigError, match=f"token {size}"):
+        generate(opened.model, [1, size], max_new_tokens=2)
+    tokenizer.add_tokens([tokenizers.AddedToken("<more>", special=True)])
+    content = json.loads(tokenizer.to_str())
+    content["model"]["vocab"]["words"] = size + 2
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="do not belong together"):
+        open_folder(folder)

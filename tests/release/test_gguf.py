@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from published_folders import write_checkpoint, write_tokenizer
@@ -15,6 +16,7 @@ from zili.data.tokenizer import Tokenizer
 from zili.errors import CheckpointError
 from zili.models.decoder import Decoder
 from zili.release import export_model, import_model
+from zili.release.companions import tokenizer_of
 from zili.release.gguf_file import open_gguf
 from zili.release.gguf_tokenizer import read_tokenizer
 from zili.release.verifying import verify_release
@@ -184,6 +186,38 @@ def test_broken_and_foreign_files(tmp_path):
     shutil.copy(tmp_path / "cut.gguf", tmp_path / "out")
     with pytest.raises(CheckpointError, match="2 GGUF files"):
         zili.load(tmp_path / "out")
+
+
+def test_a_model_in_several_files(tmp_path):
+    """As llama.cpp's gguf-split writes them: the first has the metadata."""
+    folder, _ = run_of(tmp_path, MODELS["tied"], Tokenizer.train(["a b"] * 4, 300))
+    export_model(folder, tmp_path / "out", layout="gguf")
+    whole = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
+    parts = [tmp_path / "split" / f"m-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    parts[0].parent.mkdir()
+    for number, part in enumerate(parts):
+        writer = gguf.GGUFWriter(part, "llama")
+        for key, field in whole.fields.items() if number == 0 else ():
+            if not key.startswith("GGUF.") and key != "general.architecture":
+                kinds = (field.types[0], field.types[-1]) if len(field.types) > 1 else (field.types[0], None)
+                writer.add_key_value(key, field.contents(), *kinds)
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", 3)
+        writer.add_int32("split.tensors.count", len(whole.tensors))
+        for tensor in whole.tensors[number::3]:
+            writer.add_tensor(tensor.name, np.array(tensor.data))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    ids = torch.arange(5)[None]
+    expected = zili.load(tmp_path / "out")(ids)
+    for place in (parts[0].parent, parts[0], parts[2]):
+        assert torch.equal(zili.load(place)(ids), expected)
+        assert tokenizer_of(place) is not None
+    parts[1].unlink()
+    with pytest.raises(CheckpointError, match=r"m-00002-of-00003\.gguf is missing"):
+        zili.load(parts[0].parent)
 
 
 def test_a_real_file(tmp_path):

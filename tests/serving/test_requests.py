@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
+from email.message import Message
 from typing import Any
 
+import openai
 import pytest
+import tokenizers
 import torch
-from served import KEYS, Place, Scripted, listening, serve_a_tiny_model, tiny_tokenizer
+from served import KEY, KEYS, Place, Scripted, listening, serve_a_tiny_model, tiny_tokenizer
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from zili.data.chat import ChatTemplate
 from zili.serving.api import Served
@@ -129,6 +136,22 @@ def test_tokens_by_their_names(place: Place) -> None:
     assert said(place, **more, ignore_eos=True)[0] == ""
 
 
+def test_marks_in_a_prompt_are_tokens_and_in_a_message_text(place: Place) -> None:
+    """As transformers and vLLM encode a prompt."""
+    tokenizer, text = place.served.tokenizer, "<_user>snow?<_bot>"
+    reference = PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(tokenizer.definition))
+    expected = reference.encode(text)
+    assert expected[0] == tokenizer.special_id("<_user>") and expected[-1] == tokenizer.special_id("<_bot>")
+    _, told = place.post("/tokenize", {"prompt": text})
+    assert told["tokens"] == expected
+    _, answer = place.post("/v1/completions", {"prompt": text, "max_tokens": 3, "temperature": 0})
+    _, same = place.post("/v1/completions", {"prompt": expected, "max_tokens": 3, "temperature": 0})
+    assert answer["choices"] == same["choices"] and answer["usage"]["prompt_tokens"] == len(expected)
+    said = [{"role": "user", "content": text}]
+    _, chat = place.post("/v1/chat/completions", {"messages": said, "max_tokens": 1})
+    assert chat["usage"]["prompt_tokens"] > len(expected) + 5
+
+
 # ---- what is refused
 
 UNSERVED: dict[str, Any] = {
@@ -182,6 +205,13 @@ def test_fields_that_are_not_served(place: Place, name: str) -> None:
     assert status == 400 and (error["param"] == name or name in error["message"]), error
 
 
+def test_parts_that_are_no_text(place: Place) -> None:
+    parts = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": "data:image/png,"}}]
+    status, answer = place.post("/v1/chat/completions", {"messages": [{"role": "user", "content": parts}]})
+    assert status == 400 and answer["error"]["param"] == "messages"
+    assert answer["error"]["message"] == "messages: a part is of type 'image_url'; this model reads text"
+
+
 def test_fields_that_change_nothing(place: Place) -> None:
     more = {"n": 2, "best_of": 2, "suffix": "", "use_beam_search": False, "length_penalty": 1, "priority": 0}
     assert place.post("/v1/completions", {"prompt": "snow", "max_tokens": 2, **more, "top_k": -1})[0] == 200
@@ -201,3 +231,46 @@ def test_tools_that_a_template_cannot_tell() -> None:
         status, answer = place.post("/v1/chat/completions", {"messages": ASKED, "tools": [tool]})
         assert status == 400 and answer["error"]["param"] == "tools"
         assert place.post("/v1/chat/completions", {"messages": ASKED, "tools": [tool], "tool_choice": "none"})[0] == 200
+
+
+# ---- what stands around a request
+
+
+def ask(url: str, method: str, headers: dict[str, str], body: Any = None) -> tuple[int, Message, str]:
+    """Status, headers and text."""
+    data = None if body is None else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json", **headers}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, data, headers, method=method), timeout=60) as answer:
+            return answer.status, answer.headers, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers, error.read().decode()
+
+
+def test_a_model_by_its_name(place: Place) -> None:
+    client = place.client()
+    (listed,) = client.models.list().data
+    assert client.models.retrieve(listed.id) == listed
+    for name in ("other", "a/b"):
+        with pytest.raises(openai.NotFoundError, match="not served"):
+            client.models.retrieve(name)
+
+
+def test_who_may_ask_from_another_page() -> None:
+    tokenizer = tiny_tokenizer()
+    page = "https://chat.example.org"
+    served = Served(Scripted(tokenizer), tokenizer, ChatTemplate.named("telechat2"), "tiny", KEYS, origins=[page])  # type: ignore[arg-type]
+    with listening(served) as url:
+        asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+        for origin, may in ((page, True), ("https://evil.example", False)):
+            status, headers, _ = ask(f"{url}/v1/chat/completions", "OPTIONS", {"Origin": origin, **asks})
+            assert (status == 200) == may
+            assert headers.get("access-control-allow-origin") == (page if may else None)
+        status, headers, _ = ask(f"{url}/v1/chat/completions", "POST", {"Origin": page}, {})
+        assert status == 401 and headers["access-control-allow-origin"] == page
+
+
+def test_proxies_are_asked_to_keep_nothing_back(place: Place) -> None:
+    body = {"prompt": "snow", "max_tokens": 2, "stream": True}
+    _, headers, text = ask(f"{place.url}/v1/completions", "POST", {"Authorization": f"Bearer {KEY}"}, body)
+    assert headers["x-accel-buffering"] == "no" and text.endswith("data: [DONE]\n\n")

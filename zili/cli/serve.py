@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
+from urllib.parse import urlsplit
 
 import typer
 
-from zili.cli.options import Chip, Demo, ModelPath, Template, dtype_named
+from zili.cli.options import Chip, Demo, ModelPath, Template, dtype_named, model_at
 from zili.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,13 +40,19 @@ def serve(
     keys: Annotated[
         Path | None, typer.Option(help="TOML file of keys and their limits; whoever asks needs one.")
     ] = None,
-    slots: Annotated[int, typer.Option(help="Answers at once; further ones wait.", min=1)] = 16,
+    slots: Annotated[
+        int, typer.Option(help="Answers at once, as far as memory has room; further ones wait.", min=1)
+    ] = 16,
     context: Annotated[int | None, typer.Option(help="Tokens of prompt and answer; the model's by default.")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16, float16 or float32 (ours by default) for weights and products.")
     ] = None,
     queue: Annotated[int, typer.Option(help="Answers that may wait; further ones are refused.", min=1)] = 256,
     timeout: Annotated[float, typer.Option(help="Seconds an answer may take, its waiting included.", min=1)] = 600,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Web page whose scripts may ask, as https://chat.example.org; * is any. May be repeated."),
+    ] = None,
     engine: Annotated[
         Engines, typer.Option(help="vllm: hand a released folder to vLLM, with the right arguments.")
     ] = Engines.zili,
@@ -53,6 +61,8 @@ def serve(
     """Answer over HTTP as OpenAI's API does: /v1/chat/completions, /v1/completions, /v1/models, /tokenize."""
     if path is None and not demo:
         raise typer.BadParameter("give a model, or --demo")
+    if path is not None:
+        model_at(path)
     device = None
     if engine is Engines.zili:
         from zili.serving.place import open_device, prepared
@@ -68,7 +78,7 @@ def serve(
     if device is None:
         _hand_over(place, offer, keys, chip)
     else:
-        _answer(place, offer, device, keys, template, queue, timeout)
+        _answer(place, offer, device, keys, template, queue, timeout, _origins(allow_origin or ()))
 
 
 def _answer(
@@ -79,6 +89,7 @@ def _answer(
     template: str | None,
     queue: int,
     timeout: float,
+    origins: Sequence[str],
 ) -> None:
     from zili.serving.place import prepared
 
@@ -94,10 +105,14 @@ def _answer(
 
     def prepare() -> tuple[OpenedModel, Engine]:
         from zili.serving.engine import Engine
+        from zili.serving.room import room_for
 
-        opened = open_folder(place, device=device, dtype=dtype_named(offer.dtype or "float32"))
+        dtype = dtype_named(offer.dtype or "float32")
+        opened = open_folder(place, device=device, dtype=dtype)
+        room = room_for(opened.model.config, offer.slots, offer.context, dtype, device)
+        typer.echo(room.said(offer.slots))
         vocabulary = opened.tokenizer.vocab_size
-        return opened, Engine(opened.model, slots=offer.slots, context=offer.context, vocabulary=vocabulary)
+        return opened, Engine(opened.model, slots=room.slots, context=room.context, vocabulary=vocabulary)
 
     opened, running = prepared(prepare)
     from zili.data.chat import ChatTemplate
@@ -105,8 +120,17 @@ def _answer(
     chosen = ChatTemplate.named(template) if template else opened.template
     with running:
         limits = Limits(waiting=queue, answer_seconds=timeout)
-        served = Served(running, opened.tokenizer, chosen, offer.name, known, limits)
+        served = Served(running, opened.tokenizer, chosen, offer.name, known, limits, origins)
         listen(served, offer.host, offer.port, typer.echo)
+
+
+def _origins(given: Sequence[str]) -> list[str]:
+    """As browsers send them: a scheme, a host and perhaps a port."""
+    for one in given:
+        parts = urlsplit(one)
+        if one != "*" and (not parts.scheme or not parts.netloc or one != f"{parts.scheme}://{parts.netloc}"):
+            raise typer.BadParameter(f"{one!r} is no origin; give one as http://localhost:3000, or *")
+    return list(given)
 
 
 def _hand_over(place: Path, offer: Offer, keys: Path | None, chip: str) -> NoReturn:

@@ -19,6 +19,7 @@ from typing import Any
 
 import tokenizers
 
+from zili.data.pointers import what_it_is
 from zili.errors import DataError
 
 SPACE = "\u2581"
@@ -77,9 +78,9 @@ def _read(path: Path) -> Any:
     try:
         model.ParseFromString(path.read_bytes())
     except Exception as error:  # protobuf's own, which is not in its public names
-        raise DataError(f"{path}: not a SentencePiece model ({error}).") from error
+        raise DataError(what_it_is(path, f"{path}: not a SentencePiece model ({error}).")) from error
     if not model.pieces:
-        raise DataError(f"{path}: not a SentencePiece model (it has no pieces).")
+        raise DataError(what_it_is(path, f"{path}: not a SentencePiece model (it has no pieces)."))
     return model
 
 

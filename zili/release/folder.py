@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from zili.data.pointers import what_it_is
 from zili.errors import CheckpointError
 
 _COMPANIONS = (
@@ -44,7 +45,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again") from error
+        raise CheckpointError(what_it_is(path, f"{path} is not valid JSON ({error}); fetch it again")) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, an object is needed")
     return value

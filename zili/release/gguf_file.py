@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zili.data.pointers import what_it_is
 from zili.errors import CheckpointError, ConfigError
 from zili.release.tensors import Index, Tensors, cut
 
 GGUF_FILE = "model.gguf"
+_PART = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
+_MOST_FILES = 1000
 _NEEDS = "GGUF files need the gguf package: pip install 'zili[release]'"
 
 
@@ -27,24 +31,45 @@ def gguf_package() -> Any:
 
 
 def find_gguf(path: Path) -> Path | None:
-    """`path` if it is a GGUF file, or the one in a folder.
+    """`path` if it is a GGUF file, or the one in a folder; of a model in several files the first.
 
     Raises:
-        CheckpointError: a folder with several.
+        CheckpointError: a folder with several, or a part without the first.
     """
     if path.is_file():
-        return path if path.suffix == ".gguf" else None
+        return parts_of(path)[0] if path.suffix == ".gguf" else None
     found = sorted(path.glob("*.gguf")) if path.is_dir() else []
+    if found and set(found) <= set(parts_of(found[0])):
+        return found[0]
     if len(found) > 1:
         raise CheckpointError(f"{path} has {len(found)} GGUF files ({found[0].name}, ...); give one of them")
     return found[0] if found else None
 
 
-class GGUFTensors(Tensors):
-    """A file's tensors, mapped; what is quantised is computed back to fp32 as it is read."""
+def parts_of(path: Path) -> list[Path]:
+    """The files of a model that llama.cpp has split (`NAME-00001-of-00003.gguf`), one of which is `path`; or it alone.
 
-    def __init__(self, reader: Any) -> None:
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+    Raises:
+        CheckpointError: one of them is missing.
+    """
+    named = _PART.fullmatch(path.name)
+    if named is None:
+        return [path]
+    count = int(named[2])
+    if not 0 < count <= _MOST_FILES:
+        raise CheckpointError(f"{path} calls itself one of {count} files; up to {_MOST_FILES:,} are read")
+    parts = [path.with_name(f"{named[1]}-{number:05d}-of-{named[2]}.gguf") for number in range(1, count + 1)]
+    missing = next((part for part in parts if not part.is_file()), None)
+    if missing is not None:
+        raise CheckpointError(f"{missing} is missing, one of {count} files of the model; fetch it too")
+    return parts
+
+
+class GGUFTensors(Tensors):
+    """A model's tensors, mapped; what is quantised is computed back to fp32 as it is read."""
+
+    def __init__(self, readers: Sequence[Any]) -> None:
+        self._tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
         plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
         self._plain = {
             name: plain[tensor.tensor_type.name]
@@ -74,13 +99,31 @@ class GGUFTensors(Tensors):
 
 
 def open_gguf(path: Path) -> tuple[dict[str, Any], GGUFTensors, Any]:
-    """A GGUF file's metadata without its long lists, its tensors, and the package's reader.
+    """A GGUF model's metadata without its long lists, its tensors, and the package's reader of its (first) file.
 
     Raises:
-        CheckpointError: it is no GGUF file, or damaged.
+        CheckpointError: it is no GGUF file, or damaged, or a part of it is missing or another's.
         ConfigError: the package is not installed.
     """
     package = gguf_package()
+    read = [_read(package, part) for part in parts_of(path)]
+    values, reader = read[0]
+    tensors = GGUFTensors([one for _, one in read])
+    told = values.get("split.tensors.count")
+    if told is not None and told != len(tensors.describe()):
+        count = len(tensors.describe())
+        raise CheckpointError(
+            f"{path}: {len(read)} files have {count} tensors, {told} belong to the model; fetch them again"
+        )
+    tokens = reader.get_field("tokenizer.ggml.tokens")
+    architecture = values.get("general.architecture")
+    if tokens is not None:
+        values.setdefault(f"{architecture}.vocab_size", len(tokens.data))
+    return values, tensors, reader
+
+
+def _read(package: Any, path: Path) -> tuple[dict[str, Any], Any]:
+    """One file's metadata, and its reader."""
     try:
         reader = package.GGUFReader(path)
         values = {key: _plain_value(field) for key, field in reader.fields.items() if not _is_long(field)}
@@ -88,13 +131,10 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], GGUFTensors, Any]:
             if tensor.data_offset + tensor.n_bytes > path.stat().st_size:
                 raise ValueError(f"it ends inside {tensor.name}")
     except Exception as error:  # a file cut short raises whatever the package was doing
-        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} ({path.stat().st_size} bytes) is no whole GGUF file: {detail}") from error
-    tokens = reader.get_field("tokenizer.ggml.tokens")
-    architecture = values.get("general.architecture")
-    if tokens is not None:
-        values.setdefault(f"{architecture}.vocab_size", len(tokens.data))
-    return values, GGUFTensors(reader), reader
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        detail = f"{path} ({path.stat().st_size} bytes) is no whole GGUF file: {said}"
+        raise CheckpointError(what_it_is(path, detail)) from error
+    return values, reader
 
 
 def _is_long(field: Any) -> bool:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from zili.data.pointers import what_it_is
 from zili.errors import CheckpointError
 from zili.release.folder import read_json, write_json
 
@@ -86,9 +87,6 @@ class _Shards(Tensors):
         for file in files:
             if not (folder / file).is_file():
                 raise CheckpointError(f"{folder / file} is missing, one of {len(files)} shards; fetch it and try again")
-        for file in files:
-            if not isinstance(file, str) or Path(file).name != file:
-                raise CheckpointError(f"{folder}: the index names {file!r}, which is not a file of this folder")
         self._described = {file: self._describe_file(folder / file) for file in files}
         self._home = index or {name: file for file, names in self._described.items() for name in names}
         for name, file in self._home.items():
@@ -173,8 +171,10 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
-    detail = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return CheckpointError(f"{path} ({path.stat().st_size} bytes) is damaged or cut short: {detail}; fetch it again")
+    said = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return CheckpointError(
+        what_it_is(path, f"{path} ({path.stat().st_size} bytes) is damaged or cut short: {said}; fetch it again")
+    )
 
 
 def open_tensors(folder: Path) -> Tensors:
@@ -195,6 +195,9 @@ def open_tensors(folder: Path) -> Tensors:
             homes = read_json(index).get("weight_map")
             if not isinstance(homes, dict):
                 raise CheckpointError(f"{index} has no 'weight_map' table; fetch it again")
+            for name, file in homes.items():
+                if not isinstance(file, str) or not file or Path(file).name != file:
+                    raise CheckpointError(f"{index}: {name!r} is in {file!r}, which is no file of this folder")
             return kind(folder, homes, sorted(set(homes.values())))
         if (folder / single).is_file():
             return kind(folder, None, [single])

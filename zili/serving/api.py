@@ -17,6 +17,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 import zili
 from zili.data.chat import ChatTemplate
@@ -73,6 +74,8 @@ class Served:
     keys: Keys = field(default_factory=Keys)
     """Whoever asks names one of them; none: anyone may ask."""
     limits: Limits = field(default_factory=Limits)
+    origins: Sequence[str] = ()
+    """Of other web pages that may ask, such as https://chat.example.org; "*": any."""
     created: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -90,6 +93,9 @@ def make_app(served: Served) -> FastAPI:
     app.exception_handler(HTTPException)(_no_route)
     app.exception_handler(Exception)(_failed)
     app.add_middleware(Gate, keys=served.keys, limits=served.limits)
+    if served.origins:  # outside the gate: before it asks with a key a browser asks without whether it may
+        methods = ["GET", "POST"]
+        app.add_middleware(CORSMiddleware, allow_origins=served.origins, allow_methods=methods, allow_headers=["*"])
     app.state.intake = Intake()
     app.router.route_class = Aside
     api = _Api(served, app.state.intake)
@@ -104,6 +110,7 @@ def make_app(served: Served) -> FastAPI:
 
     answered: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
     app.get("/v1/models")(api.models)
+    app.get("/v1/models/{name:path}")(api.model)
     app.post("/v1/chat/completions", response_model=None, responses=answered)(api.chat)
     app.post("/v1/completions", response_model=None, responses=answered)(api.complete)
     app.post("/tokenize", response_model=None)(api.tokenize)
@@ -178,12 +185,18 @@ class _Api:
 
     async def models(self) -> dict[str, Any]:
         """The one that is served."""
-        model = {"id": self.served.name, "object": "model", "created": self.served.created, "owned_by": "zili"}
-        return {"object": "list", "data": [{**model, "max_model_len": self.engine.context}]}
+        return {"object": "list", "data": [await self.model(self.served.name)]}
+
+    async def model(self, name: str) -> dict[str, Any]:
+        """One by its name."""
+        self._check_model(name)
+        about = {"id": self.served.name, "object": "model", "created": self.served.created, "owned_by": "zili"}
+        return {**about, "max_model_len": self.engine.context}
 
     async def tokenize(self, asked: TokenizeRequest, request: Request) -> dict[str, Any]:
         """A text's ids."""
         ids = await self._aside(request, self._encoded, asked.prompt)
+        ids = [*self.tokenizer.begin_ids, *ids] if asked.add_special_tokens else ids
         return {"tokens": ids, "count": len(ids), "max_model_len": self.engine.context}
 
     async def detokenize(self, asked: DetokenizeRequest, request: Request) -> dict[str, Any]:
@@ -200,20 +213,24 @@ class _Api:
         streams = self._begin(request, asked, ready, asked.longest, top, guide)
         head = self._head("chatcmpl", "chat.completion", asked)
         replies = [Reply(thinking=ready.thinking, tools=bool(asked.offered)) for _ in streams]
+        tellers = [wording.Told(self.tokenizer, skip_special=asked.skip_special_tokens) for _ in streams]
         if asked.stream:
             chunk = head | {"object": "chat.completion.chunk"}
-            return self._events(request, asked, streams, chunk, partial(self._delta, asked, replies), ready.given)
+            delta = partial(self._delta, asked, replies, tellers)
+            return self._events(request, asked, streams, chunk, delta, ready.given)
         answers = await whole(streams, request, self.served.limits.answer_seconds)
-        choices = await self._aside(request, self._said, asked, answers, replies)
+        choices = await self._aside(request, self._said, asked, answers, replies, tellers)
         return {**head, "choices": choices, "usage": wording.usage(streams, ready.given)}
 
-    def _said(self, asked: ChatRequest, answers: list[Whole], replies: list[Reply]) -> list[dict[str, Any]]:
+    def _said(
+        self, asked: ChatRequest, answers: list[Whole], replies: list[Reply], tellers: list[wording.Told]
+    ) -> list[dict[str, Any]]:
         choices = []
         for index, (answer, reply) in enumerate(zip(answers, replies, strict=True)):
             parts = reply.push(answer.text) + reply.finish()
             finish = "tool_calls" if parts.calls and answer.finish == "stop" else answer.finish
             choice = {"index": index, "message": wording.message(parts), "finish_reason": finish}
-            told = wording.chat_logprobs(self.tokenizer, answer.tokens) if asked.logprobs else None
+            told = tellers[index].chat(answer.tokens) if asked.logprobs else None
             choices.append({**choice, "logprobs": told})
         return choices
 
@@ -226,20 +243,27 @@ class _Api:
         guide = await self._guide(ready)
         streams = self._begin(request, asked, ready, asked.max_tokens, asked.logprobs, guide, of_prompt=asked.echo)
         head = self._head("cmpl", "text_completion", asked)
+        # What is echoed shows its special tokens, too.
+        before: list[Sequence[int]] = [() if asked.echo else prompt for prompt in ready.each]
+        skip = asked.skip_special_tokens and not asked.echo
+        tellers = [wording.Told(self.tokenizer, prompt, skip_special=skip) for prompt in before]
         if asked.stream:
-            return self._events(request, asked, streams, head, partial(self._text, asked), ready.given)
+            return self._events(request, asked, streams, head, partial(self._text, asked, tellers), ready.given)
         answers = await whole(streams, request, self.served.limits.answer_seconds)
-        choices = await self._aside(request, self._continued, asked, answers, streams)
+        choices = await self._aside(request, self._continued, asked, answers, streams, tellers)
         return {**head, "choices": choices, "usage": wording.usage(streams, ready.given)}
 
-    def _continued(self, asked: CompletionRequest, answers: list[Whole], streams: list[Stream]) -> list[dict[str, Any]]:
+    def _continued(
+        self, asked: CompletionRequest, answers: list[Whole], streams: list[Stream], tellers: list[wording.Told]
+    ) -> list[dict[str, Any]]:
         choices = []
         for index, (answer, stream) in enumerate(zip(answers, streams, strict=True)):
             text, told = answer.text, answer.tokens
             if asked.echo:
-                text = self.tokenizer.decode(stream.answer.ask.prompt) + text
-                told = [*stream.answer.prompt, *told]
-            logprobs = wording.logprobs(self.tokenizer, told) if asked.logprobs is not None else None
+                given = asked.prompts[index // asked.n]  # without the BOS token that was put before it
+                before = given if isinstance(given, str) else self.tokenizer.decode(given)
+                text, told = before + text, [*stream.answer.prompt, *told]
+            logprobs = tellers[index].completion(told) if asked.logprobs is not None else None
             choices.append({"index": index, "text": text, "finish_reason": answer.finish, "logprobs": logprobs})
         return choices
 
@@ -249,15 +273,18 @@ class _Api:
         """What takes longer for larger bodies."""
         return await self._intake.aside(request.state.size, work, *given)
 
-    def _check(self, asked: ChatRequest | CompletionRequest, answers: int) -> None:
-        """Before anything is done for it."""
-        if asked.model is not None and asked.model != self.served.name:
+    def _check_model(self, name: str | None) -> None:
+        if name is not None and name != self.served.name:
             raise Refusal(
                 404,
-                f"the model {asked.model[:100]!r} is not served here; there is {self.served.name!r}",
+                f"the model {name[:100]!r} is not served here; there is {self.served.name!r}",
                 param="model",
                 code="model_not_found",
             )
+
+    def _check(self, asked: ChatRequest | CompletionRequest, answers: int) -> None:
+        """Before anything is done for it."""
+        self._check_model(asked.model)
         if answers > self.served.limits.waiting:
             raise Refusal(400, f"{answers} answers are asked for at once; {self.served.limits.waiting} may be")
 
@@ -305,7 +332,7 @@ class _Api:
     def _ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
             self._check_fit([prompt])
-            return self._encoded(prompt) or [self.tokenizer.end_id]
+            return [*self.tokenizer.begin_ids, *self._encoded(prompt)] or [self.tokenizer.start_id]
         self._known(prompt)
         return prompt
 
@@ -327,7 +354,7 @@ class _Api:
 
     def _encoded(self, text: str) -> list[int]:
         try:
-            return self.tokenizer.encode(text).tolist()
+            return self.tokenizer.encode_marked(text)
         except DataError as error:
             raise Refusal(400, str(error), param="prompt") from error
 
@@ -389,6 +416,7 @@ class _Api:
                     ask,
                     [*asked.stops, *texts],
                     skip_special=asked.skip_special_tokens,
+                    goes_on=isinstance(asked, CompletionRequest),
                     metrics=self.metrics,
                     used=used,
                 )
@@ -452,7 +480,15 @@ class _Api:
 
         return events(streams, request, self.served.limits.answer_seconds, chunk, last if asked.with_usage else None)
 
-    def _delta(self, asked: ChatRequest, replies: list[Reply], index: int, said: Said, first: bool) -> dict[str, Any]:
+    def _delta(
+        self,
+        asked: ChatRequest,
+        replies: list[Reply],
+        tellers: list[wording.Told],
+        index: int,
+        said: Said,
+        first: bool,
+    ) -> dict[str, Any]:
         reply, before = replies[index], replies[index].calls
         parts = reply.push(said.text)
         if said.finish:
@@ -463,9 +499,11 @@ class _Api:
         calls = [{"index": before + number, **wording.called(call)} for number, call in enumerate(parts.calls)]
         delta |= {"tool_calls": calls} if calls else {}
         finish = "tool_calls" if reply.calls and said.finish == "stop" else said.finish
-        logprobs = wording.chat_logprobs(self.tokenizer, said.tokens) if asked.logprobs else None
+        logprobs = tellers[index].chat(said.tokens) if asked.logprobs else None
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
 
-    def _text(self, asked: CompletionRequest, index: int, said: Said, first: bool) -> dict[str, Any]:
-        logprobs = wording.logprobs(self.tokenizer, said.tokens) if asked.logprobs is not None else None
+    def _text(
+        self, asked: CompletionRequest, tellers: list[wording.Told], index: int, said: Said, first: bool
+    ) -> dict[str, Any]:
+        logprobs = tellers[index].completion(said.tokens) if asked.logprobs is not None else None
         return {"index": index, "text": said.text, "logprobs": logprobs, "finish_reason": said.finish}

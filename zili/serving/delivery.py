@@ -81,7 +81,9 @@ def events(
             for stream in streams:
                 stream.cancel()
 
-    return StreamingResponse(written(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    # nginx keeps pieces back until it has many, unless it is asked not to.
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(written(), media_type="text/event-stream", headers=headers)
 
 
 def _event(data: dict[str, Any]) -> str:

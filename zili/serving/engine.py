@@ -19,7 +19,7 @@ from torch import Tensor
 
 from zili.errors import ConfigError
 from zili.models.decoder import Decoder
-from zili.serving.generation import DEFAULT_SAMPLING, Sampling, draw
+from zili.serving.generation import DEFAULT_SAMPLING, Sampling, check_known, draw
 from zili.serving.kernels import compiled
 from zili.serving.packed import pack
 from zili.serving.slots import Piece, SlotCache, serve_from, served_length
@@ -215,9 +215,11 @@ class Engine:
         """Begin to answer.
 
         Raises:
-            ConfigError: an empty prompt, one that leaves no room in the context, or settings that cannot be used.
+            ConfigError: an empty prompt, one that leaves no room in the context or has a token that the model does not
+                know, or settings that cannot be used.
         """
         ask.sampling.checked()
+        check_known(ask.prompt, self.model.config.vocab_size)
         if not ask.prompt:
             raise ConfigError("generation needs at least one token to start from; give the end-of-text token")
         if len(ask.prompt) >= self.context + (ask.max_new_tokens == 0):

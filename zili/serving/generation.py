@@ -98,12 +98,21 @@ def generate(
         stop_ids: tokens that end the answer; they are not yielded.
         vocabulary: tokens the tokenizer knows; rows of the model beyond it are padding and are never drawn.
     Raises:
-        ConfigError: an unusable setting, an empty prompt, a prompt that leaves no room for an answer.
+        ConfigError: an unusable setting, an empty prompt, one that leaves no room for an answer, or with a token that
+            the model does not know.
         CheckpointError: the model's logits are not numbers.
     """
     room = room_for_answer(model, len(prompt_ids))
+    check_known(prompt_ids, int(model.config.vocab_size))
     tokens = _tokens(model, prompt_ids, min(max_new_tokens, room), sampling.checked(), vocabulary)
     return _until_stop(tokens, stop_ids, "length" if max_new_tokens <= room else "context")
+
+
+def check_known(ids: Sequence[int], vocabulary: int) -> None:
+    """Raises: ConfigError, an id has no weights in the model: its tokenizer may have tokens beyond."""
+    beyond = max(ids, default=0)
+    if beyond >= vocabulary:
+        raise ConfigError(f"token {beyond} is not the model's: it knows {vocabulary}")
 
 
 def room_for_answer(model: CausalModel, prompt_tokens: int) -> int:

@@ -38,17 +38,13 @@ def open_folder(path: Path, *, device: str | torch.device = "cpu", dtype: torch.
     """A run, a checkpoint of it, a Zili model folder or a Hugging Face folder, with its tokenizer; weights in `dtype`.
 
     Raises:
-        CheckpointError: no model there, or a tokenizer that knows more tokens than the model.
+        CheckpointError: no model there, or a tokenizer that makes more tokens of texts than the model knows.
         DataError: no tokenizer.
     """
     tokenizer, place = find_tokenizer(path)
     own = chat_template_of(place)
     model = zili.load(path, device=device, dtype=dtype)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise CheckpointError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}; "
-            "they do not belong together"
-        )
+    tokenizer = _known_by(tokenizer, model, path)
     recipe = next((p / "recipe.toml" for p in _around(path) if (p / "recipe.toml").is_file()), None)
     length = _recipe_length(recipe) if recipe else None
     return OpenedModel(
@@ -58,6 +54,20 @@ def open_folder(path: Path, *, device: str | torch.device = "cpu", dtype: torch.
         template=own or template_for(tokenizer),
         conversational=recipe is None or own is not None,
     )
+
+
+def _known_by(tokenizer: Tokenizer, model: Decoder, path: Path) -> Tokenizer:
+    """The tokenizer with no token in any text that the model has no weights for: some that were added, as for padding,
+    never got any.
+    """
+    size = model.config.vocab_size
+    added = {text for text, number in tokenizer.added_tokens.items() if number >= size}
+    plain = max((number for text, number in tokenizer.tokens().items() if text not in added), default=0)
+    if max(plain, tokenizer.end_id) >= size:
+        raise CheckpointError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {size}; they do not belong together"
+        )
+    return tokenizer.taking_for_text(added)
 
 
 def demo_file() -> Path:

@@ -220,6 +220,18 @@ class Message(BaseModel):
     tool_call_id: str | None = None
     name: str | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_text(cls, data: Any) -> Any:
+        parts = data.get("content") if isinstance(data, dict) else None
+        for part in parts if isinstance(parts, list) else ():
+            kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(kind, str) and kind != "text":
+                raise Refusal(
+                    400, f"messages: a part is of type {kind[:80]!r}; this model reads text", param="messages"
+                )
+        return data
+
     def plain(self) -> dict[str, Any]:
         """As a chat template takes it."""
         role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
@@ -326,6 +338,7 @@ class CompletionRequest(_Asked):
     max_tokens: Annotated[Whole, Field(ge=0)] | None = 16
     echo: bool = False
     logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+    add_special_tokens: bool = True
     best_of: Annotated[Whole, Field(ge=1)] | None = None
 
     @model_validator(mode="after")
@@ -346,7 +359,7 @@ class TokenizeRequest(BaseModel):
     """`POST /tokenize`."""
 
     prompt: str
-    add_special_tokens: bool = False
+    add_special_tokens: bool = True
 
 
 class DetokenizeRequest(BaseModel):

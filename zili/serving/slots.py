@@ -7,7 +7,10 @@ cache and the core of its attention.
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -113,8 +116,8 @@ class SlotCache:
         self.context, self._heads, self._kernels = context, config.kv_heads, kernels
         # Keys of a head lie together, as attention reads them.
         shape = (config.layers, slots, config.kv_heads, context)
-        self.keys = torch.zeros((*shape, config.head_dim), dtype=dtype, device=device)
-        self.values = torch.zeros((*shape, config.value_head_dim), dtype=dtype, device=device)
+        self.keys = _zeros((*shape, config.head_dim), dtype, device)
+        self.values = _zeros((*shape, config.value_head_dim), dtype, device)
         self.plan: _Plan | None = None
 
     def copy(self, source: int, target: int, length: int) -> None:
@@ -157,6 +160,23 @@ class SlotCache:
 
     def entry(self, layer: int, start: int) -> SlotEntry:
         return SlotEntry(self, layer)
+
+
+def bytes_a_token(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Of the keys and values of all layers."""
+    return config.layers * config.kv_heads * (config.head_dim + config.value_head_dim) * dtype.itemsize
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On a CPU memory that is taken page by page as it is written: `torch.zeros` writes all of it."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with suppress(OSError):  # a kernel without huge pages
+            # A short answer would take two megabytes for each head of each layer.
+            pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 @dataclass(frozen=True)

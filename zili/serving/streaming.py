@@ -93,12 +93,17 @@ class Stream:
         stops: Sequence[str] = (),
         *,
         skip_special: bool = True,
+        goes_on: bool = False,
         metrics: Metrics | None = None,
         used: Callable[[int], None] = lambda tokens: None,
     ) -> None:
-        """`used` is told how many tokens prompt and answer had, once. Raises `ConfigError` as `Engine.submit`."""
+        """`goes_on`: with the prompt's text.
+
+        `used` is told how many tokens prompt and answer had, once. Raises `ConfigError` as `Engine.submit`.
+        """
+        before = ask.prompt if goes_on else ()
         loop, self._news = asyncio.get_running_loop(), asyncio.Event()
-        self._text, self._stop = DecodeStream(tokenizer, skip_special=skip_special), StopText(stops)
+        self._text, self._stop = DecodeStream(tokenizer, skip_special=skip_special, before=before), StopText(stops)
         self._free = ask.min_new_tokens
         """Tokens whose text no stop ends."""
         self.tokens = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import TypeVar
 
 from zili.data.tokenizer import DecodeStream, Tokenizer
@@ -12,9 +12,13 @@ REPLACEMENT = "\ufffd"
 Reason = TypeVar("Reason")
 
 
-def stream_text(tokenizer: Tokenizer, tokens: Generator[int, None, Reason]) -> Generator[str, None, Reason]:
-    """Pieces of text of `tokens` as they come, never half a character; returns what `tokens` returns."""
-    stream = DecodeStream(tokenizer)
+def stream_text(
+    tokenizer: Tokenizer, tokens: Generator[int, None, Reason], before: Sequence[int] = ()
+) -> Generator[str, None, Reason]:
+    """Pieces of text of `tokens` as they come, after the text of `before`, never half a character; returns what
+    `tokens` returns.
+    """
+    stream = DecodeStream(tokenizer, before=before)
     while True:
         try:
             token = next(tokens)

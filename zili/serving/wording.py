@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from zili.data.tokenizer import Tokenizer
@@ -39,43 +41,87 @@ def called(call: Call) -> dict[str, Any]:
     return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
 
 
-def chat_logprobs(tokenizer: Tokenizer, tokens: list[Token]) -> dict[str, Any]:
-    """`logprobs` of a chat's choice."""
+class Told:
+    """Log-probabilities of a text's tokens, as they come."""
 
-    def named(id_: int) -> dict[str, Any]:
-        text = tokenizer.decode([id_])
-        return {"token": text, "bytes": list(text.encode())}
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = (), *, skip_special: bool = True) -> None:
+        """`before`: ids of the text that it goes on with. `skip_special`: special tokens are not in it."""
+        self._tokenizer = tokenizer
+        self._special = set(tokenizer.special_tokens.values())
+        self._skipped = self._special if skip_special else set()
+        self._begins = self._special.issuperset(before) and tokenizer.drops_first_space
+        self._text = codecs.getincrementaldecoder("utf-8")("replace")
+        self._length = 0
 
-    content = [
-        {
-            **named(token.id),
-            "logprob": token.log_probability,
-            "top_logprobs": [
-                {**named(id_), "logprob": value}
-                for id_, value in sorted(token.likeliest.items(), key=lambda pair: -pair[1])
-            ],
+    def chat(self, tokens: list[Token]) -> dict[str, Any]:
+        """`logprobs` of a chat's choice."""
+        content = []
+        for token in tokens:
+            top = sorted(token.likeliest.items(), key=lambda pair: -pair[1])
+            named = [{**self._named(id_), "logprob": value} for id_, value in top]
+            content.append({**self._named(token.id), "logprob": token.log_probability, "top_logprobs": named})
+            self._pass(token.id)
+        return {"content": content, "refusal": None}
+
+    def completion(self, tokens: list[Token]) -> dict[str, Any]:
+        """`logprobs` of a completion's choice. `text_offset` counts characters; a part of one begins where it does."""
+        texts, offsets, likeliest = [], [], list[dict[str, float] | None]()
+        for token in tokens:
+            texts.append(_completion_text(self._bytes(token.id)))
+            offsets.append(self._length)
+            likeliest.append(self._likeliest(token) if token.log_probability is not None else None)
+            self._pass(token.id)
+        return {
+            "tokens": texts,
+            "token_logprobs": [token.log_probability for token in tokens],
+            "top_logprobs": likeliest,
+            "text_offset": offsets,
         }
-        for token in tokens
-    ]
-    return {"content": content, "refusal": None}
+
+    def _likeliest(self, token: Token) -> dict[str, float]:
+        """By their texts; of several that have the same one all but the first by their ids."""
+        found: dict[str, float] = {}
+        for id_, value in {token.id: token.log_probability or 0.0, **token.likeliest}.items():
+            text = _completion_text(self._bytes(id_))
+            found[f"token_id:{id_}" if text in found else text] = value
+        return found
+
+    def _named(self, id_: int) -> dict[str, Any]:
+        """As OpenAI's chat names a token: what is no text by itself is spelled in bytes."""
+        told = self._bytes(id_)
+        return {"token": _whole(told) if _whole(told) is not None else _escaped(told), "bytes": list(told)}
+
+    def _bytes(self, id_: int) -> bytes:
+        told = self._tokenizer.bytes_of(id_)
+        return told.removeprefix(b" ") if self._begins and id_ not in self._special else told
+
+    def _pass(self, id_: int) -> None:
+        if id_ not in self._skipped:
+            self._length += len(self._text.decode(self._bytes(id_)))
+        self._begins = self._begins and id_ in self._special
+
+
+def _whole(told: bytes) -> str | None:
+    try:
+        return told.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _escaped(told: bytes) -> str:
+    return "".join(chr(byte) if 0x20 <= byte < 0x7F else f"\\x{byte:02x}" for byte in told)
+
+
+def _completion_text(told: bytes) -> str:
+    text = _whole(told)
+    return f"bytes:{_escaped(told)}" if text is None else text
+
+
+def chat_logprobs(tokenizer: Tokenizer, tokens: list[Token]) -> dict[str, Any]:
+    """`Told.chat` of a whole answer."""
+    return Told(tokenizer).chat(tokens)
 
 
 def logprobs(tokenizer: Tokenizer, tokens: list[Token]) -> dict[str, Any]:
-    """`logprobs` of a completion's choice."""
-    texts = [tokenizer.decode([token.id]) for token in tokens]
-    offsets = [0]
-    for text in texts:
-        offsets.append(offsets[-1] + len(text))
-    likeliest: list[dict[str, float] | None] = []
-    for text, token in zip(texts, tokens, strict=True):
-        if token.log_probability is None:
-            likeliest.append(None)
-            continue
-        top = {tokenizer.decode([id_]): value for id_, value in token.likeliest.items()}
-        likeliest.append({text: token.log_probability, **top})
-    return {
-        "tokens": texts,
-        "token_logprobs": [token.log_probability for token in tokens],
-        "top_logprobs": likeliest,
-        "text_offset": offsets[:-1],
-    }
+    """`Told.completion` of a whole text."""
+    return Told(tokenizer).completion(tokens)
