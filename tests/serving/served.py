@@ -32,6 +32,8 @@ KEYS = Keys(
         Holder("tests", Key(key=KEY)),
         Holder("seldom", Key(key="sk-seldom", requests_per_minute=2)),
         Holder("little", Key(key="sk-little", tokens_per_day=10)),
+        Holder("two hundred", Key(key="sk-two-hundred", tokens_per_day=200)),
+        Holder("hundred", Key(key="sk-hundred", tokens_per_day=100)),
     )
 )
 

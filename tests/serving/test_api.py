@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
 import re
 import socket
+import threading
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +20,10 @@ from served import KEY, KEYS, Place, serve_a_tiny_model, slowed
 from waiting import until
 
 from zili.errors import ConfigError
+from zili.serving.engine import Ask
 from zili.serving.generation import Sampling, generate
 from zili.serving.keys import Holder, Key, Keys, TooMuch
-from zili.serving.streaming import StopText
+from zili.serving.streaming import StopText, Stream
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +197,67 @@ def test_a_key_has_a_rate_and_a_quota(place: Place) -> None:
         place.client("sk-little").completions.create(model="tiny", **body)
     assert "10 tokens a day" in str(refused.value)
     assert 86_000 < int(refused.value.response.headers["retry-after"]) <= 86_400
+
+
+def test_answers_under_way_count_for_a_quota(place: Place) -> None:
+    """Fifty at once had what one may have."""
+    holder = KEYS.find("sk-hundred")
+    assert holder is not None
+    body = {"prompt": "x", "max_tokens": 29, "ignore_eos": True}
+    told: list[int] = []
+    threads = [
+        threading.Thread(target=lambda: told.append(place.post("/v1/completions", body, key="sk-hundred")[0]))
+        for _ in range(20)
+    ]
+    with slowed(place.served.engine):
+        for thread in threads:
+            thread.start()
+        until(lambda: len(told) == 17)
+        assert set(told) == {429} and holder.free() == 10 and holder.tokens == 0
+        status, answer = place.post("/v1/completions", {**body, "max_tokens": 10}, key="sk-hundred")
+        assert status == 429 and "90 of answers under way" in answer["error"]["message"]
+    for thread in threads:
+        thread.join()
+    assert told.count(200) == 3 and holder.tokens == 100 and holder.free() == 0
+    status, answer = place.post("/v1/completions", body, key="sk-hundred")
+    assert status == 429 and "100 tokens a day are used up" in answer["error"]["message"]
+
+
+def test_an_answer_of_no_stated_length_has_what_the_quota_has_room_for(place: Place) -> None:
+    status, answer = place.post("/v1/chat/completions", {"messages": ASKED, "ignore_eos": True}, key="sk-two-hundred")
+    assert status == 200 and answer["usage"]["total_tokens"] == 200
+    assert answer["choices"][0]["finish_reason"] == "length"
+
+
+def test_what_was_promised_and_not_used_is_given_back(place: Place) -> None:
+    now = [0.0]
+    holder = Holder("x", Key(key="sk-12345", tokens_per_day=100), lambda: now[0])
+    holder.promise(60)
+    with pytest.raises(TooMuch, match="100 tokens a day 100 are left, and this may take 60 beside 60") as refused:
+        holder.promise(60)
+    assert refused.value.retry_after == 1
+    holder.used(10, 60)
+    with pytest.raises(TooMuch, match="90 are left, and this may take 91") as refused:
+        holder.promise(91)
+    assert refused.value.retry_after == 86_400
+    holder.promise(90)
+    now[0] = 90_000.0
+    assert holder.free() == 10, "what is under way is used tomorrow"
+    with pytest.raises(TooMuch):
+        holder.promise(11)
+    holder.used(90, 90)
+    assert holder.free() == 10
+
+
+def test_who_is_gone_before_the_answer_begins_leaves_nothing_promised(place: Place) -> None:
+    async def asked() -> None:
+        Stream(place.served.engine, place.served.tokenizer, Ask([1], 20), holder=holder)
+
+    holder = Holder("x", Key(key="sk-12345", tokens_per_day=100))
+    asyncio.run(asked())
+    gc.collect()
+    assert (holder.free() or 0) >= 78
+    until(lambda: place.served.engine.load == (0, 0))
 
 
 def test_rates_fill_up_again() -> None:

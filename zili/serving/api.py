@@ -27,10 +27,10 @@ from zili.errors import ConfigError, DataError
 from zili.serving import wording
 from zili.serving.delivery import Whole, events, whole
 from zili.serving.engine import Ask, Engine, Guide
-from zili.serving.gate import Gate, Limits
+from zili.serving.gate import Gate, Limits, too_much
 from zili.serving.guides import Form, TooManyForms
 from zili.serving.intake import Aside, Intake
-from zili.serving.keys import Keys
+from zili.serving.keys import Holder, Keys, TooMuch
 from zili.serving.metrics import CONTENT_TYPE, Metrics
 from zili.serving.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from zili.serving.refusal import ErrorBody, Refusal
@@ -385,22 +385,14 @@ class _Api:
         self._known(asked.stop_token_ids, "stop_token_ids")
         seed = secrets.randbits(32) if asked.seed is None else asked.seed % 2**63
         streams: list[Stream] = []
-        used = getattr(request.state, "used", lambda tokens: None)
+        holder: Holder | None = getattr(request.state, "holder", None)
         try:
             for number, prompt in enumerate(prompts):
-                room = self.engine.context - len(prompt)
-                if longest is not None and longest > room:
-                    raise Refusal(
-                        400,
-                        f"the context holds {self.engine.context} tokens; {len(prompt)} of the prompt and {longest} of "
-                        "the answer are more",
-                        param="max_tokens",
-                        code="context_length_exceeded",
-                    )
+                most = self._longest(prompt, longest, holder, len(prompts) - number)
                 ends = frozenset() if asked.ignore_eos and guide is None else self.stop_ids
                 ask = Ask(
                     prompt,
-                    room if longest is None else longest,
+                    most,
                     asked.sampling(seed + number),
                     ends | set(asked.stop_token_ids),
                     log_probabilities=top,
@@ -418,9 +410,13 @@ class _Api:
                     skip_special=asked.skip_special_tokens,
                     goes_on=isinstance(asked, CompletionRequest),
                     metrics=self.metrics,
-                    used=used,
+                    holder=holder,
                 )
                 streams.append(stream)
+        except TooMuch as error:
+            for stream in streams:
+                stream.cancel()
+            raise too_much(error) from error
         except (Refusal, ConfigError) as error:
             for stream in streams:
                 stream.cancel()
@@ -428,6 +424,23 @@ class _Api:
                 raise
             raise Refusal(400, str(error), code="context_length_exceeded") from error
         return streams
+
+    def _longest(self, prompt: list[int], longest: int | None, holder: Holder | None, answers: int) -> int:
+        """Tokens of an answer at most: as asked, else what the context has room for, and the holder's quota has for
+        each of so many answers."""
+        room = self.engine.context - len(prompt)
+        if longest is not None:
+            if longest > room:
+                raise Refusal(
+                    400,
+                    f"the context holds {self.engine.context} tokens; {len(prompt)} of the prompt and {longest} of "
+                    "the answer are more",
+                    param="max_tokens",
+                    code="context_length_exceeded",
+                )
+            return longest
+        free = holder.free() if holder is not None else None
+        return room if free is None else max(1, min(room, free // answers - len(prompt)))
 
     def _bias(self, given: dict[str, float] | None) -> dict[int, float]:
         try:

@@ -89,6 +89,8 @@ class Answer:
         self.ask = ask
         self.reused = 0
         """Tokens of the prompt whose keys were there already."""
+        self.said = 0
+        """Tokens that have come."""
         self.prompt: list[Token] = []
         self.error: Exception | None = None
         self.cancelled = False
@@ -130,6 +132,7 @@ class Answer:
         with self._changed:
             if token is not None:
                 self._tokens.append(token)
+                self.said += 1
             self._finished, self.error = finished or self._finished, error or self.error
             if self._finished or self.error:
                 self._changed.notify_all()
@@ -226,8 +229,6 @@ class Engine:
             raise ConfigError(
                 f"the prompt has {len(ask.prompt)} tokens and the context holds {self.context}, answer included"
             )
-        if max(ask.prompt) >= (rows := self.model.config.vocab_size):  # one such would end the step of all
-            raise ConfigError(f"token {max(ask.prompt)}: the model has {rows}")
         answer = Answer(ask, notify)
         with self._work:
             if self._closed:

@@ -29,6 +29,11 @@ class Limits:
     """Who takes next to nothing of what is sent for so long is hung up on, where the system can tell: Linux."""
 
 
+def too_much(error: TooMuch) -> Refusal:
+    """As it is told."""
+    return Refusal(429, str(error), code="rate_limit_exceeded", headers={"Retry-After": str(error.retry_after)})
+
+
 class Gate:
     """An ASGI application before another."""
 
@@ -70,9 +75,8 @@ class Gate:
         try:
             holder.ask()
         except TooMuch as error:
-            headers = {"Retry-After": str(error.retry_after)}
-            raise Refusal(429, str(error), code="rate_limit_exceeded", headers=headers) from error
-        scope.setdefault("state", {})["used"] = holder.used
+            raise too_much(error) from error
+        scope.setdefault("state", {})["holder"] = holder
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
         """All of it; None where whoever asked has gone."""

@@ -42,6 +42,8 @@ class Holder:
         self._seen = clock()
         self._day: float | None = None
         self.tokens = 0
+        self._promised = 0
+        """Tokens that answers under way may have yet."""
 
     def ask(self) -> None:
         """Count a request.
@@ -49,11 +51,9 @@ class Holder:
         Raises: TooMuch.
         """
         now = self._clock()
-        if self.key.tokens_per_day is not None:
-            if self._day is None or now - self._day >= 86_400:
-                self._day, self.tokens = now, 0
-            if self.tokens >= self.key.tokens_per_day:
-                raise TooMuch(f"{self.key.tokens_per_day:,} tokens a day are used up", self._day + 86_400 - now)
+        seconds = self._left_of_day()
+        if self.key.tokens_per_day is not None and self.tokens >= self.key.tokens_per_day:
+            raise TooMuch(f"{self.key.tokens_per_day:,} tokens a day are used up", seconds)
         if self.key.requests_per_minute is not None:
             rate = self.key.requests_per_minute / 60
             self._room = min(max(1.0, self.key.requests_per_minute), self._room + (now - self._seen) * rate)
@@ -63,8 +63,38 @@ class Holder:
                 raise TooMuch(limit, (1 - self._room) / rate)
             self._room -= 1
 
-    def used(self, tokens: int) -> None:
-        """Count tokens of a prompt or an answer."""
+    def _left_of_day(self) -> float:
+        """Seconds; the next day begins where none are left."""
+        now = self._clock()
+        if self._day is None or now - self._day >= 86_400:
+            self._day, self.tokens = now, 0
+        return self._day + 86_400 - now
+
+    def free(self) -> int | None:
+        """Tokens that are neither used nor promised; None: as many as anyone likes."""
+        self._left_of_day()
+        quota = self.key.tokens_per_day
+        return None if quota is None else max(0, quota - self.tokens - self._promised)
+
+    def promise(self, tokens: int) -> None:
+        """Keep as many as a prompt and its answer may have, before it begins; `used` gives back what it had not.
+
+        A request that is more than a whole day's is let through on a day when nothing else was asked.
+
+        Raises: TooMuch.
+        """
+        quota, seconds = self.key.tokens_per_day, self._left_of_day()
+        if quota is not None and self.tokens + self._promised + tokens > quota and self.tokens + self._promised:
+            left = max(0, quota - self.tokens)
+            said = f"of {quota:,} tokens a day {left:,} are left, and this may take {tokens:,}"
+            if tokens > left:
+                raise TooMuch(said, seconds)
+            raise TooMuch(f"{said} beside {self._promised:,} of answers under way", 1)
+        self._promised += tokens
+
+    def used(self, tokens: int, promised: int = 0) -> None:
+        """Count tokens of a prompt and an answer, for which so many were promised."""
+        self._promised -= promised
         self.tokens += tokens
 
 

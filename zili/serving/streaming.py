@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 from zili.data.tokenizer import DecodeStream, Tokenizer
+from zili.errors import ConfigError
 from zili.serving.engine import Answer, Ask, Engine, Token
+from zili.serving.keys import Holder
 from zili.serving.metrics import Metrics
 
 _AT_ONCE = 64
@@ -95,11 +97,11 @@ class Stream:
         skip_special: bool = True,
         goes_on: bool = False,
         metrics: Metrics | None = None,
-        used: Callable[[int], None] = lambda tokens: None,
+        holder: Holder | None = None,
     ) -> None:
-        """`goes_on`: with the prompt's text.
+        """`goes_on`: with the prompt's text. `holder`: whose tokens prompt and answer are.
 
-        `used` is told how many tokens prompt and answer had, once. Raises `ConfigError` as `Engine.submit`.
+        Raises: `ConfigError` as `Engine.submit`; `TooMuch` as `Holder.promise`.
         """
         before = ask.prompt if goes_on else ()
         loop, self._news = asyncio.get_running_loop(), asyncio.Event()
@@ -113,9 +115,21 @@ class Stream:
             with suppress(RuntimeError):  # the loop has ended, and nobody listens
                 loop.call_soon_threadsafe(self._news.set)
 
-        self.answer: Answer = engine.submit(ask, notify)
-        self._watch = metrics.began(len(ask.prompt)) if metrics else None
-        self._used: Callable[[int], None] | None = used
+        self._holder, self._promised, self._ended = holder, len(ask.prompt) + ask.max_new_tokens, True
+        if holder is not None:
+            holder.promise(self._promised)
+        try:
+            self.answer: Answer = engine.submit(ask, notify)
+        except ConfigError:
+            if holder is not None:
+                holder.used(0, self._promised)
+            raise
+        self._watch, self._ended = metrics.began(len(ask.prompt)) if metrics else None, False
+
+    def __del__(self) -> None:
+        # Where whoever asked was gone before anything was sent.
+        if not self.__dict__.get("_ended", True):
+            self.cancel()
 
     def cancel(self) -> None:
         """Let the engine's slot go; nothing happens to one that has ended."""
@@ -123,10 +137,12 @@ class Stream:
         self._end("abort")
 
     def _end(self, reason: str) -> None:
-        used, self._used = self._used, None
-        if used is None:
+        if self._ended:
             return
-        used(len(self.answer.ask.prompt) + self.tokens)
+        self._ended = True
+        if self._holder is not None:
+            # Also what nobody took: it was computed.
+            self._holder.used(len(self.answer.ask.prompt) + self.answer.said, self._promised)
         if self._watch is not None:
             self._watch.ended(reason, self.answer.reused)
 
