@@ -14,7 +14,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from served import Place, serve_a_tiny_model
+from served import KEY, KEYS, Place, serve_a_tiny_model
 
 from zili.serving.intake import written
 from zili.serving.keys import Keys
@@ -158,3 +158,29 @@ def test_what_is_not_said_to_be_json_is_not_read(place: Place, kind: str) -> Non
 def test_json_is_written_in_pieces(value: Any) -> None:
     pieces = list(written(value))
     assert json.loads(b"".join(pieces)) == value and all(len(piece) < 10_000 for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        *(
+            (name, 200)
+            for name in ("localhost", "LocalHost:8000", "127.0.0.1", "[::1]:8000", "10.1.2.3:80", "a.localhost")
+        ),
+        *(
+            (name, 403)
+            for name in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example")
+        ),
+        *((name, 403) for name in ("evil", "localhost:x", "[evil]", "xlocalhost", ":80")),
+    ],
+)
+def test_names_that_may_be_anybodys_are_refused_without_keys(place: Place, host: str, status: int) -> None:
+    """DNS rebinding: a page's own name, led to 127.0.0.1, makes its script one of this server's."""
+    told, answer = ask(place, TEXT, b'{"prompt": "a", "max_tokens": 1}', {**JSON, "Host": host})
+    assert told == status, answer
+
+
+def test_with_keys_any_name_is_served() -> None:
+    for place in serve_a_tiny_model(KEYS):
+        headers = {**JSON, "Host": "models.example", "Authorization": f"Bearer {KEY}"}
+        assert ask(place, TEXT, b'{"prompt": "a", "max_tokens": 1}', headers)[0] == 200

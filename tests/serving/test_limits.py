@@ -55,7 +55,7 @@ def wire(url: str) -> socket.socket:
 
 def request(path: str, body: bytes, more: str = "", length: int | None = None) -> bytes:
     """`length`: what it is said to have, where that is not so."""
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{more}"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{more}"
     return f"{head}Content-Length: {length or len(body)}\r\n\r\n".encode() + body
 
 
@@ -63,7 +63,7 @@ def test_too_large(place: Place) -> None:
     status, answer = place.post("/tokenize", {"prompt": "x" * 3000})
     assert status == 413 and "2,000 bytes" in answer["error"]["message"]
     with wire(place.url) as line:  # without a length
-        line.sendall(b"POST /tokenize HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        line.sendall(b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
         line.sendall(b"3e8\r\n" + b"x" * 1000 + b"\r\n" + b"7d0\r\n" + b"x" * 2000 + b"\r\n")
         assert line.recv(100).startswith(b"HTTP/1.1 413")
 
@@ -154,7 +154,7 @@ def test_who_asks_nothing_is_hung_up_on() -> None:
         wire(place.url) as stuck,
         wire(place.url) as again,
     ):
-        again.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        again.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         stuck.sendall(b"GET /health HTTP/1.1\r\nHost:")
         answer = b""
         while b"ok" not in answer:

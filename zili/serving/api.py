@@ -53,6 +53,7 @@ _HEADERS = {
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "It cannot be answered as it is."},
     401: {"model": ErrorBody, "description": "The key is not known."},
+    403: {"model": ErrorBody, "description": "Who needs no key has come by a name that may be anybody's."},
     404: {"model": ErrorBody, "description": "There is no such model."},
     408: {"model": ErrorBody, "description": "The request did not come in time."},
     413: {"model": ErrorBody, "description": "The request is too large."},

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from dataclasses import dataclass
+from ipaddress import ip_address
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -29,6 +31,25 @@ class Limits:
     """Who takes next to nothing of what is sent for so long is hung up on, where the system can tell: Linux."""
 
 
+_PORT = re.compile(rb":\d{0,5}\Z")
+
+
+def _is_address(name: str) -> bool:
+    try:
+        return bool(ip_address(name))
+    except ValueError:
+        return False
+
+
+def _is_loopback(name: str) -> bool:
+    if not _is_address(name):
+        return False
+    address = ip_address(name)
+    return (
+        getattr(address, "ipv4_mapped", None) or address
+    ).is_loopback  # a socket of both kinds says ::ffff:127.0.0.1
+
+
 def too_much(error: TooMuch) -> Refusal:
     """As it is told."""
     return Refusal(429, str(error), code="rate_limit_exceeded", headers={"Retry-After": str(error.retry_after)})
@@ -45,6 +66,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         try:
+            self._check_host(scope)
             self._check_key(scope)
             body = await self._body(scope, receive)
         except Refusal as error:
@@ -62,6 +84,26 @@ class Gate:
             return message
 
         await self._app(scope, replay, send)
+
+    def _check_host(self, scope: Scope) -> None:
+        """Of who came from this machine and needs no key.
+
+        A page of any site may have its name lead to 127.0.0.1 (DNS rebinding), and its script then asks as if it were
+        this server's own page. Its name stays in the header: an address, or localhost, is nobody's to rebind.
+        """
+        here = scope.get("server") or ("", None)
+        given = next((value for name, value in scope["headers"] if name == b"host"), b"")
+        if self._keys.holders or not _is_loopback(here[0]) or not given:  # without one it is no browser
+            return
+        name = given.decode("latin-1").rpartition(":")[0] if _PORT.search(given) else given.decode("latin-1")
+        name = name.rstrip(".").lower()
+        if name != "localhost" and not name.endswith(".localhost") and not _is_address(name.strip("[]")):
+            raise Refusal(
+                403,
+                f"the Host is {name[:100]!r}, and who asks without a key on this machine says localhost or an address; "
+                "start the server with --keys to be asked by another name",
+                code="unknown_host",
+            )
 
     def _check_key(self, scope: Scope) -> None:
         path = scope["path"]
