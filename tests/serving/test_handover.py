@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from dataclasses import replace
 from itertools import pairwise
@@ -14,6 +15,7 @@ from forks import zili
 
 from zili.data.chat import ChatTemplate
 from zili.errors import CheckpointError, ConfigError
+from zili.release.companions import REMOTE_CODE
 from zili.serving.handover import Offer, to_vllm
 
 
@@ -21,7 +23,9 @@ from zili.serving.handover import Offer, to_vllm
 def release(tmp_path: Path) -> Path:
     folder = tmp_path / "tele"
     folder.mkdir()
-    config = {"architectures": ["TeleChat2ForCausalLM"], "auto_map": {"AutoConfig": "x"}, "torch_dtype": "float32"}
+    ours = {"AutoConfig": "configuration_telechat2.TeleChat2Config"}
+    config = {"architectures": ["TeleChat2ForCausalLM"], "auto_map": ours, "torch_dtype": "float32"}
+    shutil.copy(REMOTE_CODE / "configuration_telechat2.py", folder)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (folder / "model.safetensors").write_bytes(b"")
     (folder / "chat_template.jinja").write_text(ChatTemplate.named("telechat2").source, encoding="utf-8")
@@ -60,6 +64,49 @@ def test_the_command(release: Path, tmp_path: Path) -> None:
     keys.write_text("[me]\nkey = 'sk-12345678'\nrequests_per_minute = 5\n", encoding="utf-8")
     limited = serve(release, "--keys", str(keys), path=str(program.parent))
     assert limited.returncode == 3 and "one key and no limits" in limited.stderr
+
+
+def write(file: Path, content: object) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+
+
+EVIL = {"AutoTokenizer": ["somebody/else--tokenization.Tokens", None]}
+FOREIGN: list[tuple[str, object, str]] = [
+    ("modeling_telechat2.py", "import os", "modeling_telechat2.py"),
+    ("evil.py", "import os", "evil.py"),
+    ("custom_generate/generate.py", "import os", "custom_generate/generate.py"),
+    ("config.json", {"auto_map": {"AutoConfig": "somebody/else--configuration_telechat2.A"}}, "somebody/else--"),
+    ("config.json", {"auto_map": {"AutoConfig": "sub/evil.A"}}, "sub/evil.A"),
+    ("config.json", {"auto_map": {"AutoConfig": "x"}}, "x"),
+    ("config.json", {"text_config": {"auto_map": {"AutoModel": "evil.A"}}}, "evil.A"),
+    ("tokenizer_config.json", {"auto_map": EVIL}, "somebody/else--tokenization.Tokens"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "said"), FOREIGN)
+def test_code_that_is_not_ours_is_run_only_where_that_is_asked_for(
+    release: Path, name: str, content: object, said: str
+) -> None:
+    offer = Offer("127.0.0.1", 8000, "x", slots=1, context=None, dtype=None)
+    assert "--trust-remote-code" in to_vllm(release, offer, chip="cpu", key=None).arguments
+    write(release / name, content)
+    found = to_vllm(release, offer, chip="cpu", key=None)
+    assert "--trust-remote-code" not in found.arguments and any(said in one for one in found.untrusted)
+    trusted = to_vllm(release, offer, chip="cpu", key=None, trust=True)
+    assert "--trust-remote-code" in trusted.arguments and not trusted.untrusted
+
+
+def test_code_that_is_not_ours_is_named(release: Path, tmp_path: Path) -> None:
+    write(release / "evil.py", "import os")
+    program = tmp_path / "bin" / "vllm"
+    write(program, "#!/bin/sh\n")
+    program.chmod(0o755)
+    found = serve(release, "--chip", "cpu", path=str(program.parent))
+    assert found.returncode == 0 and "is not told to run evil.py" in found.stderr
+    assert "--trust-remote-code" not in found.stdout
+    found = serve(release, "--chip", "cpu", "--trust-remote-code", path=str(program.parent))
+    assert "--trust-remote-code" in found.stdout and "evil.py" not in found.stderr
 
 
 def test_what_it_computes_in(release: Path) -> None:

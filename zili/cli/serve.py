@@ -56,11 +56,16 @@ def serve(
     engine: Annotated[
         Engines, typer.Option(help="vllm: hand a released folder to vLLM, with the right arguments.")
     ] = Engines.zili,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="With vllm: run Python code of the folder that is not Zili's.")
+    ] = False,
     chip: Chip = "auto",
 ) -> None:
     """Answer over HTTP as OpenAI's API does: /v1/chat/completions, /v1/completions, /v1/models, /tokenize."""
     if path is None and not demo:
         raise typer.BadParameter("give a model, or --demo")
+    if trust_remote_code and engine is not Engines.vllm:
+        raise typer.BadParameter("--trust-remote-code is for --engine vllm; Zili's own engine runs no code of a folder")
     if path is not None:
         model_at(path)
     device = None
@@ -76,7 +81,7 @@ def serve(
     called = name or (place.stem if place.is_file() else place.resolve().name)
     offer = Offer(host, port, called, slots, context, dtype)
     if device is None:
-        _hand_over(place, offer, keys, chip)
+        _hand_over(place, offer, keys, chip, trust_remote_code)
     else:
         _answer(place, offer, device, keys, template, queue, timeout, _origins(allow_origin or ()))
 
@@ -133,7 +138,7 @@ def _origins(given: Sequence[str]) -> list[str]:
     return list(given)
 
 
-def _hand_over(place: Path, offer: Offer, keys: Path | None, chip: str) -> NoReturn:
+def _hand_over(place: Path, offer: Offer, keys: Path | None, chip: str, trust: bool) -> NoReturn:
     from zili import chips
     from zili.serving.handover import to_vllm
 
@@ -146,7 +151,12 @@ def _hand_over(place: Path, offer: Offer, keys: Path | None, chip: str) -> NoRet
             raise ConfigError(f"{keys}: vLLM knows one key and no limits; put a gateway before it")
         key = holders[0].key.key
     backend = chips.choose(chip).backend
-    handover = to_vllm(place, offer, chip=backend.name, key=key)
+    handover = to_vllm(place, offer, chip=backend.name, key=key, trust=trust)
+    if handover.untrusted:
+        named = ", ".join(handover.untrusted[:5])
+        typer.echo(
+            f"vLLM is not told to run {named}, which is not Zili's; look at it and give --trust-remote-code", err=True
+        )
     if backend.vllm_plugin is not None:
         typer.echo(f"on {backend.name} vLLM needs its plugin: {backend.vllm_plugin}")
     typer.echo(" ".join(handover.arguments))

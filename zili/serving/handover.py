@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from zili.data.chat import ChatTemplate
 from zili.data.manners import THINK
 from zili.errors import CheckpointError, ConfigError
+from zili.release.companions import foreign_code
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Handover:
 
     arguments: tuple[str, ...]
     environment: dict[str, str]
+    untrusted: tuple[str, ...] = ()
+    """Python code that the folder brings or names, that is not ours, and that vLLM is not told to run."""
 
     def run(self) -> NoReturn:
         """Become vLLM.
@@ -48,8 +51,10 @@ class Offer:
     """Of weights and products; None: for the engine to say."""
 
 
-def to_vllm(folder: Path, offer: Offer, *, chip: str, key: str | None) -> Handover:
+def to_vllm(folder: Path, offer: Offer, *, chip: str, key: str | None, trust: bool = False) -> Handover:
     """The command for `folder`, as `zili export` left it or a hub holds it.
+
+    `trust`: also Python code that is not ours may run; without it a folder's code does where every line is.
 
     Raises:
         CheckpointError: it is no folder that vLLM loads.
@@ -62,8 +67,9 @@ def to_vllm(folder: Path, offer: Offer, *, chip: str, key: str | None) -> Handov
     arguments += ["--served-model-name", offer.name, "--max-num-seqs", str(offer.slots)]
     if offer.context is not None:
         arguments += ["--max-model-len", str(offer.context)]
-    if "auto_map" in config:
-        arguments.append("--trust-remote-code")  # of our own writing, in the folder
+    foreign = foreign_code(folder)
+    if trust or ("auto_map" in config and not foreign):
+        arguments.append("--trust-remote-code")
     template = ChatTemplate.of_folder(folder)
     if template is not None and template.manners().calls == "hermes":
         arguments += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
@@ -79,7 +85,7 @@ def to_vllm(folder: Path, offer: Offer, *, chip: str, key: str | None) -> Handov
         environment |= {"VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind")}
     if key is not None:
         environment["VLLM_API_KEY"] = key  # not an argument: those are seen by everyone on the machine
-    return Handover(tuple(arguments), environment)
+    return Handover(tuple(arguments), environment, () if trust else tuple(foreign))
 
 
 def _config(folder: Path) -> dict[str, Any]:
