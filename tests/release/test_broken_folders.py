@@ -323,3 +323,10 @@ def test_a_token_that_was_added_without_weights(publish, special):
     (folder / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match="do not belong together"):
         open_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["llama", "telechat2"])
+def test_layers_that_the_weights_have_no_room_for(publish, name):
+    """A billion names took all memory there is."""
+    counted = "num_hidden_layers" if name == "llama" else "n_layer"
+    refused(publish(name, changes={counted: 10**9}), "counts 1,000,000,000 layers; there are")

@@ -2,10 +2,14 @@
 
 import json
 import shutil
+import struct
+from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from published_folders import write_checkpoint, write_tokenizer
 
 import zili
@@ -244,3 +248,63 @@ def test_a_real_file(tmp_path):
         opened.model, prompt, max_new_tokens=12, sampling=Sampling(temperature=0), stop_ids={tokenizer.end_id}
     )
     assert tokenizer.decode(list(said)).startswith("The capital of France is Paris.")
+
+
+def text(value: bytes) -> bytes:
+    return struct.pack("<Q", len(value)) + value
+
+
+def values(*given: bytes, count: int | None = None, tensors: int = 0) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, len(given) if count is None else count) + b"".join(given)
+
+
+def listed(kind: int, count: int) -> bytes:
+    return text(b"x") + struct.pack("<IIQ", 9, kind, count)
+
+
+FILL = bytes(64)
+HOSTILE = [
+    (values(listed(0, 2**40), FILL), "counts 1,099,511,627,776 elements"),
+    (values(listed(8, 2**61), FILL), "elements and ends after"),
+    (values(listed(9, 1), listed(0, 1), FILL), "a value of type 9"),
+    (values(listed(8, 4), FILL[:24]), "ends within its header|ends after"),
+    (values(count=2**50), "counts 1,125,899,906,842,624 values"),
+    (values(tensors=2**50), "tensors and ends after"),
+    (values(struct.pack("<Q", 2**63) + FILL), "characters and ends after"),
+    (values(text(b"x") + struct.pack("<I", 99)), "a value of type 99"),
+    (values(text(b"x"), tensors=1), "ends"),
+    (values(tensors=1) + text(b"x") + struct.pack("<I", 2**31) + FILL, "a tensor of 2147483648 dimensions"),
+    (b"GGUF", "ends within its header"),
+    (b"GGML" + FILL, "does not begin with GGUF"),
+]
+
+
+@pytest.mark.parametrize(("content", "said"), HOSTILE, ids=range(len(HOSTILE)))
+def test_counts_that_no_file_has_room_for_are_not_believed(tmp_path, content, said):
+    """One of 100 bytes that counts 2^40 elements took all memory there is."""
+    file = tmp_path / "model.gguf"
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=said):
+        open_gguf(file)
+
+
+def test_a_large_file_has_no_more_elements_than_a_model(tmp_path):
+    file = tmp_path / "model.gguf"
+    with file.open("wb") as hole:
+        hole.write(values(listed(0, 2**33)))
+        hole.truncate(2**34)  # takes no room on a disk
+    with pytest.raises(CheckpointError, match="more than 4,194,304 elements"):
+        open_gguf(file)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_file_with_other_bytes_is_read_or_refused(tmp_path, data):
+    whole = values(listed(4, 3), bytes(12), text(b"y") + struct.pack("<I", 8) + text(b"abc"), count=2, tensors=1)
+    whole = bytearray(whole + text(b"w") + struct.pack("<IQQIQ", 2, 2, 2, 0, 0) + bytes(64))
+    for place in data.draw(st.lists(st.integers(0, len(whole) - 1), max_size=4)):
+        whole[place] = data.draw(st.integers(0, 255))
+    file = tmp_path / "model.gguf"
+    file.write_bytes(whole)
+    with suppress(CheckpointError):
+        open_gguf(file)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from zili.data.pointers import what_it_is
 from zili.errors import CheckpointError, ConfigError
+from zili.release.gguf_counts import check_counts
 from zili.release.tensors import Index, Tensors, cut
 
 GGUF_FILE = "model.gguf"
@@ -125,6 +126,7 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], GGUFTensors, Any]:
 def _read(package: Any, path: Path) -> tuple[dict[str, Any], Any]:
     """One file's metadata, and its reader."""
     try:
+        check_counts(path)
         reader = package.GGUFReader(path)
         values = {key: _plain_value(field) for key, field in reader.fields.items() if not _is_long(field)}
         for tensor in reader.tensors:
