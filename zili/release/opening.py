@@ -165,7 +165,7 @@ def _recognised(layouts: tuple[Layout, ...], config: PublishedConfig, published:
     layout = recognise(layouts, config, set(described))
     names = {name for name in described if not layout.ignored.search(name)}
     model = layout.read_config(config, names)
-    _check_counts(model, described, config.path)
+    _check_experts(model, described, config.path)
     variant = layout.find_variant(model, names)
     check_tensors({name: described[name] for name in names}, layout.published_shapes(model, variant), place)
     for name, other in layout.repeats(model, variant, set(described)).items():
@@ -174,15 +174,13 @@ def _recognised(layouts: tuple[Layout, ...], config: PublishedConfig, published:
     return OpenModel(model, tensors, Origin(layout.name, variant, config.values), place)
 
 
-def _check_counts(model: ModelConfig, described: dict[str, Tensor], config: Path) -> None:
-    """A name is made for each layer and expert that a file counts: no more than there may be weights of."""
-    most = max((size for tensor in described.values() for size in tensor.shape), default=0)
-    counted = {"layers": (model.layers, len(described))}
-    if model.mixture is not None:
-        counted["experts"] = (model.mixture.experts, most)  # the router has a row for each
-    for what, (count, there) in counted.items():
-        if count > there:
-            raise CheckpointError(f"{config}: counts {count:,} {what}; there are {len(described):,} tensors")
+def _check_experts(model: ModelConfig, described: dict[str, Tensor], config: Path) -> None:
+    """Names are made for each expert that a file counts: no more than some tensor has rows for, as a router has."""
+    rows = max((size for tensor in described.values() for size in tensor.shape), default=0)
+    if model.mixture is not None and model.mixture.experts > rows:
+        raise CheckpointError(
+            f"{config}: counts {model.mixture.experts:,} experts; no tensor has more than {rows:,} rows"
+        )
 
 
 def _check_repeat(published: Tensors, name: str, other: str, config: Path) -> None:
