@@ -31,7 +31,9 @@ async def whole(streams: list[Stream], request: Request, seconds: float) -> list
     Raises: Refusal, it took longer than `seconds`, or the answers cannot be given.
     """
     gone = asyncio.create_task(_gone(request))
-    work = asyncio.gather(*(_whole(stream) for stream in streams))
+    work = asyncio.create_task(_all(streams))
+    # Where whoever asked has gone nobody looks at how it ended, of which asyncio would complain.
+    work.add_done_callback(lambda done: done.cancelled() or done.exception())
     try:
         await asyncio.wait((gone, work), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if gone.done() and not work.done():
@@ -98,6 +100,10 @@ def _told(error: Exception) -> Refusal:
 
 def _too_long(seconds: float) -> Refusal:
     return Refusal(504, f"the answer was not finished in {seconds:g} seconds", code="timeout")
+
+
+async def _all(streams: list[Stream]) -> list[Whole]:
+    return await asyncio.gather(*map(_whole, streams))
 
 
 async def _whole(stream: Stream) -> Whole:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel as _BaseModel
 from pydantic import BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic_core import from_json
 
 from zili.serving import structure
 from zili.serving.generation import Sampling
@@ -194,7 +194,7 @@ class StructuredOutputs(BaseModel):
         if sum(one is not None for one in forms) != 1:
             raise ValueError("one of json, regex, choice, grammar and json_object")
         if isinstance(self.json_, str):
-            self.json_ = json.loads(self.json_)
+            self.json_ = from_json(self.json_, allow_inf_nan=False)  # `json` fails otherwise for what is nested deep
             if not isinstance(self.json_, dict):
                 raise ValueError("json: a schema is an object")
         return self
