@@ -443,9 +443,9 @@ class _Api:
         free = holder.free() if holder is not None else None
         return room if free is None else max(1, min(room, free // answers - len(prompt)))
 
-    def _bias(self, given: dict[str, float] | None) -> dict[int, float]:
+    def _bias(self, given: dict[str, float | None] | None) -> dict[int, float]:
         try:
-            bias = {int(token): value for token, value in (given or {}).items()}
+            bias = {int(token): value for token, value in (given or {}).items() if value is not None}
         except ValueError as error:
             raise Refusal(400, "its keys are the ids of tokens", param="logit_bias") from error
         if any(not 0 <= token < self.tokenizer.vocab_size for token in bias):

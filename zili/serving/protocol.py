@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, model_validator
 from pydantic import BaseModel as _BaseModel
-from pydantic import BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, model_validator
 from pydantic_core import from_json
 
 from zili.serving import structure
@@ -34,6 +34,7 @@ _Id = Annotated[int, Field(ge=0)]
 # A list's first wrong item ends its validation: a body of wrong ones would take gigabytes to say so of each.
 Ids = Annotated[list[_Id], Field(min_length=1, max_length=_MOST_IDS, fail_fast=True), BeforeValidator(_all_integral)]
 _Stop = Annotated[str, Field(max_length=_LONGEST_STOP)]
+_Bias = Annotated[float, Field(ge=-100, le=100)]
 _Several = Field(min_length=1, max_length=_MOST_ITEMS, fail_fast=True)
 _Any = Field(max_length=_MOST_ITEMS, fail_fast=True)
 
@@ -81,7 +82,7 @@ class _Asked(BaseModel):
     stop: _Stop | Annotated[list[_Stop], Field(max_length=16, fail_fast=True)] | None = None
     stop_token_ids: Annotated[list[Annotated[Whole, Field(ge=0)]], Field(max_length=64, fail_fast=True)] = []
     n: Annotated[Whole, Field(ge=1, le=_MOST_CHOICES)] = 1
-    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_given)] | None = None
+    logit_bias: Annotated[dict[str, _Bias | None], AfterValidator(_given)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
@@ -185,12 +186,14 @@ class StructuredOutputs(BaseModel):
     json_object: bool = False
     # How vLLM would go about it.
     disable_fallback: bool = False
-    disable_any_whitespace: Literal[False] = False
+    disable_any_whitespace: Annotated[bool, Field(json_schema_extra={"const": False})] = False
     disable_additional_properties: bool = False
 
     @model_validator(mode="after")
     def _one(self) -> StructuredOutputs:
         forms = (self.json_, self.regex, self.choice, self.grammar, self.json_object or None)
+        if self.disable_any_whitespace:  # no Literal, to which 0 is False
+            raise ValueError("disable_any_whitespace: true is not served")
         if sum(one is not None for one in forms) != 1:
             raise ValueError("one of json, regex, choice, grammar and json_object")
         if isinstance(self.json_, str):
