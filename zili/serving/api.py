@@ -236,8 +236,7 @@ class _Api:
         if self.served.template is None:
             raise Refusal(400, "the model has no chat template: use /v1/completions", param="messages")
         if asked.offered and not self._manners.tools:
-            name = self.served.template.name
-            raise Refusal(400, f"{name} has no place for tools: the model would not hear of them", param="tools")
+            raise Refusal(400, "tools: the chat template of this model has no place for them", param="tools")
         begin = asked.add_generation_prompt
         options = {
             "add_generation_prompt": not asked.continue_final_message if begin is None else begin,
