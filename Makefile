@@ -1,7 +1,7 @@
 # Two commands are enough on a fresh machine: `make quickstart` and `make test`.
 VENV ?= .venv
 PYTHON ?= python3
-# For example TORCH_OPTIONS="--index-url ..." with the index of CPU builds that pytorch.org names for your system.
+# Options of pip for torch, such as TORCH_OPTIONS="--index-url ..."; without any tools/install_torch.py decides.
 TORCH_OPTIONS ?=
 RUN := $(VENV)/bin/python -m
 # A worker a core, each of one thread; who has run out of tests takes over another's.
@@ -70,11 +70,12 @@ format: $(VENV)/.tests-installed
 docs: $(VENV)/.installed  # the generated pages
 	$(VENV)/bin/zili config reference > docs/configuration.md
 
-# torch is pinned and installed first: a range would bring the newest build, with several GB of GPU libraries.
+# torch is pinned and installed first, a small build where one will do: a range would bring the newest, with several GB
+# of GPU libraries.
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "zili needs Python 3.11 or newer; set PYTHON=..." >&2; exit 1; }
 	@$(RUN) pip --version >/dev/null 2>&1 || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); } || { rm -rf $(VENV); echo "cannot make a virtual environment: install python3-venv (Debian, Ubuntu), or set PYTHON" >&2; exit 1; }
-	$(RUN) pip install --quiet $(TORCH_OPTIONS) torch==2.13.0
+	$(VENV)/bin/python tools/install_torch.py $(TORCH_OPTIONS)
 	$(RUN) pip install --quiet --editable '.[fast]' || { echo "no gigatoken for this machine: encoding takes tokenizers, which is slower"; $(RUN) pip install --quiet --editable .; }
 	touch $@
 

@@ -31,7 +31,7 @@ def main() -> None:
     server = subprocess.Popen(COMMAND, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
-        url = server.stdout.readline().split(": ", 1)[1].split("/v1")[0]
+        url = next(line for line in server.stdout if "/v1" in line).split(": ", 1)[1].split("/v1")[0]
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
             _desk(browser, url, folder / "chat.png")

@@ -1,4 +1,7 @@
 import math
+import re
+import tomllib
+from importlib.resources import files
 
 import pytest
 
@@ -114,3 +117,37 @@ def test_a_good_one_is_read():
     assert chip.figure("watts") == (5.0, "L")
     assert chip.figure("memory_gb") == (2.0, "M")
     assert chip.figure("link_gb_s") is None
+
+
+@pytest.mark.parametrize("name", ["nvidia", "cuda", "NVIDIA"])
+def test_a_vendors_name_gets_its_chips(name):
+    with pytest.raises(ChipError, match=r"its chips are a100-40, .*h100-sxm"):
+        find_chip(name)
+
+
+TYPED = tomllib.loads(files("zili.chips").joinpath("typed.toml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", TYPED)
+def test_what_is_said_of_a_name_that_is_none_here_leads_on(name):
+    """No chip and no backend goes by it, and what the sentence offers is one."""
+    assert identify(name) is None and re.fullmatch("[a-z0-9]+", name)
+    assert all(name not in (b.name, b.device_type) for b in registry().backends)
+    offered = re.findall(r"(?:did you mean|there is|nearest is|take) ([a-z0-9-]+)", TYPED[name])
+    for one in offered:
+        assert identify(one) or find_backend(one)
+
+
+@pytest.mark.parametrize("name", ["4090", "RTX4090", "NVIDIA GeForce RTX 4090", "rtx-4090"])
+def test_a_card_from_a_shop_is_there(name):
+    card = find_chip(name)
+    assert card.name == "rtx-4090" and card.memory_gb == 24
+    # 512 tensor cores, 64 multiply-adds each a cycle with sums in fp32, at 2.52 GHz.
+    assert card.require("bf16_tflops") == pytest.approx(512 * 128 * 2.52 / 1e3, rel=2e-3)
+
+
+def test_a_chip_where_a_backend_is_asked_for_gets_what_drives_it():
+    with pytest.raises(ChipError, match="rtx-4090 is driven by nvidia"):
+        find_backend("4090")
+    with pytest.raises(ChipError, match="nvidia, ascend or cambricon"):
+        find_backend("gpu")

@@ -1,6 +1,7 @@
 """`zili chips`, as a user sees it on a terminal of 100 columns."""
 
 import json
+import re
 
 import pytest
 import typer
@@ -14,10 +15,19 @@ APP = typer.Typer()
 APP.command()(chips)
 
 
-def run(*arguments: str) -> str:
-    result = CliRunner().invoke(APP, list(arguments), env={"COLUMNS": "100"}, catch_exceptions=False)
+def run(*arguments: str, terminal: bool = True) -> str:
+    environment = {"COLUMNS": "100", **({"FORCE_COLOR": "1"} if terminal else {})}
+    result = CliRunner().invoke(APP, list(arguments), env=environment, catch_exceptions=False)
     assert result.exit_code == 0
-    return result.output
+    return re.sub(r"\x1b\[[0-9;]*m", "", result.output)
+
+
+def test_in_a_pipe_a_row_is_a_line_and_whole():
+    lines = run(terminal=False).splitlines()
+    assert not set("│┃━─…") & set("".join(lines))
+    fields = {line.split()[0]: line for line in lines if line.split()}
+    assert "353.9 H" in fields["ascend-910b2"]
+    assert "torch_npu is not installed; pip install" in fields["ascend"], "what must be copied stands in one line"
 
 
 def test_the_list_shows_what_is_here_and_what_is_known():

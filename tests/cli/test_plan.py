@@ -21,20 +21,21 @@ from zili.planning.machine import machine
 from zili.planning.memory import peak_bytes
 from zili.planning.plan import Setting, make_plan, setting_config, usual_batch
 from zili.planning.rates import rates_of
-from zili.planning.search import _options, _Room
+from zili.planning.search import TIE, _options, _Room
 
 SMALL = ("telechat2-3b", "--chip", "ascend-910b2", "--chips", "16", "--tokens", "1e11", "--global-batch", "256")
 
 
 def test_it_finds_layouts_that_fit_and_says_all_that_was_asked(zili: Zili, tmp_path: Path) -> None:
-    out, page, recipe = tmp_path / "p.json", tmp_path / "p.html", tmp_path / "p.toml"
-    wanted = ("--price", "2", "--json", out, "--page", page, "--write", recipe)
-    found = zili("plan", *SMALL, *wanted, "--compare", "a800,h20:8,mlu590")
-    assert found.code == 0, found.err
-    for text in ("tokens/s", "MFU: 6 N", "memory: ", "seconds: products", "chip-hours", "estimate", "a checkpoint"):
+    page, recipe = tmp_path / "p.html", tmp_path / "p.toml"
+    wanted = ("--price", "2", "--page", page, "--write", recipe, "--compare", "a800,h20:8,mlu590")
+    found, told = zili("plan", *SMALL, *wanted), zili("plan", *SMALL, *wanted, "--json")
+    assert found.code == told.code == 0, found.err + told.err
+    for text in ("tokens/s", "MFU: 6 N", "memory: ", "time: products", "chip-hours", "estimate", "a checkpoint"):
         assert text in found.out
     assert "the peak of mlu590 is not published" in found.out
-    plan = json.loads(out.read_text(encoding="utf-8"))
+    plan = json.loads(told.out)
+    assert "the peak of mlu590 is not published" in told.err, "JSON stands alone"
     best = plan["layouts"][0]
     low, high = best["step_seconds_band"]
     assert low < best["step_seconds"] < high
@@ -51,10 +52,11 @@ def test_it_finds_layouts_that_fit_and_says_all_that_was_asked(zili: Zili, tmp_p
     assert "Where the time of a step goes" in text and "<svg" in text and "Why not another" in text
     # What is written can be run: it divides, and is what was said.
     config = load_recipe(recipe)
-    layout = lay_out(config, 16)
-    assert (layout.tensor, layout.pipeline) == (best["layout"]["tensor"], best["layout"]["pipeline"])
+    layout, written = lay_out(config, 16), plan["chosen"]
+    assert (layout.tensor, layout.pipeline) == (written["layout"]["tensor"], written["layout"]["pipeline"])
+    assert best["step_seconds"] <= written["step_seconds"] <= (1 + TIE) * best["step_seconds"]
     places = [sum(peak_bytes(Job(config, layout, place)).values()) for place in range(layout.pipeline)]
-    assert max(places) == pytest.approx(best["memory_bytes"])
+    assert max(places) == pytest.approx(written["memory_bytes"])
     assert config.training.steps * 256 * 4096 == pytest.approx(1e11, rel=0.01)
 
 
@@ -88,7 +90,7 @@ def test_what_is_left_out_unseen_would_not_have_fitted(preset: str, chips: int) 
     every = [one for one in _options(config, chips, place, rates) if one.run.micro_batches <= 300]
     room = _Room(config, place, rates)
     for option in random.Random(3).sample(every, 40):
-        assert room.least(option) <= 1.03 * option.candidate(config).bytes, option.alike
+        assert room.least(option) <= 1.03 * option.candidate(config, place).bytes, option.alike
 
 
 def test_predicting_the_token_after_the_next_costs() -> None:
@@ -116,26 +118,23 @@ def test_a_recipe_s_own_layout(zili: Zili) -> None:
     assert "pipeline 8 x replicas 10 x shards 16 x tensor 8, interleaved of 3 stages" in found.out
 
 
-def test_a_run_that_nothing_interrupts_is_json_too(zili: Zili, tmp_path: Path) -> None:
-    out = tmp_path / "p.json"
-    found = zili("plan", *SMALL, "--failures", "0", "--json", out)
-    assert found.code == 0 and "failures: none; a checkpoint" in found.out
-
-    plan = json.loads(out.read_text(encoding="utf-8"), parse_constant=_no_such_number)
+def test_a_run_that_nothing_interrupts_is_json_too(zili: Zili) -> None:
+    assert "failures: none; a checkpoint" in zili("plan", *SMALL, "--failures", "0").out
+    plan = json.loads(zili("plan", *SMALL, "--failures", "0", "--json").out, parse_constant=_no_such_number)
     assert plan["goodput"]["mean_between"] is None and plan["goodput"]["interruptions"] == 0
 
 
-def test_chips_that_fail_together_interrupt_less_often(zili: Zili, tmp_path: Path) -> None:
-    out, between = tmp_path / "p.json", []
+def test_chips_that_fail_together_interrupt_less_often(zili: Zili) -> None:
+    between = []
     for together in ("1", "8"):
-        assert zili("plan", *SMALL, "--failing-together", together, "--json", out).code == 0
-        between.append(json.loads(out.read_text(encoding="utf-8"))["goodput"]["mean_between"])
+        found = zili("plan", *SMALL, "--failing-together", together, "--json")
+        between.append(json.loads(found.out)["goodput"]["mean_between"])
     assert between[1] == pytest.approx(8 * between[0])
 
 
 def test_a_batch_that_was_chosen_is_said(zili: Zili) -> None:
     words = [word for word in SMALL if word not in ("--global-batch", "256")]
-    assert "no global batch was given: 4,096 sequences" in zili("plan", *words).out
+    assert "no global batch was given: 512 sequences, near the rule's 2.6 M tokens" in zili("plan", *words).out
     for given in (("--global-batch", "256"), ("--set", "training.global_batch=256")):
         assert "no global batch was given" not in zili("plan", *words, *given).out
 
@@ -234,20 +233,19 @@ def test_any_number_has_an_answer_or_is_refused(
 ) -> None:
     """One clear line, or figures that are figures; and soon."""
     monkeypatch.setattr("zili.planning.plan._PATIENCE", 0)
-    most, out = NUMBERS[option], tmp_path / "p.json"
+    most = NUMBERS[option]
     words = list(SMALL)
     if option not in words:
         words += [option, ""]
     for text in ("0", "-1", "nan", "inf", "1e-300", "1e300", "3", "999983", str(most), str(2 * most)):
         words[words.index(option) + 1] = text
-        out.unlink(missing_ok=True)
         started = time.process_time()
-        found = zili("plan", *words, "--json", out)
+        found = zili("plan", *words, "--json")
         assert time.process_time() - started < 5, text
         assert found.code in (0, 2, 3, 7), (text, found.err)
-        assert (found.code == 0) == out.exists(), text
+        assert (found.code == 0) == bool(found.out), text
         if found.code == 0:
-            plan = json.loads(out.read_text(encoding="utf-8"), parse_constant=_no_such_number)
+            plan = json.loads(found.out, parse_constant=_no_such_number)
             assert 0 < plan["layouts"][0]["mfu"] < 1 and 0 < plan["goodput"]["share"] <= 1 and plan["days"] > 0, text
         elif found.code != 2:
             assert found.err.startswith("zili: ") and found.err.count("\n") <= 2, (text, found.err)
@@ -277,7 +275,7 @@ def test_far_from_what_divides_the_nearest_is_still_named(zili: Zili) -> None:
     ("words", "code", "said"),
     [
         (("telechat2-3b", "--chip", "a800", "--chips", "0"), 2, "greater than or equal to 1"),
-        (("telechat2-3b", "--chip", "a800"), 2, "give a model, --chip (or a recipe with chip.model) and --chips"),
+        (("telechat2-3b", "--chip", "a800"), 2, "missing: --chips: how many"),
         (("telechat2-3", "--chip", "a800", "--chips", "8"), 3, "did you mean 'telechat2-3b'"),
         (("telechat2-3b", "--chip", "a80", "--chips", "8"), 6, "no chip is named 'a80'"),
         (("telechat2-3b", "--chip", "mlu590", "--chips", "8"), 6, "the peak of mlu590 is not published"),
@@ -292,12 +290,12 @@ def test_far_from_what_divides_the_nearest_is_still_named(zili: Zili) -> None:
         ((*SMALL, "--layout", "tensors=8"), 3, "unknown key parallel.tensors"),
         ((*SMALL, "--compare", "h20:none"), 3, "write it as h20:2048"),
         ((*SMALL, "--compare", "h20:²"), 3, "write it as h20:2048"),
-        ((*SMALL, "--json", "/no/such/folder/p.json"), 3, "there is no folder"),
+        ((*SMALL, "--page", "/no/such/folder/p.html"), 3, "there is no folder"),
         ((*SMALL, "--set", "model.heads=7"), 3, "heads (7) is not a multiple"),
         (("--runs", "/no/such/file.csv", "--out", "x.csv"), 3, "cannot read the table"),
         ((*SMALL, "--failures", "1", "--failures-per-day", "1000"), 3, "hardly train at all"),
         ((*SMALL, "--tokens", "inf"), 2, "--tokens"),
-        ((*SMALL, "--json", "."), 3, "it is a folder"),
+        ((*SMALL, "--write", "."), 3, "it is a folder"),
         ((*SMALL, "--set", "chip.precision=fp32"), 3, "bf16"),
         ((*SMALL, "--layout", "pipeline=4 schedule=interleaved", "--global-batch", "168"), 7, "rounds"),
         (("telechat2-3b", "--chip", "a800", "--chips", "100000000"), 2, "--chips"),

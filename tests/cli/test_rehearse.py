@@ -6,11 +6,13 @@ import json
 import subprocess
 from pathlib import Path
 
+import forks
 import pytest
 from forks import zili
 from tiny_models import tiny_recipe
 
-from zili.config import dump_recipe
+from zili.chips import find_backend
+from zili.config import RunConfig, dump_recipe, load_recipe
 
 _ONE_ROW = ("--set", "training.micro_batch=1")
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -28,14 +30,13 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_all_stages_with_json_and_page(file: Path, tmp_path: Path) -> None:
-    out, page = tmp_path / "out.json", tmp_path / "page.html"
-    finished = rehearse(
-        *(str(file), "--chips", "8", "--all-stages", "--chip", "ascend-910b2", "--json", str(out), "--page", str(page)),
-        *("--set", "parallel.pipeline=2", "--set", "parallel.tensor=2"),
-    )
+    page = tmp_path / "page.html"
+    words = ["--chips", "8", "--all-stages", "--chip", "ascend-910b2", "--page", str(page)]
+    words += ["--set", "parallel.pipeline=2", "--set", "parallel.tensor=2"]
+    finished = rehearse(str(file), *words, "--json")
     assert finished.returncode == 0, finished.stderr
-    assert "pipeline 2 x shards 2 x tensor 2" in finished.stdout and "fits ascend-910b2" in finished.stdout
-    first, last = json.loads(out.read_text())
+    first, last = json.loads(finished.stdout)
+    assert "rehearsing process 0, 4\n" in finished.stderr
     assert (first["rank"], first["layers"], last["rank"], last["layers"]) == (0, [0, 1], 4, [2, 3])
     for one in (first, last):
         assert sum(one["peak"]["parts"].values()) == one["peak"]["bytes"] > 0
@@ -46,6 +47,32 @@ def test_all_stages_with_json_and_page(file: Path, tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert "Process 4: layers 2-3" in text and "<svg" in text and "ascend-910b2" in text
     assert not (tmp_path / "run").exists()
+
+
+def test_one_process_is_told_as_text_and_what_it_is_at(file: Path) -> None:
+    words = ["--chips", "8", "--chip", "ascend-910b2", "--set", "parallel.pipeline=2", "--set", "parallel.tensor=2"]
+    finished = rehearse(str(file), *words)
+    assert finished.returncode == 0, finished.stderr
+    assert "pipeline 2 x shards 2 x tensor 2" in finished.stdout and "fits ascend-910b2" in finished.stdout
+    assert finished.stderr == "rehearsing process 0\n", "more only where it takes long"
+
+
+def tell(config: RunConfig, out: Path) -> None:
+    from zili.rehearsal import rehearse as run
+
+    told: list[str] = []
+    run(config, 8, backend=find_backend("ascend"), progress=told.append)
+    out.write_text("\n".join(told))
+
+
+def test_what_a_rehearsal_is_at_is_told(file: Path, tmp_path: Path) -> None:
+    config = load_recipe(file, ["parallel.pipeline=2", "training.micro_batch=1"])
+    process = forks.context().Process(target=tell, args=(config, tmp_path / "told"))
+    process.start()
+    process.join(300)
+    begun, *told = (tmp_path / "told").read_text().splitlines()
+    assert begun == "process 0: building its part of the model"
+    assert told == [f"process 0: micro-batch {number} of {len(told)}" for number in range(1, len(told) + 1)] != []
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ def test_wrong_usage(zili) -> None:
 
 MEMORY = ("hidden_size=16384", "layers=100", "heads=128", "kv_heads=128", "head_dim=128", "ffn_hidden_size=65536")
 REFUSED = {
-    "no recipe": (["nowhere.toml"], 3, ["nowhere.toml", "No such file"]),
+    "no recipe": (["nowhere.toml"], 3, ["no recipe nowhere.toml", "zili quickstart", "zili config presets"]),
     "an unknown key": (["optimizer.learnig_rate=1"], 3, ["tiny.toml", "did you mean optimizer.learning_rate?"]),
     "a malformed override": (["seed"], 3, ["'seed'", "--set table.key=value"]),
     "more than memory": ([f"model.{size}" for size in MEMORY], 3, ["this run needs about", "GiB free", "smaller"]),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zili.config import ModelConfig, RunConfig, build_config, dump_recipe, load_preset, load_recipe, preset_names
+from zili.config.fields import fields_at
 from zili.errors import ConfigError
 
 SMALLEST = """
@@ -106,7 +109,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(override: str, unk
 
 
 def test_an_unknown_key_like_no_other_is_refused_with_the_known_ones() -> None:
-    assert "unknown key logging.xyzzy; known keys here: every, tensorboard" in refusal("logging.xyzzy=1")
+    assert "unknown key logging.xyzzy; known keys here: every, line_seconds, tensorboard" in refusal("logging.xyzzy=1")
 
 
 @pytest.mark.parametrize(
@@ -240,3 +243,63 @@ def test_an_unreadable_recipe_is_named(tmp_path: Path, content: bytes | None, pa
 def test_a_recipe_is_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         built().training.steps = 3  # type: ignore[misc]
+
+
+TYPED = tomllib.loads(files("zili.config").joinpath("typed.toml").read_text(encoding="utf-8"))
+
+
+def is_key(dotted: str) -> bool:
+    *place, last = dotted.split(".")
+    return last in fields_at(place) or dotted in ("model.folder", "model.preset", "chip.operations.attention")
+
+
+@pytest.mark.parametrize("typed", TYPED["keys"])
+def test_what_people_type_is_answered_with_keys_that_there_are(typed: str) -> None:
+    said = TYPED["keys"][typed]
+    keys = re.findall(r"\b[a-z_]+(?:\.[a-z_]+)+\b", said.replace("metrics.jsonl", "").replace("zili.data.prepare", ""))
+    assert all(map(is_key, keys)), said
+    assert keys or said.split(",")[0].split()[0] in (*RunConfig.model_fields, "how", "nothing:")
+    assert re.fullmatch("[a-z0-9]+", typed) and not is_key(f"training.{typed}")
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("optimizer.lr=1e-3", "did you mean optimizer.learning_rate?"),
+        ("training.lr=1e-3", "did you mean optimizer.learning_rate?"),
+        ("lr=1e-3", "did you mean optimizer.learning_rate?"),
+        ("training.batch_size=8", "did you mean training.global_batch?"),
+        ("per_device_train_batch_size=8", "did you mean training.micro_batch?"),
+        ("training.epochs=3", "here it is training.steps"),
+        ("training.num_train_epochs=3", "here it is training.steps"),
+        ("training.warmup=3", "did you mean schedule.warmup_steps?"),
+        ("tensor_model_parallel_size=8", "did you mean parallel.tensor?"),
+        ("chip.precision=fp16", "there is no fp16 here"),
+        ("chip.precision=bfloat16", "did you mean bf16?"),
+        ("chip.precision=fp16", "must be 'fp32' or 'bf16', or 'auto' (got 'fp16')"),
+        ("training.steps=abc", "training.steps: must be a whole number (got 'abc')"),
+        ("training.micro_batch=many", "must be a whole number, or 'auto' (got 'many')"),
+        ("schedule.warmup_steps=10", "set schedule.warmup_steps = 0"),
+    ],
+)
+def test_what_is_known_from_elsewhere_is_answered_in_plain_words(override: str, told: str) -> None:
+    message = refusal(override)
+    assert told in message and "Input should" not in message and "parse" not in message
+
+
+@pytest.mark.parametrize("word", ["none", "None", "null"])
+def test_none_takes_a_key_out_again(word: str) -> None:
+    text = SMALLEST + 'start_from = "there"\nmicro_batch = 2\n[model.lora]\nrank = 4\n'
+    assert built(text=text).training.start_from == Path("there")
+    config = built(f"training.start_from={word}", f"training.micro_batch={word}", f"model.lora={word}", text=text)
+    assert config.training.start_from is None and config.model.lora is None
+    assert config.training.micro_batch == "auto", "the default, where there is one"
+    assert "training.steps is missing" in refusal(f"training.steps={word}")
+    assert "did you mean optimizer.learning_rate?" in refusal("optimizer.lr=1", f"seed={word}")
+
+
+def test_none_unsets_what_a_preset_has_and_is_a_word_where_it_is_one() -> None:
+    text = '[model]\npreset = "telechat3-105b-a4.7b"\n' + SMALLEST.split("48")[1]
+    assert built(text=text).model.mixture is not None
+    assert built("model.mixture=none", text=text).model.mixture is None
+    assert built("training.recompute=full", "training.recompute=none").training.recompute == "none"

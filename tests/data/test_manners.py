@@ -123,6 +123,13 @@ def test_no_spelling_slips_through(tokenizer: Tokenizer, words: list[str]) -> No
     assert own.decode(rendered.ids) == f"{text}|{text}z" == rendered.text
 
 
+def test_a_token_that_text_cannot_but_become_is_refused(tokenizer: Tokenizer) -> None:
+    """A byte's own token, made special: every text with that byte would hold it."""
+    own = with_added(tokenizer, "§", special=True)
+    with pytest.raises(DataError, match="takes part of a text for one of its special tokens"):
+        ChatTemplate.named("telechat2").render(own, ask("§"))
+
+
 @pytest.mark.parametrize("bad", ["\ud800", "a\ud801b", "\ud900\udc00"])
 def test_a_lone_surrogate_is_no_sign(tokenizer: Tokenizer, bad: str) -> None:
     with pytest.raises(DataError, match="lone surrogate"):

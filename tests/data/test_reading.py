@@ -1,6 +1,7 @@
 import gzip
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from zili.data import Census, Document, read_documents
+from zili.data import Census, Document, fingerprint, read_documents
 from zili.errors import DataError
 
 TEXTS = ["自立 self\r\nreliance", "line\u2028separator \x85 and \x0c feed", "emoji 👩‍👩‍👧"]
@@ -89,6 +90,7 @@ BAD = {
         r"after line \d+: cannot be read",
         None,
     ),
+    "digits.jsonl": (b'{"text": ' + b"1" * 9999 + b"}\n" + GOOD, r"line 1: broken JSON \(Exceeds the limit", 1),
     "not.jsonl.gz": (b"plain", r"not\.jsonl\.gz: after line 0", 0),
     "cut.parquet": (parquet_bytes(pa.table({"text": TEXTS}))[:-9], r"after row 0: cannot be read", 0),
     "field.parquet": (
@@ -122,10 +124,32 @@ def test_bad_input_is_one_clear_error_or_counted(tmp_path: Path, name: str) -> N
         assert len(documents) == 1 + readable
 
 
-def test_json_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text('[{"text": "x"}]')
-    with pytest.raises(DataError, match=r"one object a line into a \.jsonl"):
-        list(read_documents([tmp_path / "a.json"]))
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, zstd_in_frames])
+@pytest.mark.parametrize("body", [lines(TEXTS), json.dumps([{"text": text} for text in TEXTS], indent=1).encode()])
+def test_json_of_lines_or_of_an_array(tmp_path: Path, body: bytes, pack: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / f"a.json{ {bytes: '', gzip.compress: '.gz'}.get(pack, '.zst') }"
+    path.write_bytes(pack(b"\xef\xbb\xbf" + body))
+    documents = list(read_documents([path]))
+    assert [document.text for document in documents] == TEXTS and documents[-1].source == f"{path.name}:3"
+    (tmp_path / "b.ndjson").write_bytes(lines(TEXTS))
+    census = Census()
+    # In a folder a .json is mostly somebody's settings.
+    assert len(list(read_documents([tmp_path], census=census))) == 3 and census.left_out == "1 of another kind"
+
+
+def test_names_that_are_no_utf8(tmp_path: Path) -> None:
+    (tmp_path / "gbk").mkdir()
+    for name in ("说明.txt", "说明.jsonl", "坏.jsonl"):
+        path = tmp_path / "gbk" / os.fsdecode(name.encode("gbk"))
+        path.write_bytes(b"{" if name[0] == "坏" else lines(TEXTS))
+    census = Census()
+    with pytest.raises(DataError) as refused:
+        list(read_documents([tmp_path / "gbk"]))
+    assert "\\xbb\\xb5.jsonl: line 1" in str(refused.value)
+    documents = list(read_documents([tmp_path / "gbk"], census=census, on_error="skip"))
+    assert {document.source for document in documents} >= {"gbk/˵\\xc3\\xf7.jsonl:1"}
+    assert all(document.to_json().encode() for document in documents) and len(documents) == 4
+    assert census.fingerprint() == fingerprint([tmp_path / "gbk"])
 
 
 def test_unreadable_file_and_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,6 +159,18 @@ def test_an_evaluation_makes_no_weight_gradient(monkeypatch):
         chunked_linear_cross_entropy(torch.randn(3, 8), weight, torch.tensor([0, 1, 2]))
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_frozen_output_matrix_gets_no_gradient(reduction, monkeypatch):
+    """Beside adapters: of preferences the loss of each row is asked for."""
+    made = []
+    monkeypatch.setattr("zili.ops.chunked_cross_entropy.weight_gradient", lambda *_: made.append(1))
+    hidden = torch.randn(3, 8, requires_grad=True)
+    chunked_linear_cross_entropy(
+        hidden, torch.randn(5, 8), torch.tensor([0, 1, 2]), reduction=reduction
+    ).sum().backward()
+    assert hidden.grad is not None and not made
+
+
 def test_without_liger_the_references_run_and_the_reason_is_given():
     assert ops.versions("zili.ops.nvidia")[0].lacks("cuda", "bf16") == "liger-kernel is not installed"
 

@@ -130,7 +130,7 @@ def _on_one(
     except BaseException:
         results.put((rank, Failed(traceback.format_exc())))
     finally:
-        all_in.wait(60)  # who leaves while another reads its last message may take that along
+        all_in.wait(_SECONDS)  # who leaves while another reads its last message may take that along
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 

@@ -45,7 +45,7 @@ def recommended(dice: random.Random, config: RunConfig, world: int) -> RunConfig
     kinds = sorted({(option.run.pipeline > 1, option.run.schedule, option.run.recompute) for option in options})
     kind = dice.choice(kinds)
     alike = [o for o in options if (o.run.pipeline > 1, o.run.schedule, o.run.recompute) == kind]
-    return dice.choice(alike).candidate(config).config
+    return dice.choice(alike).candidate(config, _ANY).config
 
 
 def rehearsed(config: RunConfig, world: int, rank: int) -> int:

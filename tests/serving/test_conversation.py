@@ -97,3 +97,12 @@ def test_thoughts_begun_in_the_prompt_are_the_answer_s(tokenizer: Tokenizer) -> 
 def test_stop_ids(tokenizer: Tokenizer, talk: Dialogue) -> None:
     assert RunningText(tokenizer).stop_ids == {tokenizer.end_id}
     assert talk.stop_ids == {tokenizer.end_id, *ids_of(tokenizer, "<_end>", "<_user>")}
+
+
+def test_plain_marks_end_an_answer(tokenizer: Tokenizer) -> None:
+    talk = Dialogue(tokenizer, ChatTemplate.named("chatml"))
+    assert talk.stop_texts == ("<|im_end|>", "<|im_start|>") and RunningText(tokenizer).stop_texts == ()
+    talk.ask("Hi")
+    talk.answered(tokenizer.encode("Hello<|im_end|>\n<|im_start|>user\nmore").tolist())
+    talk.ask("And?")
+    assert "assistant\nHello<|im_end|>\n<|im_start|>user\nAnd?" in tokenizer.decode(talk.prompt(999)[0])

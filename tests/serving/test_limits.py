@@ -179,7 +179,8 @@ def a_server(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Pope
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
         assert server.stdout is not None
-        yield server.stdout.readline().split(": ", 1)[1].split("/v1")[0], server
+        where = next(line for line in server.stdout if "/v1" in line)  # after what it takes of memory
+        yield where.split(": ", 1)[1].split("/v1")[0], server
     finally:
         server.kill()
         server.wait()

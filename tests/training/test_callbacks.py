@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import resource
 import time
 from collections import defaultdict
@@ -14,10 +15,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tiny_run import PEAK, At, Recipe, Recorder, die_after_step, interrupt, run_apart, train
 
 from zili.models.arithmetic import parameter_shapes
-from zili.training.callbacks import MetricsLog, ProgressDisplay, StepRecord, TensorBoardLog
+from zili.training.callbacks import Callback, MetricsLog, ProgressDisplay, StepRecord, TensorBoardLog
+from zili.training.saving import Saved
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -123,28 +126,90 @@ class Steps:
         self.step = 0
 
 
-def shown(recipe: Recipe, steps: int, every: int = 1) -> list[str]:
-    """What a run of `steps` steps prints where there is no terminal."""
-    output = io.StringIO()
-    display = ProgressDisplay(Console(file=output, width=200))
-    trainer: Any = Steps(recipe(f"training.steps={steps}"))
+class Clock:
+    """Stands still until told."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ")
+
+
+def shown(recipe: Recipe, steps: int, seconds: float, *overrides: str, until: int | None = None) -> list[str]:
+    """What a run prints without a terminal, steps of `seconds` each; of each line what is behind its stamp."""
+    output, clock = io.StringIO(), Clock()
+    display = ProgressDisplay(Console(file=output, width=20), clock)
+    trainer: Any = Steps(recipe(f"training.steps={steps}", *overrides))
     display.on_start(trainer)
-    for step in range(1, steps + 1):
-        if step % every == 0 or step == steps:
-            display.on_step(trainer, StepRecord(step, step * 100, 2.5, 1e-3, 1.0, 0.1, 0.0, 12_345.6, 0.789))
+    for step in range(1, (until or steps) + 1):
+        clock.now += seconds
+        display.on_step(
+            trainer, StepRecord(step, step * 100, 2.5, 1e-3, 1.25, 0.1, 0.0, 12_345.6, 0.789, memory_bytes=3 * 10**9)
+        )
     display.on_end(trainer)
-    return output.getvalue().splitlines()
+    lines = output.getvalue().splitlines()
+    assert all(STAMP.match(line) for line in lines), lines
+    return [STAMP.sub("", line) for line in lines]
 
 
-@pytest.mark.parametrize(("steps", "every"), [(20, 1), (39, 1), (100, 1), (1000, 7), (1000, 30), (12_345, 10)])
-def test_without_a_terminal_about_twenty_lines_tell_the_run(recipe: Recipe, steps: int, every: int) -> None:
-    found = shown(recipe, steps, every)
-    assert 14 <= len(found) <= 22
-    assert found[-1].startswith(f"step {steps}/{steps}")
+@pytest.mark.parametrize(
+    ("steps", "seconds", "overrides", "told"),
+    [
+        (5, 31.0, [], [1, 2, 3, 4, 5]),
+        (20, 10.0, [], [1, 4, 7, 10, 13, 16, 19, 20]),
+        (50_000, 0.001, [], [1, 30_001, 50_000]),
+        (20, 10.0, ["logging.line_seconds=60"], [1, 7, 13, 19, 20]),
+        (5, 0.01, ["logging.line_seconds=0"], [1, 2, 3, 4, 5]),
+    ],
+)
+def test_without_a_terminal_a_run_is_told_by_the_clock(
+    recipe: Recipe, steps: int, seconds: float, overrides: list[str], told: list[int]
+) -> None:
+    begun, *found = shown(recipe, steps, seconds, *overrides)
+    assert begun.startswith(f"step 0/{steps}  begins")
+    expected = [f"step {step}/{steps}" for step in told]
+    # Thousandths of a second add up with an error that may move a line by a step.
+    assert [line.split("  ")[0] for line in found] == expected or (steps == 50_000 and len(found) == 3)
 
 
-def test_a_line_holds_the_figures(recipe: Recipe) -> None:
-    assert shown(recipe, 1) == ["step 1/1  loss 2.500  12,346 tokens/s  79% of matmul peak"]
+def test_a_run_that_is_stopped_tells_its_last_step(recipe: Recipe) -> None:
+    assert shown(recipe, 50, 1.0, until=20)[-1].startswith("step 20/50")
+
+
+def test_a_line_holds_the_figures_and_the_time_that_is_left(recipe: Recipe) -> None:
+    figures = "loss 2.500  lr 1.00e-03  norm 1.25  12,346 tokens/s  79% of matmul peak  3.0 GB"
+    assert shown(recipe, 1, 1.0)[1:] == [f"step 1/1  {figures}"]
+    assert shown(recipe, 100, 90.0, until=3)[-1] == f"step 3/100  {figures}  2:25:30 left"
+
+
+def test_a_checkpoint_is_a_line_once_it_is_whole(recipe: Recipe) -> None:
+    output, config = io.StringIO(), recipe("checkpoint.every=4", "checkpoint.keep=9")
+    found = []
+
+    class Whole(Callback):
+        def on_saved(self, saved: Saved) -> None:
+            found.append((saved.path.name, saved.bytes == sum(f.stat().st_size for f in files(saved.path))))
+
+    def files(folder: Path) -> list[Path]:
+        return list(folder.glob("shard-*"))
+
+    train(config, ProgressDisplay(Console(file=output)), Whole())
+    assert found == [("step-00000004", True), ("step-00000006", True)]
+    told = [line.split("  ", 1)[1] for line in output.getvalue().splitlines() if "  saved " in line]
+    assert [line.split(": ")[0] for line in told] == [f"saved {config.folder}/checkpoints/{name}" for name, _ in found]
+
+
+def test_the_record_has_the_memory_that_the_process_has_had(recipe: Recipe) -> None:
+    """The kernel's own figure: what getrusage has is at least as much, since it counts the parent's too."""
+    config = recipe("training.steps=2")
+    train(config, MetricsLog(config.folder))
+    had = [line["memory_bytes"] for line in lines(config.folder) if line["kind"] == "train"]
+    most = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert 50e6 < had[0] <= had[1] < 1.02 * most, "Linux counts pages in batches, a thread each"
 
 
 def test_the_newest_evaluation_is_shown_from_then_on(recipe: Recipe) -> None:
@@ -189,14 +254,34 @@ def test_a_full_disk_leaves_gaps_in_the_record_and_is_said_once(recipe: Recipe) 
 class AtStep:
     """What TensorBoard's log asks of a trainer."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, config: Any = None) -> None:
         self.step = step
+        self.config = config
 
 
-def test_tensorboard_goes_on_after_a_full_disk(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_tensorboard_has_the_settings_of_a_run(recipe: Recipe) -> None:
+    """As its own table of hyperparameters reads them."""
+    config = recipe("optimizer.learning_rate=0.00125", "schedule.kind=wsd")
+    log: Any = TensorBoardLog(config.folder)
+    log.on_start(AtStep(0, config))
+    log.on_end(AtStep(0, config))
+    accumulator = EventAccumulator(str(config.folder / "tensorboard"))
+    accumulator.Reload()
+    content = accumulator.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    settings = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert settings["optimizer.learning_rate"].number_value == 0.00125
+    assert settings["schedule.kind"].string_value == "wsd"
+    assert settings["model.layers"].number_value == config.model.layers
+    assert settings["chip.compile"].bool_value is False
+    assert [path.name for path in (config.folder / "tensorboard").iterdir() if path.is_dir()] == []
+
+
+def test_tensorboard_goes_on_after_a_full_disk(
+    recipe: Recipe, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     said = list[str]()
     log: Any = TensorBoardLog(tmp_path, said.append)
-    log.on_start(AtStep(0))
+    log.on_start(AtStep(0, recipe()))
     log.on_evaluation(1, {"loss": 1.0})
     log.on_checkpoint(AtStep(1))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -20,8 +20,11 @@ from zili.ops import lowered
 from zili.parallel.layout import Layout
 from zili.planning.goodput import Failures
 from zili.planning.job import Job
+from zili.planning.machine import machine
 from zili.planning.memory import RESERVED, fullest, peak_bytes
 from zili.planning.plan import Setting, make_plan, setting_config, usual_batch
+from zili.planning.rates import rates_of
+from zili.planning.search import predicted
 from zili.rehearsal.fake_world import RehearsedDevice
 from zili.training import setup
 from zili.training.setup import Setup, set_up
@@ -126,6 +129,21 @@ def test_what_the_planner_recommends_is_accepted(preset: str, chip: str) -> None
     resolved, _ = setup._fitted(best.config, best.layout, device, None)
     assert resolved == best.config
     assert best.bytes <= device.memory()["total"] * (1 - RESERVED)
+
+
+def test_a_plan_and_a_run_count_the_same_repeated_heads() -> None:
+    """Of 48 heads 8 have keys and values, and MLU's attention takes none for several."""
+    chip, grouped = find_chip("mlu370-x8"), {"grouped_heads_attention": True}
+    config = setting_config(load_preset("telechat3-36b"), 4096, 128, 1e12, "x")
+    parallel = config.parallel.model_copy(update={"tensor": 8, "shards": 8})
+    config = config.model_copy(update={"parallel": parallel})
+    found = predicted(config, 64, machine(chip), rates_of(chip.family))
+    taken = config.model_copy(update={"chip": config.chip.model_copy(update={"capabilities": grouped})})
+    fewer = predicted(taken, 64, machine(chip), rates_of(chip.family))
+    # 40 heads more of 128 numbers, twice, in bf16, of 4,096 tokens in each of 64 layers; an eighth of them here.
+    assert found.bytes - fewer.bytes == 40 * 128 * 2 * 2 * 4096 * 64 / 8
+    device = RehearsedDevice(find_backend("cambricon"), chip, {})
+    assert sum(fullest(setup.job_on(found.config, found.layout, device)).values()) == found.bytes
 
 
 def test_whole_gradients_are_kept_only_where_they_fit(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,12 @@ The rest of the house never asks which vendor a device is of: it asks a record f
 from __future__ import annotations
 
 import difflib
+import re
+import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
 from typing import Literal, NamedTuple
 
 from zili.errors import ChipError
@@ -171,9 +175,17 @@ def check_capability(name: str) -> None:
 
 
 def nearest(wanted: str, known: Iterable[str]) -> str:
-    """The end of an error message: the names closest to `wanted`, or all where they are few."""
+    """The end of an error message: what `wanted` is called here, or the names closest to it, or all where they are
+    few."""
     known = list(known)
+    if said := _typed().get(re.sub(r"[^a-z0-9]", "", wanted.lower())):
+        return f"; {said}"
     close = difflib.get_close_matches(wanted.lower(), known, n=3, cutoff=0.6)
     if close:
         return f"; did you mean {' or '.join(close)}?"
     return f"; known: {', '.join(known)}" if len(known) <= 12 else ""
+
+
+@cache
+def _typed() -> dict[str, str]:
+    return tomllib.loads(resources.files("zili.chips").joinpath("typed.toml").read_text(encoding="utf-8"))

@@ -151,8 +151,19 @@ def find_chip(name: str) -> Chip:
     """
     found = identify(name)
     if found is None:
-        raise ChipError(f"no chip is named {name!r}{nearest(name, chip_names())} (`zili chips` lists them)")
+        near = _models_of(name) or nearest(name, chip_names())
+        raise ChipError(f"no chip is named {name!r}{near} (`zili chips` lists them)")
     return found
+
+
+def _models_of(name: str) -> str:
+    """What to say where `name` is a backend's, or a vendor's."""
+    from zili.chips.registry import registry
+
+    types = {backend.device_type: backend.name for backend in registry().backends}
+    whose = types.get(name.lower(), name.lower())
+    models = [chip.name for chip in catalog().values() if whose in (chip.backend, chip.vendor.lower())]
+    return f", which is a vendor's name; its chips are {', '.join(models)}" if models else ""
 
 
 def chip_names() -> list[str]:

@@ -9,6 +9,7 @@ from zili.chips.activation import Activation
 from zili.chips.backend import CAPABILITIES, Backend, Capability, check_capability
 from zili.chips.catalog import Chip, identify
 from zili.chips.cpu import cpu_name
+from zili.chips.host_memory import peak_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -120,3 +121,10 @@ class Device:
         except (RuntimeError, AttributeError):  # torch asks the plugin's allocator, which need not answer
             return None
         return {"allocated": allocated, "peak": peak, "free": free, "total": total}
+
+    def peak_memory(self) -> int | None:
+        """Most bytes that this process has had so far: allocated on the device, or resident on the host."""
+        if self.type == _HOST:
+            return peak_bytes()
+        memory = self.memory()
+        return memory["peak"] if memory else None

@@ -1,10 +1,11 @@
-"""How much memory this process may still take on the host."""
+"""How much memory this process may still take on the host, and how much it has taken."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 _MEMINFO = Path("/proc/meminfo")
+_STATUS = Path("/proc/self/status")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -17,12 +18,23 @@ def available_bytes() -> int | None:
     return min(figures) if figures else None
 
 
+def peak_bytes() -> int | None:
+    """Most that this process has had resident; None where the system does not say."""
+    # Not getrusage's: that one begins with what the process had that started this one.
+    return _kib(_STATUS, "VmHWM:")
+
+
 def _system() -> int | None:
+    return _kib(_MEMINFO, "MemAvailable:")
+
+
+def _kib(table: Path, name: str) -> int | None:
+    """Bytes of a line such as `VmHWM:     123456 kB`."""
     try:
-        lines = _MEMINFO.read_text(encoding="ascii").splitlines()
+        lines = table.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
         return None
-    kib = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
+    kib = next((line.split()[1] for line in lines if line.startswith(name)), None)
     return int(kib) * 1024 if kib else None
 
 

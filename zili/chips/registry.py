@@ -72,5 +72,9 @@ def find_backend(name: str) -> Backend:
     for backend in known.backends:
         if wanted in (backend.name, backend.device_type):
             return backend
+    from zili.chips.catalog import identify
+
+    chip = identify(name)
     names = [backend.name for backend in known.backends]
-    raise ChipError(f"no backend is named {name!r}{nearest(name, names)} (`zili chips` lists them)")
+    near = f"; {chip.name} is driven by {chip.backend}" if chip and chip.backend else nearest(name, names)
+    raise ChipError(f"no backend is named {name!r}{near} (`zili chips` lists them)")

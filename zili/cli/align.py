@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from zili import chips
-from zili.cli.options import Overrides, read_recipe
+from zili.cli.options import Overrides, Recipe, read_recipe
 from zili.config import RunConfig
 from zili.diagnosis.findings import EXIT_CODES, Severity
 from zili.errors import ConfigError, LayoutError
@@ -23,7 +23,7 @@ _SHOWN = 12
 
 
 def align(
-    recipe: Annotated[Path, typer.Argument(help="TOML recipe, as `zili train` takes it.")],
+    recipe: Recipe,
     against: Annotated[str, typer.Option(help="What is taken for right; only the CPU can be.")] = "cpu",
     steps: Annotated[int, typer.Option(min=1, help="Training steps to compare.")] = 2,
     page: Annotated[Path | None, typer.Option(help="Write an HTML report here.")] = None,

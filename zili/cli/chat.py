@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from zili.cli.options import Chip, Demo, ModelPath, Template
+from zili.cli.options import Chip, Demo, ModelPath, Template, model_at
 
 
 class Mode(StrEnum):
@@ -25,7 +25,7 @@ def chat(
     demo: Demo = False,
     system: Annotated[str, typer.Option(help="System prompt.")] = "",
     template: Template = None,
-    thinking: Annotated[bool, typer.Option(help="Of templates that can do without.")] = True,
+    thinking: Annotated[bool, typer.Option(help="Let it think first, where its template offers both.")] = True,
     mode: Annotated[Mode, typer.Option(help="chat: turns; text: continue; auto: what it was made for.")] = Mode.auto,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 512,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.8,
@@ -36,10 +36,12 @@ def chat(
     seed: Annotated[int, typer.Option(help="The same seed and lines give the same answers.")] = 0,
 ) -> None:
     """Talk with a model, or let a base model continue your text. Lines may also be piped in."""
-    from zili.serving.place import open_device
-
     if path is None and not demo:
         raise typer.BadParameter("give a model, or --demo")
+    if path is not None:
+        model_at(path)
+    from zili.serving.place import open_device
+
     device = open_device(chip)
     from zili.data.chat import ChatTemplate
     from zili.serving.conversation import Conversation, Dialogue, RunningText

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from zili.chips import (
     CAPABILITIES,
@@ -26,6 +25,8 @@ from zili.chips.backend import nearest
 from zili.chips.catalog import CONFIDENCE, Figure, chip_names, identify
 from zili.chips.presence import installed_versions, presence
 from zili.chips.skeleton import write_skeleton
+from zili.cli.options import AsJson
+from zili.cli.output import console, several_lines, table
 from zili.errors import ChipError
 
 _COLUMNS = {
@@ -41,13 +42,13 @@ _ABSENT = "not published"
 
 def chips(
     name: Annotated[str | None, typer.Argument(help="One backend or chip in detail; `new`: begin a plugin.")] = None,
-    new_name: Annotated[str | None, typer.Argument(help="After `new`: what `chip.name` is to take.")] = None,
+    new_name: Annotated[str | None, typer.Argument(help="With `new`: the name it gets, for `chip.name`.")] = None,
     *,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    folder: Annotated[Path | None, typer.Option(help="Of `new`: where; zili-NAME if not given.")] = None,
-    device_type: Annotated[str | None, typer.Option(help="Of `new`: torch's name for the device.")] = None,
-    collectives: Annotated[str | None, typer.Option(help="Of `new`: its torch.distributed backend.")] = None,
-    plugin: Annotated[str | None, typer.Option(help="Of `new`: module that teaches torch the device.")] = None,
+    as_json: AsJson = False,
+    folder: Annotated[Path | None, typer.Option(help="With `new`: folder to make; zili-NAME if not given.")] = None,
+    device_type: Annotated[str | None, typer.Option(help="With `new`: torch's name for the device.")] = None,
+    collectives: Annotated[str | None, typer.Option(help="With `new`: its torch.distributed backend.")] = None,
+    plugin: Annotated[str | None, typer.Option(help="With `new`: module that teaches torch the device.")] = None,
 ) -> None:
     """List the chips that are here and the chips that are known. Imports no torch, opens no device.
 
@@ -65,16 +66,16 @@ def chips(
     if as_json:
         typer.echo(json.dumps(_as_data(name), indent=2, ensure_ascii=False))
         return
-    console = Console()
+    to = console()
     if name is None:
-        _show_here(console)
-        _show_known(console)
+        _show_here(to)
+        _show_known(to)
         return
     subject = _find(name)
     if isinstance(subject, Chip):
-        _show_chip(console, subject)
+        _show_chip(to, subject)
     else:
-        _show_backend(console, subject)
+        _show_backend(to, subject)
 
 
 def _find(name: str) -> Backend | Chip:
@@ -90,97 +91,97 @@ def _find(name: str) -> Backend | Chip:
     return chip
 
 
-def _show_here(console: Console) -> None:
-    table = Table(title="Here", title_justify="left", show_lines=True)
-    for column in ("backend", "torch device", "devices"):
-        table.add_column(column)
-    table.add_column("what it can, or what is missing and how to get it", ratio=1)
+def _show_here(to: Console) -> None:
+    columns = ("backend", "torch device", "devices", "what it can, or what is missing and how to get it")
+    rows = table(to, columns, left=columns, title="Here", boxed=True, lines=True)
     for found in detect():
         count = "?" if found.here and found.count is None else str(found.count or "none")
-        table.add_row(
+        rows.add_row(
             f"[bold]{escape(found.backend.name)}[/]" if found.here else escape(found.backend.name),
             found.backend.device_type,
             count,
-            _abilities(found.backend) if found.here else f"{escape(found.reason)}\n[dim]{escape(found.fix)}[/]",
+            several_lines(to, *_abilities(found.backend))
+            if found.here
+            else several_lines(to, escape(found.reason), f"[dim]{escape(found.fix)}[/]"),
         )
-    console.print(table)
+    to.print(rows)
     for message in registry().refused.values():
-        console.print(f"[yellow]{escape(message)}[/]")
+        to.print(f"[yellow]{escape(message)}[/]")
 
 
-def _abilities(backend: Backend) -> str:
+def _abilities(backend: Backend) -> tuple[str, str]:
     can = [name for name in CAPABILITIES if backend.capability(name).value]
     lacks = [name for name in CAPABILITIES if name not in can]
-    return f"[green]can[/] {', '.join(can)}\n[red]lacks[/] {', '.join(lacks) or 'nothing known'}"
+    return f"[green]can[/] {', '.join(can)}", f"[red]lacks[/] {', '.join(lacks) or 'nothing known'}"
 
 
-def _show_known(console: Console) -> None:
-    table = Table(title="Known (dense peaks of the matrix units; bf16 where not marked)", title_justify="left")
-    table.add_column("chip", no_wrap=True)
-    table.add_column("backend")
-    for heading in _COLUMNS.values():
-        table.add_column(heading, justify="right")
+def _show_known(to: Console) -> None:
+    title, names = "Known (dense peaks of the matrix units; bf16 where not marked)", ("chip", "backend")
+    rows = table(to, (*names, *_COLUMNS.values()), left=names, title=title, boxed=True)
     for chip in catalog().values():
         cells = {column: _short(chip.figure(column)) for column in _COLUMNS}
         if chip.bf16_tflops is None and chip.fp16_tflops is not None:
             cells["bf16_tflops"] = "fp16 " + _short(chip.figure("fp16_tflops"))
-        table.add_row(chip.name, chip.backend or "[dim]none[/]", *cells.values())
-    console.print(table)
-    console.print("[dim]–[/]: not published.  Confidence: " + "; ".join(f"{k} {v}" for k, v in CONFIDENCE.items()))
-    console.print("`zili chips NAME` shows all figures of one chip, or one backend, with sources.")
+        rows.add_row(chip.name, chip.backend or "[dim]none[/]", *cells.values())
+    to.print(rows)
+    to.print("[dim]–[/]: not published.  Confidence: " + "; ".join(f"{k} {v}" for k, v in CONFIDENCE.items()))
+    to.print("`zili chips NAME` shows all figures of one chip, or one backend, with sources.")
 
 
 def _short(figure: Figure | None) -> str:
     return "[dim]–[/]" if figure is None else f"{figure.value:g} [dim]{figure.confidence}[/]"
 
 
-def _show_chip(console: Console, chip: Chip) -> None:
-    console.print(f"[bold]{escape(chip.name)}[/]  {escape(chip.vendor)}, backend {chip.backend or 'none'}")
-    table = Table("figure", "value", "confidence")
+def _show_chip(to: Console, chip: Chip) -> None:
+    to.print(f"[bold]{escape(chip.name)}[/]  {escape(chip.vendor)}, backend {chip.backend or 'none'}")
+    columns = ("figure", "value", "confidence")
+    rows = table(to, columns, left=columns, boxed=True)
     for name, figure in chip.figures().items():
         value = f"[dim]{_ABSENT}[/]" if figure is None else f"{figure.value:g}"
-        table.add_row(name, value, "" if figure is None else f"{figure.confidence}: {CONFIDENCE[figure.confidence]}")
-    console.print(table)
+        rows.add_row(name, value, "" if figure is None else f"{figure.confidence}: {CONFIDENCE[figure.confidence]}")
+    to.print(rows)
     for name, override in chip.capabilities.items():
-        console.print(f"{name}: {_yes(override.value)}, {escape(override.reason)} ({override.evidence})")
-    console.print(f"source: {escape(chip.source)}")
+        to.print(f"{name}: {_yes(override.value)}, {escape(override.reason)} ({override.evidence})")
+    to.print(f"source: {escape(chip.source)}")
     if chip.note:
-        console.print(f"note: {escape(chip.note)}")
+        to.print(f"note: {escape(chip.note)}")
 
 
-def _show_backend(console: Console, backend: Backend) -> None:
+def _show_backend(to: Console, backend: Backend) -> None:
     found = presence(backend)
     state = "here" if found.here else "not here"
-    console.print(f"[bold]{escape(backend.name)}[/]: {state}, {escape(found.reason)}")
+    to.print(f"[bold]{escape(backend.name)}[/]: {state}, {escape(found.reason)}")
     if found.fix:
-        console.print(f"  to get it: {escape(found.fix)}")
+        to.print(f"  to get it: {escape(found.fix)}")
     for what, version in installed_versions(backend).items():
-        console.print(f"  {what} {escape(version)}")
-    console.print(
+        to.print(f"  {what} {escape(version)}")
+    to.print(
         f"torch device {backend.device_type}, collectives {backend.collectives}, "
         f"plugin {backend.plugin or 'none needed'}, devices limited by {backend.visible_devices or 'nothing'}"
     )
-    table = Table("capability", "", "why", "evidence", title="Capabilities", title_justify="left")
+    columns = ("capability", "", "why", "evidence")
+    rows = table(to, columns, left=columns, title="Capabilities", boxed=True)
     for name, meaning in CAPABILITIES.items():
         answer = backend.capability(name)
         why = answer.reason if answer.value else f"{answer.reason}; {meaning.otherwise}"
-        table.add_row(name, _yes(answer.value), escape(why), answer.evidence)
-    console.print(table)
-    table = Table("variable", "default", "why", title="Environment", title_justify="left")
+        rows.add_row(name, _yes(answer.value), escape(why), answer.evidence)
+    to.print(rows)
+    variables = ("variable", "default", "why")
+    rows = table(to, variables, left=variables, title="Environment", boxed=True)
     for variable in backend.environment:
         when = " [dim](deterministic runs)[/]" if variable.only_deterministic else ""
         value = "[dim]left alone[/]" if variable.value is None else escape(variable.value) + when
-        table.add_row(variable.name, value, escape(variable.reason))
-    console.print(table)
+        rows.add_row(variable.name, value, escape(variable.reason))
+    to.print(rows)
     for refusal in backend.refusals:
         what = " ".join(filter(None, (refusal.operation, refusal.argument, refusal.dtype)))
         then = f"capability {refusal.capability}" if refusal.capability else "no run asks for it"
-        console.print(f"refuses {what}: {escape(refusal.source)}; {then}")
+        to.print(f"refuses {what}: {escape(refusal.source)}; {then}")
     for note in backend.notes:
-        console.print(f"- {escape(note)}")
+        to.print(f"- {escape(note)}")
     models = [chip.name for chip in catalog().values() if chip.backend == backend.name]
     if models:
-        console.print(f"chips: {', '.join(models)}")
+        to.print(f"chips: {', '.join(models)}")
 
 
 def _yes(value: bool) -> str:

@@ -2,29 +2,60 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from zili.cli.options import Overrides, read_recipe
-from zili.config import ModelConfig, dump_recipe, load_preset, preset_names
+from zili.cli.amounts import amounts
+from zili.cli.options import MOST_CHIPS, Overrides, Recipe, read_recipe
+from zili.cli.output import console, table
+from zili.config import ModelConfig, RunConfig, dump_recipe, load_preset, preset_names
 from zili.config.reference import reference
+from zili.errors import ChipError, ConfigError, LayoutError
+from zili.parallel.layout import lay_out, processes
 
 app = typer.Typer(no_args_is_help=True, help="Show what a recipe means, list presets.")
 
 
 @app.command()
-def show(recipe: Annotated[Path, typer.Argument(help="TOML recipe.")], overrides: Overrides = None) -> None:
-    """Print the resolved configuration, and the reason of every automatic choice as comments."""
-    from zili.training.setup import set_up
+def show(
+    recipe: Recipe,
+    chips: Annotated[
+        int | None, typer.Option(min=1, max=MOST_CHIPS, help="Lay it out over so many, and open none.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Print a recipe with all that is filled in, and as comments what it amounts to and why each choice was made.
 
-    setup = set_up(read_recipe(recipe, overrides))
-    for choice in setup.choices:
-        typer.echo(f"# {choice}")
-    typer.echo(dump_recipe(setup.config), nl=False)
+    What depends on the chips is chosen where the recipe can run as it stands, here and now; elsewhere it stays open.
+    """
+    written = read_recipe(recipe, overrides)
+    config, reasons = _laid_out(written, chips) if chips else _resolved(written)
+    for amount in amounts(written):
+        typer.echo(f"# {amount.text}")
+    for line in reasons:
+        typer.echo("\n".join(f"# {part}" for part in line.splitlines()))
+    typer.echo(dump_recipe(config), nl=False)
+
+
+def _laid_out(config: RunConfig, chips: int) -> tuple[RunConfig, list[str]]:
+    layout = lay_out(config, chips)
+    found = {"shards": layout.shards, "stages_per_process": config.parallel.stages_each}
+    parallel = config.parallel.model_copy(update=found)
+    line = f'{chips:,} chips: {layout}; what is left to "auto" is chosen on them'
+    return config.model_copy(update={"parallel": parallel}), [line]
+
+
+def _resolved(config: RunConfig) -> tuple[RunConfig, list[str]]:
+    """As it would run here, or as it is, and why it cannot."""
+    try:
+        lay_out(config, processes()[1])
+        from zili.training.setup import set_up
+
+        setup = set_up(config)
+    except (LayoutError, ChipError, ConfigError) as error:
+        return config, [f'what is left to "auto" stays open, since this does not run here as it is: {error}']
+    return setup.config, [str(choice) for choice in setup.choices]
 
 
 @app.command()
@@ -32,13 +63,15 @@ def presets() -> None:
     """List the model presets with their parameter counts."""
     from zili.models.arithmetic import count_parameters
 
-    table = Table("preset", "layers", "hidden", "heads/kv", "FFN", "vocabulary", "parameters", box=None, padding=(0, 1))
+    to = console()
+    columns = ("preset", "layers", "hidden", "heads/kv", "FFN", "vocabulary", "parameters")
+    rows = table(to, columns, left=columns[:1])
     for name in preset_names():
         model = ModelConfig.model_validate(load_preset(name))
         heads = f"{model.heads}/{model.kv_heads}"
         sizes = (model.layers, model.hidden_size, heads, model.ffn_hidden_size, model.vocab_size)
-        table.add_row(name, *map(str, sizes), f"{count_parameters(model).total:,}")
-    Console().print(table, highlight=False)
+        rows.add_row(name, *map(str, sizes), f"{count_parameters(model).total:,}")
+    to.print(rows, highlight=False)
 
 
 @app.command(name="reference")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from zili.cli.options import OnError, OnErrorOption
+from zili.cli.options import OnError, OnErrorOption, model_at, present
 from zili.errors import DataError
 
 
@@ -26,6 +26,8 @@ def dialogues(
 
     Known forms: messages (OpenAI), conversations (ShareGPT), instruction with output (Alpaca), dialog (TeleChat2).
     """
+    present(files)
+    model_at(model)
     from zili.data.chat import ChatTemplate, template_for
     from zili.data.dialogue_store import split_and_build
     from zili.release.companions import chat_template_of

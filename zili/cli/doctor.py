@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from zili.cli.options import AsJson
 from zili.diagnosis.findings import AREAS, EXIT_CODES, Finding, Severity
 from zili.errors import LayoutError
 from zili.parallel.layout import processes as processes_started
@@ -34,7 +35,7 @@ def doctor(
     only: Annotated[
         list[str] | None, typer.Option(help=f"Examine this alone; may be given again: {', '.join(AREAS)}.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     every: Annotated[bool, typer.Option("--all", help="Show what is good one by one.")] = False,
 ) -> None:
     """Examine this machine: what is here, what computes rightly, how fast, and whether processes reach one another.

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from zili.cli.options import Chip, OnError, OnErrorOption, TextField
+from zili.cli.options import AsJson, Chip, OnError, OnErrorOption, TextField, model_at, present
+from zili.cli.output import working
 from zili.errors import DataError
 
 if TYPE_CHECKING:
@@ -25,7 +26,10 @@ def eval_(
     text: Annotated[list[Path] | None, typer.Option(help="File or folder of text; may be repeated.")] = None,
     answers: Annotated[
         list[Path] | None,
-        typer.Option(help="File of conversations, or folder of such: is the last turn answered so? May be repeated."),
+        typer.Option(
+            help="File or folder of conversations: how often the model gives the last answer word for word. May be "
+            "repeated."
+        ),
     ] = None,
     tasks: Annotated[
         str | None, typer.Option(help="Tasks and groups of lm-eval, or Zili's own (zili_arithmetic, ...), with commas.")
@@ -52,7 +56,7 @@ def eval_(
     batch_size: Annotated[int, typer.Option(help="Windows at a time.", min=1)] = 8,
     max_bytes: Annotated[int | None, typer.Option(help="Stop after so many bytes of text.", min=1)] = None,
     chip: Chip = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure bits per byte on text the model has not seen, lower is better; or how conversations are answered."""
     if list_tasks:
@@ -62,6 +66,8 @@ def eval_(
         return
     if path is None or sum(map(bool, (text, answers, tasks))) != 1:
         raise typer.BadParameter("give a model, and --text, --answers or --tasks")
+    model_at(path)
+    present([*(text or []), *(answers or [])])
     from zili.serving.place import open_device
 
     device = open_device(chip)
@@ -73,8 +79,6 @@ def eval_(
         _tasks(path, asked, device, as_json, out)
         return
     assert text is not None
-    from rich.console import Console
-
     from zili.data.reading import read_documents
     from zili.evaluation.bits_per_byte import bits_per_byte, limit_bytes
     from zili.evaluation.compressors import reference_compressors
@@ -84,16 +88,16 @@ def eval_(
     # Held in memory, because xz and zstd are given all of it at once anyway.
     texts = list(limit_bytes((document.text for document in documents), max_bytes))
     opened = open_folder(path, device=device)
-    with Console(stderr=True).status("scoring") as status:
+    with working("scoring") as status:
         score = bits_per_byte(
             opened.model,
             opened.tokenizer,
             texts,
             sequence_length=sequence_length or opened.training_length,
             batch_size=batch_size,
-            progress=lambda tokens: status.update(f"scoring: {tokens:,} tokens"),
+            progress=lambda tokens: status(f"scoring: {tokens:,} tokens"),
         )
-        status.update("compressing for comparison")
+        status("compressing for comparison")
         references = reference_compressors(texts)
     typer.echo(json.dumps(_record(score, references)) if as_json else _table(path, score, references))
 
@@ -101,8 +105,6 @@ def eval_(
 def _answers(
     path: Path, places: list[Path], template: str | None, longest: int, device: Any, as_json: bool, out: Path | None
 ) -> None:
-    from rich.console import Console
-
     from zili.data.chat import ChatTemplate
     from zili.data.dialogues import read_dialogues
     from zili.durable import write_whole
@@ -115,7 +117,7 @@ def _answers(
         raise DataError(f"{path} has no chat template, nor special tokens of one that is known; give --template")
     files = [file for place in places for file in (sorted(place.glob("*.json*")) if place.is_dir() else [place])]
     scores = []
-    with Console(stderr=True).status("answering") as status:
+    with working("answering") as status:
         for file in files:
             say = f"answering {file.name}: "
             scores.append(
@@ -126,7 +128,7 @@ def _answers(
                     read_dialogues([file]),
                     file.stem,
                     max_new_tokens=longest,
-                    progress=lambda count, say=say: status.update(f"{say}{count}"),  # type: ignore[misc]
+                    progress=lambda count, say=say: status(f"{say}{count}"),  # type: ignore[misc]
                 )
             )
     command = f"zili eval {path.name} --answers {' '.join(place.name for place in places)}"
@@ -165,8 +167,6 @@ class _Asked:
 
 
 def _tasks(path: Path, asked: _Asked, device: Any, as_json: bool, out: Path | None) -> None:
-    from rich.console import Console
-
     from zili.data.chat import ChatTemplate
     from zili.durable import write_whole
     from zili.evaluation.harness import Scorer, run_tasks
@@ -175,7 +175,7 @@ def _tasks(path: Path, asked: _Asked, device: Any, as_json: bool, out: Path | No
     scorer = Scorer(open_folder(path, device=device), asked.batch_size)
     if asked.template:
         scorer.template = ChatTemplate.named(asked.template)
-    with Console(stderr=True).status("loading tasks") as status:
+    with working("loading tasks") as status:
         scores = run_tasks(
             scorer,
             asked.names,
@@ -183,7 +183,7 @@ def _tasks(path: Path, asked: _Asked, device: Any, as_json: bool, out: Path | No
             few_shot=asked.few_shot,
             limit=asked.limit,
             chat=asked.chat,
-            progress=status.update,
+            progress=status,
         )
     command = f"zili eval {path.name} --tasks {','.join(asked.names)}" + (" --chat" if asked.chat else "")
     command += f" --limit {asked.limit}" if asked.limit else ""

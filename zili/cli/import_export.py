@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from zili import chips
-from zili.cli.options import dtype_named, program
-from zili.errors import DataError
+from zili.cli.options import dtype_named, model_at, program
+from zili.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
     from zili.release.record import Evaluation, Release
@@ -34,6 +34,12 @@ def import_(
 ) -> None:
     """Read a published model into a Zili model folder, every tensor byte for byte; quantised ones as fp32."""
     _set_environment()
+    # Before torch, which takes seconds. What has a colon is a hub's, or is refused as such.
+    if source != "demo" and ":" not in source and not Path(source).exists():
+        raise CheckpointError(
+            f"{source} does not exist; give a model folder or a GGUF file, or hf:OWNER/NAME or modelscope:OWNER/NAME, "
+            "which is fetched"
+        )
     from zili.models.arithmetic import count_parameters
     from zili.release import import_model
     from zili.release.hub import fetch, is_hub_name
@@ -63,6 +69,7 @@ def export(
     license_name: Annotated[str, typer.Option("--license", help="For the model card.")] = "other",
 ) -> None:
     """Write a model as a release folder that transformers, vLLM or llama.cpp run, and compare it with its source."""
+    model_at(source)
     _set_environment()
     from zili.release import export_model
 
@@ -99,6 +106,8 @@ def verify(
 
     Exit codes: 0 all holds, 4 its tokenizer cannot be read, 5 anything else that does not hold.
     """
+    for place in filter(None, (folder, against)):
+        model_at(place)
     _set_environment()
     from zili.release.verifying import verify_release
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -28,7 +29,10 @@ if TYPE_CHECKING:
     from zili.training.trainer import Trainer
 
 RECIPE_FILE = "recipe.toml"
-_TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+_TOKENIZER_FILES = (
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
+    "generation_config.json",  # it names the tokens that end an answer
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Launch:
     setup: Setup
     tokenizer: Tokenizer
     loader: Batches
+    started: float
+    """When, as `time.monotonic` tells it: `training.hours` count from here."""
 
     @property
     def choices(self) -> tuple[Choice, ...]:
@@ -52,6 +58,7 @@ def prepare_launch(recipe: RunConfig) -> Launch:
     Raises:
         ZiliError: whatever makes the run impossible, before anything is written.
     """
+    started = time.monotonic()
     from zili.training.setup import set_up
 
     setup = set_up(recipe)
@@ -63,7 +70,7 @@ def prepare_launch(recipe: RunConfig) -> Launch:
     check_same(world, "token stores", " ".join(store.identity() for store in stores))
     if config.data.verify:
         _verify(stores, world)
-    return Launch(recipe, setup, tokenizer, loader)
+    return Launch(recipe, setup, tokenizer, loader, started)
 
 
 def _verify(stores: list[TokenStore], world: World) -> None:
@@ -137,7 +144,8 @@ def run(launch: Launch, console: Console, pacer: Pacer | None = None) -> Trainer
     if pacer is not None and isinstance(held_out, TokenStore):
         pacer.expect(seconds_of(held_out, launch.tokenizer))
     with _run_folder(config.folder, world, progress.on_note):
-        trainer = world.agree(lambda: Trainer(config, launch.loader, launch.setup.device, callbacks, world))
+        given = (config, launch.loader, launch.setup.device, callbacks, world)
+        trainer = world.agree(lambda: Trainer(*given, started=launch.started))
         if world.is_first:
             for line in launch.loader.report:
                 console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterable
 from enum import StrEnum
 from math import isfinite
 from pathlib import Path
@@ -15,7 +18,7 @@ import typer
 
 from zili.config import ModelConfig, RunConfig, load_recipe
 from zili.config.model_folder import shape_in
-from zili.errors import CheckpointError, ConfigError
+from zili.errors import CheckpointError, ConfigError, DataError
 from zili.parallel.layout import processes, torchrun
 
 if TYPE_CHECKING:
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 
 MOST_CHIPS = 1_000_000
 """That a plan or a rehearsal is made for."""
+_MOST_TOKENS = 1e18
+_SHOWN_RECIPES = 8
 
 
 class OnError(StrEnum):
@@ -48,11 +53,74 @@ Template = Annotated[str | None, typer.Option(help="Chat template in place of th
 Chip = Annotated[str, typer.Option(help="Where to run; `zili chips` lists names.")]
 
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Page = Annotated[Path | None, typer.Option(help="Write an HTML page here.")]
+
+
+def refuse_unwritable(*files: Path | None) -> None:
+    """ConfigError where one of the files that an option names cannot be written, before anything is computed."""
+    for file in files:
+        if file is not None and not file.parent.is_dir():
+            raise ConfigError(f"{file} cannot be written: there is no folder {file.parent}")
+        if file is not None and file.is_dir():
+            raise ConfigError(f"{file} cannot be written: it is a folder")
+
+
+def model_at(path: Path) -> Path:
+    """`path`, where a model may lie. Asked before torch is loaded, which takes seconds.
+
+    Raises:
+        CheckpointError: nothing is there, or a recipe is.
+    """
+    if path.is_file() and path.suffix == ".toml":
+        raise CheckpointError(f"{path} is a recipe, not a model: {_run_of(path)}")
+    if not path.exists():
+        runs = sorted(str(found.parent) for found in Path("runs").glob("*/checkpoints"))[:_SHOWN_RECIPES]
+        hub = f"; `zili import {path} --to FOLDER` fetches a model" if re.match("(hf|modelscope):", str(path)) else ""
+        raise CheckpointError(
+            f"{path} does not exist; give a run, a checkpoint, a model folder or a GGUF file{hub}"
+            + (f"; runs here: {', '.join(runs)}" if runs else "")
+        )
+    return path
+
+
+def _run_of(recipe: Path) -> str:
+    """Where what a recipe trains lies, for the end of a sentence."""
+    try:
+        folder = tomllib.loads(recipe.read_text(encoding="utf-8")).get("folder")
+    except (OSError, ValueError):
+        folder = None
+    if isinstance(folder, str) and (Path(folder) / "checkpoints").is_dir():
+        return f"give the run that it made, {folder}"
+    return f"train it first, `zili train {recipe}`, and give the run's folder" + (f", {folder}" if folder else "")
+
+
+def present(paths: Iterable[Path] | None) -> None:
+    """DataError where text or conversations are not there; asked before torch is loaded."""
+    for path in paths or ():
+        if not path.exists():
+            raise DataError(f"{path} does not exist; give a file or a folder")
+
+
 def finite(value: float | None) -> float | None:
     """A `callback` of options: bounds alone let `nan` pass, which is not below anything, nor above."""
     if value is not None and not isfinite(value):
         raise typer.BadParameter(f"{value} is no number to reckon with")
     return value
+
+
+_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
+
+
+def count_of(text: str) -> float:
+    """A `parser` of options: 1T, 300B, 20M, 1.5e12, 10_000_000."""
+    found = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?(?:e\+?[0-9]{1,2})?) ?([kmgbt]?)", text.strip().lower())
+    if found is None:
+        raise typer.BadParameter(f"{text!r} is no number; write it as 1T, 300B, 20M or 1.5e12")
+    count = float(re.sub("[_,]", "", found[1])) * _UNITS[found[2]]
+    if not 1 <= count <= _MOST_TOKENS:
+        raise typer.BadParameter(f"{text} is not between 1 and 1e18")
+    return count
 
 
 def dtype_named(name: str) -> torch.dtype:
@@ -86,9 +154,30 @@ def _python() -> str:
     return os.path.relpath(sys.executable)
 
 
+Recipe = Annotated[Path, typer.Argument(help="TOML recipe, or a run folder, which keeps its own.", metavar="RECIPE")]
+
+
 def read_recipe(path: Path, overrides: list[str] | None = None) -> RunConfig:
-    """A recipe with its overrides; `[model] folder` may be any folder that holds a model."""
-    return load_recipe(path, overrides or [], shape_in=_shape_in)
+    """A recipe with its overrides, or that of a run folder; `[model] folder` may be any folder that holds a model.
+
+    Raises:
+        ConfigError: there is none, or it cannot be run.
+    """
+    own = path / "recipe.toml"
+    if path.is_dir() and not own.is_file():
+        raise ConfigError(f"{path} is a folder, and no run: it holds no recipe.toml; name a recipe{_recipes()}")
+    if not path.exists():
+        raise ConfigError(
+            f"there is no recipe {path}{_recipes()}; `zili quickstart` makes one for your text, "
+            "`zili config presets` lists shapes for a [model] table, docs/training.md has a whole recipe"
+        )
+    return load_recipe(own if path.is_dir() else path, overrides or [], shape_in=_shape_in)
+
+
+def _recipes() -> str:
+    """Those in recipes/, for the end of a sentence."""
+    found = sorted(str(file) for file in Path("recipes").glob("*.toml"))[:_SHOWN_RECIPES]
+    return f"; there are {', '.join(found)}" if found else ""
 
 
 def _shape_in(folder: Path) -> ModelConfig | None:

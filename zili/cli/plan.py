@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import ceil, isinf
 from pathlib import Path
@@ -11,127 +11,148 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.filesize import decimal
 
-from zili.chips.catalog import find_chip
-from zili.cli.options import MOST_CHIPS, Overrides, finite, read_recipe
-from zili.config import RunConfig, build_config, dump_recipe
+from zili.chips.catalog import Chip, find_chip
+from zili.cli.options import MOST_CHIPS, AsJson, Overrides, Page, count_of, finite, read_recipe, refuse_unwritable
+from zili.cli.output import console, table
+from zili.config import ModelConfig, RunConfig, build_config, dump_recipe
 from zili.config.presets import load_preset
 from zili.durable import write_whole
 from zili.errors import ConfigError, ZiliError
 from zili.planning.goodput import LLAMA3_RATE, Failures
+from zili.planning.hyperparameters import flops
 from zili.planning.plan import MFU, Plan, Setting, make_plan, setting_config, usual_batch
+from zili.planning.search import seconds_text
 
 _SHOWN_LOSSES = 8
-_NEEDED = "give a model, --chip (or a recipe with chip.model) and --chips; or --runs and --out"
+_SMALL_GIB = 2**30
+_NEARLY_ALL = 0.999
+_COUNTS = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
+_NEEDED = {
+    "model": "a model: a preset (`zili config presets`), a recipe or a run folder",
+    "chip": "--chip: the model of the chips (`zili chips` lists them), where the recipe names none in chip.model",
+    "chips": "--chips: how many",
+}
+
+
+Model = Annotated[str | None, typer.Argument(help="Preset (`zili config presets`), TOML recipe or run folder.")]
+ChipName = Annotated[
+    str | None, typer.Option(help="Model of the chips, as `zili chips` lists them; else the recipe's.")
+]
+Chips = Annotated[int | None, typer.Option(min=1, max=MOST_CHIPS, help="How many.")]
+Tokens = Annotated[
+    float | None,
+    typer.Option(
+        parser=count_of, metavar="COUNT", help="How many to train on, such as 300B or 1T; a recipe has its own."
+    ),
+]
+SequenceLength = Annotated[int | None, typer.Option(min=1, max=2**24, help="Tokens of a sequence.")]
+GlobalBatch = Annotated[int | None, typer.Option(min=1, max=2**22, help="Sequences of a step.")]
+Compare = Annotated[
+    str | None, typer.Option(help="Other chips too: names, each with :COUNT where it differs, with commas.")
+]
+LayoutText = Annotated[
+    str | None,
+    typer.Option(
+        help='Predict this one: "tensor=8 pipeline=8 schedule=interleaved micro_batch=1 recompute=full"; '
+        '"recipe" for the recipe\'s own.'
+    ),
+]
+Doctor = Annotated[Path | None, typer.Option(help="Report of `zili doctor --json` from such a chip: measured speeds.")]
+PeakTflops = Annotated[
+    float | None, typer.Option(min=0.001, max=1e6, callback=finite, help="Peak in bf16, where none is published.")
+]
+Price = Annotated[float | None, typer.Option(min=0, max=1e9, callback=finite, help="Of a chip-hour.")]
+PerChipDay = Annotated[float, typer.Option(min=0, max=1, callback=finite, help="Interruptions a chip-day.")]
+PerDay = Annotated[
+    float, typer.Option(min=0, max=1000, callback=finite, help="Interruptions a day, whatever the chips.")
+]
+Together = Annotated[int, typer.Option(min=1, max=4096, help="Chips that fail together, such as those of a node.")]
+RestartMinutes = Annotated[
+    float | None, typer.Option(min=0, max=10_000, callback=finite, help="From an interruption to training.")
+]
+CheckpointSeconds = Annotated[
+    float,
+    typer.Option(min=0.01, max=86_400, callback=finite, help="How long a checkpoint keeps the run from training."),
+]
+Spares = Annotated[
+    float, typer.Option(min=0, max=1, callback=finite, help="Chips kept ready and paid for, as a share.")
+]
+Write = Annotated[
+    Path | None,
+    typer.Option(help="Write the layout to run as a recipe for `zili train`, with rate, warm-up and checkpoints."),
+]
+RunsTable = Annotated[Path | None, typer.Option(help="Predict the rows of this table of published runs instead.")]
+Out = Annotated[Path | None, typer.Option(help="Where --runs writes its table.")]
 
 
 def plan(
-    model: Annotated[str | None, typer.Argument(help="Preset (`zili config presets`) or TOML recipe.")] = None,
-    chip: Annotated[
-        str | None, typer.Option(help="Model of the chips, as `zili chips` lists them; else the recipe's.")
-    ] = None,
-    chips: Annotated[int | None, typer.Option(min=1, max=MOST_CHIPS, help="How many.")] = None,
-    tokens: Annotated[
-        float | None, typer.Option(min=1, max=1e18, callback=finite, help="To train on; of a recipe its own.")
-    ] = None,
-    sequence: Annotated[int | None, typer.Option(min=1, max=2**24, help="Tokens of a sequence.")] = None,
-    global_batch: Annotated[int | None, typer.Option(min=1, max=2**22, help="Sequences of a step.")] = None,
-    compare: Annotated[
-        str | None, typer.Option(help="Other chips too: names, each with :COUNT where it differs, with commas.")
-    ] = None,
-    layout: Annotated[
-        str | None,
-        typer.Option(
-            help='Predict this one: "tensor=8 pipeline=8 schedule=interleaved micro_batch=1 recompute=full"; '
-            '"recipe" for the recipe\'s own.'
-        ),
-    ] = None,
-    doctor: Annotated[
-        Path | None, typer.Option(help="Report of `zili doctor --json` from such a chip: measured speeds.")
-    ] = None,
-    peak_tflops: Annotated[
-        float | None, typer.Option(min=0.001, max=1e6, callback=finite, help="Peak in bf16, where none is published.")
-    ] = None,
-    price: Annotated[float | None, typer.Option(min=0, max=1e9, callback=finite, help="Of a chip-hour.")] = None,
-    failures: Annotated[
-        float, typer.Option(min=0, max=1, callback=finite, help="Interruptions a chip-day.")
-    ] = LLAMA3_RATE,
-    failures_per_day: Annotated[
-        float, typer.Option(min=0, max=1000, callback=finite, help="Those that do not grow with the chips.")
-    ] = 0.0,
-    failing_together: Annotated[int, typer.Option(min=1, max=4096, help="Chips that one failure takes.")] = 1,
-    restart_minutes: Annotated[
-        float | None, typer.Option(min=0, max=10_000, callback=finite, help="From an interruption to training.")
-    ] = None,
-    checkpoint_seconds: Annotated[
-        float, typer.Option(min=0.01, max=86_400, callback=finite, help="That one keeps the run.")
-    ] = 2.0,
-    spares: Annotated[
-        float, typer.Option(min=0, max=1, callback=finite, help="Chips kept ready and paid for, as a share.")
-    ] = 0.02,
-    write: Annotated[Path | None, typer.Option(help="Write the best layout as a recipe for `zili train`.")] = None,
-    as_json: Annotated[Path | None, typer.Option("--json", help="Write everything here, as JSON.")] = None,
-    page: Annotated[Path | None, typer.Option(help="Write an HTML page here.")] = None,
-    runs: Annotated[Path | None, typer.Option(help="Predict the rows of this table of published runs instead.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where --runs writes its table.")] = None,
+    model: Model = None,
+    chip: ChipName = None,
+    chips: Chips = None,
+    tokens: Tokens = None,
+    sequence: SequenceLength = None,
+    global_batch: GlobalBatch = None,
+    compare: Compare = None,
+    layout: LayoutText = None,
+    doctor: Doctor = None,
+    peak_tflops: PeakTflops = None,
+    price: Price = None,
+    failures: PerChipDay = LLAMA3_RATE,
+    failures_per_day: PerDay = 0.0,
+    failing_together: Together = 1,
+    restart_minutes: RestartMinutes = None,
+    checkpoint_seconds: CheckpointSeconds = 2.0,
+    spares: Spares = 0.02,
+    write: Write = None,
+    as_json: AsJson = False,
+    page: Page = None,
+    runs: RunsTable = None,
+    out: Out = None,
     overrides: Overrides = None,
 ) -> None:
     """Search the layouts of a model on chips, and say what the best takes: time with its error, memory, days, money.
 
     Exit codes: 0 done, 3 not understood, 6 the chip's peak is not known, 7 nothing divides or fits.
     """
-    for file in (write, as_json, page, out):
-        if file is not None and not file.parent.is_dir():
-            raise ConfigError(f"{file} cannot be written: there is no folder {file.parent}")
-        if file is not None and file.is_dir():
-            raise ConfigError(f"{file} cannot be written: it is a folder")
-    console = Console()
+    refuse_unwritable(write, page, out)
     if runs is not None:
-        _predict_runs(runs, out, chip, console)
+        _predict_runs(runs, out, chip)
         return
     if model is None or chips is None:
-        raise typer.BadParameter(_NEEDED)
-    config, tokens = _config(model, chips, tokens, sequence, global_batch, overrides or [])
-    chip = chip or config.chip.model
-    if chip is None:
-        raise typer.BadParameter(_NEEDED)
-    risk = Failures(
-        per_chip_day=failures,
-        per_day=failures_per_day,
-        checkpoint=checkpoint_seconds,
-        blast=failing_together,
-        spares=spares,
-    )
-    if restart_minutes is not None:
-        risk = _with_restart(risk, 60 * restart_minutes)
-    batch_taken = global_batch is None and not model.endswith(".toml") and not _sets_batch(overrides or [])
-    setting = Setting(config, tokens, risk, price, _report(doctor), peak_tflops, batch_taken)
-    if layout is not None and layout != "recipe":
-        setting = replace(setting, config=_with_layout(config, layout))
-    made = make_plan(setting, find_chip(chip), chips, given=layout is not None)
-    _show(made, console)
-    others = [made, *_others(compare, setting, chips, console)] if compare else [made]
+        raise _missing(model=model, chips=chips)
+    config, to_train, batch_taken = _config(model, chips, tokens, sequence, global_batch, overrides or [])
+    risk = _failures(failures, failures_per_day, failing_together, restart_minutes, checkpoint_seconds, spares)
+    setting = Setting(_laid_out(config, layout), to_train, risk, price, _report(doctor), peak_tflops, batch_taken)
+    _tell(make_plan(setting, _chip(chip, config), chips, given=layout is not None), compare, write, as_json, page)
+
+
+def _tell(made: Plan, compare: str | None, recipe: Path | None, as_json: bool, page: Path | None) -> None:
+    """What is asked for of a plan: shown, compared and written."""
+    to = console(quiet=as_json)
+    _show(made, to)
+    others = [made, *_others(compare, made, console(stderr=as_json))] if compare else [made]
     if compare:
-        _show_comparison(others, console)
-    if write is not None:
-        write_whole(write, _recipe(made))
-        console.print(f"recipe: {write}", highlight=False, soft_wrap=True)
-    if as_json is not None:
+        _show_comparison(others, to)
+    if recipe is not None:
+        write_whole(recipe, _recipe(made))
+        to.print(f"recipe: {recipe}: {made.chosen.text}{_chosen(made)}", highlight=False, markup=False, soft_wrap=True)
+    if as_json:
         everything = made.as_json() | ({"compared": [one.as_json() for one in others]} if compare else {})
-        write_whole(as_json, json.dumps(everything, indent=1) + "\n")
+        typer.echo(json.dumps(everything, indent=1))
     if page is not None:
         from zili.planning.page import page as drawn
 
-        write_whole(page, drawn(others, f"{config.name} on {chips:,} {made.chip.name}"))
-        console.print(f"page: {page}", highlight=False, soft_wrap=True)
+        write_whole(page, drawn(others, f"{made.setting.config.name} on {made.chips:,} {made.chip.name}"))
+        to.print(f"page: {page}", highlight=False, soft_wrap=True)
 
 
 def _config(
     model: str, chips: int, tokens: float | None, sequence: int | None, batch: int | None, overrides: Sequence[str]
-) -> tuple[RunConfig, float]:
-    """The recipe, or one for a preset, and how many tokens it is for."""
-    if model.endswith(".toml"):
+) -> tuple[RunConfig, float, bool]:
+    """The recipe, or one for a preset; how many tokens it is for; and whether nobody gave its batch."""
+    if model.endswith(".toml") or Path(model).is_dir():
         given = [f"training.sequence_length={sequence}"] if sequence else []
         given += [f"training.global_batch={batch}"] if batch else []
         config = read_recipe(Path(model), [*overrides, *given])
@@ -140,18 +161,28 @@ def _config(
         if tokens:
             steps = {"steps": max(1, ceil(tokens / a_step))}
             config = config.model_copy(update={"training": training.model_copy(update=steps)})
-        return _in_bf16(config), tokens or float(training.steps * a_step)
+        return _in_bf16(config), tokens or float(training.steps * a_step), False
     table = load_preset(model)
     length = sequence or min(4096, int(table.get("max_length", 4096)))
     wanted = tokens or 1e12
-    config = setting_config(table, length, batch or usual_batch(chips, length), wanted, f"{model}-{chips}")
+    compute = flops(ModelConfig.model_validate(table), length, wanted)
+    config = setting_config(table, length, batch or usual_batch(chips, length, compute), wanted, f"{model}-{chips}")
     if overrides:
-        config = build_config(config.model_dump(mode="json", exclude_none=True), overrides, origin="the plan")
-    return _in_bf16(config), wanted
+        config = build_config(config.model_dump(mode="json", exclude_unset=True), overrides, origin="the plan")
+    set_too = any(one.partition("=")[0].strip() == "training.global_batch" for one in overrides)
+    return _in_bf16(config), wanted, batch is None and not set_too
 
 
-def _sets_batch(overrides: Sequence[str]) -> bool:
-    return any(one.partition("=")[0].strip() == "training.global_batch" for one in overrides)
+def _missing(**given: object) -> typer.BadParameter:
+    return typer.BadParameter("missing: " + "; ".join(_NEEDED[name] for name, value in given.items() if value is None))
+
+
+def _chip(name: str | None, config: RunConfig) -> Chip:
+    """That of the option, or else the recipe's."""
+    name = name or config.chip.model
+    if name is None:
+        raise _missing(chip=name)
+    return find_chip(name)
 
 
 def _in_bf16(config: RunConfig) -> RunConfig:
@@ -163,8 +194,11 @@ def _in_bf16(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"chip": chip, "training": config.training.model_copy(update=fixed)})
 
 
-def _with_layout(config: RunConfig, text: str) -> RunConfig:
-    """`config` with "tensor=8 pipeline=4 recompute=full": of the layout, what is not named is as it is by default."""
+def _laid_out(config: RunConfig, text: str | None) -> RunConfig:
+    """`config` with "tensor=8 pipeline=4 recompute=full": of the layout, what is not named is as it is by default.
+    "recipe": as it is."""
+    if text is None or text == "recipe":
+        return config
     inside = {"micro_batch": "training", "recompute": "training"}
     overrides = []
     for part in text.replace(",", " ").split():
@@ -172,15 +206,20 @@ def _with_layout(config: RunConfig, text: str) -> RunConfig:
         if not equals:
             raise ConfigError(f"--layout {part!r}: write it as tensor=8 pipeline=4 recompute=full")
         overrides.append(f"{inside.get(key, 'parallel')}.{key}={value}")
-    table = config.model_dump(mode="json", exclude_none=True)
+    table = config.model_dump(mode="json", exclude_unset=True)
     table["parallel"] = {}
     table["training"].pop("recompute", None)
     return _in_bf16(build_config(table, overrides, origin="--layout"))
 
 
-def _with_restart(risk: Failures, seconds: float) -> Failures:
-    """The same parts of a restart, adding up to `seconds`."""
-    factor = seconds / risk.restart
+def _failures(
+    per_chip: float, per_day: float, together: int, restart_minutes: float | None, checkpoint: float, spares: float
+) -> Failures:
+    """With the usual parts of a restart, or these in proportion, adding up to `restart_minutes`."""
+    risk = Failures(per_chip, per_day, checkpoint=checkpoint, blast=together, spares=spares)
+    if restart_minutes is None:
+        return risk
+    factor = 60 * restart_minutes / risk.restart
     parts = {name: factor * getattr(risk, name) for name in ("detection", "replacement", "reload", "warm_up")}
     return replace(risk, **parts)
 
@@ -197,94 +236,127 @@ def _report(path: Path | None) -> dict[str, Any] | None:
     return report
 
 
-def _others(compare: str, setting: Setting, chips: int, console: Console) -> list[Plan]:
+def _others(compare: str, made: Plan, to: Console) -> list[Plan]:
     """The same model on other chips; one that does not work is said and left out."""
-    found = []
+    # Measured on the first chip, and its peak, if they were given, are not the others'.
+    other, found = replace(made.setting, doctor=None, peak_tflops=None), []
     for text in filter(None, (part.strip() for part in compare.split(","))):
         name, colon, count = text.partition(":")
         if colon and not (count.isdecimal() and 0 < int(count) <= MOST_CHIPS):
             raise ConfigError(f"--compare {text!r}: write it as {name}:2048")
         try:
-            # Measured on the first chip, and its peak, if they were given, are not the others'.
-            other = replace(setting, doctor=None, peak_tflops=None)
-            found.append(make_plan(other, find_chip(name), int(count) if colon else chips))
+            found.append(make_plan(other, find_chip(name), int(count) if colon else made.chips))
         except ZiliError as error:
-            console.print(f"{text}: {error}", highlight=False, markup=False, soft_wrap=True)
+            to.print(f"{text}: {error}", highlight=False, markup=False, soft_wrap=True)
     return found
 
 
 def _recipe(made: Plan) -> str:
-    best = made.best
-    head = (
-        f"# {made.chips:,} {made.chip.name}, by `zili plan`: {best.layout}\n"
-        f"# {made.seconds(best)[0]:.2f} s a step predicted, {best.bytes / 2**30:.1f} GiB a chip. "
-        "Where the data lies is yours to say.\n"
-    )
-    return head + dump_recipe(best.config)
+    chosen = made.chosen
+    lines = [
+        f"{made.chips:,} {made.chip.name}, by `zili plan`: {chosen.text}",
+        f"{seconds_text(made.seconds(chosen)[0])} a step predicted, {_bytes(chosen.bytes)} a chip{_chosen(made)}.",
+        *(f"{one.table}.{one.key} = {one.value:g}: {one.reason}" for one in made.left_open),
+        "Name your data: [data] sources, tokenizer, held_out.",
+    ]
+    return "".join(f"# {line}\n" for line in lines) + dump_recipe(made.recipe)
+
+
+def _chosen(made: Plan) -> str:
+    """Why it is not the fastest, where it is not."""
+    slower = made.chosen.time.total / made.best.time.total - 1
+    if made.chosen is made.best:
+        return ""
+    return f"; the simplest of those that a prediction cannot tell apart, {max(0.0, slower):.1%} behind the fastest"
 
 
 # ---- what is shown
 
 
-def _show(made: Plan, console: Console) -> None:
+def _show(made: Plan, to: Console) -> None:
     def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        to.print(text, highlight=False, markup=False, soft_wrap=True)
 
     best, config = made.best, made.setting.config
     run = best.run
     say(
-        f"{config.name}: {run.global_batch:,} sequences of {run.sequence:,} a step ({run.tokens / 1e6:.1f} M tokens), "
-        f"{made.setting.tokens / 1e12:.3g} T tokens, on {made.chips:,} {made.chip.name}; "
+        f"{config.name}: {run.global_batch:,} sequences of {run.sequence:,} a step ({_count(run.tokens)} tokens), "
+        f"{_count(made.setting.tokens)} tokens, on {made.chips:,} {made.chip.name}; "
         f"{made.found.searched:,} layouts looked at"
     )
     for note in made.notes:
         say(f"  {note}")
-    table = Table(box=None, pad_edge=False)
-    for name in ("", "s a step", "from", "to", "tokens/s", "MFU", "GiB"):
-        table.add_column(name, justify="right", no_wrap=True)
+    rows = table(to, ("", "s a step", "from", "to", "tokens/s", "MFU", "GiB"))
     for number, candidate in enumerate(made.found.best, 1):
         say(f"{number}: {candidate.text}")
-        table.add_row(
+        rows.add_row(
             str(number),
             *(f"{value:.4g}" for value in made.seconds(candidate)),
             f"{made.tokens_per_s(candidate):,.0f}",
             f"{100 * made.mfu(candidate):.1f} %",
-            f"{candidate.bytes / 2**30:.1f}",
+            f"{candidate.bytes / 2**30:.{1 if candidate.bytes > _SMALL_GIB else 3}f}",
         )
-    console.print(table)
-    say(f"from, to: nine of ten published runs were within. MFU: {MFU}")
-    say("seconds: " + _parts(vars(best.time), 1, "s"))
-    say("memory: " + _parts(best.memory, 2**30, "GiB"))
+    to.print(rows)
+    say(f"from, to: where the truth was for nine of ten published runs. MFU: {MFU}")
+    say("time: " + _parts(vars(best.time), seconds_text))
+    say("memory: " + _parts(best.memory, _bytes))
     for loss in made.found.losses[:_SHOWN_LOSSES]:
         say(f"  {loss.choice}: {loss.why}")
     good = made.goodput
     hours = good.mean_between / 3600
-    often = "none" if isinf(hours) else f"one in {hours:,.1f} h, {made.interruptions:,.0f} in all"
+    often = "none" if isinf(hours) else f"one in {hours:,.1f} h, {made.interruptions:,.3g} in all"
+    every = "" if isinf(good.interval) else f" every {good.interval / 60:.1f} min"
+    size, most = decimal(round(made.checkpoint_bytes)), f", most is lost to {good.first_to_improve}"
     say(
-        f"failures: {often}; a checkpoint "
-        f"({made.checkpoint_bytes / 1e12:.2f} TB) every {good.interval / 60:.1f} min, {100 * good.share:.1f} % of the "
-        f"time trains; first to improve: {good.first_to_improve}"
+        f"failures: {often}; a checkpoint ({size}){every}; {100 * good.share:.1f} % of the time is training"
+        + (most if good.share < _NEARLY_ALL else "")
     )
     energy = made.megawatt_hours
+    spares = f" with {good.spares:,} spare{'s' * (good.spares != 1)}" if good.spares else ""
     say(
-        f"{made.days:,.1f} days, {made.chip_hours:,.0f} chip-hours"
-        + (f" with {good.spares:,} spares" if good.spares else "")
-        + (f", {energy:,.0f} MWh (an estimate)" if energy else "")
-        + (f", {made.cost:,.0f} at {made.setting.price:g} a chip-hour" if made.cost is not None else "")
+        f"{_days(made.days)}, {_three(made.chip_hours)} chip-hours{spares}"
+        + (f", {_three(energy)} MWh (an estimate)" if energy else "")
+        + (f", {_three(made.cost)} at {made.setting.price:g} a chip-hour" if made.cost is not None else "")
     )
+    if made.chosen is not best:
+        say(f"--write takes {made.chosen.text}{_chosen(made)}")
 
 
-def _parts(parts: dict[str, float], unit: float, name: str) -> str:
-    ranked = sorted(((size, part) for part, size in parts.items() if size >= unit / 200), reverse=True)
-    return ", ".join(f"{part} {size / unit:.2f}" for size, part in ranked) + f" {name}"
+def _days(days: float) -> str:
+    """Days, hours or minutes, so that something of it is left."""
+    for name, size in (("day", 1.0), ("hour", 1 / 24), ("minute", 1 / 1440)):
+        if days >= 2 * size or name == "minute":
+            return f"{days / size:,.1f} {name}s"
+    raise AssertionError("unreachable")
 
 
-def _show_comparison(plans: Sequence[Plan], console: Console) -> None:
-    table = Table(box=None, pad_edge=False)
-    for name in ("chip", "chips", "s a step", "from", "to", "tokens/s each", "MFU", "GiB", "days"):
-        table.add_column(name, justify="left" if name == "chip" else "right", no_wrap=True)
+def _three(figure: float) -> str:
+    """A figure to the whole, a small one to three digits."""
+    return f"{figure:,.0f}" if figure >= 100 else f"{figure:.3g}"
+
+
+def _count(count: float) -> str:
+    """`12.3 M`, `1.5 T`."""
+    unit, size = next(((unit, size) for unit, size in _COUNTS if count >= size), ("", 1.0))
+    return f"{count / size:.3g} {unit}".rstrip()
+
+
+def _bytes(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= _SMALL_GIB else decimal(round(size))
+
+
+def _parts(parts: dict[str, float], told: Callable[[float], str]) -> str:
+    """The largest first; what is less than a half per cent of all is left out."""
+    least = sum(parts.values()) / 200
+    ranked = sorted(((size, part) for part, size in parts.items() if size >= least > 0), reverse=True)
+    return ", ".join(f"{part} {told(size)}" for size, part in ranked)
+
+
+def _show_comparison(plans: Sequence[Plan], to: Console) -> None:
+    columns = ("chip", "chips", "s a step", "from", "to", "tokens/s each", "MFU", "GiB", "days")
+    rows = table(to, columns, left=("chip",))
     for made in plans:
-        table.add_row(
+        rows.add_row(
             made.chip.name,
             f"{made.chips:,}",
             *(f"{value:.3g}" for value in made.seconds(made.best)),
@@ -293,12 +365,12 @@ def _show_comparison(plans: Sequence[Plan], console: Console) -> None:
             f"{made.best.bytes / 2**30:.1f}",
             f"{made.days:,.1f}",
         )
-    console.print(table)
+    to.print(rows)
     for made in plans:
-        console.print(f"{made.chip.name}: {made.best.text}", highlight=False, markup=False, soft_wrap=True)
+        to.print(f"{made.chip.name}: {made.best.text}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _predict_runs(runs: Path, out: Path | None, chip: str | None, console: Console) -> None:
+def _predict_runs(runs: Path, out: Path | None, chip: str | None) -> None:
     from zili.planning.runs import predict_table
 
     if out is None:
@@ -309,4 +381,4 @@ def _predict_runs(runs: Path, out: Path | None, chip: str | None, console: Conso
         raise ConfigError(f"cannot read the table {runs}: {error}") from error
     table, said = predict_table(text, find_chip(chip) if chip else None)
     write_whole(out, table)
-    console.print(f"{said}: {out}", highlight=False, markup=False, soft_wrap=True)
+    console().print(f"{said}: {out}", highlight=False, markup=False, soft_wrap=True)

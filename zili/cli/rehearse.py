@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from zili import chips
 from zili.chips.catalog import Chip, find_chip
-from zili.cli.options import MOST_CHIPS, Overrides, read_recipe
+from zili.cli.options import MOST_CHIPS, AsJson, Overrides, Page, Recipe, read_recipe, refuse_unwritable
+from zili.cli.output import console, table, working
 from zili.config import RunConfig
 from zili.durable import write_whole
 from zili.errors import ConfigError, LayoutError, ZiliError
@@ -31,7 +30,7 @@ _SHOWN = 4
 
 
 def rehearse(
-    recipe: Annotated[Path, typer.Argument(help="TOML recipe, as `zili train` takes it.")],
+    recipe: Recipe,
     count: Annotated[int, typer.Option("--chips", min=1, max=MOST_CHIPS, help="Processes in all, one a chip.")],
     rank: Annotated[int, typer.Option(min=0, help="Which of them to be.")] = 0,
     all_stages: Annotated[
@@ -43,8 +42,8 @@ def rehearse(
     micro_batches: Annotated[
         int | None, typer.Option(min=1, max=4096, help="In the step; by default as many as memory depends on.")
     ] = None,
-    as_json: Annotated[Path | None, typer.Option("--json", help="Write everything here, as JSON.")] = None,
-    page: Annotated[Path | None, typer.Option(help="Write an HTML page here.")] = None,
+    as_json: AsJson = False,
+    page: Page = None,
     overrides: Overrides = None,
 ) -> None:
     """Run one step of the real trainer as one of many processes, without them and without memory: what does it take?
@@ -55,26 +54,24 @@ def rehearse(
         raise LayoutError("zili rehearse is every process by itself: run it without torchrun")
     if all_stages and rank:
         raise typer.BadParameter("--all-stages is every place's first process; leave out --rank")
-    for file in (as_json, page):
-        if file is not None and not file.parent.is_dir():
-            raise ConfigError(f"{file} cannot be written: there is no folder {file.parent}")
+    refuse_unwritable(page)
     config = read_recipe(recipe, overrides)
     lay_out(config, count)
     chip = chip or config.chip.model
     model = find_chip(chip) if chip else None
     ranks = _ranks(config, count, rank, all_stages)
     found = _rehearsed(partial(_as_one, config, count, model, micro_batches), ranks)
-    console = Console()
-    _show(found, console)
+    to = console(quiet=as_json)
+    _show(found, to)
     capacity = int(model.require("memory_gb") * 1e9) if model else None
-    if as_json is not None:
-        write_whole(as_json, json.dumps([one.as_json() for one in found], indent=1) + "\n")
+    if as_json:
+        typer.echo(json.dumps([one.as_json() for one in found], indent=1))
     if page is not None:
         from zili.rehearsal.page import page as drawn
 
         write_whole(page, drawn(found, f"{recipe.name} on {count:,} {model.name if model else 'chips'}", capacity))
-        console.print(f"page: {page}", highlight=False, soft_wrap=True)
-    _refuse_what_does_not_fit(found, model, capacity, console)
+        to.print(f"page: {page}", highlight=False, soft_wrap=True)
+    _refuse_what_does_not_fit(found, model, capacity, to)
 
 
 def _ranks(config: RunConfig, count: int, rank: int, all_stages: bool) -> list[int]:
@@ -86,19 +83,37 @@ def _ranks(config: RunConfig, count: int, rank: int, all_stages: bool) -> list[i
 
 
 def _rehearsed(as_one: partial[Rehearsal], ranks: Sequence[int]) -> list[Rehearsal]:
-    if len(ranks) == 1:
-        return [as_one(ranks[0])]
-    # Each in a process of its own: there is one process group to a process, and there are cores.
-    with ProcessPoolExecutor(min(len(ranks), os.cpu_count() or 1), get_context("spawn"), max_tasks_per_child=1) as pool:
-        return list(pool.map(as_one, ranks))
+    with working(f"rehearsing process {', '.join(map(str, ranks))}") as say:
+        if len(ranks) == 1:
+            return [as_one(ranks[0], say)]
+        # Each in a process of its own: there is one process group to a process, and there are cores.
+        workers = min(len(ranks), os.cpu_count() or 1)
+        with ProcessPoolExecutor(workers, get_context("spawn"), max_tasks_per_child=1) as pool:
+            found = []
+            for one in pool.map(as_one, ranks):
+                found.append(one)
+                say(f"{len(found)} of {len(ranks)} processes rehearsed")
+            return found
 
 
-def _as_one(config: RunConfig, count: int, model: Chip | None, micro_batches: int | None, rank: int) -> Rehearsal:
+def _silent(text: str) -> None:
+    pass
+
+
+def _as_one(
+    config: RunConfig,
+    count: int,
+    model: Chip | None,
+    micro_batches: int | None,
+    rank: int,
+    progress: Callable[[str], None] = _silent,
+) -> Rehearsal:
     chips.activate(chips.find_backend("cpu"))
     from zili.rehearsal import rehearse as run
 
     try:
-        return run(config, count, rank, backend=_backend(config, model), chip=model, micro_batches=micro_batches)
+        backend = _backend(config, model)
+        return run(config, count, rank, backend=backend, chip=model, micro_batches=micro_batches, progress=progress)
     except ZiliError as error:
         raise type(error)(f"process {rank} of {count}: {error}") from error
 
@@ -113,44 +128,40 @@ def _backend(config: RunConfig, model: Chip | None) -> chips.Backend:
     )
 
 
-def _show(found: Sequence[Rehearsal], console: Console) -> None:
+def _show(found: Sequence[Rehearsal], to: Console) -> None:
     from zili.rehearsal.page import imbalance
     from zili.rehearsal.report import ranges_text, size_text
 
     first = found[0]
-    console.print(f"{first.layout}, {first.micro_batches} micro-batches in the step", highlight=False)
+    to.print(f"{first.layout}, {first.micro_batches} micro-batches in the step", highlight=False)
     for choice in first.choices:
-        console.print(f"  {choice}", highlight=False, markup=False, soft_wrap=True)
-    table = Table(box=None, pad_edge=False)
-    for name in ("process", "layers", "peak", "of it"):
-        table.add_column(name, justify="right" if name in ("process", "peak") else "left", overflow="fold")
+        to.print(f"  {choice}", highlight=False, markup=False, soft_wrap=True)
+    rows = table(to, ("process", "layers", "peak", "of it"), left=("layers", "of it"))
     for one in found:
         parts = sorted(((size, part) for part, size in one.peak.parts.items() if size), reverse=True)
         text = ", ".join(f"{part} {size_text(size)}" for size, part in parts[:_SHOWN])
-        table.add_row(str(one.rank), ranges_text(one.layers), size_text(one.peak.bytes), text)
-    console.print(table)
+        rows.add_row(str(one.rank), ranges_text(one.layers), size_text(one.peak.bytes), text)
+    to.print(rows)
     for one in found if len(found) == 1 else ():
         for message, times in sorted(one.messages.items(), key=lambda item: -item[0].bytes * item[1]):
-            console.print(
+            to.print(
                 f"  {message.kind} among {message.processes} ({message.mesh}): {times} of {size_text(message.bytes)}",
                 highlight=False,
             )
     for one in found:
         flops = ", ".join(f"{phase} {count / 1e12:,.2f}" for phase, count in one.flops.items())
-        console.print(
+        to.print(
             f"process {one.rank}: TFLOP {flops}; {sum(one.operations.values()):,} operations; rehearsed in "
             f"{one.seconds:.1f} s with {size_text(one.resident_bytes)}",
             highlight=False,
         )
     if len(found) > 1:
         memory, work = ([one.peak.bytes for one in found], [sum(one.flops.values()) for one in found])
-        console.print(
-            f"most over mean: memory {imbalance(memory):.3f}, arithmetic {imbalance(work):.3f}", highlight=False
-        )
+        to.print(f"most over mean: memory {imbalance(memory):.3f}, arithmetic {imbalance(work):.3f}", highlight=False)
 
 
 def _refuse_what_does_not_fit(
-    found: Sequence[Rehearsal], model: Chip | None, capacity: int | None, console: Console
+    found: Sequence[Rehearsal], model: Chip | None, capacity: int | None, to: Console
 ) -> None:
     from zili.planning.memory import usable
     from zili.rehearsal.report import size_text
@@ -166,4 +177,4 @@ def _refuse_what_does_not_fit(
             "micro_batch, or more shards, tensor or pipeline"
         )
     left = size_text(room - worst.peak.bytes)
-    console.print(f"fits {model.name}: {left} left beside its runtime and its collectives", highlight=False)
+    to.print(f"fits {model.name}: {left} left beside its runtime and its collectives", highlight=False)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from zili.cli.options import Chip
+from zili.cli.options import Chip, model_at
 
 
 def sample(
@@ -24,9 +24,12 @@ def sample(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 avoids tokens already there.")] = 1.0,
     chip: Chip = "auto",
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a sample.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document a sample, a line each, and nothing else.")
+    ] = False,
 ) -> None:
     """Continue a prompt."""
+    model_at(path)
     from zili.serving.place import open_device
 
     device = open_device(chip)

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import typer
 
-from zili.cli.options import Chip, Demo, ModelPath, Template, dtype_named
+from zili.cli.options import Chip, Demo, ModelPath, Template, dtype_named, model_at
 from zili.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ def serve(
     """Answer over HTTP as OpenAI's API does: /v1/chat/completions, /v1/completions, /v1/models, /tokenize."""
     if path is None and not demo:
         raise typer.BadParameter("give a model, or --demo")
+    if path is not None:
+        model_at(path)
     device = None
     if engine is Engines.zili:
         from zili.serving.place import open_device, prepared
@@ -108,7 +110,7 @@ def _answer(
         dtype = dtype_named(offer.dtype or "float32")
         opened = open_folder(place, device=device, dtype=dtype)
         room = room_for(opened.model.config, offer.slots, offer.context, dtype, device)
-        typer.echo(room.said(offer.slots))
+        typer.echo(room.said(offer.slots), err=True)  # the first line of output is the address
         vocabulary = opened.tokenizer.vocab_size
         return opened, Engine(opened.model, slots=room.slots, context=room.context, vocabulary=vocabulary)
 

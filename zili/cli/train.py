@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
-from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from zili.cli.options import Overrides, read_recipe, starter
-from zili.models.arithmetic import count_parameters
+from zili.cli.amounts import amounts
+from zili.cli.options import Overrides, Recipe, read_recipe, starter
 from zili.parallel.layout import processes
 
 INTERRUPTED = 130
@@ -18,7 +16,7 @@ INTERRUPTED = 130
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="TOML recipe; a run folder keeps its own as recipe.toml.")],
+    recipe: Recipe,
     overrides: Overrides = None,
 ) -> None:
     """Train a recipe to its last step, from the newest checkpoint of its run folder if there is one."""
@@ -28,13 +26,11 @@ def train(
     console = Console(quiet=processes()[0] > 0)  # the first process speaks for all
     config = read_recipe(recipe, overrides)
     # Loading torch takes seconds; whoever waits sees first that the recipe is read.
-    console.print(
-        f"{config.name}: {count_parameters(config.model).total:,} parameters, {config.training.steps:,} steps, "
-        f"in {config.folder}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    if not console.quiet:
+        for number, amount in enumerate(amounts(config)):
+            text = ("  " if number else "") + amount.text
+            console.print(text, highlight=False, markup=False, soft_wrap=True, style="yellow" if amount.warns else None)
+        console.print("opening the chip and choosing among its operations", highlight=False)
     launch = prepare_launch(config)
     print_choices(launch.choices, console)
     trainer = run(launch, console)

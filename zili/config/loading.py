@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from zili.config.explaining import explain
+from zili.config.fields import takes_none
 from zili.config.model import ModelConfig
 from zili.config.model_folder import shape_in
 from zili.config.presets import load_preset
@@ -19,9 +19,7 @@ from zili.config.scaling import scaled_down
 from zili.errors import ConfigError
 
 _WHOLE_SHAPES = ("preset", "folder", "shape_of")
-_BRANCH = re.compile(r"bool|constrained-int|literal\[.*\]")
-"""What pydantic adds to the place of an error for each branch of a union; no key is called so."""
-
+_NOTHING = ("none", "None", "null")
 
 ShapeIn = Callable[[Path], ModelConfig | None]
 """The shape of the model in a folder; None: there is none that it knows."""
@@ -59,7 +57,7 @@ def build_config(
     try:
         return RunConfig.model_validate(table)
     except ValidationError as error:
-        raise ConfigError(_explain(error, origin)) from error
+        raise ConfigError(explain(error, origin)) from error
 
 
 def dump_recipe(config: RunConfig) -> str:
@@ -106,7 +104,8 @@ def _scaled(preset: dict[str, Any], hidden_size: Any, origin: str) -> dict[str, 
 
 
 def _with_overrides(table: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """A deep copy of `table` with each `a.b=value` set; the value is TOML, or a plain string where it is not."""
+    """A deep copy of `table` with each `a.b=value` set; the value is TOML, or a plain string where it is not, and
+    `none` unsets the key."""
     result = _copied(table)
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -118,7 +117,12 @@ def _with_overrides(table: Mapping[str, Any], overrides: Iterable[str]) -> dict[
             place = place.setdefault(part, {})
             if not isinstance(place, dict):
                 raise ConfigError(f"override {override!r}: {part!r} is a value, not a table")
-        place[parts[-1]] = _parsed(text.strip())
+        if text.strip() in _NOTHING and (none := takes_none(parts)) != "text":
+            place.pop(parts[-1], None)
+            if none == "nothing":  # also over a preset, or what stands for it by default
+                place[parts[-1]] = None
+        else:
+            place[parts[-1]] = _parsed(text.strip())
     return result
 
 
@@ -132,50 +136,3 @@ def _parsed(text: str) -> Any:
 
 def _copied(value: Any) -> Any:
     return {key: _copied(item) for key, item in value.items()} if isinstance(value, Mapping) else value
-
-
-def _explain(error: ValidationError, origin: str) -> str:
-    lines = [_explain_one(item) for item in error.errors()]
-    return f"{origin} cannot be run:\n" + "\n".join(f"  {line}" for line in lines)
-
-
-def _explain_one(item: Any) -> str:
-    where = ".".join(str(part) for part in item["loc"] if not _BRANCH.fullmatch(str(part)))
-    if item["type"] == "extra_forbidden":
-        return f"unknown key {where}{_nearest(item['loc'])}"
-    if item["type"] == "missing":
-        return f"{where} is missing"
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "value_error":
-        return f"{where}: {message}" if where else message
-    return f"{where}: {message} (got {item['input']!r})"
-
-
-def _nearest(location: tuple[Any, ...]) -> str:
-    """What the user may have meant: the same key of another table, the nearest of this table, the nearest of all."""
-    known = _fields_at(RunConfig, location[:-1])
-    wanted, here = str(location[-1]), ".".join(map(str, location[:-1]))
-    elsewhere = {key: name for name in RunConfig.model_fields for key in _fields_at(RunConfig, (name,))}
-    for table_of in ({wanted: elsewhere.get(wanted)}, dict.fromkeys(known, here), elsewhere):
-        close = difflib.get_close_matches(wanted, [key for key, table in table_of.items() if table is not None], n=1)
-        if close:
-            return f"; did you mean {f'{table_of[close[0]]}.{close[0]}'.lstrip('.')}?"
-    return f"; known keys here: {', '.join(sorted(known))}" if known else ""
-
-
-def _fields_at(section: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    for part in location:
-        if isinstance(part, int):
-            continue
-        field = section.model_fields.get(part)
-        found = _section_in(field.annotation) if field else None
-        if found is None:
-            return []
-        section = found
-    return list(section.model_fields)
-
-
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for part in get_args(annotation) if (found := _section_in(part))), None)

@@ -101,6 +101,10 @@ class TrainingConfig(Section):
     """How long, how wide, and how it fits."""
 
     steps: PositiveInt
+    hours: NonNegativeFloat = 0.0
+    """Hours that one start of the run has, as a cluster's time limit: before they are over it writes a checkpoint and
+    ends with exit code 130, and the same command goes on. What the next step and the checkpoint will take is expected
+    of those before. 0: no limit."""
     start_from: Path | None = None
     """Model folder whose weights a new run begins with: Hugging Face's, Zili's, or another run. Each process reads the
     parts it holds. None: the model that `[model] folder` names; without one, weights are drawn from the seed."""
@@ -133,10 +137,16 @@ class CheckpointConfig(Section):
 
     every: NonNegativeInt = 200
     """Steps between checkpoints; 0 saves only at the end and when interrupted."""
+    minutes: NonNegativeFloat = 0.0
+    """Minutes after which another checkpoint is written, counted from the one before, beside those of `every`. 0: by
+    steps alone. At which step a checkpoint is written changes no step."""
     asynchronous: bool = True
     """Write in the background: a step waits only until its tensors are copied."""
     keep: int = Field(2, ge=2)
     """Newest checkpoints kept. At least two, so that a damaged one has one before it."""
+    keep_every: NonNegativeInt = 0
+    """Steps between milestones: checkpoints that stay beside the newest `keep`. Each is written, whatever `every` says.
+    0: none."""
     patience: PositiveInt = 3
     """Saves in a row that may fail, a full disk say: after so many intervals without a checkpoint the run ends. Each
     that fails before is noted, and the next one tries again."""
@@ -156,6 +166,9 @@ class LoggingConfig(Section):
 
     every: PositiveInt = 1
     """Steps between records in metrics.jsonl."""
+    line_seconds: NonNegativeFloat = 30.0
+    """Seconds between lines of progress where output is no terminal (a file, a cluster's log), which has a bar instead.
+    The first and the last record have a line always; 0: every record."""
     tensorboard: bool = False
     """Also write TensorBoard event files to `tensorboard/` in the run folder."""
 
@@ -190,7 +203,8 @@ class RunConfig(Section):
             )
         if self.schedule.warmup_steps >= training.steps and self.schedule.warmup_steps > 0:
             raise ValueError(
-                f"schedule.warmup_steps ({self.schedule.warmup_steps}) leaves none of training.steps ({training.steps})"
+                f"schedule.warmup_steps ({self.schedule.warmup_steps}) leaves none of training.steps "
+                f"({training.steps}); for a short trial set schedule.warmup_steps = 0 beside it"
             )
         if self.schedule.decay_start is not None and self.schedule.kind != "wsd":
             raise ValueError(f"schedule.decay_start is of wsd, and schedule.kind is {self.schedule.kind}")

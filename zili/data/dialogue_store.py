@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile, zip_longest
@@ -15,6 +16,7 @@ from pathlib import Path
 from zili.data.building import StoreWriter
 from zili.data.chat import ChatTemplate, Rendered
 from zili.data.dialogues import Dialogue, read_dialogues
+from zili.data.faithful import to_learn
 from zili.data.reading import OnError
 from zili.data.sources import Census
 from zili.data.split import Split
@@ -37,12 +39,19 @@ class DialogueReport:
     """Tokens of the longest."""
     seconds: float
     left_out: str
+    thoughtless: int = 0
+    """Earlier answers that are in a conversation and not learned: the template drops the thoughts that led to them."""
 
     def __str__(self) -> str:
         return (
             f"{self.dialogues:,} {'pairs' if self.pairs else 'conversations'}, {self.tokens:,} tokens, "
             f"{self.learned:,} of them learned ({100 * self.learned / self.tokens:.0f} %), the longest "
             f"{self.longest:,}, in {self.seconds:.1f} s; left out: {self.left_out}"
+            + (
+                f"; {self.thoughtless:,} earlier answers NOT LEARNED, whose thoughts the template leaves out"
+                if self.thoughtless
+                else ""
+            )
         )
 
 
@@ -60,11 +69,11 @@ def build_dialogue_store(
     """Render `dialogues` into `prefix.bin`, `.mask`, `.idx` and `.json`; they appear whole or not at all.
 
     Raises:
-        DataError: none there, some of them pairs and some not, or one that the template cannot say, or both of a pair
-            the same (counted in `census` instead with on_error "skip").
+        DataError: none there, some of them pairs and some not, or one that the template cannot say whole, or both of a
+            pair the same (counted in `census` instead with on_error "skip").
     """
     started = time.perf_counter()
-    learned = longest = number = 0
+    learned = longest = number = thoughtless = 0
     pairs = False
     with StoreWriter(Path(prefix), tokenizer, masked=True) as writer:
         for dialogue in dialogues:
@@ -72,13 +81,14 @@ def build_dialogue_store(
                 raise DataError(f"{dialogue.place}: pairs and conversations in one store; make a store of each.")
             pairs = dialogue.rejected is not None
             try:
-                documents = _rendered(dialogue, tokenizer, template)
+                documents, dropped = _rendered(dialogue, tokenizer, template)
             except DataError as error:
                 if on_error == "raise":
                     raise DataError(f"{dialogue.place}: {error}") from error
-                census.skipped["that the template cannot say"] += 1
+                census.skipped[getattr(error, "reason", "that the template cannot say")] += 1
                 continue
             number += 1
+            thoughtless += dropped
             for document in documents:
                 writer.add_masked(document.ids, document.said)
                 learned += sum(document.said)
@@ -88,22 +98,28 @@ def build_dialogue_store(
         if not learned:
             raise DataError(
                 f"{Path(prefix).name}: nothing to learn: {template.name} marks nothing that the assistant says "
-                "({% generation %} in the template does), or there were no conversations."
+                "({% generation %} in the template does), or there were no conversations; left out: "
+                f"{census.left_out}."
             )
         writer.finish(0, census, split, pairs=pairs)
     seconds = time.perf_counter() - started
-    return DialogueReport(number, pairs, writer.tokens, learned, longest, seconds, census.left_out)
+    return DialogueReport(number, pairs, writer.tokens, learned, longest, seconds, census.left_out, thoughtless)
 
 
-def _rendered(dialogue: Dialogue, tokenizer: Tokenizer, template: ChatTemplate) -> list[Rendered]:
-    chosen = template.render(tokenizer, dialogue.messages, tools=dialogue.tools)
-    if dialogue.rejected is None:
-        return [chosen]
-    rejected = template.render(tokenizer, dialogue.rejected, tools=dialogue.tools)
-    if chosen.ids == rejected.ids:
+def _rendered(dialogue: Dialogue, tokenizer: Tokenizer, template: ChatTemplate) -> tuple[list[Rendered], int]:
+    """The documents of a conversation or a pair, and how many answers in them are not learned for want of thoughts."""
+    talks = [dialogue.messages, *([] if dialogue.rejected is None else [dialogue.rejected])]
+    made = [template.render(tokenizer, talk, tools=dialogue.tools, **dialogue.options) for talk in talks]
+    if len(made) == 2 and made[0].ids == made[1].ids:
         raise DataError(f"{template.name} says the chosen and the rejected answer alike")
+    checked = [to_learn(one, talk, dialogue, template, tokenizer) for one, talk in zip(made, talks, strict=True)]
+    documents = [one.rendered for one in checked]
+    if len(documents) == 1:
+        return documents, checked[0].thoughtless
+    chosen, rejected = documents
     apart = next(i for i, (a, b) in enumerate(zip_longest(chosen.ids, rejected.ids)) if a != b)
-    return [_learned_from(apart, document) for document in (chosen, rejected)]
+    # Of answers before that one nothing is learned anyway.
+    return [_learned_from(apart, document) for document in documents], 0
 
 
 def _learned_from(apart: int, document: Rendered) -> Rendered:
@@ -111,8 +127,9 @@ def _learned_from(apart: int, document: Rendered) -> Rendered:
     begin = min(apart, len(document.said))
     while begin and document.said[begin - 1]:
         begin -= 1
-    if not any(document.said[begin:]):
-        raise DataError("the two answers part where the assistant says nothing")
+    turn = next((turn for turn in document.turns if turn.stop > apart), None)
+    if not any(document.said[begin : turn.stop if turn else None]):
+        raise DataError("the two answers part where the assistant says nothing that is learned")
     return Rendered(document.ids, [False] * begin + document.said[begin:])
 
 
@@ -133,6 +150,7 @@ def split_and_build(
     """
     split = Split.of(held_out) if held_out else None
     lines = []
+    unused: Counter[str] = Counter()
     with whole_folder(folder, DataError) as aside:
         for name in ("train", "held_out") if split else ("train",):
             census = Census()
@@ -146,8 +164,12 @@ def split_and_build(
                 chosen, tokenizer, template, aside / name, census=census, on_error=on_error, split=rule
             )
             lines.append(f"{folder / name}: {report}")
+            unused = census.unused  # of all conversations, whichever side they are on
         tokenizer.save(aside / "tokenizer")
         (aside / "tokenizer" / "chat_template.jinja").write_text(template.source, encoding="utf-8")
+    if unused:
+        counted = ", ".join(f"{key} ({count:,})" for key, count in sorted(unused.items()))
+        lines.append(f"in the records and not used: {counted}")
     return lines
 
 

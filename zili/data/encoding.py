@@ -108,6 +108,7 @@ def _load_gigatoken(tokenizer: Tokenizer) -> tuple[Callable[[Sequence[str]], Enc
     definition = json.loads(tokenizer.definition)
     # gigatoken has no switch that takes special tokens for text; unlisted, it does not know them.
     added = definition.get("added_tokens") or []
+    definition["post_processor"] = None  # nor one that leaves out what is put before and after a text
     definition["added_tokens"] = [token for token in added if not token.get("special")]
     engine = gigatoken.Tokenizer.from_json(json.dumps(definition, ensure_ascii=False))
 

@@ -57,6 +57,8 @@ class Guard:
         self._texts = {code: text for text, code in self._codes.items()}
         self._cut = re.compile(f"({any_of([*self._spelled, BEGIN, END])})")
         self._tokenizer = tokenizer.taking_for_text(written)
+        # Characters that a vocabulary does not have may become its unknown token; nothing else may become a mark.
+        self._never = set(self._ids.values()) - {tokenizer.unknown_id}
 
     def broken(self, value: Any, depth: int = 0) -> Any:
         """`value` with a code in place of every spelling of a guarded token in it.
@@ -94,7 +96,10 @@ class Guard:
                 yield Piece(part, [self._ids[part]])
             elif part:
                 said = _CODE.sub(lambda found: self._texts.get(found[0], found[0]), part)
-                yield Piece(said, self._tokenizer.encode(said).tolist())
+                ids = self._tokenizer.encode(said).tolist()
+                if not self._never.isdisjoint(ids):
+                    raise MarkSpoken(f"the tokenizer takes part of a text for one of its special tokens: {said[:60]!r}")
+                yield Piece(said, ids)
 
 
 def any_of(words: Collection[str]) -> str:
@@ -117,3 +122,5 @@ def any_of(words: Collection[str]) -> str:
 
 class MarkSpoken(DataError):
     """Somebody says what the template marks turns with."""
+
+    reason = "with a mark of the template in a text"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -10,6 +11,7 @@ from io import BufferedReader
 from typing import TYPE_CHECKING, Any, Literal
 
 from zili.data.sources import (
+    JSON_SUFFIXES,
     LINE_SUFFIXES,
     READABLE,
     TABLE_SUFFIXES,
@@ -19,6 +21,8 @@ from zili.data.sources import (
     SourceFile,
     list_files,
     measure,
+    printable,
+    size_of,
 )
 from zili.errors import DataError
 
@@ -70,7 +74,7 @@ def read_documents(
     paths = list(paths)
     census = Census(hashes=False) if census is None else census
     for file in list_files(paths, census):
-        size, sha256 = measure(file.path) if census.hashes else (file.path.stat().st_size, "")
+        size, sha256 = measure(file.path) if census.hashes else (size_of(file.path), "")
         before = census.documents
         for item in _reader(file)(file, text_field):
             if isinstance(item, Flaw):
@@ -81,7 +85,7 @@ def read_documents(
                 yield item
         census.files.append(FileRecord(file.name, size, sha256, census.documents - before))
     if not census.documents:
-        given = ", ".join(str(path.path if isinstance(path, SourceFile) else path) for path in paths[:3])
+        given = ", ".join(printable(str(path.path if isinstance(path, SourceFile) else path)) for path in paths[:3])
         raise DataError(
             f"no readable text in {given or 'an empty list of paths'}: left out {census.left_out}. "
             f"Give files or folders with {READABLE}."
@@ -101,67 +105,120 @@ Reader = Callable[[SourceFile, str], Iterator[Document | Flaw]]
 
 def _reader(file: SourceFile) -> Reader:
     name = file.path.name.lower()
-    if name.endswith(LINE_SUFFIXES):
-        return _read_lines
-    if name.endswith(TABLE_SUFFIXES):
-        return _read_table
-    if name.endswith(".json"):
-        raise DataError(f"{file.path}: .json is not read. Write one object a line into a .jsonl file.")
-    return _read_text
+    if name.endswith(LINE_SUFFIXES + JSON_SUFFIXES):
+        return _read_records
+    return _read_table if name.endswith(TABLE_SUFFIXES) else _read_text
 
 
 def _read_text(file: SourceFile, text_field: str) -> Iterator[Document | Flaw]:
-    raw = file.path.read_bytes()
+    try:
+        raw = file.path.read_bytes()
+    except OSError as error:
+        yield Flaw("damaged file", f"{file.shown}: cannot be read ({error.strerror}).")
+        return
     if b"\0" in raw[:8192]:
-        yield Flaw("binary", f"{file.path}: holds zero bytes, so it is binary or UTF-16; UTF-8 is read.")
+        yield Flaw("binary", f"{file.shown}: holds zero bytes, so it is binary or UTF-16; UTF-8 is read.")
         return
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        yield Flaw("broken UTF-8", f"{file.path}: line {line}, byte {error.start}: broken UTF-8.")
+        yield Flaw("broken UTF-8", f"{file.shown}: line {line}, byte {error.start}: broken UTF-8.")
         return
     yield Document(text, file.name) if text.strip() else Flaw("empty", "")
 
 
-def _read_lines(file: SourceFile, text_field: str) -> Iterator[Document | Flaw]:
-    for number, record in line_records(file):
+def _read_records(file: SourceFile, text_field: str) -> Iterator[Document | Flaw]:
+    for place, record in records(file):
         if isinstance(record, Flaw):
             yield record
         elif text_field not in record:
-            yield Flaw("without the field", f"{file.path}: line {number}: {_no_field(text_field, list(record))}")
+            yield Flaw("without the field", f"{place}: {_no_field(text_field, list(record))}")
         else:
-            yield _document(record[text_field], text_field, f"{file.path}: line {number}", f"{file.name}:{number}")
+            number = place.rsplit(" ", 1)[1]
+            yield _document(record[text_field], text_field, str(place), f"{file.name}:{number}")
 
 
-def line_records(file: SourceFile) -> Iterator[tuple[int, dict[str, Any] | Flaw]]:
-    """Number of each line of a file of JSON lines, compressed or not, and the object on it; blank lines are passed."""
+def records(file: SourceFile) -> Iterator[tuple[str, dict[str, Any] | Flaw]]:
+    """Each object of a file of JSON lines, or of a JSON file, compressed or not, and its place, which ends with its
+    number."""
+    if file.path.name.lower().endswith(JSON_SUFFIXES):
+        yield from _json_records(file)
+    else:
+        for number, line in _lines(file):
+            place = f"{file.shown}: line {number}"
+            yield place, line if isinstance(line, Flaw) else _parse_line(place, number, line)
+
+
+def _lines(file: SourceFile) -> Iterator[tuple[int, bytes | Flaw]]:
+    """Number and bytes of each line of a file, compressed or not; blank lines are passed."""
     import pyarrow as pa  # where text is read, and not where a model is trained without any
 
     number = 0
     try:
-        # Arrow's decompressor: python-zstandard and a bare zlib object take a cut-off stream for a whole one.
-        with pa.input_stream(str(file.path), compression="detect") as stream:
+        # Arrow's decompressor: python-zstandard and a bare zlib object take a cut-off stream for a whole one. From a
+        # file that is open already, since Arrow takes no name that is not UTF-8.
+        packed = {".gz": "gzip", ".zst": "zstd"}.get(file.path.suffix.lower())
+        with file.path.open("rb") as raw, pa.input_stream(raw, compression=packed) as stream:
             for number, line in enumerate(BufferedReader(stream, 1 << 20), start=1):
                 if line.strip():
-                    yield number, _parse_line(f"{file.path}: line {number}", number, line)
+                    yield number, line
     except (OSError, pa.ArrowException) as error:
-        place = f"{file.path}: after line {number}"
+        place = f"{file.shown}: after line {number}"
         yield number, Flaw("damaged file", f"{place}: cannot be read further ({error}).")
 
 
-def _parse_line(place: str, number: int, line: bytes) -> dict[str, Any] | Flaw:
+def _json_records(file: SourceFile) -> Iterator[tuple[str, dict[str, Any] | Flaw]]:
+    """Of a file with an array of objects, one object, or, as many write it, one object a line."""
+    lines = list(_lines(file))
+    damage = next((line for _, line in lines if isinstance(line, Flaw)), None)
+    if damage is not None:
+        yield f"{file.shown}: record 0", damage
+        return
+    raw = [line for _, line in lines if isinstance(line, bytes)]
+    whole = _parse(file.shown, _bare(b"".join(raw)))
+    first = _parse(file.shown, _bare(raw[0])) if raw and isinstance(whole, Flaw) else None
+    if isinstance(first, dict):
+        for number, line in lines:
+            place = f"{file.shown}: line {number}"
+            yield place, _parse_line(place, number, line)
+        return
+    found = whole if isinstance(whole, list) else [whole]
+    for number, record in enumerate(found, start=1):
+        place = f"{file.shown}: record {number}"
+        yield place, record if isinstance(record, Flaw) else _object(place, record)
+
+
+def _parse_line(place: str, number: int, line: bytes | Flaw) -> dict[str, Any] | Flaw:
+    if isinstance(line, Flaw):
+        return line
+    return _object(place, _parse(place, line if number > 1 else _bare(line), of_one_line=True))
+
+
+def _bare(raw: bytes) -> bytes:
+    """Without the mark of byte order that some editors put first."""
+    return raw.removeprefix(codecs.BOM_UTF8)
+
+
+def _parse(place: str, raw: bytes, *, of_one_line: bool = False) -> Any:
     try:
-        record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        return json.loads(raw.decode())
     except UnicodeDecodeError as error:
         return Flaw("broken UTF-8", f"{place}, byte {error.start} of the line: broken UTF-8.")
     except json.JSONDecodeError as error:
-        return Flaw("broken JSON", f"{place}, column {error.colno}: broken JSON ({error.msg}).")
+        # A decoder that meets the end of a line counts the next one.
+        line = f"line {error.lineno}, " if error.lineno > 1 and not of_one_line else ""
+        return Flaw("broken JSON", f"{place}, {line}column {error.colno}: broken JSON ({error.msg}).")
     except RecursionError:
         return Flaw("broken JSON", f"{place}: JSON nested too deep.")
-    if not isinstance(record, dict):
-        return Flaw("broken JSON", f"{place}: {type(record).__name__} where an object was expected.")
-    return record
+    except ValueError as error:  # a number of thousands of digits
+        return Flaw("broken JSON", f"{place}: broken JSON ({error}).")
+
+
+def _object(place: str, record: Any) -> dict[str, Any] | Flaw:
+    if isinstance(record, dict | Flaw):
+        return record
+    return Flaw("broken JSON", f"{place}: {type(record).__name__} where an object was expected.")
 
 
 def _read_table(file: SourceFile, text_field: str) -> Iterator[Document | Flaw]:
@@ -172,23 +229,25 @@ def _read_table(file: SourceFile, text_field: str) -> Iterator[Document | Flaw]:
     try:
         with pq.ParquetFile(file.path) as table:
             if text_field not in table.schema_arrow.names:
-                message = f"{file.path}: {_no_field(text_field, table.schema_arrow.names)}"
+                message = f"{file.shown}: {_no_field(text_field, table.schema_arrow.names)}"
                 yield Flaw("without the field", message)
                 return
             for batch in table.iter_batches(batch_size=256, columns=[text_field]):
                 for row, value in enumerate(batch.column(0), start=row + 1):  # noqa: B020
                     yield _parse_value(file, row, value, text_field)
-    except (OSError, pa.ArrowException) as error:
-        yield Flaw("damaged file", f"{file.path}: after row {row}: cannot be read further ({error}).")
+    except (OSError, ValueError, IndexError, pa.ArrowException) as error:
+        yield Flaw("damaged file", f"{file.shown}: after row {row}: cannot be read further ({error}).")
 
 
 def _parse_value(file: SourceFile, row: int, value: pa.Scalar, text_field: str) -> Document | Flaw:
-    place = f"{file.path}: row {row}"
+    place = f"{file.shown}: row {row}"
     try:
         text = value.as_py()
         text = text.decode() if isinstance(text, bytes) else text
     except UnicodeDecodeError as error:
         return Flaw("broken UTF-8", f"{place}, byte {error.start} of the text: broken UTF-8.")
+    except (ValueError, OverflowError) as error:  # what Python has no value for, such as a time of nanoseconds
+        return Flaw("not a string", f"{place}: field {text_field!r} is no string ({error}).")
     return _document(text, text_field, place, f"{file.name}:{row}")
 
 

@@ -22,9 +22,12 @@ _SUFFIX_LIST = """
 """
 TEXT_SUFFIXES = frozenset(_SUFFIX_LIST.split())
 """Read whole, one document a file. Markup (.html, .xml) is left out: its tags are not text."""
-LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+_PACKED = ("", ".gz", ".zst")
+LINE_SUFFIXES = tuple(f"{suffix}{packed}" for suffix in (".jsonl", ".ndjson") for packed in _PACKED)
+JSON_SUFFIXES = tuple(f".json{packed}" for packed in _PACKED)
+"""An array of objects, or one object a line. Read where they are named; in a folder `.json` is mostly no text."""
 TABLE_SUFFIXES = (".parquet",)
-READABLE = ".txt .md .rst .py and other source, .jsonl[.gz|.zst], .parquet"
+READABLE = ".txt .md .rst .py and other source, .jsonl .ndjson .json [.gz|.zst], .parquet"
 
 # `test` and its like: half the library, repetitive, in places deliberately ill-encoded, and absent from some
 # distributions' Python. Left out, so that two machines with one Python release train on the same text.
@@ -39,6 +42,11 @@ class SourceFile:
     name: str
     explicit: bool = False
     """Given by its own path, not found in a folder: it is read whatever its suffix says."""
+
+    @property
+    def shown(self) -> str:
+        """Its path for messages and records, in characters that can be written."""
+        return printable(str(self.path))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +69,8 @@ class Census:
     text_bytes: int = 0
     files: list[FileRecord] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
+    unused: Counter[str] = field(default_factory=Counter)
+    """Keys of records, and of their turns, that say something and were not used."""
 
     @property
     def left_out(self) -> str:
@@ -102,9 +112,9 @@ def _expand(source: Source, skipped: Counter[str]) -> Iterator[SourceFile]:
     if path.is_dir():
         yield from _walk(path, skipped)
     elif path.is_file():
-        yield SourceFile(path, path.name, explicit=True)
+        yield SourceFile(path, printable(path.name), explicit=True)
     else:
-        raise DataError(f"{path}: no such file or folder. Check the path given as text.")
+        raise DataError(f"{printable(str(path))}: no such file or folder. Check the path given as text.")
 
 
 def _walk(folder: Path, skipped: Counter[str]) -> Iterator[SourceFile]:
@@ -117,13 +127,23 @@ def _walk(folder: Path, skipped: Counter[str]) -> Iterator[SourceFile]:
             if reason:
                 skipped[reason] += 1
             else:
-                yield SourceFile(path, (folder.resolve().name / path.relative_to(folder)).as_posix())
+                yield SourceFile(path, printable((folder.resolve().name / path.relative_to(folder)).as_posix()))
     skipped += Counter()  # drops the zeros
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file. Raises `DataError` when it cannot be read."""
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        _refuse(error)
+        raise
 
 
 def _refuse(error: OSError) -> None:
     # os.walk's default leaves out a folder it may not open, without a word.
-    raise DataError(f"{error.filename}: cannot be read ({error.strerror}). Check its permissions.") from error
+    name = printable(os.fsdecode(error.filename or "a file"))
+    raise DataError(f"{name}: cannot be read ({error.strerror}). Check its permissions.") from error
 
 
 def _unfit(path: Path) -> str | None:
@@ -156,6 +176,11 @@ def standard_library_files() -> list[SourceFile]:
 def fingerprint(paths: Iterable[Source]) -> str:
     """Identity of the text in `paths`: sha256 over names, sizes and content hashes. Reads every file once."""
     return _identity((file.name, *measure(file.path)) for file in list_files(paths))
+
+
+def printable(name: str) -> str:
+    r"""A file's name with bytes that are no UTF-8 written `\xcb`: archives made on Windows may have names in GBK."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def measure(path: Path) -> tuple[int, str]:

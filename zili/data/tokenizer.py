@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ DOCUMENT_ENDS = (
     "<｜end▁of▁sentence｜>",
 )
 """Names of tokens that end a document, in the order in which they are looked for."""
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
+_ROLES: dict[str, str | None] = {"bos_token": "<_start>", "unk_token": "<_unk>", "pad_token": "<_pad>"}
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -53,7 +55,12 @@ class Tokenizer:
         *,
         end_token: str | None = None,
         name: str = "tokenizer.json",
+        roles: Mapping[str, str | None] | None = None,
+        end_ids: Collection[int] = (),
     ) -> None:
+        """`roles`: what bos_token, unk_token and pad_token are; None, or one that is not named: TeleChat2's names.
+        `end_ids`: after which the model has said what it says, besides `end_token`.
+        """
         try:
             self._inner = tokenizers.Tokenizer.from_str(definition)
         except Exception as error:  # tokenizers raises bare Exception
@@ -69,8 +76,15 @@ class Tokenizer:
         self.special_tokens = {token.content: id_ for id_, token in sorted(added.items()) if token.special}
         self.end_token = _end_token(ids, end_token, name)
         self.end_id = ids[self.end_token]
-        self.end_ids = frozenset((self.end_id,))
+        # Another is an ordinary piece of text: Llama's configuration says 2 where nobody has said anything.
+        self.end_ids = frozenset((self.end_id, *set(end_ids).intersection(self.added_tokens.values())))
         """All tokens after which the model it belongs to has said what it says."""
+        named = {**_ROLES, **(roles or {})}
+        found = {role: token for role in _ROLES if (token := named[role]) is not None and token in ids}
+        self.roles: dict[str, str] = {**found, "eos_token": self.end_token}
+        """Tokens that templates ask for by role."""
+        self.begin_ids = self._begin_ids()
+        """What its own rules put before every text: a BOS token for models like Llama, mostly nothing."""
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int = 8192) -> Tokenizer:
@@ -97,35 +111,44 @@ class Tokenizer:
         return cls(inner.to_str(pretty=True))
 
     @classmethod
-    def from_file(cls, path: str | Path, *, end_token: str | None = None) -> Tokenizer:
-        """Read a `tokenizer.json`; `end_token` names the token that ends a document, if it is unusual."""
+    def from_file(cls, path: str | Path, *, end_token: str | None = None, **rest: Any) -> Tokenizer:
+        """Read a `tokenizer.json`; `end_token` names the token that ends a document, if it is unusual; `rest` as the
+        class takes it."""
         try:
             definition = Path(path).read_bytes().decode()  # line ends as they are, for the hash
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: cannot be read as a tokenizer.json ({error}).") from error
         if is_lfs_pointer(Path(path)):
             raise DataError(what_it_is(Path(path), ""))
-        return cls(definition, end_token=end_token, name=str(path))
+        return cls(definition, end_token=end_token, name=str(path), **rest)
 
     @classmethod
-    def from_folder(cls, folder: str | Path, *, end_token: str | None = None) -> Tokenizer:
-        """Read `tokenizer.json` of a folder, the end token as `tokenizer_config.json` beside it names it.
+    def from_folder(
+        cls, folder: str | Path, *, end_token: str | None = None, also_ends: Collection[int] = ()
+    ) -> Tokenizer:
+        """Read `tokenizer.json` of a folder, its roles as `tokenizer_config.json` beside it names them, and all ends
+        that `config.json` and `generation_config.json` name, where they are there, and `also_ends`.
 
         A folder that has SentencePiece's `tokenizer.model` instead gives a tokenizer of the same ids.
         """
-        config = Path(folder, "tokenizer_config.json")
-        if end_token is None and config.is_file():
-            try:
-                named = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
-            except ValueError as error:
-                raise DataError(f"{config}: broken JSON ({error}).") from error
-            end_token = named.get("content") if isinstance(named, dict) else named
+        config = _json(Path(folder, "tokenizer_config.json"), needed=True)
+        named = {role: _content(token) for role, token in _json(Path(folder, "special_tokens_map.json")).items()}
+        named |= {role: _content(token) for role, token in config.items() if role.endswith("_token")}
+        rest: dict[str, Any] = {
+            "roles": {role: named[role] for role in _ROLES if role in named},
+            "end_ids": {*also_ends, *end_ids_in(_json(Path(folder, "generation_config.json")))},
+        }
+        rest["end_ids"] |= end_ids_in(_json(Path(folder, "config.json")))
+        end_token = end_token or named.get("eos_token")
         model = Path(folder, "tokenizer.model")
         if Path(folder, "tokenizer.json").is_file() or not model.is_file():
-            return cls.from_file(Path(folder, "tokenizer.json"), end_token=end_token)
+            return cls.from_file(Path(folder, "tokenizer.json"), end_token=end_token, **rest)
         from zili.data.sentencepiece import definition_of, end_token_of
 
-        return cls(definition_of(model), end_token=end_token or end_token_of(model), name=str(model))
+        definition, bos = definition_of(model), named.get("bos_token")
+        if config.get("add_bos_token") is True and bos is not None:  # a tokenizer.json says it itself
+            definition = after_bos(definition, bos)
+        return cls(definition, end_token=end_token or end_token_of(model), name=str(model), **rest)
 
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, which transformers' AutoTokenizer reads."""
@@ -134,6 +157,9 @@ class Tokenizer:
         (folder / "tokenizer.json").write_text(self.definition, encoding="utf-8", newline="\n")
         config = json.dumps(self._config(), indent=2, ensure_ascii=False) + "\n"
         (folder / "tokenizer_config.json").write_text(config, encoding="utf-8", newline="\n")
+        if len(self.end_ids) > 1:
+            ends = json.dumps({"eos_token_id": [self.end_id, *sorted(self.end_ids - {self.end_id})]}) + "\n"
+            (folder / "generation_config.json").write_text(ends, encoding="utf-8", newline="\n")
 
     def _config(self) -> dict[str, Any]:
         return {
@@ -147,6 +173,12 @@ class Tokenizer:
         """Of `tokenizer.json` as written, byte for byte."""
         return hashlib.sha256(self.definition.encode()).hexdigest()
 
+    @property
+    def unknown_id(self) -> int | None:
+        """What a character that the vocabulary does not have becomes; None where it has all."""
+        unknown = json.loads(self.definition)["model"].get("unk_token")
+        return self.token_id(unknown) if isinstance(unknown, str) else None
+
     def taking_for_text(self, added: Collection[str]) -> Tokenizer:
         """The tokenizer with these added tokens recognised in no text, as special ones are not."""
         if all(token in self.special_tokens for token in added):
@@ -154,14 +186,22 @@ class Tokenizer:
         content = json.loads(self.definition)
         for token in content["added_tokens"]:
             token["special"] = token["special"] or token["content"] in added
-        return Tokenizer(json.dumps(content, ensure_ascii=False), end_token=self.end_token)
+        return Tokenizer(json.dumps(content, ensure_ascii=False), end_token=self.end_token, roles=self.roles)
+
+    def _begin_ids(self) -> tuple[int, ...]:
+        plain, whole = (self._inner.encode("a", add_special_tokens=added).ids for added in (False, True))
+        before = (place for place in range(len(whole)) if plain and whole[place : place + len(plain)] == plain)
+        return tuple(whole[: next(before, 0)])
 
     @property
-    def roles(self) -> dict[str, str]:
-        """Tokens that templates ask for by role."""
-        roles = {"bos_token": "<_start>", "unk_token": "<_unk>", "pad_token": "<_pad>"}
-        named = {role: token for role, token in roles.items() if token in self.special_tokens}
-        return {**named, "eos_token": self.end_token}
+    def start_id(self) -> int:
+        """The token that a text's first is predicted after: what its rules put there, else the one that ended the
+        document before, in training. That is not the one that ends a turn of a conversation, where it has both."""
+        if self.begin_ids:
+            return self.begin_ids[-1]
+        others = (name for name in DOCUMENT_ENDS if name not in _TURN_ENDS and name in self.added_tokens)
+        name = next(others, self.end_token) if self.end_token in _TURN_ENDS else self.end_token
+        return self.added_tokens.get(name, self.end_id)
 
     def tokens(self) -> dict[str, int]:
         """All tokens, as the vocabulary spells them, with their ids."""
@@ -243,6 +283,48 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
         return self._inner.decode([int(id_) for id_ in ids], skip_special_tokens=skip_special)
+
+
+def after_bos(definition: str, token: str) -> str:
+    """A definition whose rules put `token` before each text; as it is, where it has no such token."""
+    content = json.loads(definition)
+    added = {one["content"]: one["id"] for one in content["added_tokens"]}
+    number = added.get(token, content["model"]["vocab"].get(token))
+    if number is None:
+        return definition
+    special = {"SpecialToken": {"id": token, "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": kind}} for kind, name in enumerate("AB"))
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [special, first],
+        "pair": [special, first, special, second],
+        "special_tokens": {token: {"id": token, "ids": [number], "tokens": [token]}},
+    }
+    return json.dumps(content, ensure_ascii=False)
+
+
+def end_ids_in(config: Mapping[str, Any]) -> set[int]:
+    """What a config.json or a generation_config.json says ends an answer: one token or several."""
+    given = config.get("eos_token_id")
+    return {number for number in (given if isinstance(given, list) else [given]) if type(number) is int}
+
+
+def _json(file: Path, *, needed: bool = False) -> dict[str, Any]:
+    """An object, empty where there is no such file, or a broken one that is not needed."""
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        if not needed:
+            return {}
+        raise DataError(f"{file}: broken JSON ({error}).") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _content(token: Any) -> str | None:
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
 
 
 def _end_token(ids: dict[str, int], wanted: str | None, name: str) -> str:

@@ -65,7 +65,8 @@ def score_answers(
     """
     answered = exact = left_out = tokens = 0
     loss = 0.0
-    stops = Spoken(tokenizer, template).stop_ids
+    spoken = Spoken(tokenizer, template)
+    stops = spoken.stop_ids
     for dialogue in dialogues:
         known = str(dialogue.messages[-1]["content"]).strip()
         ids = tokenizer.encode(known).tolist()
@@ -76,7 +77,10 @@ def score_answers(
             continue
         answered += 1
         said = generate(model, asked, max_new_tokens=max_new_tokens, sampling=_GREEDY, stop_ids=stops)
-        exact += tokenizer.decode(list(said)).strip() == known
+        text = tokenizer.decode(list(said))
+        for end in spoken.stop_texts:
+            text = text.partition(end)[0]
+        exact += text.strip() == known
         loss, tokens = loss + _loss_after(model, asked, ids), tokens + len(ids)
         if progress is not None:
             progress(answered)

@@ -108,7 +108,7 @@ def bits_per_byte(
     return score_token_ids(
         model,
         documents,
-        start_token=tokenizer.end_id,
+        start_token=tokenizer.start_id,
         sequence_length=sequence_length,
         batch_size=batch_size,
         progress=progress,

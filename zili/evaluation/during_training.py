@@ -78,7 +78,7 @@ def _on_text(figure: Callable[..., T], trainer: Trainer, store: TokenStore, toke
     return figure(
         trainer.parallel,
         stored_documents(store, tokenizer, trainer.config.evaluation.max_bytes),
-        start_token=tokenizer.end_id,
+        start_token=tokenizer.start_id,
         sequence_length=length,
         batch_size=_rows_at_once(trainer, length),
     )

@@ -76,8 +76,8 @@ class Scorer:
         whole = self.tokenizer.encode(context + continuation).tolist()
         apart = (place for place, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b)
         common = next(apart, min(len(before), len(whole)))
-        # A document begins after an end token, in training as here.
-        return [self.tokenizer.end_id, *whole[:common]], whole[common:]
+        # A document begins after BOS or an end token, in training as here.
+        return [self.tokenizer.start_id, *whole[:common]], whole[common:]
 
     def log_likelihoods(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Iterator[tuple[int, float, bool]]:
         """Place, log-probability and whether it is the greedy one, of each continuation; the longest first."""
@@ -121,8 +121,8 @@ class Scorer:
         windows = []
         for start in range(0, len(ids), room):
             part = ids[start : start + room]
-            # As much before it as fits, and where it is the first, the end token that a document begins after.
-            before = [self.tokenizer.end_id, *ids[:start]][-(room + 1 - len(part)) :]
+            # As much before it as fits, and where it is the first, the token that a document begins after.
+            before = [self.tokenizer.start_id, *ids[:start]][-(room + 1 - len(part)) :]
             windows.append((before, part))
         return sum(log_prob for _, log_prob, _ in self.log_likelihoods(windows))
 
@@ -132,7 +132,11 @@ class Scorer:
         room = self.model.config.max_length - min(max_new_tokens, self.model.config.max_length // 2)
         self.counted.shortened += len(ids) > room
         taken: list[int] = []
-        stops = {self.tokenizer.end_id}
+        spoken = self.template if context.startswith(_CONVERSATION) else None
+        stops = self.tokenizer.end_ids
+        if spoken is not None:
+            manners = spoken.manners(self.tokenizer)
+            stops, until = manners.end_ids(self.tokenizer), [*until, *manners.end_texts(self.tokenizer)]
         for token in generate(
             self.model,
             ids[-room:],
@@ -154,7 +158,7 @@ class Scorer:
             assert self.template is not None
             messages = json.loads(context[len(_CONVERSATION) :])
             return self.template.render(self.tokenizer, messages, add_generation_prompt=True).ids
-        return [self.tokenizer.end_id, *self.tokenizer.encode(context).tolist()]
+        return [self.tokenizer.start_id, *self.tokenizer.encode(context).tolist()]
 
     def conversation(self, messages: Sequence[dict[str, str]]) -> str:
         """Messages as a context that `prompt_ids` knows again: ids are made of them, and no text spells a mark."""

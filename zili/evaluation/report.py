@@ -10,6 +10,7 @@ import base64
 import hashlib
 import re
 import shlex
+from collections.abc import Iterable
 from datetime import datetime
 from html import escape
 from importlib import resources
@@ -71,10 +72,15 @@ def render(run: RunRecord) -> str:
         f"<footer>Written by Zili {escape(zili.__version__)}, "
         f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}.</footer>",
     ]
+    return whole_page(f"{run.name} · Zili", parts)
+
+
+def whole_page(title: str, parts: Iterable[str]) -> str:
+    """`parts`, which are HTML, in the frame that all pages about runs have; `title` is text."""
     files = resources.files("zili.evaluation")
     page = files.joinpath("report.html").read_text(encoding="utf-8")
     return Template(page).substitute(
-        title=escape(f"{run.name} · Zili"),
+        title=escape(title),
         style=files.joinpath("report.css").read_text(encoding="utf-8"),
         script_hash=_script_hash(page),
         body="\n".join(part for part in parts if part),
@@ -89,7 +95,7 @@ def next_commands(run_folder: Path) -> list[Command]:
         Command(f"zili chat {run}", "write with it in the terminal"),
         Command(f"zili eval {run} --text PATH", "bits per byte on other text"),
         Command(f"zili train {_as_typed(run_folder / 'recipe.toml')}{_more_steps(run_folder)}", "train on"),
-        Command(f"zili report {run}", "write this page again"),
+        Command(f"zili report {run}", "write its report, a page, from what it recorded"),
     ]
 
 

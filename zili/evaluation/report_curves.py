@@ -14,7 +14,7 @@ from zili.evaluation.run_record import Record, RunRecord, number
 
 def charts(run: RunRecord) -> str:
     """The section of charts; "" when nothing was recorded."""
-    planned = (_loss(run), _bits(run), _rewards(run), _learning_rate(run), _gradient(run), _speed(run))
+    planned = (_loss(run), _bits(run), _rewards(run), _learning_rate(run), _gradient(run), _speed(run), _memory(run))
     last = run.last_step if run.last_step > 1 else None
     made = [figure for chart in planned if (figure := drawn(replace(chart, last_step=last)))]
     if not made:
@@ -108,3 +108,9 @@ def _speed(run: RunRecord) -> Chart:
     finite = [y for _, y in points if math.isfinite(y)]
     caption = f"Tokens a second; the median is {compact(median(finite))}." if finite else ""
     return Chart("Throughput", caption, [Line("tokens/s", points)], from_zero=True, identity="speed")
+
+
+def _memory(run: RunRecord) -> Chart:
+    points = [(step, size / 1e9) for step, size in series(run.train, "memory_bytes")]
+    caption = "Most that the first process has had so far, in GB: of its device, on a CPU of the machine's."
+    return Chart("Memory", caption, [Line("GB", points)], from_zero=True, identity="memory")

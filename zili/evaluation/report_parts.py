@@ -171,6 +171,8 @@ def _speed_tiles(run: RunRecord) -> Iterator[Tile]:
         yield "Share of matmul peak", percent(median(shares)), "of the rate measured on this machine"
     if waited and sum(total):
         yield "Waiting for data", percent(sum(waited) / sum(total)), "of the steps' time"
+    if had := values(run.train, "memory_bytes"):
+        yield "Memory", byte_size(max(had)), "at most, of the first process"
 
 
 def evaluations(run: RunRecord) -> str:
@@ -181,7 +183,7 @@ def evaluations(run: RunRecord) -> str:
     rows = [[f"{r['step']:,.0f}", *(_figure(r, key, form) for key, form in columns.values())] for r in run.evals]
     return (
         f'<details class="fold"><summary>Evaluations as a table ({len(rows)})</summary>'
-        f"{_table(['Step', *columns], rows)}</details>"
+        f"{plain_table(['Step', *columns], rows)}</details>"
     )
 
 
@@ -200,7 +202,8 @@ def _figure(record: Record, key: str, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def _table(head: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
+def plain_table(head: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of figures; its text is escaped."""
     top = "".join(f'<th scope="col" class="figure">{escape(name)}</th>' for name in head)
     body = "".join(
         "<tr>" + "".join(f'<td class="figure">{escape(cell)}</td>' for cell in row) + "</tr>" for row in rows

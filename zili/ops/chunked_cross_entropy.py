@@ -9,7 +9,7 @@ chunk's logits once more.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -113,7 +113,8 @@ class _ChunkedRowLosses(torch.autograd.Function):
         hidden, weight, labels, sums = ctx.saved_tensors
         matrix = weight.to(hidden.dtype)
         grad = grad * (labels != IGNORE_INDEX) * ctx.multiplier
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
 
         def chunk(these: slice) -> None:
             rows, by = hidden[these], grad[these, None]
@@ -122,7 +123,8 @@ class _ChunkedRowLosses(torch.autograd.Function):
             scores = logits.sub_(sums[these, None]).exp_().mul_(by).scatter_add_(1, target, -mine[:, None] * by)
             scores = scores.to(hidden.dtype)
             grad_hidden[these] = ctx.product(scores, matrix.t())
-            grad_weight.add_(weight_gradient(scores, rows, ctx.product))
+            if grad_weight is not None:
+                grad_weight.add_(weight_gradient(scores, rows, ctx.product))
 
         for start in range(0, len(hidden), ctx.size):
             chunk(slice(start, start + ctx.size))
@@ -189,50 +191,21 @@ def chunked_linear_cross_entropy(
     multiplier: float = 1.0,
     part: VocabularyPart | None = None,
     reduction: Reduction = "sum",
+    *,
+    like: Literal["host", "chip"] | None = None,
 ) -> Tensor:
-    """`reference.linear_cross_entropy` without `[N, V]` logits, on any device."""
-    if hidden.device.type != "cpu":
-        return as_on_an_accelerator(hidden, weight, labels, multiplier, part, reduction)
-    return _chunked(hidden, weight, labels, multiplier, part, reduction, _CHUNK)
+    """`reference.linear_cross_entropy` without `[N, V]` logits, on any device.
 
-
-def as_on_the_host(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    multiplier: float = 1.0,
-    part: VocabularyPart | None = None,
-    reduction: Reduction = "sum",
-) -> Tensor:
-    """`chunked_linear_cross_entropy` in chunks of the host's size, without a look at values: for rehearsals."""
-    return _chunked(hidden, weight, labels, multiplier, part or Whole(), reduction, _CHUNK)
-
-
-def as_on_an_accelerator(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    multiplier: float = 1.0,
-    part: VocabularyPart | None = None,
-    reduction: Reduction = "sum",
-) -> Tensor:
-    """`chunked_linear_cross_entropy` as it runs anywhere but on the host, on any device: for rehearsals."""
-    return _chunked(hidden, weight, labels, multiplier, part or Whole(), reduction, _CHUNK_ELSEWHERE)
-
-
-def _chunked(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    multiplier: float,
-    part: VocabularyPart | None,
-    reduction: Reduction,
-    elements: int,
-) -> Tensor:
+    `like`: as it runs there, whatever the device is, and without a look at values: for rehearsals.
+    """
+    on_host = hidden.device.type == "cpu" if like is None else like == "host"
+    elements = _CHUNK if on_host else _CHUNK_ELSEWHERE
+    if part is None and (reduction == "none" or like is not None or not on_host):
+        part = Whole()
     # oneDNN's product knows fp32 alone; every other dtype goes torch's way.
     product = LIBRARIES[library() if hidden.dtype == torch.float32 else "plain"]
     if reduction == "none":
-        return _ChunkedRowLosses.apply(hidden, weight, labels, multiplier, part or Whole(), product, elements)
+        return _ChunkedRowLosses.apply(hidden, weight, labels, multiplier, part, product, elements)
     # Asked here: inside an autograd function gradients are off, whether the caller wants them or not.
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return _ChunkedCrossEntropy.apply(hidden, weight, labels, multiplier, part, product, needs_gradient, elements)

@@ -22,6 +22,8 @@ class Job:
     """Which process of its pipeline."""
     sharded: bool = True
     """Whether the chip has FSDP2: without it every process has its weights whole."""
+    grouped_heads: bool = True
+    """Whether its attention takes fewer heads of keys and values than of queries: else they are repeated."""
     on_host: bool = False
     """Whether the chip is the host itself, whose memory is a checkpoint's too."""
 
@@ -43,6 +45,11 @@ class Job:
     @property
     def sequence(self) -> int:
         return self.config.training.sequence_length
+
+    @property
+    def attended_heads(self) -> int:
+        """Heads of keys and values as attention takes them, on all tensor-parallel processes together."""
+        return self.model.kv_heads if self.grouped_heads else self.model.heads
 
     @property
     def lowered(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from zili.chips import find_backend
 from zili.chips.catalog import Chip, identify
 from zili.errors import ChipError, ConfigError
 from zili.planning.run import Precision
@@ -44,6 +45,8 @@ class Machine:
     watts: float | None = None
     capacity: float | None = None
     """Bytes of memory."""
+    grouped_heads: bool = True
+    """Whether attention takes fewer heads of keys and values than of queries; else they are repeated first."""
     measured_products: float | None = None
     """FLOPs a second of the fastest bf16 product, where it was measured."""
     measured: frozenset[str] = frozenset()
@@ -89,8 +92,16 @@ def machine(
         network=known(network_gbit_s or chip.internode_gbit_s, "internode_gbit_s", _NETWORK_GBIT_S) / 8 * 1e9,
         watts=chip.watts,
         capacity=chip.memory_gb * 1e9 if chip.memory_gb else None,
+        grouped_heads=_takes_grouped_heads(chip),
         assumed=assumed,
     )
+
+
+def _takes_grouped_heads(chip: Chip) -> bool:
+    """By the records; of a chip that no backend drives nothing else is known than what torch has."""
+    if chip.backend is None:
+        return True
+    return find_backend(chip.backend).capability("grouped_heads_attention", chip.overrides()).value
 
 
 def _rounded(value: float) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
+from zili.planning import gradients
 from zili.planning.job import Job
 from zili.planning.weights import stage_groups, weight_groups
 
@@ -53,46 +54,48 @@ Some = Iterator[tuple[Message, int]]
 
 def _blocks(job: Job) -> Some:
     """Inside blocks: tokens between tensor-parallel processes, keys between those of a context, rows to experts."""
-    again = job.config.training.recompute == "full"
+    again, count = job.config.training.recompute == "full", job.micro_batches
     for layer in job.layers:
-        forward, backward = 1 + again, 1
-        for size in _entered(job, layer):
-            yield _tensor(job, "all_gather", size), job.micro_batches * forward
-            yield _tensor(job, "reduce_scatter", size), job.micro_batches * backward
+        back, inside = gradients.of_output(job, layer), gradients.of_input(job, layer, "feed_forward.gate")
+        forward = 1 + (again and back)
+        for part, size in _entered(job, layer):
+            yield _tensor(job, "all_gather", size), count * forward
+            yield _tensor(job, "reduce_scatter", size), count * gradients.of_input(job, layer, part)
         dense = not job.model.has_experts(layer)
         left = job.tokens * job.model.hidden_size * job.product_bytes
         # The last one of a block is not asked for again: nothing after it is needed for a gradient.
-        leaving = forward + (1 if dense else 0)
-        yield _tensor(job, "reduce_scatter", left), job.micro_batches * leaving
-        yield _tensor(job, "all_gather", left), job.micro_batches * (1 + dense)
-        for size in _keys_and_values(job):
-            yield Message("all_gather", "context", job.layout.context, size), job.micro_batches * forward
-            yield Message("reduce_scatter", "context", job.layout.context, size), job.micro_batches * backward
+        yield _tensor(job, "reduce_scatter", left), count * (forward + dense)
+        yield _tensor(job, "all_gather", left), count * (inside + (dense and back))
+        for behind, size in _keys_and_values(job):
+            asked = gradients.of_input(job, layer) or bool(gradients.adapted(job.shapes(layer)) & behind)
+            yield Message("all_gather", "context", job.layout.context, size), count * forward
+            yield Message("reduce_scatter", "context", job.layout.context, size), count * asked
         if not dense:
-            yield from _to_experts(job, forward)
+            yield from _to_experts(job, forward, inside)
 
 
 def _tensor(job: Job, kind: str, size: int) -> Message:
     return Message(kind, "tensor", job.layout.tensor, size)
 
 
-def _entered(job: Job, layer: int) -> Iterator[int]:
-    """Bytes gathered before the products of a layer."""
+def _entered(job: Job, layer: int) -> Iterator[tuple[str, int]]:
+    """Bytes gathered before the products of a layer, and one of these."""
     latent = job.model.latent
     width = job.model.hidden_size
     short = width if latent is None else latent.query_rank + latent.key_value_rank + latent.rope_head_dim
-    yield job.tokens * short * job.product_bytes
+    yield "attention.query", job.tokens * short * job.product_bytes
     if not job.model.has_experts(layer):
-        yield job.tokens * width * job.product_bytes
+        yield "feed_forward.gate", job.tokens * width * job.product_bytes
 
 
-def _keys_and_values(job: Job) -> Iterator[int]:
+def _keys_and_values(job: Job) -> Iterator[tuple[set[str], int]]:
+    """Bytes of each, and the matrices whose adapters it may come through."""
     rows = job.micro_batch * job.sequence * job.model.kv_heads // job.layout.tensor * job.product_bytes
-    yield rows * job.model.head_dim
-    yield rows * job.model.value_head_dim
+    yield {"attention.key", "attention.key_value_up"}, rows * job.model.head_dim
+    yield {"attention.value", "attention.key_value_up"}, rows * job.model.value_head_dim
 
 
-def _to_experts(job: Job, forward: int) -> Some:
+def _to_experts(job: Job, forward: int, backward: bool) -> Some:
     mixture, layout = job.model.mixture, job.layout
     assert mixture is not None
     if mixture.balance_loss:
@@ -104,7 +107,7 @@ def _to_experts(job: Job, forward: int) -> Some:
     yield Message("all_to_all", "expert", layout.expert, mixture.experts * _INT64), job.micro_batches * forward
     rows = job.own_tokens * mixture.top_k * job.model.hidden_size * job.product_bytes
     # There and back, and the gradients of both.
-    yield Message("all_to_all", "expert", layout.expert, rows), job.micro_batches * 2 * (forward + 1)
+    yield Message("all_to_all", "expert", layout.expert, rows), job.micro_batches * 2 * (forward + backward)
 
 
 def _ends(job: Job) -> Some:
@@ -114,7 +117,7 @@ def _ends(job: Job) -> Some:
     embedded = job.micro_batches * (job.has_first + predicts)
     rows = job.tokens * job.model.hidden_size * _FP32
     yield _tensor(job, "reduce_scatter", rows), embedded
-    yield _tensor(job, "all_gather", rows), embedded
+    yield _tensor(job, "all_gather", rows), embedded * gradients.of_matrices(job)
     if not job.has_last:
         return
     losses = job.micro_batches * (1 + predicts)
@@ -146,7 +149,7 @@ def _stages(job: Job) -> Some:
                 for kind in ("send", "receive"):
                     yield Message(kind, "pipeline", job.layout.pipeline, size), job.micro_batches
     shared = job.model.tied_embeddings or job.model.mtp_layers
-    if shared and job.layout.pipeline > 1 and (job.has_first or job.has_last):
+    if shared and gradients.of_matrices(job) and job.layout.pipeline > 1 and (job.has_first or job.has_last):
         rows = -(-job.model.vocab_size // job.layout.tensor // job.layout.weight_shards)
         for kind in ("send", "receive"):
             yield Message(kind, "pipeline", job.layout.pipeline, rows * job.model.hidden_size * _FP32), 1

@@ -151,7 +151,7 @@ def _failures(plan: Plan) -> str:
     return f"""<h2>Failures</h2>
 <p>One interruption in {good.mean_between / 3600:.1f} h, {plan.interruptions:,.0f} in all. With a checkpoint
 ({plan.checkpoint_bytes / 1e12:.2f} TB) every {good.interval / 60:.1f} minutes {100 * good.share:.1f} % of the time
-trains. To improve first: {escape(good.first_to_improve)}.</p>
+trains. Most is lost to {escape(good.first_to_improve)}.</p>
 {_bar({name: 100 * share for name, share in good.lost.items() if share > 1e-4}, "% of the time", 1.0)}"""
 
 

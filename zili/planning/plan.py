@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from math import ceil, isinf, log2
+from functools import cached_property
+from math import ceil, inf, isinf, log2
 from typing import Any
 
 from zili.chips.catalog import Chip
@@ -13,12 +14,13 @@ from zili.config import RunConfig, build_config
 from zili.errors import ConfigError, LayoutError
 from zili.models.arithmetic import count_parameters
 from zili.planning.goodput import DAY, Failures, Goodput, goodput
+from zili.planning.hyperparameters import Filled, batch_tokens, filled, flops, left_open
 from zili.planning.machine import Machine, fastest_product, machine, with_measurements
 from zili.planning.rates import Band, Rates, band_of, families, rates_of
 from zili.planning.search import Candidate, Found, predicted, search, usable
 
 _TOKENS_A_STEP = 16 * 1024**2
-"""Of a step where no batch is given: what large published runs have."""
+"""Of a step where no batch is given, at most: what large published runs have."""
 _IDLE, _BUSY, _OVERHEAD = 0.25, 0.9, 1.3
 """Power of an idle and of a busy chip as a share of its rating, and of a site over its chips': usual, not measured."""
 _STATE_BYTES = 12
@@ -71,6 +73,22 @@ class Plan:
     def best(self) -> Candidate:
         """The fastest layout that fits; the first of those asked for."""
         return self.found.best[0]
+
+    @property
+    def chosen(self) -> Candidate:
+        """The one to run: the simplest that is as fast, as far as a prediction can tell (`search.TIE`)."""
+        return self.found.simplest or self.best
+
+    @cached_property
+    def left_open(self) -> list[Filled]:
+        """What the setting leaves open beside the layout, and a run needs."""
+        candidate = self.chosen
+        return list(left_open(candidate.config, self.setting.tokens, candidate.time.total, self.goodput.interval))
+
+    @property
+    def recipe(self) -> RunConfig:
+        """The chosen layout, with nothing left open but where the data lies."""
+        return filled(self.chosen.config, self.left_open)
 
     def seconds(self, candidate: Candidate) -> tuple[float, float, float]:
         """Of a step: predicted, and the ends of its band."""
@@ -130,6 +148,8 @@ class Plan:
             "tokens": self.setting.tokens,
             "mfu_definition": MFU,
             "layouts": [self._layout_json(candidate) for candidate in self.found.best],
+            "chosen": self._layout_json(self.chosen),
+            "left_open": [one._asdict() for one in self.left_open],
             "searched": self.found.searched,
             "others": [{"choice": loss.choice, "why": loss.why} for loss in self.found.losses],
             "days": self.days,
@@ -175,10 +195,7 @@ def make_plan(setting: Setting, chip: Chip, chips: int, *, given: bool = False) 
     if place.capacity is None:
         notes.append(f"the memory of {chip.name} is not published: whether anything fits was not looked at")
     if setting.batch_taken:
-        notes.append(
-            f"no global batch was given: {setting.config.training.global_batch:,} sequences, near the "
-            f"{_TOKENS_A_STEP / 1e6:.0f} M tokens of large published runs; --global-batch sets another"
-        )
+        notes.append(_batch_note(setting))
     rates = rates_of(chip.family).on(place)
     if chip.family not in families():
         notes.append(f"no published runs on {chip.name} or its like: common efficiencies, and a wide band")
@@ -187,7 +204,7 @@ def make_plan(setting: Setting, chip: Chip, chips: int, *, given: bool = False) 
         found = Found((candidate,), (), 1, candidate)
     else:
         found = search(setting.config, chips, place, rates)
-    if not found.best or (given and not found.best[0].fits(place)):
+    if not found.best or (given and not found.best[0].fits):
         raise LayoutError(_does_not_fit(setting, chip, chips, place, rates, found, given))
     band = band_of(found.best[0].run, chip.family)
     good = goodput(chips, setting.failures)
@@ -197,6 +214,17 @@ def make_plan(setting: Setting, chip: Chip, chips: int, *, given: bool = False) 
             f"{chips:,} chips hardly train at all; fewer chips, fewer failures or a faster restart"
         )
     return Plan(setting, chip, chips, place, rates, found, band, good, tuple(notes))
+
+
+def _batch_note(setting: Setting) -> str:
+    training = setting.config.training
+    compute = flops(setting.config.model, training.sequence_length, setting.tokens)
+    return (
+        f"no global batch was given: {training.global_batch:,} sequences, near the rule's "
+        f"{batch_tokens(compute) / 1e6:.2g} M tokens for {compute:.2g} FLOPs (DeepSeek LLM, 2401.02954), within what "
+        f"the chips can share and the {_TOKENS_A_STEP / 1e6:.0f} M tokens of large published runs; --global-batch sets "
+        "another"
+    )
 
 
 def _machine(setting: Setting, chip: Chip) -> tuple[Machine, list[str]]:
@@ -240,13 +268,15 @@ def _does_not_fit(
     return f"no layout fits {chips:,} chips, nor was one found up to {more:,}: {takes}, and {has}"
 
 
-def usual_batch(chips: int, sequence: int) -> int:
-    """Sequences of a step that layouts on `chips` divide: about 16 Mi tokens, and every odd factor of the chips."""
+def usual_batch(chips: int, sequence: int, compute: float = inf) -> int:
+    """Sequences of a step that layouts on `chips` divide, every odd factor of the chips among them: near what the rule
+    has for a run of `compute` FLOPs, at least one for eight chips, and 16 Mi tokens at most."""
     odd = chips
     while odd % 2 == 0:
         odd //= 2
-    wanted = _TOKENS_A_STEP / sequence
-    return odd * 2 ** max(0, ceil(log2(wanted / odd)))
+    # Eight chips are a node: tensor, context and pipeline can share a sequence among so many.
+    tokens = min(_TOKENS_A_STEP, max(batch_tokens(compute), chips * sequence / 8))
+    return odd * 2 ** max(0, round(log2(tokens / sequence / odd)))
 
 
 def setting_config(model: Mapping[str, Any], sequence: int, global_batch: int, tokens: float, name: str) -> RunConfig:

@@ -36,13 +36,18 @@ class Plan:
         """In all."""
         return self.processes * self.virtual
 
-    def actions(self, process: int) -> list[Action]:
-        """Of one process, in order."""
-        if self.schedule == "1f1b":
-            return list(_one_forward_one_backward(self, process))
-        if self.schedule == "zbv":
-            return list(_shape_of_a_v(self, process))
-        return list(_interleaved(self, process, zero_bubble=self.schedule == "zero_bubble"))
+
+@lru_cache(maxsize=64)
+def actions(plan: Plan) -> tuple[tuple[Action, ...], ...]:
+    """Of each process, in order."""
+    if plan.schedule == "1f1b":
+        queues = (_one_forward_one_backward(plan, process) for process in range(plan.processes))
+    elif plan.schedule == "zbv":
+        queues = (_shape_of_a_v(plan, process) for process in range(plan.processes))
+    else:
+        zero_bubble = plan.schedule == "zero_bubble"
+        queues = (_interleaved(plan, process, zero_bubble) for process in range(plan.processes))
+    return tuple(map(tuple, queues))
 
 
 def _one_forward_one_backward(plan: Plan, process: int) -> Iterator[Action]:
@@ -129,7 +134,7 @@ def asked_for(plan: Plan) -> tuple[tuple[int, ...], ...]:
     1F1B asks for one when it needs it; of several stages a process asks, as torch lowers their schedules, right where
     the other sends (`_add_send_recv` of torch.distributed.pipelining.schedules).
     """
-    queues = [plan.actions(process) for process in range(plan.processes)]
+    queues = actions(plan)
     if plan.schedule == "1f1b":
         return tuple((0,) * len(queue) for queue in queues)
     home = {action.stage: process for process, queue in enumerate(queues) for action in queue}
@@ -168,18 +173,18 @@ def simulate(plan: Plan, seconds: Callable[[Action], float], between: float = 0.
     An action starts when its process is free and what it needs is there: the stage before has gone forward, the stage
     after backward.
     """
-    queues = [plan.actions(process) for process in range(plan.processes)]
+    queues = actions(plan)
     home = {action.stage: process for process, queue in enumerate(queues) for action in queue}
     done: dict[tuple[str, int, int], float] = {}
     spans: list[list[Span]] = [[] for _ in queues]
-    places = [0] * len(queues)
+    places, last = [0] * len(queues), plan.stages - 1
     moved = True
     while moved:
         moved = False
         for process, queue in enumerate(queues):
             while places[process] < len(queue):
                 action = queue[places[process]]
-                ready = _ready(action, plan.stages - 1, done, home, between)
+                ready = _ready(action, last, done, home, between)
                 if ready is None:
                     break
                 free = spans[process][-1].end if spans[process] else 0.0

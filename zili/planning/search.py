@@ -15,19 +15,28 @@ from zili.models.arithmetic import training_state_bytes
 from zili.parallel.layout import DIMENSIONS, Layout, lay_out, uneven_rounds
 from zili.planning import memory
 from zili.planning.job import Job
+from zili.planning.layer_memory import kept_bytes
 from zili.planning.machine import Machine
-from zili.planning.memory import Bytes, kept_bytes, peak_bytes, places_in_order, with_reduce
+from zili.planning.memory import Bytes, Peaks, with_reduce
 from zili.planning.rates import Rates
 from zili.planning.run import Recompute, Run, Software
-from zili.planning.step_time import StepTime, Work, local_parameters, step_time, work
+from zili.planning.step_time import StepTime, StepTimes, local_parameters, step_time
 from zili.planning.timeline import played_through, run_of
 
 _MOST_CONTEXT, _MOST_MICRO, _MOST_VIRTUAL, _MOST_TENSOR = 8, 4, 6, 16
 _EXPERT = (1, 8, 32, 64, 128)
 """Larger ones are not looked at, nor sizes between these: no measured run has them, and they are many."""
 _RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
-_TRIED, _TRIED_OF_A_CHOICE = 300, 6
+_CHOICES = ("tensor", "context", "pipeline", "expert", "schedule", "recompute")
+_ONCE, _EACH = Software(), Software(sums_each=True)
+"""Gradients are summed once a step, or after each micro-batch."""
+_TRIED, _TRIED_OF_A_CHOICE, _TRIED_FOR_SIMPLICITY = 300, 6, 24
 """Layouts whose memory is computed, the fastest first, before the search looks for others."""
+_SCHEDULES: tuple[Schedule, ...] = ("1f1b", "interleaved", "zero_bubble", "zbv")
+"""The plainest first."""
+TIE = 0.07
+"""Share of a step's time by which two layouts must differ to be told apart: the median error of predicting runs that
+nobody had fitted (docs/planning.md)."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,8 @@ class Candidate:
     """The recipe with it."""
     layout: Layout
     time: StepTime
+    machine: Machine
+    """What it runs on."""
 
     @cached_property
     def run(self) -> Run:
@@ -53,28 +64,28 @@ class Candidate:
         return f"{self.layout}{schedule}, {run.micro_batches:.0f} micro-batches of {run.micro_batch}{summed}{again}"
 
     @cached_property
-    def _places(self) -> dict[int, Bytes]:
-        return {}
+    def _peaks(self) -> Peaks:
+        return Peaks(job_on(self.config, self.layout, self.machine))
 
-    def _memory_at(self, place: int) -> Bytes:
-        if place not in self._places:
-            self._places[place] = peak_bytes(Job(self.config, self.layout, place))
-        return self._places[place]
-
-    @cached_property
+    @property
     def memory(self) -> Bytes:
         """Bytes by part, of the process with most."""
-        places = places_in_order(self.layout.pipeline)
-        return max(map(self._memory_at, places), key=lambda parts: sum(parts.values()))
+        return self._peaks.fullest
 
     @cached_property
     def bytes(self) -> float:
         return sum(self.memory.values())
 
-    def fits(self, machine: Machine) -> bool:
+    @property
+    def fits(self) -> bool:
         """Whether it does, beside what the chip's runtime takes."""
-        room = float("inf") if machine.capacity is None else usable(machine)
-        return all(sum(self._memory_at(place).values()) <= room for place in places_in_order(self.layout.pipeline))
+        return self._peaks.within(float("inf") if self.machine.capacity is None else usable(self.machine))
+
+
+def job_on(config: RunConfig, layout: Layout, machine: Machine) -> Job:
+    """What such a chip's process does; of what the chip can a recipe has the last word."""
+    grouped = config.chip.capabilities.get("grouped_heads_attention", machine.grouped_heads)
+    return Job(config, layout, grouped_heads=grouped)
 
 
 def usable(machine: Machine) -> float:
@@ -91,9 +102,9 @@ def predicted(config: RunConfig, world: int, machine: Machine, rates: Rates) -> 
     """
     layout = lay_out(config, world)
     room = float("inf") if machine.capacity is None else usable(machine)
-    config = with_reduce(Job(config, layout), room).config
+    config = with_reduce(job_on(config, layout, machine), room).config
     time = step_time(run_of(config, layout), machine, rates)
-    return Candidate(config, layout, played_through(config, layout, time, machine, rates))
+    return Candidate(config, layout, played_through(config, layout, time, machine, rates), machine)
 
 
 @dataclass(frozen=True)
@@ -113,7 +124,9 @@ class Found:
     losses: tuple[Loss, ...]
     searched: int
     smallest: Candidate
-    """What seems to take least."""
+    """What seems to take least, where nothing fits."""
+    simplest: Candidate | None = None
+    """The one with the fewest kinds of parallelism among those that are as fast as the first, within `TIE`."""
 
 
 def search(config: RunConfig, world: int, machine: Machine, rates: Rates, *, count: int = 5) -> Found:
@@ -134,14 +147,14 @@ def search(config: RunConfig, world: int, machine: Machine, rates: Rates, *, cou
         if option.alike in best or not room.may_have(option):
             continue
         tried += 1
-        candidate = option.candidate(config)
+        candidate = option.candidate(config, machine)
         if room.has(option, candidate):
             best[option.alike] = candidate
     # Stages that are uneven wait for one another in ways no formula has: played through.
     ranked = tuple(sorted(map(room.played, best.values()), key=lambda one: one.time.total))
     losses = tuple(_losses(ranked[0], options, room)) if ranked else ()
-    smallest = min(options, key=room.least).candidate(config)
-    return Found(ranked, losses, len(options), smallest)
+    smallest = ranked[0] if ranked else min(options, key=room.least).candidate(config, machine)
+    return Found(ranked, losses, len(options), smallest, _simplest(ranked, options, room))
 
 
 class _Room:
@@ -154,6 +167,7 @@ class _Room:
         # Beside adapters nothing has a gradient. Muon keeps one moment, AdamW two.
         self._learned = state.gradients / state.weights
         self._moments = 1 if config.optimizer.name == "muon" else 2
+        self._leasts: dict[_Option, float] = {}
         self._kept: dict[tuple[object, ...], float] = {}
         self._parameters: dict[tuple[int, int, int], tuple[float, float]] = {}
 
@@ -173,7 +187,7 @@ class _Room:
 
     def has(self, option: _Option, candidate: Candidate) -> bool:
         """Whether it fits."""
-        fits = candidate.fits(self.machine)
+        fits = candidate.fits
         if not fits:
             failed = (*option.alike, option.sums_each)
             self._failed[failed] = max(option.shards, self._failed.get(failed, 0))
@@ -181,6 +195,11 @@ class _Room:
 
     def least(self, option: _Option) -> float:
         """Bytes of weights, gradients, moments, and what micro-batches in flight keep."""
+        if option not in self._leasts:
+            self._leasts[option] = self._least(option)
+        return self._leasts[option]
+
+    def _least(self, option: _Option) -> float:
         run = option.run
         cut = (run.tensor, run.pipeline, run.expert)
         if cut not in self._parameters:
@@ -206,24 +225,27 @@ class _Room:
         run = option.run
         key = (run.tensor, run.context, run.expert, run.micro_batch, run.recompute)
         if key not in self._kept:
-            candidate = option.candidate(self.config)
-            self._kept[key] = kept_bytes(Job(candidate.config, candidate.layout))
+            candidate = option.candidate(self.config, self.machine)
+            self._kept[key] = kept_bytes(job_on(candidate.config, candidate.layout, self.machine))
         return self._kept[key]
 
 
 def _in_flight(run: Run) -> float:
     """Stages' activations that a pipeline's process has at once, at least."""
-    p, v, m = run.pipeline, run.virtual, run.micro_batches
+    p, v = run.pipeline, run.virtual
     if p == 1:
         return 1
     # On the first process, which has most in flight.
-    warm = {"1f1b": p, "interleaved": (v - 1) * p + 2 * (p - 1) + 1, "zero_bubble": v * p, "zbv": 2 * p - 1}
-    return min(m * v, warm[run.schedule])
+    if run.schedule == "interleaved":
+        warm = (v - 1) * p + 2 * (p - 1) + 1
+    else:
+        warm = 2 * p - 1 if run.schedule == "zbv" else v * p
+    return min(run.micro_batches * v, warm)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Option:
-    """A layout that is legal, and its seconds."""
+    """A layout that is legal, and its seconds. Each is itself alone."""
 
     run: Run
     shards: int
@@ -234,19 +256,23 @@ class _Option:
         """The fastest first; of those as fast to three digits, the one that shares weights most widely."""
         return float(f"{self.seconds:.3g}"), -self.shards
 
+    @cached_property
+    def complexity(self) -> tuple[int, int, int]:
+        return complexity(self.run)
+
     @property
     def sums_each(self) -> bool:
         """Whether gradients are summed after each micro-batch: slower, for where they do not fit whole."""
         return self.run.software.sums_each
 
-    @property
+    @cached_property
     def alike(self) -> tuple[object, ...]:
         """All but its shards, and when it sums gradients."""
         run = self.run
         cut = (run.tensor, run.context, run.pipeline, run.expert, run.schedule, run.virtual)
         return (*cut, run.micro_batch, run.recompute)
 
-    def candidate(self, config: RunConfig) -> Candidate:
+    def candidate(self, config: RunConfig, machine: Machine) -> Candidate:
         """With the recipe it makes."""
         run = self.run
         layout = Layout(run.pipeline, run.data // self.shards, self.shards, run.context, run.tensor, run.expert)
@@ -256,7 +282,8 @@ class _Option:
         parallel = ParallelConfig(**sizes, schedule=run.schedule, stages_per_process=stages, reduce=reduce)
         chosen = {"micro_batch": run.micro_batch, "recompute": run.recompute}
         training = config.training.model_copy(update=chosen)
-        return Candidate(config.model_copy(update={"parallel": parallel, "training": training}), layout, self.time)
+        config = config.model_copy(update={"parallel": parallel, "training": training})
+        return Candidate(config, layout, self.time, machine)
 
 
 @lru_cache(maxsize=4096)
@@ -269,37 +296,34 @@ def _divisors(number: int, most: int | None = None) -> tuple[int, ...]:
 
 def _options(config: RunConfig, world: int, machine: Machine, rates: Rates) -> Iterator[_Option]:
     """Every layout, with its seconds."""
-    known: dict[tuple[object, ...], Work] = {}
+    times = StepTimes(machine, rates)
+    model, training = config.model, config.training
     for tensor, context, pipeline in _cuts(config, world, machine):
         data = world // (tensor * context * pipeline)
         for shards, expert, micro in _shares(config, data, tensor, context, machine):
-            count = config.training.global_batch // data // micro
+            count = training.global_batch // data // micro
             for schedule, virtual, recompute in _orders(config, pipeline, count):
-                run = Run(
-                    model=config.model,
-                    sequence=config.training.sequence_length,
-                    global_batch=config.training.global_batch,
-                    micro_batch=micro,
-                    data=data,
-                    tensor=tensor,
-                    context=context,
-                    pipeline=pipeline,
-                    virtual=virtual,
-                    expert=expert,
-                    weight_shards=shards * context,
-                    state_shards=shards * context,
-                    kept_gathered=pipeline > 1,
-                    recompute=recompute,
-                    schedule=schedule,
-                )
-                key = (micro, tensor, context, expert, recompute)
-                if key not in known:
-                    known[key] = work(run, machine, rates)
-                time = step_time(run, machine, rates, known[key])
-                yield _Option(run, shards, time, time.total)
-                if count > 1 and shards * context > 1 and schedule in ("1f1b", "interleaved"):
-                    run = replace(run, software=Software(sums_each=True))
-                    time = step_time(run, machine, rates, known[key])
+                each = count > 1 and shards * context > 1 and schedule in ("1f1b", "interleaved")
+                for software in (_ONCE, _EACH) if each else (_ONCE,):
+                    run = Run(
+                        model=model,
+                        sequence=training.sequence_length,
+                        global_batch=training.global_batch,
+                        micro_batch=micro,
+                        data=data,
+                        tensor=tensor,
+                        context=context,
+                        pipeline=pipeline,
+                        virtual=virtual,
+                        expert=expert,
+                        weight_shards=shards * context,
+                        state_shards=shards * context,
+                        kept_gathered=pipeline > 1,
+                        recompute=recompute,
+                        schedule=schedule,
+                        software=software,
+                    )
+                    time = times.of(run)
                     yield _Option(run, shards, time, time.total)
 
 
@@ -380,13 +404,45 @@ def _nearest(config: RunConfig, world: int, machine: Machine) -> str:
     )
 
 
+def _simplest(ranked: Sequence[Candidate], options: Sequence[_Option], room: _Room) -> Candidate | None:
+    """Of the layouts that are as fast as the first of `ranked`, the simplest that fits, and of these the fastest."""
+    if not ranked:
+        return None
+    limit = (1 + TIE) * ranked[0].time.total
+    within = sorted((option for option in options if option.seconds <= limit), key=lambda o: (o.complexity, o.order()))
+    tried = 0
+    for option in within:
+        if tried == _TRIED_FOR_SIMPLICITY or option.complexity >= complexity(ranked[0].run):
+            break
+        if not room.may_have(option):
+            continue
+        tried += 1
+        candidate = option.candidate(room.config, room.machine)
+        if room.has(option, candidate):
+            played = room.played(candidate)
+            if played.time.total <= limit:
+                return played
+    return min(
+        (one for one in ranked if one.time.total <= limit), key=lambda one: (complexity(one.run), one.time.total)
+    )
+
+
+def complexity(run: Run) -> tuple[int, int, int]:
+    """How much of a layout whoever runs it must know: kinds of parallelism beside data's; then what its schedule, its
+    recomputation and its sums of gradients add; then the processes that share a copy of the model."""
+    kinds = sum(size > 1 for size in (run.tensor, run.context, run.pipeline, run.expert))
+    more = _SCHEDULES.index(run.schedule) + (run.recompute != "none") + run.software.sums_each
+    return kinds, more, run.tensor * run.context * run.pipeline
+
+
 def _losses(best: Candidate, options: Sequence[_Option], room: _Room) -> Iterator[Loss]:
     """For each choice that the best layout did not make: the fastest with it, and why that is not the best."""
+    made = {name: getattr(best.run, name) for name in _CHOICES}
     choices: dict[tuple[str, object], list[_Option]] = {}
     for option in options:
-        for name in ("tensor", "context", "pipeline", "expert", "schedule", "recompute"):
+        for name, taken in made.items():
             value = getattr(option.run, name)
-            if value != getattr(best.run, name):
+            if value != taken:
                 choices.setdefault((name, value), []).append(option)
     for (name, value), those in choices.items():
         yield _loss(f"{name} {value}", those, best, room)
@@ -400,17 +456,25 @@ def _loss(choice: str, those: Sequence[_Option], best: Candidate, room: _Room) -
             break
         if room.may_have(option):
             tried += 1
-            candidate = option.candidate(room.config)
+            candidate = option.candidate(room.config, room.machine)
             if room.has(option, candidate):
                 return Loss(choice, _slower(room.played(candidate), best))
     ratio = those[0].seconds / best.time.total - 1
     speed = f"{ratio:.0%} slower" if ratio > 0 else f"{-ratio:.0%} faster"
     least = min(map(room.least, those)) / 2**30
-    why = f"none of its fastest fits ({tried} tried)" if tried else f"does not fit, {least:.0f} GiB and more"
-    return Loss(choice, f"{why}; {speed} at best")
+    why = f"none of the {tried} fastest with it fits" if tried else f"does not fit, {least:.0f} GiB and more"
+    return Loss(choice, f"{why}; it would be {speed}")
+
+
+def seconds_text(seconds: float) -> str:
+    """With a unit that leaves something of it: `1.23 s`, `45.6 ms`, `78 µs`."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.2f} {unit}" if unit == "s" else f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} µs"
 
 
 def _slower(candidate: Candidate, best: Candidate) -> str:
     more = {name: seconds - getattr(best.time, name) for name, seconds in vars(candidate.time).items()}
     part = max(more, key=lambda name: more[name])
-    return f"{candidate.time.total / best.time.total - 1:.1%} slower: {part} +{more[part]:.2f} s"
+    return f"{candidate.time.total / best.time.total - 1:.1%} slower: {part} +{seconds_text(more[part])}"

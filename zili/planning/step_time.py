@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, log2
 from typing import NamedTuple
 
 from zili.config.model import ModelConfig
-from zili.models.arithmetic import layer_shapes
+from zili.models.arithmetic import is_adapter, layer_shapes
 from zili.parallel.cuts import cut_of
 from zili.planning.machine import Machine, share_sent
 from zili.planning.rates import Rates
@@ -42,7 +42,7 @@ class StepTime:
     @property
     def total(self) -> float:
         """Of the whole step."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(vars(self).values())
 
 
 class Phase(NamedTuple):
@@ -73,6 +73,8 @@ class Matrix(NamedTuple):
     """In which dimension tensor-parallel processes cut it."""
     experts: int = 0
     """How many experts have one; 0: all tokens go through it."""
+    learned: bool = True
+    """Whether it has a gradient: beside adapters nothing else has."""
 
 
 @lru_cache(maxsize=1024)
@@ -81,10 +83,11 @@ def matrices(model: ModelConfig, layer: int) -> tuple[Matrix, ...]:
     found = []
     for name, shape in layer_shapes(model, layer).items():
         module, _, key = name.rpartition(".")
+        learned = model.lora is None or is_adapter(name)
         if len(shape) == 2:
-            found.append(Matrix(shape[0], shape[1], cut_of(f"layers.{layer}.{module}", key)))
+            found.append(Matrix(shape[0], shape[1], cut_of(f"layers.{layer}.{module}", key), learned=learned))
         elif len(shape) == 3:
-            found.append(Matrix(shape[1], shape[2], None, shape[0]))
+            found.append(Matrix(shape[1], shape[2], None, shape[0], learned))
     return tuple(found)
 
 
@@ -128,7 +131,7 @@ class Work(NamedTuple):
     forward: float
     """Seconds of the forward pass, of those of the layers."""
     weights: float
-    """Of products that give gradients of weights: as long as a forward pass's."""
+    """Of products that give gradients of weights: as long as a forward pass's, but beside adapters."""
 
 
 def work(run: Run, machine: Machine, rates: Rates) -> Work:
@@ -142,24 +145,74 @@ def work(run: Run, machine: Machine, rates: Rates) -> Work:
         # One more block and its own logits, behind the last layer.
         forward, backward = layer_phases(run, run.model.layers - 1, machine, rates)
         head = head.by(2).plus(forward).plus(backward)
-    return Work(layers, head, sum(ahead), ahead.products)
+    learning = sum(
+        times * _slow(run, rates) * _products(run, layer, machine, rates, learned=True)
+        for layer, times in kinds_of_layers(run.model)
+    )
+    return Work(layers, head, sum(ahead), learning)
 
 
-def step_time(run: Run, machine: Machine, rates: Rates, known: Work | None = None) -> StepTime:
-    """Seconds of one step of `run`, by what takes them; `known` is its `work`, where that was computed before."""
-    layers, head, *_ = known or work(run, machine, rates)
-    busiest = _busiest(run, layers, head)
-    longest, together = sum(busiest), sum(layers) + sum(head)
-    between = between_stages(run, machine, rates)
-    idle = together - longest + (run.pipeline - 1) * between
-    total = busiest.by(run.micro_batches)
-    data = _data(run, machine, rates, longest, sum(total))
-    plain, experts = local_parameters(run.model, run.tensor, run.pipeline, run.expert)
-    stored = plain / run.state_shards + experts / expert_shards(run, run.state_shards)
-    optimizer = _STATE_BYTES * stored / (machine.memory * rates.memory)
-    rest = (run.micro_batches * between, idle * bubble_share(run), data, optimizer)
-    waiting = rates.waiting * log2(max(run.chips, 8) / 8) * (sum(total) + sum(rest))
-    return StepTime(*total, *rest, waiting)
+class _Share(NamedTuple):
+    """What the busiest process of a pipeline does in a step."""
+
+    parts: Phase
+    """Of all its micro-batches."""
+    seconds: float
+    """The same in all."""
+    longest: float
+    """Of one micro-batch."""
+    others: float
+    """Of a micro-batch on all other processes together."""
+
+
+class StepTimes:
+    """Seconds of steps of one model and batch in one software, whatever their layouts: what several layouts share is
+    computed once."""
+
+    def __init__(self, machine: Machine, rates: Rates) -> None:
+        self._machine, self._rates = machine, rates
+        self._works: dict[tuple[object, ...], Work] = {}
+        self._shares: dict[tuple[object, ...], _Share] = {}
+        self._traffic: dict[tuple[object, ...], tuple[float, float]] = {}
+
+    def of(self, run: Run) -> StepTime:
+        """Of one step, by what takes them."""
+        share = self._share(run)
+        between = between_stages(run, self._machine, self._rates)
+        idle = share.others + (run.pipeline - 1) * between
+        sent, optimizer = self._sent(run)
+        data = _not_hidden(run, self._rates, sent, share.longest, share.seconds)
+        rest = (run.micro_batches * between, idle * bubble_share(run), data, optimizer)
+        waiting = self._rates.waiting * log2(max(run.chips, 8) / 8) * (share.seconds + sum(rest))
+        return StepTime(*share.parts, *rest, waiting)
+
+    def _share(self, run: Run) -> _Share:
+        kind = (run.micro_batch, run.tensor, run.context, run.expert, run.recompute)
+        key = (*kind, run.pipeline, run.data)
+        if key not in self._shares:
+            if kind not in self._works:
+                self._works[kind] = work(run, self._machine, self._rates)
+            layers, head, *_ = self._works[kind]
+            busiest = _busiest(run, layers, head)
+            parts, longest = busiest.by(run.micro_batches), sum(busiest)
+            self._shares[key] = _Share(parts, sum(parts), longest, sum(layers) + sum(head) - longest)
+        return self._shares[key]
+
+    def _sent(self, run: Run) -> tuple[float, float]:
+        """Seconds that weights and gradients travel, and of the optimizer."""
+        cut = (run.tensor, run.context, run.pipeline, run.expert, run.data, run.micro_batch)
+        key = (*cut, run.weight_shards, run.state_shards, run.kept_gathered, run.software.sums_each)
+        if key not in self._traffic:
+            plain, experts = local_parameters(run.model, run.tensor, run.pipeline, run.expert)
+            stored = plain / run.state_shards + experts / expert_shards(run, run.state_shards)
+            optimizer = _STATE_BYTES * stored / (self._machine.memory * self._rates.memory)
+            self._traffic[key] = _data(run, self._machine, self._rates), optimizer
+        return self._traffic[key]
+
+
+def step_time(run: Run, machine: Machine, rates: Rates) -> StepTime:
+    """Seconds of one step of `run`, by what takes them."""
+    return StepTimes(machine, rates).of(run)
 
 
 def bubble_share(run: Run) -> float:
@@ -181,12 +234,12 @@ def layer_phases(run: Run, layer: int, machine: Machine, rates: Rates) -> tuple[
     tensor = 4 * collective(_BF16 * run.rows * run.model.hidden_size, run.tensor, 1, machine, rates)
     tensor *= _shown(run, rates)
     context, expert = _keys(run, attention, machine, rates), _rows_to_experts(run, layer, machine, rates)
-    slow = 1.0 if run.software.tuned else 1 / rates.untuned
-    products, attention, attention_back, passes = (
-        slow * one for one in (products, attention, attention_back, passes + rates.launch)
+    learning = _products(run, layer, machine, rates, learned=True)
+    products, learning, attention, attention_back, passes = (
+        _slow(run, rates) * one for one in (products, learning, attention, attention_back, passes + rates.launch)
     )
     forward = Phase(products, attention, passes, tensor, context, expert)
-    backward = Phase(2 * products, attention_back, 2 * passes, tensor, context, expert)
+    backward = Phase(products + learning, attention_back, 2 * passes, tensor, context, expert)
     if run.recompute == "full":
         backward = backward.plus(forward)
     elif run.recompute != "none":
@@ -194,17 +247,25 @@ def layer_phases(run: Run, layer: int, machine: Machine, rates: Rates) -> tuple[
     return forward, backward
 
 
+def _slow(run: Run, rates: Rates) -> float:
+    """How many times as long everything takes in software that the chip's vendor has not tuned."""
+    return 1.0 if run.software.tuned else 1 / rates.untuned
+
+
 def _shown(run: Run, rates: Rates) -> float:
     """Share of what tensor-parallel processes send that is not hidden."""
     return 1 - rates.hide_tensor if run.software.hides_tensor else 1.0
 
 
-def _products(run: Run, layer: int, machine: Machine, rates: Rates) -> float:
-    """Of one forward pass: arithmetic at the chip's rate, and operands through its memory."""
+def _products(run: Run, layer: int, machine: Machine, rates: Rates, learned: bool = False) -> float:
+    """Of one forward pass: arithmetic at the chip's rate, and operands through its memory; or of `learned` matrices
+    alone, whose gradients take as long."""
     model, own = run.model, run.rows / run.tensor
     rate, memory = rates.product_rate(machine, run.precision), machine.memory * rates.memory
     seconds = moved = 0.0
     for matrix in matrices(model, layer):
+        if learned and not matrix.learned:
+            continue
         rows, outputs, inputs = run.rows, float(matrix.outputs), float(matrix.inputs)
         if matrix.experts:
             assert model.mixture is not None
@@ -276,9 +337,9 @@ def head_phase(run: Run, machine: Machine, rates: Rates) -> Phase:
     """Logits, loss and both gradients of a micro-batch; in bf16 whatever the blocks are in."""
     rows, vocabulary = run.rows, run.model.vocab_size / run.tensor
     tokens = _BF16 * rows * run.model.hidden_size
-    slow = 1.0 if run.software.tuned else 1 / rates.untuned
+    slow, each = _slow(run, rates), 6 if run.model.lora is None else 4
     return Phase(
-        products=slow * 6 * rows * run.model.hidden_size * vocabulary / rates.product_rate(machine, "bf16"),
+        products=slow * each * rows * run.model.hidden_size * vocabulary / rates.product_rate(machine, "bf16"),
         passes=slow * rates.logit_passes * _BF16 * rows * vocabulary / (machine.memory * rates.memory),
         tensor=2 * collective(tokens, run.tensor, 1, machine, rates) * _shown(run, rates),
     )
@@ -324,14 +385,19 @@ def expert_shards(run: Run, processes: int) -> int:
     return max(1, processes * run.tensor // run.expert)
 
 
-def _data(run: Run, machine: Machine, rates: Rates, longest: float, work: float) -> float:
-    """Seconds of gathering weights and reducing gradients that arithmetic does not hide."""
+def _data(run: Run, machine: Machine, rates: Rates) -> float:
+    """Seconds that weights are gathered and gradients reduced."""
     plain, experts = local_parameters(run.model, run.tensor, run.pipeline, run.expert)
     together = run.data * run.context
     seconds = _exchanged(run, plain, together, run.weight_shards, run.tensor, machine, rates)
     if experts:
         count, shards = expert_shards(run, together), expert_shards(run, run.weight_shards)
         seconds += _exchanged(run, experts, count, shards, run.expert, machine, rates)
+    return seconds
+
+
+def _not_hidden(run: Run, rates: Rates, seconds: float, longest: float, work: float) -> float:
+    """Of the seconds of `_data`, those that arithmetic does not hide."""
     if not run.software.hides_gradients:
         return seconds
     # Once a step only the last backward pass is beside it; what is sent for each micro-batch has all of the work.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 from zili.config import RunConfig
 from zili.parallel.layout import Layout, stage_ranges
 from zili.planning.machine import Machine
 from zili.planning.rates import Rates
 from zili.planning.run import Run, Software
-from zili.planning.schedule import Action, Plan, Span, makespan, simulate
+from zili.planning.schedule import Kind, Plan, Span, makespan, simulate
 from zili.planning.step_time import StepTime, between_stages, work
 
 
@@ -43,16 +44,18 @@ def timeline(config: RunConfig, layout: Layout, machine: Machine, rates: Rates, 
     known = work(run, machine, rates)
     layers = [len(stage) for stage in stage_ranges(config.parallel, config.model.layers)]
     head, whole = sum(known.head), sum(known.layers)
-    each = {"forward": known.forward, "backward": whole - known.forward, "weights": known.weights}
+    each: dict[Kind, float] = {"forward": known.forward, "backward": whole - known.forward, "weights": known.weights}
     each["inputs"] = each["backward"] - known.weights
-    ends = {"forward": 1 / 3, "backward": 2 / 3, "inputs": 1 / 3, "weights": 1 / 3}
+    ends: dict[Kind, float] = {"forward": 1 / 3, "backward": 2 / 3, "inputs": 1 / 3, "weights": 1 / 3}
     plan = Plan(config.parallel.schedule, layout.pipeline, config.parallel.stages_each, micro_batches)
 
-    def seconds(action: Action) -> float:
-        own = layers[action.stage] / config.model.layers * each[action.kind]
-        return own + (head * ends[action.kind] if action.stage == plan.stages - 1 else 0.0)
+    @cache
+    def seconds(kind: Kind, stage: int) -> float:
+        own = layers[stage] / config.model.layers * each[kind]
+        return own + (head * ends[kind] if stage == plan.stages - 1 else 0.0)
 
-    return simulate(plan, seconds, between_stages(run, machine, rates) / 2 / run.virtual)
+    between = between_stages(run, machine, rates) / 2 / run.virtual
+    return simulate(plan, lambda action: seconds(action.kind, action.stage), between)
 
 
 def played_through(config: RunConfig, layout: Layout, time: StepTime, machine: Machine, rates: Rates) -> StepTime:

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from math import prod
 
+from zili.models.arithmetic import is_adapter
+from zili.parallel.cuts import cut_of
+from zili.planning import gradients
 from zili.planning.job import Job
 
 
@@ -16,32 +19,53 @@ def flops(job: Job) -> dict[str, int]:
     """Of one step by phase, `forward` and `backward`; optimizers left out (AdamW multiplies no matrices)."""
     forward = backward = 0
     for layer in job.layers:
-        products, attention = _products(job, layer), _attention(job)
+        (products, back), attention = _products(job, layer), _attention(job)
         forward += products + attention
-        backward += 2 * products + _attention_backward(job)
-        if job.config.training.recompute == "full":
+        backward += back
+        if gradients.of_input(job, layer, "attention.output"):
+            backward += _attention_backward(job)
+        if job.config.training.recompute == "full" and gradients.of_output(job, layer):
             backward += products + attention - _not_again(job, layer)
     if job.has_last:
-        forward += _loss(job)
+        # Logits, and both their gradients; beside adapters that of the matrix is not asked for.
+        logits, both = _logits(job), 1 + gradients.of_matrices(job)
+        losses = 1 + job.predicts_further
+        # Made at once (`zili.ops.chunked_cross_entropy`); of preferences logits alone, and backward once more.
+        at_once = job.config.preference is None
+        forward += losses * logits * (1 + both if at_once else 1)
+        backward += 0 if at_once else logits * (1 + both)
         if job.predicts_further:
             joined = 2 * job.own_tokens * 2 * job.model.hidden_size**2
-            forward += joined + _loss(job)
-            backward += 2 * joined
-        if job.config.preference is not None:
-            backward += 3 * _loss(job)  # once more, and both their gradients
+            forward += joined
+            backward += both * joined
     return {"forward": job.micro_batches * forward, "backward": job.micro_batches * backward}
 
 
-def _products(job: Job, layer: int) -> int:
-    """Matrix products of a layer, forward. Cut or whole, a matrix meets each token once among the processes."""
-    total = 0
-    for shape in job.shapes(layer).values():
-        if len(shape) == 2:
-            total += prod(shape)
-        elif len(shape) == 3:
+def _products(job: Job, layer: int) -> tuple[int, int]:
+    """Matrix products of a layer, forward and backward. Cut or whole, a matrix meets each token once among the
+    processes."""
+    forward = backward = 0
+    for name, shape in job.shapes(layer).items():
+        if len(shape) < 2:
+            continue
+        size = prod(shape)
+        if len(shape) == 3:
             assert job.model.mixture is not None
-            total += prod(shape[1:]) * job.model.mixture.top_k
-    return 2 * job.own_tokens * total
+            size = prod(shape[1:]) * job.model.mixture.top_k
+        size *= _times(job, name)
+        forward += size
+        of_weight = gradients.of_matrices(job) or is_adapter(name)
+        of_input = name.endswith("lora_b") or gradients.of_input(job, layer, gradients.matrix_of(name))
+        backward += size * (of_weight + of_input)
+    return 2 * job.own_tokens * forward, 2 * job.own_tokens * backward
+
+
+def _times(job: Job, name: str) -> int:
+    """How many tensor-parallel processes take the same tokens through a parameter of a block: all of them through the
+    factor of an adapter that is whole beside a matrix that is cut."""
+    module, _, key = f"block.{name}".rpartition(".")
+    whole = is_adapter(name) and cut_of(module, key) is None and cut_of(module, "weight") is not None
+    return job.layout.tensor if whole else 1
 
 
 def _scores(job: Job) -> int:
@@ -67,14 +91,13 @@ def _attention_backward(job: Job) -> int:
 def _not_again(job: Job, layer: int) -> int:
     """A block computed again stops before its last product: nothing after that is needed for a gradient."""
     mixture = job.model.mixture
-    width = job.model.ffn_hidden_size
+    width, last = job.model.ffn_hidden_size, "feed_forward.down"
     if mixture is not None and job.model.has_experts(layer):
-        width = mixture.shared_experts * mixture.ffn_hidden_size
-    return 2 * job.own_tokens * width * job.model.hidden_size
+        width, last = mixture.shared_experts * mixture.ffn_hidden_size, "feed_forward.shared.down"
+    adapter = f"{last}.lora_b"
+    shape = job.shapes(layer).get(adapter)
+    return 2 * job.own_tokens * (prod(shape) * _times(job, adapter) if shape else width * job.model.hidden_size)
 
 
-def _loss(job: Job) -> int:
-    """Logits and both their gradients, which are made at once (`zili.ops.chunked_cross_entropy`); of preferences logits
-    alone."""
-    products = 3 if job.config.preference is None else 1
-    return products * 2 * job.tokens * job.model.hidden_size * job.model.vocab_size // job.layout.tensor
+def _logits(job: Job) -> int:
+    return 2 * job.tokens * job.model.hidden_size * job.model.vocab_size // job.layout.tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,7 @@ from zili.rehearsal.fake_world import FakeWorld, RehearsedDevice, as_rank, evenl
 from zili.rehearsal.recorder import Recorder
 from zili.rehearsal.report import Rehearsal, memory
 from zili.rehearsal.stand_ins import FUSED, stand_in
-from zili.training.setup import resolve
+from zili.training.setup import job_on, resolve
 from zili.training.trainer import Trainer
 
 
@@ -46,11 +46,12 @@ def rehearse(
     backend: Backend,
     chip: Chip | None = None,
     micro_batches: int | None = None,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Rehearsal:
     """One step of `config`, optimizer included, as process `rank` of `world` on devices of `backend`.
 
     It has `micro_batches` of the step's, by default as many as memory depends on; memory is that of every step after
-    the first, which begins with the optimizer's moments there. Blocks run eagerly.
+    the first, which begins with the optimizer's moments there. Blocks run eagerly. `progress` is told what it is at.
 
     Raises:
         LayoutError: the layout does not fit the world, the model or the batch, or there is no such process.
@@ -72,13 +73,15 @@ def rehearse(
         device = RehearsedDevice(backend, chip if left_to_us else None, config.chip.capabilities)
         eager = _eagerly(config, device, on_host)
         if chip is not None and not left_to_us:
-            eager = with_reduce(Job(eager, layout), usable(1e9 * chip.require("memory_gb"))).config
+            eager = with_reduce(job_on(eager, layout, device), usable(1e9 * chip.require("memory_gb"))).config
         whole, choices = resolve(eager, layout, device)
         lay_out(whole, world)
         resolved = _shortened(whole, layout, micro_batches)
         fake = FakeWorld(layout, device)
+        progress(f"process {rank}: building its part of the model")
         trainer = Trainer(resolved, _NoData(), device, world=fake, materialize=without_memory(mode))  # type: ignore[arg-type]
         recorder = Recorder(_group_names(fake))
+        _tell_micro_batches(trainer, f"process {rank}", Job(resolved, layout).micro_batches, progress)
         with mode, registry.replaced(stand_in(attention, on_host)):
             _step(trainer, recorder, whole.training.global_batch // layout.data, on_host)
     peak, timeline = memory(recorder)
@@ -99,6 +102,17 @@ def rehearse(
         1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         [str(choice) for choice in choices if "operations" not in choice.name] + [f"attention = {attention}"],
     )
+
+
+def _tell_micro_batches(trainer: Trainer, who: str, count: int, progress: Callable[[str], None]) -> None:
+    begun = 0
+
+    def told(*_: object) -> None:
+        nonlocal begun
+        begun += 1
+        progress(f"{who}: micro-batch {begun} of {count}")
+
+    trainer.model.register_forward_pre_hook(told)
 
 
 class _NoData:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 from zili.ops import product, reference
-from zili.ops.chunked_cross_entropy import as_on_an_accelerator, as_on_the_host, chunked_linear_cross_entropy
+from zili.ops.chunked_cross_entropy import chunked_linear_cross_entropy
 from zili.ops.grouped_heads import for_each_group
 
 FUSED = "fused"
@@ -26,11 +27,13 @@ class _Grouped(torch.autograd.Function):
         return x @ weights[0].t()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weights = ctx.saved_tensors
-        grad_x = grad @ weights[0]
-        grad.t() @ x  # as many products as over all experts, which are not kept
-        return grad_x, torch.empty_like(weights)
+        of_input, of_weights = ctx.needs_input_grad
+        grad_x = grad @ weights[0] if of_input else None
+        if of_weights:
+            grad.t() @ x  # as many products as over all experts, which are not kept
+        return grad_x, torch.empty_like(weights) if of_weights else None
 
 
 def grouped(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
@@ -109,7 +112,7 @@ def stand_in(attention: str, on_host: bool) -> Callable[[str, Callable[..., Any]
     """What is rehearsed in place of a version; for `zili.ops.registry.replaced`."""
     stands: dict[Callable[..., Any], Callable[..., Any]] = {
         # On the host it looks at values, and there are none.
-        chunked_linear_cross_entropy: as_on_the_host if on_host else as_on_an_accelerator,
+        chunked_linear_cross_entropy: partial(chunked_linear_cross_entropy, like="host" if on_host else "chip"),
         product.grouped: grouped,
         reference.grouped_matmul: grouped,
     }

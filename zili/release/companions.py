@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from zili.data.chat import ChatTemplate
-from zili.data.tokenizer import Tokenizer, has_tokenizer
+from zili.data.tokenizer import Tokenizer, end_ids_in, has_tokenizer
 from zili.release.folder import copy_companions, read_json, write_json
 from zili.release.gguf_file import find_gguf, open_gguf
 from zili.release.gguf_tokenizer import read_tokenizer
@@ -24,10 +24,27 @@ def tokenizer_of(place: Path) -> Tokenizer | None:
         DataError, CheckpointError: it has one that cannot be read.
     """
     if place.is_dir() and has_tokenizer(place):
-        return Tokenizer.from_folder(place)
+        return Tokenizer.from_folder(place, also_ends=_ends_of_origin(place))
     file = find_gguf(place)
     found = None if file is None else read_tokenizer(open_gguf(file)[2], file)
-    return None if found is None else Tokenizer(found[0], end_token=found[1].get("eos_token"), name=str(file))
+    if found is None:
+        return None
+    definition, config, generation = found
+    return Tokenizer(
+        definition,
+        end_token=config.get("eos_token"),
+        name=str(file),
+        roles={role: config.get(role) for role in ("bos_token", "unk_token", "pad_token")},
+        end_ids=end_ids_in(generation),
+    )
+
+
+def _ends_of_origin(place: Path) -> set[int]:
+    """What the config.json of an imported model named, which its model.json keeps."""
+    file = place / "model.json"
+    source = read_json(file).get("source") if file.is_file() else None
+    config = source.get("config") if isinstance(source, dict) else None
+    return end_ids_in(config) if isinstance(config, dict) else set()
 
 
 def bring(place: Path, folder: Path) -> None:
@@ -43,9 +60,11 @@ def bring(place: Path, folder: Path) -> None:
     file = find_gguf(place)
     found = None if file is None or has_tokenizer(folder) else read_tokenizer(open_gguf(file)[2], file)
     if found is not None:
-        definition, config = found
+        definition, config, generation = found
         (folder / "tokenizer.json").write_text(definition, encoding="utf-8")
         write_json(folder / "tokenizer_config.json", config)
+        if generation and not (folder / "generation_config.json").is_file():
+            write_json(folder / "generation_config.json", generation)
 
 
 def _say_fast(config: Path) -> None:
@@ -99,11 +118,13 @@ def is_our_code(folder: Path) -> bool:
 def _special_ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
     if tokenizer is None:
         return {}
+    bos, pad = (tokenizer.roles.get(role) for role in ("bos_token", "pad_token"))
+    ends = [tokenizer.end_id, *sorted(tokenizer.end_ids - {tokenizer.end_id})]
     special = tokenizer.special_tokens
     named = {
-        "bos_token_id": special.get("<_start>", special.get("<s>")),
-        "eos_token_id": tokenizer.end_id,
-        "pad_token_id": special.get("<_pad>", special.get("<pad>")),
+        "bos_token_id": tokenizer.token_id(bos) if bos else special.get("<s>"),
+        "eos_token_id": ends if len(ends) > 1 else tokenizer.end_id,
+        "pad_token_id": tokenizer.token_id(pad) if pad else special.get("<pad>"),
     }
     return {key: value for key, value in named.items() if value is not None}
 

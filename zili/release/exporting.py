@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from zili.checksums import sha256, write_sums
+from zili.data.chat import ChatTemplate
 from zili.data.tokenizer import Tokenizer
 from zili.durable import whole_folder
 from zili.errors import CheckpointError, ConfigError
@@ -60,9 +61,7 @@ def export_model(
     tokenizer = tokenizer_of(model.companions)
     with whole_folder(Path(target)) as aside:
         if chosen is GGUF_LAYOUT:
-            template = chat_template_of(model.companions)
-            text = template.without_marks if template else None
-            _write_gguf(aside, said, tokenizer, Path(target).name, text)
+            _write_gguf(aside, said, tokenizer, Path(target).name, chat_template_of(model.companions))
         else:
             own_config = _write_model(aside, model, chosen, said, max_shard_bytes, keep=layout == "auto")
             bring(model.companions, aside)
@@ -137,7 +136,9 @@ def _write_model(
     return model.origin is None or config is not model.origin.config
 
 
-def _write_gguf(aside: Path, said: Equivalent, tokenizer: Tokenizer | None, name: str, template: str | None) -> None:
+def _write_gguf(
+    aside: Path, said: Equivalent, tokenizer: Tokenizer | None, name: str, template: ChatTemplate | None
+) -> None:
     def put_tokenizer(writer: Any) -> None:
         if tokenizer is None:
             writer.add_tokenizer_model("none")

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from zili.data.chat import ChatTemplate
 from zili.data.sentencepiece import SPACE, Kind, Piece, definition
-from zili.data.tokenizer import SPLIT, Tokenizer
+from zili.data.tokenizer import SPLIT, Tokenizer, after_bos
 from zili.errors import CheckpointError
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -38,13 +39,17 @@ _SPLITS: dict[str, list[dict[str, Any]]] = {
 }
 _ROLES = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id"}
 _ROLES |= {"pad_token": "padding_token_id"}
+_ENDS = ("eos", "eot", "eom")
+"""Tokens after which llama.cpp takes an answer for ended."""
+_WITH_BOS = ("llama-bpe", "llama3", "llama-v3")
 
 
 # ---- in
 
 
-def read_tokenizer(reader: Any, where: object) -> tuple[str, dict[str, Any]] | None:
-    """The text of a `tokenizer.json` and the content of a `tokenizer_config.json`; None where the file has none.
+def read_tokenizer(reader: Any, where: object) -> tuple[str, dict[str, Any], dict[str, Any]] | None:
+    """The text of a `tokenizer.json` and the contents of a `tokenizer_config.json` and a `generation_config.json`; None
+    where the file has none.
 
     Raises:
         CheckpointError: a kind of tokenizer, or a way of splitting text, that is not known.
@@ -71,7 +76,17 @@ def read_tokenizer(reader: Any, where: object) -> tuple[str, dict[str, Any]] | N
     template = reader.get_field("tokenizer.chat_template")
     if template is not None:
         config["chat_template"] = template.contents()
-    return text, config
+    if _adds_bos(reader, kind) and "bos_token" in config:
+        text = after_bos(text, config["bos_token"])
+    named = (_value(reader, f"{key}_token_id") for key in _ENDS)
+    ends = list(dict.fromkeys(number for number in named if number is not None and number < len(texts)))
+    return text, config, {"eos_token_id": ends} if len(ends) > 1 else {}
+
+
+def _adds_bos(reader: Any, kind: str) -> bool:
+    """Whether a text begins after the BOS token: as the file says, else as llama.cpp has it for its kind."""
+    said = _value(reader, "add_bos_token")
+    return bool(said) if said is not None else kind == "llama" or _value(reader, "pre") in _WITH_BOS
 
 
 def _value(reader: Any, key: str) -> Any:
@@ -114,7 +129,7 @@ def _byte_level_definition(reader: Any, texts: list[str], kinds: list[Kind], whe
             "byte_fallback": False,
             "ignore_merges": pre == "llama-bpe",
             "vocab": {text: number for number, text in enumerate(texts)},
-            "merges": [merge.split(" ") for merge in _value(reader, "merges")],
+            "merges": [merge.split(" ") for merge in _value(reader, "merges") or []],
         },
     }
     return json.dumps(content, ensure_ascii=False)
@@ -123,8 +138,9 @@ def _byte_level_definition(reader: Any, texts: list[str], kinds: list[Kind], whe
 # ---- out
 
 
-def write_tokenizer(writer: Any, tokenizer: Tokenizer, vocabulary: int, template: str | None) -> None:
-    """Put `tokenizer` into a GGUF file of a model with `vocabulary` rows; rows beyond it are unused tokens.
+def write_tokenizer(writer: Any, tokenizer: Tokenizer, vocabulary: int, template: ChatTemplate | None) -> None:
+    """Put `tokenizer` into a GGUF file of a model with `vocabulary` rows; rows beyond it are unused tokens. The ends
+    that a GGUF file has names for are the tokenizer's and the template's.
 
     Raises:
         CheckpointError: it is of no kind that llama.cpp has.
@@ -138,14 +154,25 @@ def write_tokenizer(writer: Any, tokenizer: Tokenizer, vocabulary: int, template
         _write_pieces(writer, content, texts, kinds)
     else:
         _write_byte_level(writer, content, texts, kinds)
-    for key, token in (("bos", "<_start>"), ("unk", "<_unk>"), ("pad", "<_pad>")):
-        if token in tokenizer.special_tokens:
-            getattr(writer, f"add_{key}_token_id")(tokenizer.special_tokens[token])
+    for key, role in (("bos", "bos_token"), ("unk", "unk_token"), ("pad", "pad_token")):
+        number = tokenizer.token_id(tokenizer.roles[role]) if role in tokenizer.roles else None
+        if number is not None:
+            getattr(writer, f"add_{key}_token_id")(number)
     writer.add_eos_token_id(tokenizer.end_id)
-    writer.add_add_bos_token(False)
+    for key, number in zip(_ENDS[1:], _other_ends(tokenizer, template), strict=False):
+        writer.add_uint32(f"tokenizer.ggml.{key}_token_id", number)
+    writer.add_add_bos_token(bool(tokenizer.begin_ids))
     writer.add_add_eos_token(False)
     if template:
-        writer.add_chat_template(template)
+        writer.add_chat_template(template.without_marks)
+
+
+def _other_ends(tokenizer: Tokenizer, template: ChatTemplate | None) -> list[int]:
+    """Besides the end token: first the one that the template ends a turn with."""
+    marks = template.manners(tokenizer).ends[:1] if template else ()
+    turns = [tokenizer.token_id(mark.text) for mark in marks]
+    ends = dict.fromkeys([*(number for number in turns if number is not None), *sorted(tokenizer.end_ids)])
+    return [number for number in ends if number != tokenizer.end_id]
 
 
 def _tokens(content: dict[str, Any], vocabulary: int) -> tuple[list[str], list[Kind]]:

@@ -6,14 +6,13 @@ import asyncio
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
@@ -25,9 +24,10 @@ from zili.data.manners import Manners
 from zili.data.tokenizer import Tokenizer
 from zili.errors import ConfigError, DataError
 from zili.serving import wording
-from zili.serving.delivery import events, whole
+from zili.serving.delivery import Whole, events, whole
 from zili.serving.engine import Ask, Engine, Guide
 from zili.serving.gate import Gate, Limits
+from zili.serving.intake import Aside, Intake
 from zili.serving.keys import Keys
 from zili.serving.metrics import CONTENT_TYPE, Metrics
 from zili.serving.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -36,6 +36,10 @@ from zili.serving.reply import Reply
 from zili.serving.streaming import Said, Stream
 from zili.serving.structure import Forms, Part
 
+T = TypeVar("T")
+
+_STRETCH = 1 << 16
+"""Characters of a text that are counted at a time, where it may be too long."""
 _PAGE = Path(__file__).with_name("page")
 _HEADERS = {
     # The page brings everything along; what a model writes can neither run nor fetch.
@@ -84,14 +88,15 @@ def make_app(served: Served) -> FastAPI:
         responses=_REFUSALS,
     )
     app.exception_handler(Refusal)(_refused)
-    app.exception_handler(RequestValidationError)(_invalid)
     app.exception_handler(HTTPException)(_no_route)
     app.exception_handler(Exception)(_failed)
     app.add_middleware(Gate, keys=served.keys, limits=served.limits)
     if served.origins:  # outside the gate: before it asks with a key a browser asks without whether it may
         methods = ["GET", "POST"]
         app.add_middleware(CORSMiddleware, allow_origins=served.origins, allow_methods=methods, allow_headers=["*"])
-    api = _Api(served)
+    app.state.intake = Intake()
+    app.router.route_class = Aside
+    api = _Api(served, app.state.intake)
 
     @app.get("/health", response_class=JSONResponse)
     async def health() -> dict[str, str]:
@@ -106,8 +111,8 @@ def make_app(served: Served) -> FastAPI:
     app.get("/v1/models/{name:path}")(api.model)
     app.post("/v1/chat/completions", response_model=None, responses=answered)(api.chat)
     app.post("/v1/completions", response_model=None, responses=answered)(api.complete)
-    app.post("/tokenize")(api.tokenize)
-    app.post("/detokenize")(api.detokenize)
+    app.post("/tokenize", response_model=None)(api.tokenize)
+    app.post("/detokenize", response_model=None)(api.detokenize)
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
@@ -122,13 +127,6 @@ async def _refused(_: Request, error: Exception) -> Response:
     return error.response()
 
 
-async def _invalid(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"] if part != "body")
-    return Refusal(400, f"{place}: {first['msg']}" if place else str(first["msg"]), param=place or None).response()
-
-
 async def _no_route(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return Refusal(error.status_code, str(error.detail), headers=error.headers).response()
@@ -138,11 +136,40 @@ async def _failed(_: Request, error: Exception) -> Response:
     return Refusal(500, f"the server failed ({type(error).__name__})").response()
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """What is asked, as the engine takes it."""
+
+    given: list[list[int]]
+    """Prompts."""
+    answers: int
+    """To each of them."""
+    form: Callable[[], Part | None]
+    """Makes the form of an answer; None: as it likes."""
+    bias: dict[int, float]
+    thinking: bool = False
+    """Whether the prompt opens the answer's thoughts."""
+
+    @property
+    def each(self) -> list[list[int]]:
+        """The prompt of each answer."""
+        return [prompt for prompt in self.given for _ in range(self.answers)]
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """All texts in what was given as JSON."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in (*value, *value.values()) if isinstance(value, dict) else value:
+            yield from _texts_in(inner)
+
+
 class _Api:
     """The routes."""
 
-    def __init__(self, served: Served) -> None:
-        self.served = served
+    def __init__(self, served: Served, intake: Intake) -> None:
+        self.served, self._intake = served, intake
         self.tokenizer, self.engine = served.tokenizer, served.engine
         self.metrics = Metrics(served.engine, served.name)
         template = served.template or ChatTemplate.named("chatml")
@@ -162,75 +189,111 @@ class _Api:
         about = {"id": self.served.name, "object": "model", "created": self.served.created, "owned_by": "zili"}
         return {**about, "max_model_len": self.engine.context}
 
-    async def tokenize(self, asked: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(self, asked: TokenizeRequest, request: Request) -> dict[str, Any]:
         """A text's ids."""
-        ids = self._encoded(asked.prompt)
+        ids = await self._aside(request, self._encoded, asked.prompt)
+        ids = [*self.tokenizer.begin_ids, *ids] if asked.add_special_tokens else ids
         return {"tokens": ids, "count": len(ids), "max_model_len": self.engine.context}
 
-    async def detokenize(self, asked: DetokenizeRequest) -> dict[str, Any]:
+    async def detokenize(self, asked: DetokenizeRequest, request: Request) -> dict[str, Any]:
         """The text of ids."""
-        self._known(asked.tokens)
-        return {"prompt": self.tokenizer.decode(asked.tokens)}
+        await self._aside(request, self._known, asked.tokens)
+        return {"prompt": await self._aside(request, self.tokenizer.decode, asked.tokens)}
 
     async def chat(self, asked: ChatRequest, request: Request) -> Any:
         """The next turn of a conversation."""
-        self._check_model(asked.model)
-        prompt = self._rendered(asked)
-        # Some templates open an answer's thoughts themselves.
-        thinking = bool(Manners.opening(self.tokenizer.decode(prompt[-16:])))
-        guide = await self._guide(partial(asked.form_with_calls, tagged=self._tagged), thinking=thinking)
+        self._check(asked, asked.n)
+        ready = await self._aside(request, self._conversation, asked)
+        guide = await self._guide(ready.form, thinking=ready.thinking)
         top = asked.top_logprobs if asked.logprobs else None
-        streams = self._begin(request, asked, [prompt] * asked.n, asked.longest, top, guide)
+        streams = self._begin(request, asked, ready, asked.longest, top, guide)
         head = self._head("chatcmpl", "chat.completion", asked)
-        replies = [Reply(thinking=thinking, tools=bool(asked.offered)) for _ in streams]
+        replies = [Reply(thinking=ready.thinking, tools=bool(asked.offered)) for _ in streams]
         tellers = [wording.Told(self.tokenizer, skip_special=asked.skip_special_tokens) for _ in streams]
         if asked.stream:
             chunk = head | {"object": "chat.completion.chunk"}
-            return self._events(request, asked, streams, chunk, partial(self._delta, asked, replies, tellers), [prompt])
+            delta = partial(self._delta, asked, replies, tellers)
+            return self._events(request, asked, streams, chunk, delta, ready.given)
+        answers = await whole(streams, request, self.served.limits.answer_seconds)
+        choices = await self._aside(request, self._said, asked, answers, replies, tellers)
+        return {**head, "choices": choices, "usage": wording.usage(streams, ready.given)}
+
+    def _said(
+        self, asked: ChatRequest, answers: list[Whole], replies: list[Reply], tellers: list[wording.Told]
+    ) -> list[dict[str, Any]]:
         choices = []
-        for index, answer in enumerate(await whole(streams, request, self.served.limits.answer_seconds)):
-            parts = replies[index].push(answer.text) + replies[index].finish()
+        for index, (answer, reply) in enumerate(zip(answers, replies, strict=True)):
+            parts = reply.push(answer.text) + reply.finish()
             finish = "tool_calls" if parts.calls and answer.finish == "stop" else answer.finish
             choice = {"index": index, "message": wording.message(parts), "finish_reason": finish}
             told = tellers[index].chat(answer.tokens) if asked.logprobs else None
             choices.append({**choice, "logprobs": told})
-        return {**head, "choices": choices, "usage": wording.usage(streams, [prompt])}
+        return choices
 
     async def complete(self, asked: CompletionRequest, request: Request) -> Any:
         """What follows a text."""
-        self._check_model(asked.model)
+        self._check(asked, len(asked.prompts) * asked.n)
         if asked.stream and asked.echo:
             raise Refusal(400, "echo is not streamed", param="echo")
-        prompts = [self._ids(prompt) for prompt in asked.prompts]
-        each = [prompt for prompt in prompts for _ in range(asked.n)]
-        guide = await self._guide(lambda: asked.form)
-        streams = self._begin(request, asked, each, asked.max_tokens, asked.logprobs, guide, of_prompt=asked.echo)
+        ready = await self._aside(request, self._texts, asked)
+        guide = await self._guide(ready.form)
+        streams = self._begin(request, asked, ready, asked.max_tokens, asked.logprobs, guide, of_prompt=asked.echo)
         head = self._head("cmpl", "text_completion", asked)
         # What is echoed shows its special tokens, too.
-        before: list[Sequence[int]] = [() if asked.echo else prompt for prompt in each]
+        before: list[Sequence[int]] = [() if asked.echo else prompt for prompt in ready.each]
         skip = asked.skip_special_tokens and not asked.echo
         tellers = [wording.Told(self.tokenizer, prompt, skip_special=skip) for prompt in before]
         if asked.stream:
-            return self._events(request, asked, streams, head, partial(self._text, asked, tellers), prompts)
+            return self._events(request, asked, streams, head, partial(self._text, asked, tellers), ready.given)
+        answers = await whole(streams, request, self.served.limits.answer_seconds)
+        choices = await self._aside(request, self._continued, asked, answers, streams, tellers)
+        return {**head, "choices": choices, "usage": wording.usage(streams, ready.given)}
+
+    def _continued(
+        self, asked: CompletionRequest, answers: list[Whole], streams: list[Stream], tellers: list[wording.Told]
+    ) -> list[dict[str, Any]]:
         choices = []
-        for index, answer in enumerate(await whole(streams, request, self.served.limits.answer_seconds)):
+        for index, (answer, stream) in enumerate(zip(answers, streams, strict=True)):
             text, told = answer.text, answer.tokens
             if asked.echo:
-                text, told = self.tokenizer.decode(each[index]) + text, [*streams[index].answer.prompt, *told]
+                given = asked.prompts[index // asked.n]  # without the BOS token that was put before it
+                before = given if isinstance(given, str) else self.tokenizer.decode(given)
+                text, told = before + text, [*stream.answer.prompt, *told]
             logprobs = tellers[index].completion(told) if asked.logprobs is not None else None
             choices.append({"index": index, "text": text, "finish_reason": answer.finish, "logprobs": logprobs})
-        return {**head, "choices": choices, "usage": wording.usage(streams, prompts)}
+        return choices
 
     # ---- what is asked
+
+    async def _aside(self, request: Request, work: Callable[..., T], *given: Any) -> T:
+        """What takes longer for larger bodies."""
+        return await self._intake.aside(request.state.size, work, *given)
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self.served.name:
             raise Refusal(
                 404,
-                f"the model {name!r} is not served here; there is {self.served.name!r}",
+                f"the model {name[:100]!r} is not served here; there is {self.served.name!r}",
                 param="model",
                 code="model_not_found",
             )
+
+    def _check(self, asked: ChatRequest | CompletionRequest, answers: int) -> None:
+        """Before anything is done for it."""
+        self._check_model(asked.model)
+        if answers > self.served.limits.waiting:
+            raise Refusal(400, f"{answers} answers are asked for at once; {self.served.limits.waiting} may be")
+
+    def _conversation(self, asked: ChatRequest) -> _Ready:
+        prompt = self._rendered(asked)
+        # Some templates open an answer's thoughts themselves.
+        thinking = bool(Manners.opening(self.tokenizer.decode(prompt[-16:])))
+        form = partial(asked.form_with_calls, tagged=self._tagged)
+        return _Ready([prompt], asked.n, form, self._bias(asked.logit_bias), thinking)
+
+    def _texts(self, asked: CompletionRequest) -> _Ready:
+        prompts = [self._ids(prompt, begin=asked.add_special_tokens) for prompt in asked.prompts]
+        return _Ready(prompts, asked.n, lambda: asked.form, self._bias(asked.logit_bias))
 
     def _rendered(self, asked: ChatRequest) -> list[int]:
         if self.served.template is None:
@@ -247,6 +310,7 @@ class _Api:
         }
         try:
             turns = [message.plain() for message in asked.messages]
+            self._check_fit(_texts_in([turns, options]))
             return self.served.template.render(self.tokenizer, turns, **options).ids
         except (DataError, TypeError) as error:
             raise Refusal(400, str(error), param="messages") from error
@@ -261,11 +325,29 @@ class _Api:
             raise Refusal(400, f"{word}: the chat template of this model knows none", param=word)
         return {}
 
-    def _ids(self, prompt: str | list[int]) -> list[int]:
+    def _ids(self, prompt: str | list[int], *, begin: bool) -> list[int]:
         if isinstance(prompt, str):
-            return self._encoded(prompt) or [self.tokenizer.end_id]
+            self._check_fit([prompt])
+            before = self.tokenizer.begin_ids if begin else ()
+            return [*before, *self._encoded(prompt)] or [self.tokenizer.start_id]
         self._known(prompt)
         return prompt
+
+    def _check_fit(self, texts: Iterable[str]) -> None:
+        """Refuse what is far longer than the context, before memory is taken for all of it."""
+        texts, most = list(texts), 2 * self.engine.context
+        if sum(map(len, texts)) <= _STRETCH:
+            return
+        count = 0
+        for text in texts:
+            for start in range(0, len(text), _STRETCH):
+                count += len(self._encoded(text[start : start + _STRETCH]))
+                if count > most + _STRETCH:
+                    raise Refusal(
+                        400,
+                        f"the context holds {self.engine.context} tokens; what is asked has more than {count:,}",
+                        code="context_length_exceeded",
+                    )
 
     def _encoded(self, text: str) -> list[int]:
         try:
@@ -282,16 +364,14 @@ class _Api:
         self,
         request: Request,
         asked: ChatRequest | CompletionRequest,
-        prompts: list[list[int]],
+        ready: _Ready,
         longest: int | None,
         top: int | None,
         guide: Callable[[], Guide] | None,
         *,
         of_prompt: bool = False,
     ) -> list[Stream]:
-        most = self.served.limits.waiting
-        if len(prompts) > most:
-            raise Refusal(400, f"{len(prompts)} answers are asked for at once; {most} may be")
+        prompts, most = ready.each, self.served.limits.waiting
         if sum(self.engine.load) + len(prompts) > self.engine.slots + most:
             message = f"{self.engine.load[1]} answers wait already, {most} may"
             raise Refusal(503, message, code="busy", headers={"Retry-After": "1"})
@@ -322,7 +402,7 @@ class _Api:
                     ends | set(asked.stop_token_ids),
                     log_probabilities=top,
                     of_prompt=of_prompt,
-                    bias=self._bias(asked.logit_bias),
+                    bias=ready.bias,
                     guide=guide,
                     min_new_tokens=asked.min_tokens,
                 )
@@ -346,9 +426,9 @@ class _Api:
             raise Refusal(400, str(error), code="context_length_exceeded") from error
         return streams
 
-    def _bias(self, given: dict[str, float] | None) -> dict[int, float]:
+    def _bias(self, given: dict[str, float | None] | None) -> dict[int, float]:
         try:
-            bias = {int(token): value for token, value in (given or {}).items()}
+            bias = {int(token): value for token, value in (given or {}).items() if value is not None}
         except ValueError as error:
             raise Refusal(400, "its keys are the ids of tokens", param="logit_bias") from error
         if any(not 0 <= token < self.tokenizer.vocab_size for token in bias):

@@ -33,19 +33,19 @@ def continue_text(
     max_new_tokens: int,
     sampling: Sampling = DEFAULT_SAMPLING,
 ) -> Generator[str, None, StopReason]:
-    """Stream the text that follows `prompt` at the start of a document, up to the end-of-text token.
+    """Stream the text that follows `prompt` at the start of a document, up to a token that ends it.
 
-    The prompt stands after an end-of-text token, as every document of the training text but the first does.
+    The prompt stands after the token that a document begins after: BOS, or the end of the one before it in training.
 
     Raises: ConfigError and CheckpointError as `zili.serving.generation.generate`.
     """
-    ids = [tokenizer.end_id, *tokenizer.encode(prompt).tolist()]
+    ids = [tokenizer.start_id, *tokenizer.encode(prompt).tolist()]
     tokens = generate(
         model,
         ids,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
-        stop_ids={tokenizer.end_id},
+        stop_ids=tokenizer.end_ids,
         vocabulary=tokenizer.vocab_size,
     )
     return stream_text(tokenizer, tokens, before=ids)

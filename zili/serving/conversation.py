@@ -27,6 +27,10 @@ class Conversation(Protocol):
     def stop_ids(self) -> Set[int]:
         """Tokens that end an answer."""
 
+    @property
+    def stop_texts(self) -> Sequence[str]:
+        """Texts that do, of a template whose marks are no tokens."""
+
     def ask(self, text: str) -> None:
         """Open a turn with what the user wrote."""
 
@@ -70,12 +74,19 @@ class Dialogue:
     def stop_ids(self) -> Set[int]:
         return self.template.manners(self.tokenizer).end_ids(self.tokenizer)
 
+    @property
+    def stop_texts(self) -> Sequence[str]:
+        return self.template.manners(self.tokenizer).end_texts(self.tokenizer)
+
     def ask(self, text: str) -> None:
         self.turns.append([{"role": "user", "content": text}])
 
     def answered(self, ids: Sequence[int]) -> None:
-        kept = [number for number in ids if number not in self.stop_ids]
+        stops = self.stop_ids
+        kept = [number for number in ids if number not in stops]
         said = self._opening + self.tokenizer.decode(kept)
+        for text in self.stop_texts:
+            said = said.partition(text)[0]
         self.turns[-1].append({"role": "assistant", "content": said})
 
     def withdraw(self) -> None:
@@ -120,6 +131,10 @@ class RunningText:
     def stop_ids(self) -> Set[int]:
         return self.tokenizer.end_ids
 
+    @property
+    def stop_texts(self) -> Sequence[str]:
+        return ()
+
     def ask(self, text: str) -> None:
         # A line typed after an answer starts a line of the running text too.
         self.turns.append(self.tokenizer.encode("\n" + text if self.turns else text).tolist())
@@ -138,4 +153,4 @@ class RunningText:
         while len(self.turns) > 1 and 1 + sum(map(len, self.turns)) > room:
             self.turns.pop(0)
             dropped += 1
-        return [self.tokenizer.end_id, *(number for turn in self.turns for number in turn)], dropped
+        return [self.tokenizer.start_id, *(number for turn in self.turns for number in turn)], dropped

@@ -97,12 +97,11 @@ class Answer:
         """Why it ended; None while it goes on."""
         return self._finished
 
-    def take(self) -> list[Token]:
-        """Tokens since the last call."""
+    def take(self, most: int | None = None) -> list[Token]:
+        """Tokens since the last call, at most so many."""
         with self._changed:
-            tokens = list(self._tokens)
-            self._tokens.clear()
-            return tokens
+            count = len(self._tokens)
+            return [self._tokens.popleft() for _ in range(count if most is None else min(count, most))]
 
     def wait(self, timeout: float | None = None) -> list[Token]:
         """All tokens to the end.
@@ -140,6 +139,7 @@ class _Sequence:
     random: torch.Generator
     said: int = 0
     guide: Guide | None = None
+    bias: Tensor | None = None
 
 
 class Engine:
@@ -346,7 +346,9 @@ class Engine:
     @staticmethod
     def _draw(sequence: _Sequence, logits: Tensor) -> int:
         ask, guide = sequence.answer.ask, sequence.guide
-        scores = _biased(logits, ask)
+        if ask.bias and sequence.bias is None:
+            sequence.bias = _bias(ask, len(logits))
+        scores = logits if sequence.bias is None else logits + sequence.bias
         if sequence.said < ask.min_new_tokens:
             early = torch.tensor([id_ for id_ in ask.stop_ids if id_ < len(scores)], dtype=torch.int64)
             scores = scores.index_fill(0, early, -math.inf)
@@ -375,12 +377,12 @@ class Engine:
         self._kept[sequence.slot] = sequence.ids[: sequence.computed] if keep else []
 
 
-def _biased(logits: Tensor, ask: Ask) -> Tensor:
-    ids = [id_ for id_ in ask.bias if id_ < len(logits)]
+def _bias(ask: Ask, vocabulary: int) -> Tensor | None:
+    """`[V]`, what is added to the logits; made once, since a client may name every token there is."""
+    ids = [id_ for id_ in ask.bias if id_ < vocabulary]
     if not ids:
-        return logits
-    values = torch.tensor([ask.bias[id_] for id_ in ids], dtype=logits.dtype)
-    return logits.index_add(0, torch.tensor(ids), values)
+        return None
+    return torch.zeros(vocabulary).index_add(0, torch.tensor(ids), torch.tensor([ask.bias[id_] for id_ in ids]))
 
 
 def _common(kept: Sequence[int], prompt: Sequence[int], limit: int) -> int:

@@ -19,9 +19,23 @@ def _integral(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Whole = Annotated[int, BeforeValidator(_integral)]
-Ids = Annotated[list[Annotated[Whole, Field(ge=0)]], Field(min_length=1)]
+def _all_integral(value: Any) -> Any:
+    return [_integral(one) for one in value] if isinstance(value, list) else value
+
+
 _MOST_CHOICES = 16
+_MOST_ITEMS = 8192
+"""Of a list that is not of tokens. More of them make no conversation that fits into a context."""
+_MOST_IDS = 1 << 20
+_LONGEST_STOP = 1024
+
+Whole = Annotated[int, BeforeValidator(_integral)]
+_Id = Annotated[int, Field(ge=0)]
+# A list's first wrong item ends its validation: a body of wrong ones would take gigabytes to say so of each.
+Ids = Annotated[list[_Id], Field(min_length=1, max_length=_MOST_IDS, fail_fast=True), BeforeValidator(_all_integral)]
+_Stop = Annotated[str, Field(max_length=_LONGEST_STOP)]
+_Several = Field(min_length=1, max_length=_MOST_ITEMS, fail_fast=True)
+_Any = Field(max_length=_MOST_ITEMS, fail_fast=True)
 
 
 def _given(value: Any) -> Any:
@@ -64,10 +78,10 @@ class _Asked(BaseModel):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     min_tokens: Annotated[Whole, Field(ge=0)] = 0
     seed: Annotated[Whole, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
-    stop_token_ids: Annotated[list[Annotated[Whole, Field(ge=0)]], Field(max_length=64)] = []
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=16, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[Annotated[Whole, Field(ge=0)]], Field(max_length=64, fail_fast=True)] = []
     n: Annotated[Whole, Field(ge=1, le=_MOST_CHOICES)] = 1
-    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_given)] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)] | None] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
@@ -156,12 +170,12 @@ class StructuredOutputs(BaseModel):
 
     json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
     regex: str | None = None
-    choice: Annotated[list[str], Field(min_length=1)] | None = None
+    choice: Annotated[list[str], _Several] | None = None
     grammar: str | None = None
     json_object: bool = False
     # How vLLM would go about it.
     disable_fallback: bool = False
-    disable_any_whitespace: Literal[False] = False
+    disable_any_whitespace: bool = False
     disable_additional_properties: bool = False
 
     @model_validator(mode="after")
@@ -169,6 +183,8 @@ class StructuredOutputs(BaseModel):
         forms = (self.json_, self.regex, self.choice, self.grammar, self.json_object or None)
         if sum(one is not None for one in forms) != 1:
             raise ValueError("one of json, regex, choice, grammar and json_object")
+        if self.disable_any_whitespace:
+            raise ValueError("disable_any_whitespace is not served")
         if isinstance(self.json_, str):
             self.json_ = json.loads(self.json_)
             if not isinstance(self.json_, dict):
@@ -190,9 +206,9 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], _Any] | None = None
     reasoning_content: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Annotated[list[dict[str, Any]], _Any] | None = None
     tool_call_id: str | None = None
     name: str | None = None
 
@@ -254,8 +270,8 @@ class OneTool(BaseModel):
 class ChatRequest(_Asked):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    messages: Annotated[list[Message], _Several]
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | OneTool = "auto"
     parallel_tool_calls: bool = True
     max_completion_tokens: Annotated[Whole, Field(ge=0)] | None = None
@@ -306,7 +322,7 @@ class ChatRequest(_Asked):
 class CompletionRequest(_Asked):
     """`POST /v1/completions`."""
 
-    prompt: str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+    prompt: str | Ids | Annotated[list[str], _Several] | Annotated[list[Ids], _Several]
     max_tokens: Annotated[Whole, Field(ge=0)] | None = 16
     echo: bool = False
     logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
@@ -337,7 +353,7 @@ class TokenizeRequest(BaseModel):
 class DetokenizeRequest(BaseModel):
     """`POST /detokenize`."""
 
-    tokens: list[Annotated[Whole, Field(ge=0)]]
+    tokens: Annotated[list[_Id], Field(max_length=_MOST_IDS, fail_fast=True), BeforeValidator(_all_integral)]
 
 
 for _request in (_Asked, ChatRequest, CompletionRequest, Message, Tool):

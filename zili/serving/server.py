@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -16,6 +18,7 @@ from zili.serving.api import Served, make_app
 from zili.serving.gate import Limits
 
 _SECONDS_TO_FINISH = 30
+_EVENTS_A_TURN = 256
 
 
 def listen(served: Served, host: str, port: int, say: Callable[[str], None]) -> None:
@@ -34,6 +37,8 @@ def listen(served: Served, host: str, port: int, say: Callable[[str], None]) -> 
         place.close()
         raise ConfigError(f"{host}:{port} cannot be listened at: {error.strerror}; give another --port") from error
     shown = f"[{host}]" if family == socket.AF_INET6 else host
+    # What was made by now stays: the collector need not look through it, for a tenth of a second, while others wait.
+    gc.freeze()
     say(f"{served.name}: http://{shown}:{place.getsockname()[1]}/v1, context {served.engine.context:,} tokens")
     with place:
         make_server(served).run(sockets=[place])
@@ -59,9 +64,13 @@ class _Connection(H11Protocol):
         super().__init__(**given)
         self._limits = limits
         self._asking: asyncio.TimerHandle | None = None
+        self._events = 0
+        """Of h11, since the loop's others had their turn."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._next_event = self.conn.next_event
+        self.conn.next_event = self._event_or_later  # type: ignore[method-assign]
         self._await_head()
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             # The kernel's, since megabytes fit into its buffers before anybody here learns that they are not taken.
@@ -75,6 +84,23 @@ class _Connection(H11Protocol):
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_awaiting()
+
+    def handle_events(self) -> None:
+        self._events = 0
+        super().handle_events()
+
+    def _event_or_later(self) -> Any:
+        """What h11 reads next. A body in chunks of a byte has several turns: it would keep the loop for seconds."""
+        self._events += 1
+        if self._events <= _EVENTS_A_TURN:
+            return self._next_event()
+        if self._events == _EVENTS_A_TURN + 1:
+            self.loop.call_soon(self._go_on)
+        return h11.NEED_DATA
+
+    def _go_on(self) -> None:
+        if not self.transport.is_closing():
+            self.handle_events()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_awaiting()

@@ -11,6 +11,9 @@ from zili.data.tokenizer import DecodeStream, Tokenizer
 from zili.serving.engine import Answer, Ask, Engine, Token
 from zili.serving.metrics import Metrics
 
+_AT_ONCE = 64
+"""Tokens that are worded before others of the loop have their turn."""
+
 
 @dataclass(frozen=True)
 class Said:
@@ -136,7 +139,11 @@ class Stream:
             await self._news.wait()
             self._news.clear()
             finished = self.answer.finished  # asked before the tokens are taken: there are none after it
-            tokens = self.answer.take()
+            tokens = self.answer.take(_AT_ONCE)
+            if len(tokens) == _AT_ONCE:  # more may be there
+                self._news.set()
+                finished = None
+                await asyncio.sleep(0)
             if self.answer.error is not None:
                 self._end("error")
                 raise self.answer.error

@@ -11,6 +11,7 @@ from zili.data.tokenizer import DecodeStream
 from zili.errors import ZiliError
 from zili.serving.conversation import Conversation
 from zili.serving.generation import DEFAULT_SAMPLING, CausalModel, Sampling, generate
+from zili.serving.streaming import StopText
 from zili.serving.text_stream import visible
 
 HELP = """/reset  forget the conversation and start anew
@@ -94,10 +95,14 @@ class Chat:
         )
         before = prompt if self.conversation.goes_on else ()
         text = DecodeStream(self.conversation.tokenizer, before=before)
+        stop = StopText(self.conversation.stop_texts)
         for token in tokens:
             taken.append(token)
-            self.write(text.push(token))
-        self.write(text.finish() + "\n")
+            self.write(stop.push(text.push(token)))
+            if stop.stopped:
+                self.write("\n")
+                return
+        self.write(stop.push(text.finish()) + stop.finish() + "\n")
         if len(taken) == self.max_new_tokens:
             self.note(f"Cut after {len(taken)} tokens; --max-new-tokens allows more.")
         elif len(prompt) + len(taken) >= limit:

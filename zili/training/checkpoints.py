@@ -78,6 +78,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(entry for entry in found if _STEP_FOLDER.fullmatch(entry.name))
 
 
+def step_of(path: Path) -> int:
+    """The step of a checkpoint folder, by its name."""
+    return int(path.name.removeprefix("step-"))
+
+
 def newest_sound(folder: Path, report: Callable[[str], None], world: World | None = None) -> Path | None:
     """The newest checkpoint whose hashes hold; each damaged one is named through `report` and passed over.
 

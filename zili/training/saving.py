@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
@@ -24,7 +25,7 @@ from zili.checksums import SUMS_FILE, sha256, write_sums
 from zili.durable import soon, sync
 from zili.errors import CheckpointError
 from zili.parallel.world import World
-from zili.training.checkpoints import RUN_FILE, RunState, list_checkpoints, one_process
+from zili.training.checkpoints import RUN_FILE, RunState, list_checkpoints, one_process, step_of
 
 Result = TypeVar("Result")
 _SLOWEST = timedelta(days=1)
@@ -37,6 +38,16 @@ class _Written(NamedTuple):
     bytes: int
 
 
+class Saved(NamedTuple):
+    """A checkpoint that is whole."""
+
+    path: Path
+    bytes: int
+    """Of weights, optimizer state and generators, as they lie on the disk."""
+    seconds: float
+    """From the call that began it; training goes on meanwhile where saving is asynchronous."""
+
+
 class Saver:
     """Writes the checkpoints of a run, one at a time. Every process of the world calls it alike."""
 
@@ -46,21 +57,28 @@ class Saver:
         world: World,
         *,
         keep: int,
+        keep_every: int = 0,
         asynchronous: bool,
         patience: int = 1,
         note: Callable[[str], None] = print,
+        saved: Callable[[Saved], None] = lambda saved: None,
     ) -> None:
-        """`keep`: newest checkpoints that stay. `asynchronous`: a save returns when its tensors are copied.
-        `patience`: saves in a row that may fail, after which `lost` is true. `note` is told of what went wrong."""
+        """`keep`: newest checkpoints that stay, beside those of every `keep_every`-th step, if any. `asynchronous`: a
+        save returns when its tensors are copied.
+        `patience`: saves in a row that may fail, after which `lost` is true. `note` is told of what went wrong, `saved`
+        of what is whole; both by the thread that calls."""
         self.folder = folder
         self._world = world
         self._keep = keep
+        self._keep_every = keep_every
         self._asynchronous = asynchronous
         self._patience = patience
         self._note = note
+        self._saved = saved
         self._group: dist.ProcessGroup | None = None
         self._thread: threading.Thread | None = None
         self._at_hand = False
+        self._whole: Saved | None = None
         self._failure: BaseException | None = None
         self._failed = 0
         self._told: SimpleQueue[str] = SimpleQueue()
@@ -81,14 +99,17 @@ class Saver:
             # disk of one process may be slower than any step.
             self._group = dist.new_group(backend="gloo", timeout=_SLOWEST)
         target = self.folder / f"step-{state.step:08d}"
-        self._at_hand, self._failure = True, None
+        self._at_hand, self._whole, self._failure = True, None, None
+        begun = time.perf_counter()
         if not self._asynchronous:
-            self._attempt(target, state, tensors)
+            self._attempt(target, state, tensors, begun)
             self.settle()
             return target
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         # Not a daemon: a process that ends lets the checkpoint at hand be finished.
-        self._thread = threading.Thread(target=self._attempt, args=(target, state, copies), name="zili-checkpoint")
+        self._thread = threading.Thread(
+            target=self._attempt, args=(target, state, copies, begun), name="zili-checkpoint"
+        )
         self._thread.start()
         return target
 
@@ -119,15 +140,19 @@ class Saver:
         self._failed = 0 if self._failure is None else self._failed + 1
         while not self._told.empty():
             self._note(self._told.get())
+        if self._whole is not None:
+            self._saved(self._whole)
         return True
 
-    def _attempt(self, target: Path, state: RunState, tensors: dict[str, Tensor]) -> None:
+    def _attempt(self, target: Path, state: RunState, tensors: dict[str, Tensor], begun: float) -> None:
         try:
-            self._write(target, state, tensors)
+            size = self._write(target, state, tensors)
+            self._whole = Saved(target, size, time.perf_counter() - begun)
         except BaseException as error:
             self._failure = error
 
-    def _write(self, target: Path, state: RunState, tensors: dict[str, Tensor]) -> None:
+    def _write(self, target: Path, state: RunState, tensors: dict[str, Tensor]) -> int:
+        """The checkpoint's bytes."""
         # One name for all processes; what a killed run left under it is swept away first.
         aside = self.folder / f".{target.name}"
         try:
@@ -136,6 +161,7 @@ class Saver:
             written = self._together(target, lambda: _written(aside, f"shard-{self._world.rank + 1:05d}-*"))
             every = self._gathered(written)
             self._together(target, lambda: self._appear(aside, target, state, every))
+            return sum(file.bytes for file in every.values())
         finally:
             if self._world.is_first:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -162,7 +188,8 @@ class Saver:
         aside.rename(target)
         sync(self.folder)
         for old in list_checkpoints(self.folder)[: -self._keep]:
-            self._drop_or_tell(old)
+            if not (self._keep_every and step_of(old) % self._keep_every == 0):
+                self._drop_or_tell(old)
 
     def _drop_or_tell(self, path: Path) -> None:
         """What cannot be deleted, since somebody reads it over NFS or it is write-protected, is no reason to stop."""

@@ -31,7 +31,8 @@ from zili.training import checkpoints
 from zili.training.callbacks.base import Callback, StepRecord
 from zili.training.interruption import Interruption
 from zili.training.optimizers import build_optimizers, set_learning_rate
-from zili.training.saving import Saver
+from zili.training.run_clock import RunClock
+from zili.training.saving import Saved, Saver
 from zili.training.schedules import learning_rate_share
 from zili.training.throughput import matmul_peak
 
@@ -57,8 +58,10 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         world: World | None = None,
         materialize: Materialize = with_first_weights,
+        started: float | None = None,
     ) -> None:
-        """`materialize` gives weights to a model that has shapes only; a rehearsal has no memory for them."""
+        """`materialize` gives weights to a model that has shapes only; a rehearsal has no memory for them. `started`:
+        what `time.monotonic` said when `training.hours` began; now, if not given."""
         self.config = config
         self.loader = loader
         self.device = device
@@ -66,6 +69,8 @@ class Trainer:
         self.callbacks = callbacks
         self.step = 0
         self.interrupted = False
+        """Whether the run was stopped before its last step: by a signal, or since its time is over."""
+        self._clock = RunClock(config, started)
         assert config.chip.precision != "auto", "the configuration is resolved"
         self._dtype = DTYPES[config.chip.precision]
         self.parallel = ParallelModel(config, self.world, self._dtype, materialize)
@@ -78,9 +83,11 @@ class Trainer:
             self.checkpoint_folder,
             self.world,
             keep=config.checkpoint.keep,
+            keep_every=config.checkpoint.keep_every,
             asynchronous=config.checkpoint.asynchronous,
             patience=config.checkpoint.patience,
             note=self.note,
+            saved=self._tell_saved,
         )
         self._saved_at: int | None = None
         self._last: tuple[Tensor, Tensor] | None = None
@@ -127,6 +134,11 @@ class Trainer:
         """
         for callback in self.callbacks:
             callback.on_note(text)
+
+    def _tell_saved(self, saved: Saved) -> None:
+        self._clock.save_took(saved.seconds)
+        for callback in self.callbacks:
+            callback.on_saved(saved)
 
     def resume(self) -> bool:
         """Go to the newest sound checkpoint of the run folder, if there is one.
@@ -176,6 +188,7 @@ class Trainer:
             operations=ops.chosen(),
             versions={"zili": __version__, "torch": torch.__version__, "python": platform.python_version()},
         )
+        self._clock.save_began()
         path = self.saver.save(state, self.saved_tensors())
         self._saved_at = self.step
         for callback in self.callbacks:
@@ -206,7 +219,7 @@ class Trainer:
             with Prefetcher(self.loader, self.step, rows, self.config.data.prefetch) as batches:
                 while not self.done and not self._stop(interruption):
                     self._one_step(batches)
-                    if self.config.checkpoint.every and self.step % self.config.checkpoint.every == 0:
+                    if self._saves_here():
                         self.save()
             self.interrupted = not self.done
             if self._saved_at != self.step:
@@ -215,18 +228,36 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_end(self)
 
+    def _saves_here(self) -> bool:
+        """Whether a checkpoint of this step is asked for, by number."""
+        kept = self.config.checkpoint
+        return any(every and self.step % every == 0 for every in (kept.every, kept.keep_every))
+
     def _stop(self, interruption: Interruption) -> bool:
-        """Whether any process was interrupted: all stop after the same step.
+        """Whether any process was interrupted, or the time is over: all stop after the same step. A checkpoint that is
+        due by the clock is begun.
 
         Raises:
             CheckpointError: too many saves in a row have failed.
         """
         self.saver.look()
-        told = self.world.sum(torch.tensor([float(interruption.requested), float(self.saver.lost)]))
-        interrupted, lost = (bool(count) for count in told)
+        tells_time = self.world.is_first
+        over = tells_time and self._clock.time_is_over(self._own_bytes)
+        asked = (interruption.requested, self.saver.lost, over, tells_time and self._clock.save_is_due())
+        told = self.world.sum(torch.tensor([float(one) for one in asked]))
+        interrupted, lost, over, due = (bool(count) for count in told)
         if lost:
             self.world.agree(self._give_up)
-        return interrupted
+        if over and not interrupted:
+            hours = self.config.training.hours
+            self.note(f"stopping after step {self.step}: training.hours = {hours:g} leaves no time for another")
+        elif due and not interrupted and self._saved_at != self.step and self.step:
+            self.save()
+        return interrupted or over
+
+    def _own_bytes(self) -> int:
+        """About what this process has in a checkpoint: weights and two moments."""
+        return 3 * sum(getattr(t, "to_local", lambda t=t: t)().nbytes for _, t in self.parallel.named_tensors())
 
     def _give_up(self) -> None:
         try:
@@ -247,6 +278,7 @@ class Trainer:
                 callback.on_step(self, record)
         for callback in self.callbacks:
             callback.after_step(self)
+        self._clock.after_step()
 
     def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """One optimizer step on this process's rows of a global batch.
@@ -294,6 +326,7 @@ class Trainer:
             step_seconds=seconds,
             data_seconds=waited,
             tokens_per_second=tokens / seconds,
+            memory_bytes=self.device.peak_memory(),
             further=further_figures(self._loads, self._further),
             matmul_share=tokens * self._flops_per_token / seconds / self.matmul_peak / self.world.size,
         )

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from zili.training.saving import Saved
     from zili.training.trainer import Trainer
 
 
@@ -28,6 +29,8 @@ class StepRecord:
     tokens_per_second: float
     matmul_share: float
     """Model FLOP/s over the matmul peak measured at start."""
+    memory_bytes: int | None = None
+    """Most that the first process has had of its device's memory so far, on a CPU of the host's; None: not known."""
     further: dict[str, float] = field(default_factory=dict)
     """Of a mixture, `expert_load_max` and `expert_load_min`: the most and the least used expert's tokens over the mean,
     in the least even layer. With multi-token prediction `next_loss`, nats a token. Of preferences, means over pairs:
@@ -35,9 +38,9 @@ class StepRecord:
     `reward_accuracy`, the share in which the chosen has the larger."""
 
     def figures(self) -> dict[str, float]:
-        """All of it under one name each."""
+        """All that is known under one name each."""
         table = asdict(self)
-        return {**{name: value for name, value in table.items() if name != "further"}, **self.further}
+        return {**{k: v for k, v in table.items() if k != "further" and v is not None}, **self.further}
 
 
 class Callback:
@@ -50,7 +53,10 @@ class Callback:
         """After a step whose record was taken (`logging.every`)."""
 
     def on_checkpoint(self, trainer: Trainer) -> None:
-        """After a checkpoint was written."""
+        """After a checkpoint of this step was begun; it may still be on its way to the disk."""
+
+    def on_saved(self, saved: Saved) -> None:
+        """After a checkpoint was found whole, at the latest before the next one begins."""
 
     def after_step(self, trainer: Trainer) -> None:
         """After every step, logged or not."""

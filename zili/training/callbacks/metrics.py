@@ -16,9 +16,12 @@ from zili.models.arithmetic import count_parameters
 from zili.training.callbacks.base import Callback, StepRecord
 
 if TYPE_CHECKING:
+    from zili.config import RunConfig
     from zili.training.trainer import Trainer
 
 METRICS_FILE = "metrics.jsonl"
+_RESULTS = ("train/loss", "eval/loss", "eval/bits_per_byte", "train/tokens_per_second")
+"""Figures that TensorBoard shows beside the settings of runs."""
 
 
 def _say(text: str) -> None:
@@ -134,6 +137,7 @@ class TensorBoardLog(Callback):
     def on_start(self, trainer: Trainer) -> None:
         threading.excepthook = _hushed
         self._open(trainer.step)
+        self._attempt(lambda writer: _add_settings(writer, trainer.config))
 
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
         self._add("train", record.step, record.figures())
@@ -174,6 +178,24 @@ class TensorBoardLog(Callback):
             with self._missing.counted():
                 work(writer)
                 self._writer = writer
+
+
+def _add_settings(writer: Any, config: RunConfig) -> None:
+    """The run's settings, for TensorBoard's table of hyperparameters, where runs are compared by them."""
+    from torch.utils.tensorboard.summary import hparams
+
+    # Not SummaryWriter.add_hparams, which begins a run of its own beside this one.
+    for summary in hparams(dict(_flat(config.model_dump(mode="json"))), dict.fromkeys(_RESULTS, 0.0)):
+        writer.file_writer.add_summary(summary)
+
+
+def _flat(table: dict[str, Any], before: str = "") -> Iterator[tuple[str, bool | int | float | str]]:
+    """Every setting that is one value, by its dotted name."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{before}{key}.")
+        elif isinstance(value, bool | int | float | str):
+            yield f"{before}{key}", value
 
 
 def _hushed(met: threading.ExceptHookArgs) -> None:

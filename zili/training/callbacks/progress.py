@@ -1,36 +1,49 @@
-"""The live line on the terminal."""
+"""What a run shows while it goes: a bar on a terminal, lines in a log."""
 
 from __future__ import annotations
 
-import math
+import time
+from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from zili.training.callbacks.base import Callback, StepRecord
 
 if TYPE_CHECKING:
+    from zili.training.saving import Saved
     from zili.training.trainer import Trainer
 
-_PLAIN_LINES = 20
+_PACE = 100
+"""Records over which the time that is left is reckoned."""
 
 
 class ProgressDisplay(Callback):
     """Loss, tokens a second, share of the matmul peak and time left.
 
-    A bar on a terminal; elsewhere (a file, a cluster's log) about twenty plain lines over the run.
+    A bar on a terminal. Elsewhere (a file, a cluster's log) lines, each with date and time: one at the first and one at
+    the last record, one every `logging.line_seconds` between them, and one for each evaluation, checkpoint and note.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.console = console or Console()
+        self._clock = clock
         self._progress: Progress | None = None
         self._evaluated = ""
-        self._next_line = 0
+        self._due = 0.0
+        self._unsaid: str | None = None
+        self._pace: deque[tuple[float, int]] = deque(maxlen=_PACE)
 
     def on_start(self, trainer: Trainer) -> None:
+        steps = trainer.config.training.steps
         if not self.console.is_terminal:
+            if trainer.step < steps:
+                self._print(f"step {trainer.step}/{steps}  begins; the first one takes longest")
             return
         self._progress = Progress(
             TextColumn("step"),
@@ -43,7 +56,7 @@ class ProgressDisplay(Callback):
         )
         self._task = self._progress.add_task(
             "training",
-            total=trainer.config.training.steps,
+            total=steps,
             completed=trainer.step,
             figures="the first step takes longest",
         )
@@ -52,17 +65,39 @@ class ProgressDisplay(Callback):
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
         right = record.further.get("reward_accuracy")
         preferred = "" if right is None else f" ({right:.0%} preferred as chosen)"
-        figures = (
-            f"loss {record.loss:.3f}{preferred}{self._evaluated}  {record.tokens_per_second:,.0f} tokens/s  "
-            f"{record.matmul_share:.0%} of matmul peak"
-        )
+        loss = f"loss {record.loss:.3f}{preferred}{self._evaluated}"
+        speed = f"{record.tokens_per_second:,.0f} tokens/s  {record.matmul_share:.0%} of matmul peak"
         steps = trainer.config.training.steps  # which may have moved
         if self._progress is not None:
-            self._progress.update(self._task, total=steps, completed=record.step, figures=figures)
+            self._progress.update(self._task, total=steps, completed=record.step, figures=f"{loss}  {speed}")
             return
-        if record.step >= self._next_line or record.step == steps:
-            self._next_line = record.step + math.ceil(steps / _PLAIN_LINES)
-            self._print(f"step {record.step}/{steps}  {figures}")
+        now = self._clock()
+        self._pace.append((now, record.step))
+        parts = [
+            f"step {record.step}/{steps}",
+            loss,
+            f"lr {record.learning_rate:.2e}",
+            f"norm {record.gradient_norm:.3g}",
+            speed,
+            *([decimal(record.memory_bytes)] if record.memory_bytes else []),
+            *self._left(steps - record.step),
+        ]
+        self._unsaid = "  ".join(parts)
+        if now >= self._due or record.step == steps:
+            self._due = now + trainer.config.logging.line_seconds
+            self._say_record()
+
+    def _left(self, steps: int) -> list[str]:
+        """Time that `steps` more take, as the newest did, what came between them included."""
+        (since, first), (now, last) = self._pace[0], self._pace[-1]
+        if steps <= 0 or last <= first:
+            return []
+        return [f"{timedelta(seconds=round(steps * (now - since) / (last - first)))} left"]
+
+    def _say_record(self) -> None:
+        if self._unsaid is not None:
+            self._print(self._unsaid)
+            self._unsaid = None
 
     def on_evaluation(self, step: int, values: dict[str, float]) -> None:
         """Show the newest held-out figure from now on."""
@@ -78,14 +113,20 @@ class ProgressDisplay(Callback):
         if self._progress is None:
             self._print(f"step {step}  held-out {said}")
 
-    def on_note(self, text: str) -> None:
-        self._print(text, markup=False, soft_wrap=True)
+    def on_saved(self, saved: Saved) -> None:
+        if self._progress is None:
+            self._print(f"saved {saved.path}: {decimal(saved.bytes)} in {saved.seconds:.1f} s")
 
-    def _print(self, text: str, **options: Any) -> None:
+    def on_note(self, text: str) -> None:
+        self._print(text)
+
+    def _print(self, text: str) -> None:
+        stamp = "" if self.console.is_terminal else time.strftime("%Y-%m-%d %H:%M:%S  ")
         with suppress(OSError):  # a log on a full disk is no reason to end a run, and there is nowhere to say it
-            self.console.print(text, highlight=False, **options)
+            self.console.print(stamp + text, highlight=False, markup=False, soft_wrap=True)
 
     def on_end(self, trainer: Trainer) -> None:
+        self._say_record()
         self.close()
 
     def close(self) -> None:

@@ -1,0 +1,120 @@
+"""The command line's surface: version, help, what is refused before torch is loaded, and what pipes get."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import zili as package
+from zili.cli import output
+from zili.cli.app import _GROUPS
+from zili.cli.options import model_at
+from zili.errors import CheckpointError
+
+WITHOUT_TORCH = """
+import json, os, sys
+from zili.cli import main
+
+sys.modules["torch"] = None  # an import of it raises
+for words in json.loads(sys.argv[1]):
+    if os.fork() == 0:
+        sys.argv = ["zili", *words]
+        main()
+        os._exit(99)
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+
+
+def test_version_says_what_is_there(zili) -> None:
+    outcome = zili("--version")
+    assert outcome.code == 0 and outcome.out.startswith(f"zili {package.__version__}, Python 3.")
+    assert "torch 2." in outcome.out
+
+
+def test_help_names_a_first_step_and_every_command_in_its_group(zili) -> None:
+    outcome = zili("--help")
+    assert outcome.code == 0 and "First: `zili quickstart`" in " ".join(outcome.out.split())
+    for group, commands in _GROUPS.items():
+        assert group in outcome.out and all(f"│ {name} " in outcome.out for name in commands)
+
+
+REFUSED = {
+    "sample nowhere": (5, "nowhere does not exist"),
+    "serve nowhere": (5, "nowhere does not exist"),
+    "eval nowhere --text x.txt": (5, "nowhere does not exist"),
+    "eval . --text nowhere.txt": (4, "nowhere.txt does not exist"),
+    "export nowhere --to x": (5, "nowhere does not exist"),
+    "import gpt2 --to x": (5, "hf:OWNER/NAME"),
+    "dialogues tiny.toml --model nowhere --to x": (5, "nowhere does not exist"),
+    "sample tiny.toml": (5, "tiny.toml is a recipe, not a model: train it first"),
+    "report nowhere": (4, "nowhere is not a run"),
+    "--version": (0, ""),
+}
+
+
+def test_a_wrong_path_is_answered_before_torch_is_loaded(recipe_file: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, json.dumps([line.split() for line in REFUSED])],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    codes = [int(line) for line in done.stdout.splitlines() if line.lstrip("-").isdecimal()]
+    assert codes == [code for code, _ in REFUSED.values()], done.stdout + done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("zili: ") == len(REFUSED) - 1
+    assert all(said in done.stderr for _, said in REFUSED.values()), done.stderr
+
+
+def test_a_recipe_that_was_trained_leads_to_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.toml").write_text('folder = "runs/mine"')
+    (tmp_path / "runs" / "mine" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="give the run that it made, runs/mine"):
+        model_at(Path("mine.toml"))
+    with pytest.raises(CheckpointError, match="runs here: runs/mine"):
+        model_at(Path("runs/mini"))
+    assert model_at(Path("runs/mine")) == Path("runs/mine")
+
+
+def test_in_a_pipe_nothing_is_wrapped_and_on_a_terminal_nothing_is_cut() -> None:
+    cell = " ".join(f"word{number}" for number in range(60))
+    for terminal in (False, True):
+        to = Console(file=io.StringIO(), width=80 if terminal else output._WHOLE, force_terminal=terminal)
+        rows = output.table(to, ("name", "what\nit is"), left=("name", "what\nit is"), title="Here", boxed=True)
+        rows.add_row("a", cell)
+        to.print(rows)
+        lines = to.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        assert any(cell in line for line in lines) is not terminal
+        assert all(f"word{number}" in "".join(lines) for number in range(60))
+        if not terminal:
+            assert lines[1].split() == ["name", "what", "it", "is"] and len(lines) == 3
+
+
+def test_what_a_command_is_at_is_a_line_now_and_then_in_a_log(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(output, "time", type("Clock", (), {"monotonic": staticmethod(lambda: now)}))
+    with output.working("scoring") as say:
+        for second in range(70):
+            now = float(second)
+            say(f"scoring: {second}")
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.splitlines() == ["scoring", "scoring: 30", "scoring: 60"]
+
+
+def test_help_is_there_at_once() -> None:
+    """Seconds of this process's CPU, whatever else the machine does: it was 0.4 when this was written."""
+    code = "import sys, time; sys.argv = ['zili', '--help']\nfrom zili.cli import main\n"
+    code += "try: main()\nfinally: sys.stderr.write(f'{time.process_time()}')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert float(done.stderr) < 2

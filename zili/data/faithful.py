@@ -1,0 +1,154 @@
+"""A conversation rendered to be learned, and whether what was given is what will be learned.
+
+A template writes what it knows of and drops the rest without a word: thoughts, calls, tools, a result. So the rendered
+text is compared with the conversation, and what should be there and is not is a reason to leave it out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from zili.data.chat import ChatTemplate, Rendered
+from zili.data.dialogues import Dialogue
+from zili.data.manners import CALL, CALLED, Manners, read_arguments, split_thoughts
+from zili.data.tokenizer import Tokenizer
+from zili.errors import DataError
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+class Unsaid(DataError):
+    """A conversation that a template cannot say whole: a reason to count it by, and what is wrong."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A conversation with a mask of what is learned."""
+
+    rendered: Rendered
+    thoughtless: int = 0
+    """Earlier answers that are not learned, since the template drops their thoughts."""
+
+
+def to_learn(
+    rendered: Rendered, messages: Messages, dialogue: Dialogue, template: ChatTemplate, of: Tokenizer
+) -> Learned:
+    """`rendered`, one of `dialogue`'s conversations of `messages`, with the answers masked that are not to be learned.
+
+    Raises:
+        Unsaid: something that was given is not in it.
+    """
+    if not any(rendered.said):
+        raise Unsaid(
+            "with nothing to learn",
+            f"nothing to learn: {template.name} marks nothing that the assistant says ({{% generation %}} does)",
+        )
+    manners = template.manners(of)
+    _check_kinds(messages, dialogue.tools, manners, template.name, of)
+    for number, message in enumerate(messages, start=1):
+        if message["role"] != "assistant" and not _holds(rendered.text, message["content"]):
+            raise Unsaid("with text that the template leaves out", f"{template.name} leaves out turn {number}")
+    answers = [message for message in messages if message["role"] == "assistant"]
+    return _masked(rendered, answers, manners, template.name)
+
+
+def _check_kinds(messages: Messages, tools: Any, manners: Manners, name: str, of: Tokenizer) -> None:
+    """Whether the template has a place for all kinds of things that there are."""
+    if tools and not manners.tools:
+        raise Unsaid("with tools that the template does not tell", f"{name} has no place for tools")
+    for message in messages:
+        if message.get("tool_calls") and manners.calls is None:
+            raise Unsaid("with calls that the template cannot say", f"{name} has no place for calls of tools")
+        if message.get("reasoning_content") and not manners.thinks:
+            raise Unsaid(
+                "with thoughts that the template does not write",
+                f"{name} does not write thoughts: give a template that does, or write them into the content, as "
+                "<think>...</think>",
+            )
+        content = message["content"]
+        if message["role"] == "assistant" and CALL in content and CALLED in content and CALL in of.added_tokens:
+            raise Unsaid(
+                "with calls written as text",
+                f"an answer spells {CALL}, which would be learned letter by letter: give its calls as tool_calls",
+            )
+
+
+def _masked(rendered: Rendered, answers: Messages, manners: Manners, name: str) -> Learned:
+    if len(rendered.turns) != len(answers):
+        return _unparted(rendered, answers, manners, name)
+    said, thoughtless = list(rendered.said), 0
+    for number, (turn, answer) in enumerate(zip(rendered.turns, answers, strict=True), start=1):
+        if not answer.get("weight", 1):
+            said[turn.start : turn.stop] = [False] * (turn.stop - turn.start)
+            continue
+        thoughts, told = _told(answer, manners)
+        missing = next((text for text in told if not _holds(turn.text, text)), None)
+        if missing is not None:
+            raise Unsaid(
+                "with text that the template leaves out", f"{name} leaves out of answer {number}: {missing[:60]!r}"
+            )
+        if _holds(turn.text, thoughts):
+            continue
+        if number == len(answers):
+            reason = "with thoughts that the template does not write"
+            raise Unsaid(reason, f"{name} leaves out the last answer's thoughts")
+        # To learn it would be to learn to answer without having thought.
+        said[turn.start : turn.stop] = [False] * (turn.stop - turn.start)
+        thoughtless += 1
+    if not any(said):
+        raise Unsaid("with nothing to learn", "none of its answers is learned")
+    return Learned(Rendered(rendered.ids, said, rendered.turns, rendered.text), thoughtless)
+
+
+def _unparted(rendered: Rendered, answers: Messages, manners: Manners, name: str) -> Learned:
+    """Of a template that marks what is said in another way than answer by answer."""
+    if not all(answer.get("weight", 1) for answer in answers):
+        raise Unsaid(
+            "with weights that cannot be put in place",
+            f"{name} marks {len(rendered.turns)} of {len(answers)} answers, so that none can be left out",
+        )
+    for thoughts, told in (_told(answer, manners) for answer in answers):
+        missing = next((text for text in (thoughts, *told) if not _holds(rendered.text, text)), None)
+        if missing is not None:
+            raise Unsaid("with text that the template leaves out", f"{name} leaves out of an answer: {missing[:60]!r}")
+    return Learned(rendered)
+
+
+def _told(answer: Mapping[str, Any], manners: Manners) -> tuple[str, list[str]]:
+    """The thoughts of an answer, and all else that it says."""
+    thoughts, content = str(answer.get("reasoning_content") or ""), answer["content"]
+    inline = split_thoughts(content) if manners.thinks and not thoughts else None
+    thoughts, content = inline or (thoughts, content)
+    told = [content]
+    for call in answer.get("tool_calls") or []:
+        function = call.get("function") or call
+        told += [function["name"], *_leaves(read_arguments(function.get("arguments")))]
+    return thoughts, told
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    """Keys and values as JSON and Python write them; `Dialogue` is nested no deeper than can be walked."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield str(key)
+            yield from _leaves(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(inner)
+    elif isinstance(value, str):
+        yield value
+    elif not isinstance(value, bool) and value is not None:
+        yield json.dumps(value)
+
+
+def _holds(text: str, given: str) -> bool:
+    """Whether a text has another, as it is or as JSON writes it, but for white space around it."""
+    given = given.strip()
+    return given in text or any(json.dumps(given, ensure_ascii=ascii)[1:-1] in text for ascii in (False, True))

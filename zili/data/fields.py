@@ -1,0 +1,80 @@
+"""A JSON object of a record, which knows what of it was used: what nobody asked for is named in the end."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_DEEPEST = 64
+"""Levels of lists and tables; more makes whatever calls itself for each of them fail."""
+
+
+class Unfit(Exception):
+    """A record that is no conversation to learn from: a reason to count it by, and what is wrong with it."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+class Fields(Mapping[str, Any]):
+    """`values` without those that are null: a table's empty cell is a key that is not there.
+
+    Looking a value up marks it as used; asking whether it is there does not.
+    """
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = {key: value for key, value in values.items() if value is not None}
+        self._used: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        value = self._values[key]
+        self._used.add(key)
+        return value
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def peek(self, key: str) -> Any:
+        """The value of a key, or None, without having used it."""
+        return self._values.get(key)
+
+    def first(self, *names: str) -> Any:
+        """The value of the first of several names for one thing; None: none is there. Others that say the same are
+        used with it."""
+        found = next((self[name] for name in names if name in self), None)
+        self._used |= {name for name in names if self._values.get(name) == found}
+        return found
+
+    def unused(self) -> dict[str, Any]:
+        """What was not looked up and says something."""
+        empty: tuple[Any, ...] = ("", [], {})
+        return {key: value for key, value in self._values.items() if key not in self._used and value not in empty}
+
+
+def check_sound(value: Any) -> None:
+    """Whether a value can be written out again.
+
+    Raises:
+        Unfit: half of a surrogate pair in a text, which is in no encoding, or lists in lists without end.
+    """
+    waiting = [(value, 0)]
+    while waiting:
+        one, depth = waiting.pop()
+        if depth > _DEEPEST:
+            raise Unfit("nested too deep", f"it is nested deeper than {_DEEPEST} levels")
+        if isinstance(one, str):
+            if not one.isascii() and (found := _SURROGATE.search(one)):
+                raise Unfit("broken UTF-8", f"lone surrogate U+{ord(found[0]):04X} in {one[:40]!a}")
+        elif isinstance(one, Mapping):
+            waiting += [(inner, depth + 1) for pair in one.items() for inner in pair]
+        elif isinstance(one, list | tuple):
+            waiting += [(inner, depth + 1) for inner in one]
