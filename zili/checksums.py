@@ -51,8 +51,8 @@ def share_of(sizes: Mapping[Item, int], part: int, parts: int) -> list[Item]:
     return own
 
 
-def read_sums(folder: Path, required: Iterable[str] = ()) -> dict[str, str]:
-    """The hashes that `folder` lists, by name.
+def read_sums(folder: Path, required: Iterable[str] = (), *, others: bool = False) -> dict[str, str]:
+    """The hashes that `folder` lists, by name. `others`: files that are not listed may be there.
 
     Raises:
         CheckpointError: there is no list, or it lacks a file of the folder, or one that is `required`.
@@ -62,7 +62,8 @@ def read_sums(folder: Path, required: Iterable[str] = ()) -> dict[str, str]:
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{folder / SUMS_FILE} cannot be read: {error}") from error
     sums = {name: expected for expected, _, name in (line.partition("  ") for line in lines)}
-    unlisted = sorted({*required, *(entry.name for entry in folder.iterdir())} - {*sums, SUMS_FILE})
+    there = () if others else (entry.name for entry in folder.iterdir())
+    unlisted = sorted({*required, *there} - {*sums, SUMS_FILE})
     if unlisted:
         raise CheckpointError(f"{folder / SUMS_FILE} is cut short or older than the rest: it lacks {unlisted[0]}")
     for name in sums:
@@ -77,10 +78,16 @@ def verify_sums(folder: Path, sums: Mapping[str, str]) -> None:
     Raises:
         CheckpointError: a file is missing, truncated or changed; the message names it.
     """
+    for name, found in changed(folder, sums):
+        raise CheckpointError(f"{folder / name} is damaged: sha256 {found[:12]}..., expected {sums[name][:12]}...")
+
+
+def changed(folder: Path, sums: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Of the files in `sums` those that have another hash, and that one. Raises: CheckpointError, a file is missing."""
     names = sorted(sums)
     for name, found in zip(names, several_at_once(lambda name: _sha256_in(folder, name), names), strict=True):
         if found != sums[name]:
-            raise CheckpointError(f"{folder / name} is damaged: sha256 {found[:12]}..., expected {sums[name][:12]}...")
+            yield name, found
 
 
 def _sha256_in(folder: Path, name: str) -> str:

@@ -194,6 +194,9 @@ def change_base(folder):
     path.write_text(path.read_text().replace('"rope_theta": 10000.0', '"rope_theta": 20000.0'))
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4665\nsize 4965799096\n"
+
+
 def leave_a_pickle(folder):
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n.")
 
@@ -203,7 +206,10 @@ def leave_a_pickle(folder):
     [
         (lambda folder: flip(folder / "model.safetensors"), False, "model.safetensors is damaged"),
         (lambda folder: (folder / "config.json").unlink(), False, r"config.json cannot be read"),
-        (leave_a_pickle, False, "lacks pytorch_model.bin"),
+        (leave_a_pickle, False, r"pytorch_model.bin is not listed in SHA256SUMS, and whoever opens"),
+        (lambda folder: (folder / "modeling_llama.py").write_text(""), False, r"modeling_llama.py is not listed"),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), False, "is not listed"),
+        (lambda folder: (folder / "model.safetensors").write_text(POINTER), False, "is a Git LFS pointer"),
         (lambda folder: (folder / "SHA256SUMS").unlink(), False, "SHA256SUMS cannot be read"),
         (lambda folder: (folder / "release.json").unlink(), False, "no release of `zili export`"),
         (lambda folder: (folder / "release.json").write_text("{}"), True, "format None"),
@@ -219,6 +225,23 @@ def test_any_mismatch_fails(run, tmp_path, damage, sealed, said):
     if sealed:
         seal(folder)
     with pytest.raises(CheckpointError, match=said):
+        verify_release(folder)
+
+
+def test_what_git_hubs_and_desktops_add_is_said_and_no_failure(run, tmp_path):
+    _, folder, _ = released(run, tmp_path, "telechat2", "llama")
+    added = [".gitattributes", ".DS_Store", "._config.json", "Thumbs.db", "desktop.ini", "notes.txt", ".msc"]
+    for name in added:
+        (folder / name).write_text("*.safetensors filter=lfs\n")
+    for name in (".git", ".cache"):
+        (folder / name).mkdir()
+    for name in ("config.json", "README.md"):
+        (folder / name).write_bytes((folder / name).read_bytes().replace(b"\n", b"\r\n"))
+    found = {finding.what: finding.detail for finding in verify_release(folder, transformers=False)}
+    assert ".DS_Store" in found["not listed"] and "and 1 more" in found["not listed"]
+    assert "README.md, config.json" in found["line ends"]
+    (folder / "README.md").write_bytes((folder / "README.md").read_bytes() + b"\r\n")
+    with pytest.raises(CheckpointError, match=r"README.md is damaged"):
         verify_release(folder)
 
 

@@ -47,11 +47,10 @@ def test_null_is_absent_inside() -> None:
             "response_format": {"type": "json_object", "json_schema": None},
             "structured_outputs": {"regex": None, "json": {"const": None}, "choice": None},
             "tools": [tool],
-            "logit_bias": {"5": None},
             "chat_template_kwargs": {"enable_thinking": None},
         }
     )
-    assert not asked.with_usage and not asked.logit_bias and not asked.chat_template_kwargs
+    assert not asked.with_usage and not asked.chat_template_kwargs
     assert asked.offered == [{"type": "function", "function": {"name": "add"}}]
     assert asked.structured_outputs is not None and asked.structured_outputs.json_ == {"const": None}
 
@@ -212,8 +211,30 @@ def test_parts_that_are_no_text(place: Place) -> None:
     assert answer["error"]["message"] == "messages: a part is of type 'image_url'; this model reads text"
 
 
+def test_a_beginning_is_put_before_a_prompt_unless_it_is_not_asked_for() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.begin_ids = (tokenizer.special_id("<_start>"),)
+    engine = Scripted(tokenizer)
+    served = Served(engine, tokenizer, ChatTemplate.named("telechat1"), "tiny")  # type: ignore[arg-type]
+    with listening(served) as url:
+        place = Place(url, served, None)  # type: ignore[arg-type]
+        for more in ({}, {"add_special_tokens": False}):
+            assert place.post("/v1/completions", {"prompt": "snow", **more})[0] == 200
+            _, told = place.post("/tokenize", {"prompt": "snow", **more})
+            assert tokenizer.decode(told["tokens"]) == engine.prompts[-1]
+    assert engine.prompts == ["<_start>snow", "snow"]
+
+
 def test_fields_that_change_nothing(place: Place) -> None:
-    more = {"n": 2, "best_of": 2, "suffix": "", "use_beam_search": False, "length_penalty": 1, "priority": 0}
+    more = {
+        "logit_bias": {"5": None},
+        "n": 2,
+        "best_of": 2,
+        "suffix": "",
+        "use_beam_search": False,
+        "length_penalty": 1,
+        "priority": 0,
+    }
     assert place.post("/v1/completions", {"prompt": "snow", "max_tokens": 2, **more, "top_k": -1})[0] == 200
     chat = {"modalities": ["text"], "functions": [], "store": False, "verbosity": "medium", "user": "x", "metadata": {}}
     status, answer = place.post(

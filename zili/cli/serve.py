@@ -115,7 +115,7 @@ def _answer(
         dtype = dtype_named(offer.dtype or "float32")
         opened = open_folder(place, device=device, dtype=dtype)
         room = room_for(opened.model.config, offer.slots, offer.context, dtype, device)
-        typer.echo(room.said(offer.slots))
+        typer.echo(room.said(offer.slots), err=True)  # the first line of output is the address
         vocabulary = opened.tokenizer.vocab_size
         return opened, Engine(opened.model, slots=room.slots, context=room.context, vocabulary=vocabulary)
 

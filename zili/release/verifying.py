@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from zili.checksums import read_sums, verify_sums
+from zili.checksums import SUMS_FILE, changed, read_sums
+from zili.data.pointers import what_it_is
 from zili.data.tokenizer import Tokenizer
 from zili.errors import CheckpointError
 from zili.release.companions import is_our_code, tokenizer_of
@@ -19,6 +22,15 @@ from zili.release.opening import open_model
 from zili.release.probe import TOLERANCE, Probe, answered
 from zili.release.record import RELEASE_FILE, Release, read_release
 from zili.release.tensors import CastTensors
+
+_READ = re.compile(
+    r"(?s).*\.(py|safetensors|bin|gguf|pt|pth|model|jinja)"
+    r"|.*\.index\.json|(config|generation_config|added_tokens|vocab|special_tokens_map|tokenizer.*|chat_template.*)\.json"
+    r"|merges\.txt|adapter_.*"
+)
+"""Names that a library takes weights, tokenizer, template or code from. Of a name: it is short."""
+_TEXT_BYTES = 100 << 20
+_MANY = 8
 
 
 @dataclass(frozen=True)
@@ -36,14 +48,12 @@ def verify_release(folder: Path, *, against: Path | None = None, transformers: b
     too; None does where it is installed and the folder is not too large for it.
 
     Raises:
-        CheckpointError: a file is missing, changed or unlisted, the tokenizer is another, or log-probabilities are
-            others than those recorded. The first mismatch ends it.
+        CheckpointError: a file is missing or changed, or was added where a reader would take it, the tokenizer is
+            another, or log-probabilities are others than those recorded. The first mismatch ends it.
     """
     if not (folder / RELEASE_FILE).is_file():
         raise CheckpointError(f"{folder} has no {RELEASE_FILE}: it is no release of `zili export`")
-    sums = read_sums(folder, [RELEASE_FILE])
-    verify_sums(folder, sums)
-    findings = [Finding("files", f"{len(sums)} hashed again")]
+    findings = list(_check_files(folder))
     release, model = read_release(folder), open_model(folder)
     findings.append(_check_tokenizer(folder, release, tokenizer_of(folder)))
     found = answered(model, release.probe.ids, release.probe.text)
@@ -53,6 +63,35 @@ def verify_release(folder: Path, *, against: Path | None = None, transformers: b
     if transformers or (transformers is None and _transformers_can(folder, release)):
         findings.append(_in_transformers(folder, release))
     return findings
+
+
+def _check_files(folder: Path) -> Iterator[Finding]:
+    """Those that are listed have their hashes. Git, hubs and desktops add files of their own: these are said."""
+    sums = read_sums(folder, [RELEASE_FILE], others=True)
+    added = sorted(entry.name for entry in folder.iterdir() if entry.name not in {*sums, SUMS_FILE})
+    read = next((name for name in added if _READ.fullmatch(name)), None)
+    if read is not None:
+        raise CheckpointError(
+            f"{folder / read} is not listed in {SUMS_FILE}, and whoever opens the folder would read it"
+        )
+    lines = []
+    for name, found in changed(folder, sums):
+        if not _differs_in_line_ends(folder / name, sums[name]):
+            detail = f"{folder / name} is damaged: sha256 {found[:12]}..., expected {sums[name][:12]}..."
+            raise CheckpointError(what_it_is(folder / name, detail))
+        lines.append(name)
+    yield Finding("files", f"{len(sums)} hashed again")
+    if lines:
+        yield Finding("line ends", f"git has written them otherwise (CRLF) in {', '.join(lines)}; the text is the same")
+    if added:
+        more = f" and {len(added) - _MANY} more" if len(added) > _MANY else ""
+        yield Finding("not listed", f"{', '.join(added[:_MANY])}{more}: not of the release, and not looked at")
+
+
+def _differs_in_line_ends(path: Path, expected: str) -> bool:
+    if path.stat().st_size > _TEXT_BYTES:
+        return False
+    return hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest() == expected
 
 
 def _check_tokenizer(folder: Path, release: Release, tokenizer: Tokenizer | None) -> Finding:

@@ -296,15 +296,14 @@ class _Api:
         return _Ready([prompt], asked.n, asked.formed, self._bias(asked.logit_bias), thinking)
 
     def _texts(self, asked: CompletionRequest) -> _Ready:
-        prompts = [self._ids(prompt) for prompt in asked.prompts]
+        prompts = [self._ids(prompt, begin=asked.add_special_tokens) for prompt in asked.prompts]
         return _Ready(prompts, asked.n, asked.formed, self._bias(asked.logit_bias))
 
     def _rendered(self, asked: ChatRequest) -> list[int]:
         if self.served.template is None:
             raise Refusal(400, "the model has no chat template: use /v1/completions", param="messages")
         if asked.offered and not self._manners.tools:
-            name = self.served.template.name
-            raise Refusal(400, f"{name} has no place for tools: the model would not hear of them", param="tools")
+            raise Refusal(400, "tools: the chat template of this model has no place for them", param="tools")
         begin = asked.add_generation_prompt
         options = {
             "add_generation_prompt": not asked.continue_final_message if begin is None else begin,
@@ -330,10 +329,11 @@ class _Api:
             raise Refusal(400, f"{word}: the chat template of this model knows none", param=word)
         return {}
 
-    def _ids(self, prompt: str | list[int]) -> list[int]:
+    def _ids(self, prompt: str | list[int], *, begin: bool) -> list[int]:
         if isinstance(prompt, str):
             self._check_fit([prompt])
-            return [*self.tokenizer.begin_ids, *self._encoded(prompt)] or [self.tokenizer.start_id]
+            before = self.tokenizer.begin_ids if begin else ()
+            return [*before, *self._encoded(prompt)] or [self.tokenizer.start_id]
         self._known(prompt)
         return prompt
 
