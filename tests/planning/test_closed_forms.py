@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -65,12 +66,24 @@ def executed(config: RunConfig, world: int, rank: int) -> tuple[dict[str, int], 
     return found.flops, found.messages
 
 
-@pytest.mark.parametrize(("kind", "world", "layout", "more"), CASES)
+def placed(cases: list[Any]) -> Iterator[Any]:
+    """Each with an end of its pipeline: by turns with one, and slow with the other."""
+    for number, case in enumerate(cases):
+        values, marks = getattr(case, "values", case), getattr(case, "marks", ())
+        for end in ("first", "last") if "pipeline" in values[2] else ("only",):
+            other = end == ("first", "last")[number % 2]
+            yield pytest.param(*values, end, marks=pytest.mark.slow if other else marks)
+
+
+@pytest.mark.parametrize(("kind", "world", "layout", "more", "end"), placed(CASES))
 def test_they_are_those_that_are_executed(
-    kind: Kind, world: int, layout: str, more: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+    kind: Kind, world: int, layout: str, more: tuple[str, ...], end: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.getbasetemp()
-    wide = tiny_recipe(kind, folder, folder / "run", *Layout(layout).overrides, "training.global_batch=64", *more)
+    # As few layers as there are kinds of them, and stages.
+    stages = 4 if "pipeline=4" in layout or "schedule" in layout else 2
+    sizes = (f"model.layers={stages}", "training.global_batch=64")
+    wide = tiny_recipe(kind, folder, folder / "run", *Layout(layout).overrides, *sizes, *more)
     laid_out = lay_out(wide, world)
     batch = 2 * laid_out.data * laid_out.pipeline  # as few micro-batches of two as the pipeline takes
     config = wide.model_copy(
@@ -79,11 +92,11 @@ def test_they_are_those_that_are_executed(
             "chip": wide.chip.model_copy(update={"operations": {}}),  # attention by one kernel, as chips have it
         }
     )
-    for place in {0, laid_out.pipeline - 1}:
-        ((work, sent),) = on_processes(1, executed, config, world, place * (world // laid_out.pipeline))
-        job = Job(config, laid_out, place)
-        assert flops(job) == work, f"place {place}"
-        assert dict(messages(job)) == {message: n for message, n in sent.items() if message.processes > 1}
+    place = 0 if end == "first" else laid_out.pipeline - 1
+    ((work, sent),) = on_processes(1, executed, config, world, place * (world // laid_out.pipeline))
+    job = Job(config, laid_out, place)
+    assert flops(job) == work
+    assert dict(messages(job)) == {message: n for message, n in sent.items() if message.processes > 1}
 
 
 def counted(config: RunConfig) -> int:
