@@ -155,7 +155,7 @@ def test_a_tokenizer_of_another_model(run: Path, tmp_path: Path, published: Path
 
 
 @pytest.mark.parametrize("words", [("sample", "x"), ("chat", "x"), ("eval", "x", "--text", "x"), ("serve", "x")])
-def test_the_chip_is_chosen_before_torch_loads(words: tuple[str, ...]) -> None:
+def test_the_chip_is_chosen_before_torch_loads(words: tuple[str, ...], tmp_path: Path) -> None:
     """What a vendor's plugin reads from the environment must be there by then."""
     code = (
         "import sys\n"
@@ -164,5 +164,8 @@ def test_the_chip_is_chosen_before_torch_loads(words: tuple[str, ...]) -> None:
         "from zili.cli import main\n"
         "main()\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False, timeout=60)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "config.json").touch()
+    command = [sys.executable, "-c", code, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path)
     assert done.returncode == 20, done.stderr
