@@ -111,9 +111,14 @@ def commands_in(page: str) -> Iterator[list[str]]:
             yield words.split()
 
 
+@cache
+def all_commands() -> Any:
+    return get_command(app)
+
+
 def command_of(words: list[str]) -> tuple[Any, list[str]]:
     """The command that the words call, and the words behind its name."""
-    command: Any = get_command(app)
+    command = all_commands()
     while words and hasattr(command, "commands"):
         assert words[0] in command.commands, f"there is no command {words[0]}"
         command, words = command.commands[words[0]], words[1:]
@@ -215,7 +220,7 @@ def test_the_readme_counts_the_chips_of_the_catalog() -> None:
 
 def test_the_readme_names_every_command() -> None:
     named = {words[0] for words in commands_in("README.md") if words}
-    assert set(get_command(app).commands) <= named  # type: ignore[attr-defined]
+    assert set(all_commands().commands) <= named
 
 
 def test_what_is_not_there_would_be_found(tmp_path: Path) -> None:

@@ -50,9 +50,9 @@ BOTH, CUDA_ONLY, CPU_ONLY = ("2.13.0", "2.13.0+cpu"), ("2.13.0",), ("2.13.0+cpu"
 @pytest.mark.parametrize(
     ("own", "cpu_index", "installed", "said"),
     [
-        (BOTH, (), "2.13.0+cpu", ""),
+        pytest.param(BOTH, (), "2.13.0+cpu", "", marks=pytest.mark.slow),
         (CUDA_ONLY, CPU_ONLY, "2.13.0+cpu", ""),
-        (CUDA_ONLY, (), "2.13.0", "TORCH_OPTIONS"),
+        pytest.param(CUDA_ONLY, (), "2.13.0", "TORCH_OPTIONS", marks=pytest.mark.slow),
     ],
 )
 def test_which_build_of_torch_comes(
@@ -118,36 +118,26 @@ def test_a_wheel_has_every_file_of_the_package(site: Path) -> None:
     assert ours - there == set()
 
 
-SERVED = """
-import sys, pathlib
-import zili
-assert pathlib.Path(zili.__file__).is_relative_to(sys.argv[1]), zili.__file__
-from starlette.testclient import TestClient
-from starlette.applications import Starlette
-from starlette.staticfiles import StaticFiles
-from zili.serving.api import _PAGE
+PAGE = """
+import re, sys, pathlib
+from importlib.resources import files
+from zili.cli import main
 
-app = Starlette()
-app.mount("/page", StaticFiles(directory=_PAGE))
-client = TestClient(app)
-page = client.get("/page/index.html")
-assert page.status_code == 200
-import re
-for part in re.findall(r'(?:src|href)="/?(page/[^"]+)"', page.text):
-    assert client.get("/" + part).status_code == 200, part
+page = files("zili.serving") / "page"
+assert pathlib.Path(str(page)).is_relative_to(sys.argv.pop()), page
+for part in re.findall(r'(?:src|href)="/?page/([^"]+)"', page.joinpath("index.html").read_text()):
+    assert page.joinpath(part).read_bytes(), part
     print(part)
+main()
 """
 
 
 def test_a_command_and_the_chat_page_run_from_a_wheel_alone(site: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(site)}
-    commands = [[sys.executable, "-m", "zili", "chips"], [sys.executable, "-c", SERVED, str(site)]]
-    said = []
-    for command in commands:
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        said.append(done.stdout)
-    assert "ascend-910b2" in said[0] and {"page/page.js", "page/page.css"} <= set(said[1].split())
+    command = [sys.executable, "-c", PAGE, "chips", str(site)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {"page.js", "page.css", "icon.svg"} <= set(done.stdout.split()) and "ascend-910b2" in done.stdout
 
 
 def test_pyproject_and_readme_name_the_same_pythons() -> None:

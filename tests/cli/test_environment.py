@@ -35,6 +35,7 @@ def test_every_command_sets_the_environment_before_it_imports_torch(recipe_file:
     (tmp_path / "torch.py").write_text(
         'import os\nos._exit(40 + ("GOMP_SPINCOUNT" in os.environ) + ("TORCH_DEVICE_BACKEND_AUTOLOAD" in os.environ))\n'
     )
+    (tmp_path / "config.json").touch()  # else it is plain at once that no model is there
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"{number} a model learns from text 自立" for number in range(3000)), encoding="utf-8")
     words = [command.format(recipe=recipe_file, folder=tmp_path, text=text).split() for command in COMMANDS]

@@ -46,19 +46,20 @@ def test_help_names_a_first_step_and_every_command_in_its_group(zili) -> None:
 
 REFUSED = {
     "sample nowhere": (5, "nowhere does not exist"),
-    "serve nowhere": (5, "nowhere does not exist"),
-    "eval nowhere --text x.txt": (5, "nowhere does not exist"),
-    "eval . --text nowhere.txt": (4, "nowhere.txt does not exist"),
+    "eval here --text nowhere.txt": (4, "nowhere.txt: no such file or folder"),
+    "export empty --to x": (5, "empty holds no model"),
     "export nowhere --to x": (5, "nowhere does not exist"),
     "import gpt2 --to x": (5, "hf:OWNER/NAME"),
     "dialogues tiny.toml --model nowhere --to x": (5, "nowhere does not exist"),
     "sample tiny.toml": (5, "tiny.toml is a recipe, not a model: train it first"),
-    "report nowhere": (4, "nowhere is not a run"),
     "--version": (0, ""),
 }
 
 
 def test_a_wrong_path_is_answered_before_torch_is_loaded(recipe_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "config.json").touch()
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH, json.dumps([line.split() for line in REFUSED])],
         capture_output=True,

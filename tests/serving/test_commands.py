@@ -93,7 +93,7 @@ def test_eval_prints_a_table_and_json(app: typer.Typer, run: Path, text: Path) -
 
 
 def test_eval_refuses_what_it_cannot_read(app: typer.Typer, run: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"absent\.md does not exist"):
+    with pytest.raises(DataError, match="no such file"):
         typed(app, "eval", run, "--text", tmp_path / "absent.md")
     arguments = ["eval", str(run), "--text", str(tmp_path), "--on-error", "perhaps"]
     assert CliRunner().invoke(app, arguments).exit_code == 2
@@ -154,7 +154,7 @@ def test_a_tokenizer_of_another_model(run: Path, tmp_path: Path, published: Path
         open_folder(tmp_path)
 
 
-@pytest.mark.parametrize("words", [("sample", "."), ("chat", "."), ("eval", ".", "--text", "."), ("serve", ".")])
+@pytest.mark.parametrize("words", [("sample", "x"), ("chat", "x"), ("eval", "x", "--text", "x"), ("serve", "x")])
 def test_the_chip_is_chosen_before_torch_loads(words: tuple[str, ...], tmp_path: Path) -> None:
     """What a vendor's plugin reads from the environment must be there by then."""
     code = (
@@ -164,7 +164,8 @@ def test_the_chip_is_chosen_before_torch_loads(words: tuple[str, ...], tmp_path:
         "from zili.cli import main\n"
         "main()\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60
-    )
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "config.json").touch()
+    command = [sys.executable, "-c", code, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path)
     assert done.returncode == 20, done.stderr

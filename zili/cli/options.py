@@ -29,6 +29,11 @@ MOST_CHIPS = 1_000_000
 """That a plan or a rehearsal is made for."""
 _MOST_TOKENS = 1e18
 _SHOWN_RECIPES = 8
+_SIGNS = (
+    *("checkpoints", "step-*", "*.json", "*.safetensors", "*.bin", "*.pt", "*.gguf", "tokenizer*", "recipe.toml"),
+    "SHA256SUMS",
+)
+"""Some of which every folder has that holds a model, or is part of one."""
 
 
 class OnError(StrEnum):
@@ -81,6 +86,11 @@ def model_at(path: Path) -> Path:
             f"{path} does not exist; give a run, a checkpoint, a model folder or a GGUF file{hub}"
             + (f"; runs here: {', '.join(runs)}" if runs else "")
         )
+    if path.is_dir() and not any(found for sign in _SIGNS for found in path.glob(sign)):
+        raise CheckpointError(
+            f"{path} holds no model: neither checkpoints, config.json, weights nor a tokenizer; give a run, a "
+            "checkpoint, a model folder or a GGUF file"
+        )
     return path
 
 
@@ -99,7 +109,7 @@ def present(paths: Iterable[Path] | None) -> None:
     """DataError where text or conversations are not there; asked before torch is loaded."""
     for path in paths or ():
         if not path.exists():
-            raise DataError(f"{path} does not exist; give a file or a folder")
+            raise DataError(f"{path}: no such file or folder")
 
 
 def finite(value: float | None) -> float | None:

@@ -30,7 +30,7 @@ _RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 _CHOICES = ("tensor", "context", "pipeline", "expert", "schedule", "recompute")
 _ONCE, _EACH = Software(), Software(sums_each=True)
 """Gradients are summed once a step, or after each micro-batch."""
-_TRIED, _TRIED_OF_A_CHOICE, _TRIED_FOR_SIMPLICITY = 300, 6, 24
+_TRIED, _TRIED_OF_A_CHOICE, _TRIED_FOR_SIMPLICITY = 300, 6, 12
 """Layouts whose memory is computed, the fastest first, before the search looks for others."""
 _SCHEDULES: tuple[Schedule, ...] = ("1f1b", "interleaved", "zero_bubble", "zbv")
 """The plainest first."""
