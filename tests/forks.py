@@ -12,8 +12,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_PRELOADED = ["zili.rehearsal", "zili.cli.launch", "zili.release", "zili.cli.app", "torch.utils.tensorboard"]
-"""Imported once a session. No plugin of a chip is: those on a process's own path are its own alone."""
+_PRELOADED = [
+    *("zili.rehearsal", "zili.cli.launch", "zili.release", "zili.cli.app", "zili.planning", "torch.utils.tensorboard"),
+    *(
+        "pytest",
+        "hypothesis",
+        "numpy.ma",
+        "numpy.ctypeslib",
+        "multiprocessing.dummy",
+        "rich.markdown",
+        "typer.rich_utils",
+    ),
+    *("many", "tiny_models"),
+]
+"""Imported once a session, also what test files import: half a second in each process. No plugin of a chip is: those
+on a process's own path are its own alone."""
 
 
 def context() -> Any:
