@@ -7,7 +7,8 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
+from multiprocessing.context import BaseContext
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -88,12 +89,28 @@ def _rehearsed(as_one: partial[Rehearsal], ranks: Sequence[int]) -> list[Rehears
             return [as_one(ranks[0], say)]
         # Each in a process of its own: there is one process group to a process, and there are cores.
         workers = min(len(ranks), os.cpu_count() or 1)
-        with ProcessPoolExecutor(workers, get_context("spawn"), max_tasks_per_child=1) as pool:
+        with ProcessPoolExecutor(workers, _forks(), initializer=_one_thread, max_tasks_per_child=1) as pool:
             found = []
             for one in pool.map(as_one, ranks):
                 found.append(one)
                 say(f"{len(found)} of {len(ranks)} processes rehearsed")
             return found
+
+
+def _forks() -> BaseContext:
+    """What begins processes as forks of one that has imported torch, where there are forks: it takes seconds."""
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["zili.rehearsal"])
+    return context
+
+
+def _one_thread() -> None:
+    """Each has a core; threads of several would wait for each other."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def _silent(text: str) -> None:
