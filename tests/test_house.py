@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,7 @@ class Source:
             waiting += ast.iter_child_nodes(node)
 
 
+@cache
 def sources(package: Path) -> list[Source]:
     return [Source(path, package) for path in sorted(package.rglob("*.py"))]
 

@@ -4,23 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from outcome import Outcome, Zili
 
 from zili.cli import main
 from zili.config import dump_recipe
-
-
-class Outcome(NamedTuple):
-    """What a user sees of a command."""
-
-    code: int
-    out: str
-    err: str
-
-
-Zili = Callable[..., Outcome]
 
 
 @pytest.fixture

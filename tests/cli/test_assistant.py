@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
-from conftest import Zili
+from outcome import Zili
 
 from zili.config.model import ModelConfig
 from zili.data.tokenizer import Tokenizer

@@ -14,7 +14,6 @@ from tiny_models import tiny_recipe
 from zili.chips import find_backend
 from zili.config import RunConfig, dump_recipe, load_recipe
 
-_ONE_ROW = ("--set", "training.micro_batch=1")
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
@@ -99,6 +98,8 @@ def test_what_cannot_be_is_said(words: list[str], code: int, said: str, file: Pa
 
 
 def test_what_does_not_fit_is_said_with_the_process() -> None:
-    finished = rehearse(str(RECIPES / "telechat2-3b.toml"), "--chips", "1", "--chip", "ascend-910b4", *_ONE_ROW)
+    few_and_wide = [f"--set=model.{size}" for size in ("layers=2", "ffn_hidden_size=131072")]
+    words = ["--chips", "1", "--chip", "ascend-910b4", "--set=training.micro_batch=1", *few_and_wide]
+    finished = rehearse(str(RECIPES / "telechat2-3b.toml"), *words)
     assert finished.returncode == 7, finished.stderr
     assert "process 0 does not fit" in finished.stderr and "ascend-910b4 has 28.01 GiB" in finished.stderr

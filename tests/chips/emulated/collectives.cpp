@@ -4,7 +4,7 @@
 
 #include <pybind11/stl.h>
 #include <torch/csrc/distributed/c10d/Backend.hpp>
-#include <torch/extension.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <cstdlib>
 
