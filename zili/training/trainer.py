@@ -165,6 +165,8 @@ class Trainer:
     def _take_up_generators(self, found: Path, rng: dict[str, Tensor]) -> None:
         """Go on drawing as the checkpoint says; which processes cannot, only they know themselves."""
         whole = bool(rng) and self.device.set_rng_state(rng)
+        if not (self.config.model.hidden_dropout or self.config.model.attention_dropout):
+            return
         new = self.world.count(not rng)
         moved = self.world.count(bool(rng) and not whole)
         for count, why in ((new, "by fewer processes"), (moved, "on another kind of device")):
