@@ -75,7 +75,7 @@ def placed(cases: list[Any]) -> Iterator[Any]:
             yield pytest.param(*values, end, marks=pytest.mark.slow if other else marks)
 
 
-@pytest.mark.parametrize(("kind", "world", "layout", "more", "end"), placed(CASES))
+@pytest.mark.parametrize(("kind", "world", "layout", "more", "end"), list(placed(CASES)))
 def test_they_are_those_that_are_executed(
     kind: Kind, world: int, layout: str, more: tuple[str, ...], end: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
