@@ -150,12 +150,12 @@ def split_and_build(
     """
     split = Split.of(held_out) if held_out else None
     lines = []
-    unused: Counter[str] = Counter()
+    unread: Counter[str] = Counter()
     with whole_folder(folder, DataError) as aside:
         for name in ("train", "held_out") if split else ("train",):
             census = Census()
             chosen = (
-                dialogue
+                _counting(dialogue, template, unread)
                 for dialogue in read_dialogues(files, on_error=on_error, census=census)
                 if split is None or split.holds_out(_said(dialogue)) == (name == "held_out")
             )
@@ -164,13 +164,19 @@ def split_and_build(
                 chosen, tokenizer, template, aside / name, census=census, on_error=on_error, split=rule
             )
             lines.append(f"{folder / name}: {report}")
-            unused = census.unused  # of all conversations, whichever side they are on
         tokenizer.save(aside / "tokenizer")
         (aside / "tokenizer" / "chat_template.jinja").write_text(template.source, encoding="utf-8")
-    if unused:
+    # Every reading is of all conversations, whichever side they are on; a side has its own options.
+    if unused := census.unused + unread:
         counted = ", ".join(f"{key} ({count:,})" for key, count in sorted(unused.items()))
         lines.append(f"in the records and not used: {counted}")
     return lines
+
+
+def _counting(dialogue: Dialogue, template: ChatTemplate, unread: Counter[str]) -> Dialogue:
+    """`dialogue`, after counting its options that the template does not look up."""
+    unread.update(f"chat_template_kwargs.{name}" for name in dialogue.options if name not in template.asks_for)
+    return dialogue
 
 
 def _said(dialogue: Dialogue) -> str:

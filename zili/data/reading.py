@@ -94,7 +94,7 @@ def read_documents(
 
 def refuse_or_count(flaw: Flaw, file: SourceFile, on_error: OnError, census: Census) -> None:
     """Raise `DataError` for a flaw, or count it as left out."""
-    harmless = flaw.reason == "empty" or (flaw.reason == "binary" and not file.explicit)
+    harmless = flaw.reason == "empty" or (flaw.reason in ("binary", "of another kind") and not file.explicit)
     if on_error == "raise" and not harmless:
         raise DataError(f"{flaw.message} {_WAY_OUT}")
     census.skipped[flaw.reason] += 1
@@ -204,7 +204,8 @@ def _parse(place: str, raw: bytes, *, of_one_line: bool = False) -> Any:
     try:
         return json.loads(raw.decode())
     except UnicodeDecodeError as error:
-        return Flaw("broken UTF-8", f"{place}, byte {error.start} of the line: broken UTF-8.")
+        wide = "; it begins as UTF-16 does" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else ""
+        return Flaw("broken UTF-8", f"{place}, byte {error.start} of the line: broken UTF-8{wide}.")
     except json.JSONDecodeError as error:
         # A decoder that meets the end of a line counts the next one.
         line = f"line {error.lineno}, " if error.lineno > 1 and not of_one_line else ""
