@@ -7,11 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from zili.data.chat import NOT_OPTIONS, ChatTemplate
 from zili.data.dialogue_store import split_and_build
 from zili.data.dialogues import Dialogue, read_dialogues
+from zili.data.reading import read_documents
 from zili.data.sources import Census
 from zili.data.tokenizer import Tokenizer
 from zili.errors import DataError
@@ -106,6 +109,10 @@ def test_calls_that_come_one_by_one_are_one_answer_s(tmp_path: Path) -> None:
         ({"messages": [USER, {**ANSWER, "train_detail": [{"train": 0}]}]}, "with weights that are not learned by"),
         ({"messages": [{"role": "system", "content": "", "tools": [TOOL]}, *TALK]}, "of an unknown form"),
         ({"messages": [USER, {**ANSWER, "tool_call": {"name": "one"}}]}, "of an unknown form"),
+        (
+            {"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "one", "parameters": {"x": 1}}]}]},
+            "of an unknown form",
+        ),
         ({"messages": TALK, "response_rejected": "5"}, "of an unknown form"),
         ({"messages": TALK, "negative_messages": [[USER, FIVE]]}, "of an unknown form"),
         ({"messages": TALK, "rejected_response": "5", "rejected_images": ["x.png"]}, "with more than text"),
@@ -124,6 +131,13 @@ def test_calls_that_come_one_by_one_are_one_answer_s(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_what_would_change_what_is_learned_is_refused(tmp_path: Path, record: Any, why: str) -> None:
     assert reason(tmp_path, record) == why
+
+
+def test_what_stands_in_a_part_is_named(tmp_path: Path) -> None:
+    census = Census()
+    parts = [{"type": "text", "text": "2+", "cache_control": {"type": "ephemeral"}}, {"text": "2?"}]
+    (found,) = read(tmp_path, {"messages": [{"role": "user", "content": parts}, ANSWER]}, census=census)
+    assert found.messages == TALK and census.unused == {"a turn's part's cache_control": 1}
 
 
 def test_what_is_said_about_a_pair_is_named(tmp_path: Path) -> None:
@@ -207,6 +221,32 @@ def test_a_folder_with_other_files_beside(tmp_path: Path) -> None:
     read(folder, {"messages": TALK})
     census = Census()
     assert len(list(read_dialogues([folder], census=census))) == 1 and census.left_out == "1 of another kind"
+
+
+def test_rows_of_a_table(tmp_path: Path) -> None:
+    turns = [USER, {**ANSWER, "function_call": {"name": None, "arguments": None}}]
+    pq.write_table(pa.Table.from_pylist([{"messages": turns, "weight": 1.0}] * 300), tmp_path / "x.parquet")
+    found = list(read_dialogues([tmp_path]))
+    assert len(found) == 300 and found[0].messages == TALK and found[299].place.endswith("x.parquet: row 300")
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(twice, tmp_path / "x.parquet")
+    for read_them, said in ((read_dialogues, "two of its columns"), (read_documents, "it has 'text' twice")):
+        with pytest.raises(DataError, match=said):
+            list(read_them([tmp_path]))  # type: ignore[operator]
+
+
+def test_a_key_that_stands_twice(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"text": "a", "more": {"text": "b", "text": "c"}}\n', encoding="utf-8")
+    for read_them in (read_dialogues, read_documents):
+        with pytest.raises(DataError, match=r"line 1: broken JSON \(the key 'text' stands twice"):
+            list(read_them([file]))  # type: ignore[operator]
+
+
+def test_no_thoughts_leave_no_line_ends(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    template = ChatTemplate.named("telechat3")
+    talk = [USER, {**ANSWER, "content": "<think>\n\n</think>\n\n4"}]
+    assert template.render(tokenizer, talk).text == template.render(tokenizer, TALK).text
 
 
 def test_utf_16_is_said(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from zili.data.reading import Flaw, OnError, records, refuse_or_count
 from zili.data.sources import (
     JSON_SUFFIXES,
     LINE_SUFFIXES,
+    TABLE_SUFFIXES,
     Census,
     FileRecord,
     Source,
@@ -72,10 +73,10 @@ class Dialogue:
 def read_dialogues(
     paths: Iterable[Source], *, on_error: OnError = "raise", census: Census | None = None
 ) -> Iterator[Dialogue]:
-    """Every conversation in files of JSON lines or JSON arrays, in a fixed order.
+    """Every conversation in files of JSON lines, JSON arrays or parquet, in a fixed order.
 
     Args:
-        paths: files, and folders whose .jsonl files are read.
+        paths: files, and folders whose .jsonl and .parquet files are read.
         on_error: `raise` stops at the first flaw; `skip` counts it in `census.skipped` and goes on.
         census: filled while reading, complete at the end.
 
@@ -96,15 +97,16 @@ def read_dialogues(
     if not census.documents:
         given = ", ".join(printable(str(path)) for path in paths[:3])
         raise DataError(
-            f"no conversations in {given}: left out {census.left_out}. Give .jsonl or .json "
-            f"files of records with {FORMS}."
+            f"no conversations in {given}: left out {census.left_out}. Give .jsonl, .json or "
+            f".parquet files of records with {FORMS}."
         )
 
 
 def _records(file: SourceFile) -> Iterator[tuple[str, dict[str, Any] | Flaw]]:
-    if file.path.name.lower().endswith(LINE_SUFFIXES + JSON_SUFFIXES):
+    if file.path.name.lower().endswith(LINE_SUFFIXES + JSON_SUFFIXES + TABLE_SUFFIXES):
         return records(file)
-    wrong = Flaw("of another kind", f"{file.shown}: .jsonl, .ndjson and .json are read, also as .gz and .zst.")
+    what = ".jsonl, .ndjson and .json, also as .gz and .zst, and .parquet"
+    wrong = Flaw("of another kind", f"{file.shown}: {what} are read.")
     return iter([(file.shown, wrong)])
 
 

@@ -37,6 +37,8 @@ class Fields(Mapping[str, Any]):
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values = {key: value for key, value in values.items() if not _is_null(value)}
         self._used: set[str] = set()
+        self.lost: dict[str, Any] = {}
+        """What lay in a value that was used, and is not used itself, by a name for it."""
 
     def __getitem__(self, key: str) -> Any:
         value = self._values[key]
@@ -71,7 +73,8 @@ class Fields(Mapping[str, Any]):
 
     def unused(self) -> dict[str, Any]:
         """What was not looked up and says something."""
-        return {key: value for key, value in self._values.items() if key not in self._used and value not in _EMPTY}
+        rest = {key: value for key, value in self._values.items() if key not in self._used} | self.lost
+        return {key: value for key, value in rest.items() if value not in _EMPTY}
 
 
 def check_sound(value: Any) -> None:

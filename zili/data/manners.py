@@ -195,7 +195,7 @@ def split_thoughts(text: str) -> tuple[str, str] | None:
     inside, closed, answer = start.removeprefix(THINK).partition(THOUGHT)
     if not start.startswith(THINK) or not closed:
         return None
-    return inside.removeprefix("\n").removesuffix("\n"), answer.removeprefix("\n")
+    return inside.removeprefix("\n").removesuffix("\n"), answer.lstrip("\n")
 
 
 def read_call(text: str) -> Call | None:

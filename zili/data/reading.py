@@ -140,9 +140,11 @@ def _read_records(file: SourceFile, text_field: str) -> Iterator[Document | Flaw
 
 
 def records(file: SourceFile) -> Iterator[tuple[str, dict[str, Any] | Flaw]]:
-    """Each object of a file of JSON lines, or of a JSON file, compressed or not, and its place, which ends with its
-    number."""
-    if file.path.name.lower().endswith(JSON_SUFFIXES):
+    """Each object of a file of JSON lines, or of a JSON file, compressed or not, or each row of a parquet file, and its
+    place, which ends with its number."""
+    if file.path.name.lower().endswith(TABLE_SUFFIXES):
+        yield from _rows(file)
+    elif file.path.name.lower().endswith(JSON_SUFFIXES):
         yield from _json_records(file)
     else:
         for number, line in _lines(file):
@@ -202,7 +204,7 @@ def _bare(raw: bytes) -> bytes:
 
 def _parse(place: str, raw: bytes, *, of_one_line: bool = False) -> Any:
     try:
-        return json.loads(raw.decode())
+        return json.loads(raw.decode(), object_pairs_hook=_of_single_keys)
     except UnicodeDecodeError as error:
         wide = "; it begins as UTF-16 does" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else ""
         return Flaw("broken UTF-8", f"{place}, byte {error.start} of the line: broken UTF-8{wide}.")
@@ -212,8 +214,17 @@ def _parse(place: str, raw: bytes, *, of_one_line: bool = False) -> Any:
         return Flaw("broken JSON", f"{place}, {line}column {error.colno}: broken JSON ({error.msg}).")
     except RecursionError:
         return Flaw("broken JSON", f"{place}: JSON nested too deep.")
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # a number of thousands of digits, or a key that stands twice
         return Flaw("broken JSON", f"{place}: broken JSON ({error}).")
+
+
+def _of_single_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of which nothing is lost: Python keeps the last of several values of a key."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise ValueError(f"the key {twice[:40]!a} stands twice")
+    return found
 
 
 def _object(place: str, record: Any) -> dict[str, Any] | Flaw:
@@ -229,15 +240,35 @@ def _read_table(file: SourceFile, text_field: str) -> Iterator[Document | Flaw]:
     row = 0
     try:
         with pq.ParquetFile(file.path) as table:
-            if text_field not in table.schema_arrow.names:
-                message = f"{file.shown}: {_no_field(text_field, table.schema_arrow.names)}"
-                yield Flaw("without the field", message)
+            names = table.schema_arrow.names
+            if names.count(text_field) != 1:
+                said = f"it has {text_field!r} twice" if text_field in names else _no_field(text_field, names)
+                yield Flaw("without the field", f"{file.shown}: {said}")
                 return
             for batch in table.iter_batches(batch_size=256, columns=[text_field]):
                 for row, value in enumerate(batch.column(0), start=row + 1):  # noqa: B020
                     yield _parse_value(file, row, value, text_field)
     except (OSError, ValueError, IndexError, pa.ArrowException) as error:
         yield Flaw("damaged file", f"{file.shown}: after row {row}: cannot be read further ({error}).")
+
+
+def _rows(file: SourceFile) -> Iterator[tuple[str, dict[str, Any] | Flaw]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    row = 0
+    try:
+        with pq.ParquetFile(file.path) as table:
+            if len(set(table.schema_arrow.names)) < len(table.schema_arrow.names):
+                raise ValueError("two of its columns have one name")
+            for batch in table.iter_batches(batch_size=256):
+                for row, record in enumerate(batch.to_pylist(), start=row + 1):  # noqa: B020
+                    yield f"{file.shown}: row {row}", record
+    except (OSError, ValueError, IndexError, OverflowError, pa.ArrowException) as error:
+        yield (
+            f"{file.shown}: row {row}",
+            Flaw("damaged file", f"{file.shown}: after row {row}: cannot be read further ({error})."),
+        )
 
 
 def _parse_value(file: SourceFile, row: int, value: pa.Scalar, text_field: str) -> Document | Flaw:

@@ -31,6 +31,7 @@ _MASKS = ("mask", "masked", "ignore", "ignored", "skip", "no_loss", "train_detai
 """Names that say what is not learned, and mean now this and now that: none of them is guessed at."""
 _CALLS = ("tool_call", "calls", "function", "functions", "tools", "reasoning_details")
 """Calls, tools and thoughts where they are not read."""
+_CALL = ("id", "type", "function", "name", "arguments")
 _MEDIA = re.compile(r"(?:[a-z]+_)?(?:image|video|audio)(?:s|_urls?|_paths?|_files?)?|objects")
 _LONGEST = 60
 """Characters shown of what somebody wrote."""
@@ -47,7 +48,7 @@ def spoken(turn: Fields) -> dict[str, Any]:
     if role is None:
         raise Unfit("of an unknown role", f"a turn's {role_key} is {_shown(given)}; known: {', '.join(_ROLES)}")
     refuse_unlearnable(turn)
-    text, learned = _text(turn.first(text_key)), weight(turn)
+    text, learned = _text(turn, text_key), weight(turn)
     found = _asked(turn, role, text) if role not in ("assistant", "call") else _answered(turn, role, text, learned)
     for key in _CALLS:
         if turn.peek(key) and key in turn.unused():
@@ -74,7 +75,7 @@ def _asked(turn: Fields, role: str, text: Any) -> dict[str, Any]:
 
 
 def _answered(turn: Fields, role: str, text: Any, learned: int) -> dict[str, Any]:
-    calls = read_calls(text) if role == "call" else _called(turn)
+    calls = _read_calls(text) if role == "call" else _called(turn)
     content = "" if role == "call" or (calls and text is None) else text
     rest = {"tool_calls": calls, "reasoning_content": thoughts_of(turn)}
     unlearned = {} if learned else {"weight": 0}
@@ -93,16 +94,19 @@ def thoughts_of(fields: Fields) -> str | None:
     return thoughts
 
 
-def _text(content: Any) -> Any:
-    """The text of a content that comes in parts."""
+def _text(turn: Fields, key: str) -> Any:
+    """The content of a turn; that of one that comes in parts as one text."""
+    content = turn.first(key)
     if not isinstance(content, list):
         return content
     texts = []
     for part in content:
-        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part
+        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
         if not isinstance(text, str):
             raise Unfit("with more than text", "a part of a turn's content is no text")
         texts.append(text)
+        beside = part if isinstance(part, dict) else {}
+        turn.lost |= {f"part's {name}": value for name, value in beside.items() if name not in ("type", "text")}
     return "".join(texts)
 
 
@@ -133,13 +137,28 @@ def _called(turn: Fields) -> list[Any]:
     if not isinstance(calls, list):
         raise Unfit("of an unknown form", "the tool_calls of a turn are no list")
     one = turn.first("function_call")  # OpenAI's, of old
-    return [*calls, {"type": "function", "function": one}] if one else calls
+    if isinstance(one, dict) and not any(one.values()):  # a row of a table has every key
+        one = None
+    return _checked([*calls, {"type": "function", "function": one}] if one else calls)
 
 
-def read_calls(text: Any) -> list[Any]:
+def _read_calls(text: Any) -> list[Any]:
     """Calls of tools, given in JSON: one, or a list."""
     calls = in_json(text, "a function call is")
-    return calls if isinstance(calls, list) else [calls]
+    return _checked(calls if isinstance(calls, list) else [calls])
+
+
+def _checked(calls: list[Any]) -> list[Any]:
+    """Calls of which all is read: their arguments may have another name, and are not to be lost by it."""
+    for call in (call for call in calls if isinstance(call, dict)):
+        inner = call.get("function")
+        for part in (call, inner if isinstance(inner, dict) else {}):
+            odd = next(
+                (key for key, value in part.items() if key not in _CALL and isinstance(value, str | list | dict)), None
+            )
+            if odd is not None:
+                raise Unfit("of an unknown form", f"a call has {odd!r}: {', '.join(_CALL)} are read")
+    return calls
 
 
 def in_json(value: Any, what: str) -> Any:
