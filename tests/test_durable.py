@@ -64,6 +64,7 @@ def test_a_full_disk_leaves_nothing_and_is_named(tmp_path: Path) -> None:
         (OSError(errno.EACCES, "forbidden", "a file"), True),
         (OSError(errno.EACCES, "a port"), False),
         (RuntimeError("I/O error: No space left on device (os error 28)"), True),  # as safetensors has it
+        (OSError(errno.ENAMETOOLONG, "too long", "a file"), True),
         (FileNotFoundError(errno.ENOENT, "a defect of ours, perhaps", "a file"), False),
         (RuntimeError("else"), False),
     ],

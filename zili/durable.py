@@ -18,8 +18,8 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 """What file systems without locks answer."""
 _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 """What a disk answers that is full, over a quota, read-only or broken."""
-_FORBIDDEN = {errno.EACCES, errno.EPERM}
-"""Of a file; of other things it may be a defect."""
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP}
+"""What is said of a file that nobody can have named rightly; of other things it may be a defect."""
 
 
 def refused_by_disk(error: BaseException) -> ConfigError | None:

@@ -75,6 +75,25 @@ def test_a_wrong_path_is_answered_before_torch_is_loaded(recipe_file: Path, tmp_
     assert all(said in done.stderr for _, said in REFUSED.values()), done.stderr
 
 
+def test_files_that_cannot_be_written_are_said_before_anything_is_computed(zili, tmp_path: Path) -> None:
+    """`/proc` refuses even the superuser; a name of 300 letters is no file's."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    for words in (
+        ("plan", "telechat2-7b", "--chip", "h100", "--chips", 8, "--write", "/proc/x.toml"),
+        ("plan", "telechat2-7b", "--chip", "h100", "--chips", 8, "--page", tmp_path / ("x" * 300)),
+        ("align", "nowhere.toml", "--page", "/proc/x.html"),
+        ("report", tmp_path, "--page", "/proc/x.html"),
+        ("rehearse", "nowhere.toml", "--chips", 2, "--page", "/proc/x.html"),
+        ("eval", tmp_path / "model", "--answers", tmp_path, "--out", "/proc/x.json"),
+    ):
+        outcome = zili(*words)
+        assert outcome.code == 3 and "cannot be written" in outcome.err and not outcome.out, outcome
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    outcome = zili("sample", "Once upon a time, " * 20)
+    assert outcome.code == 3 and "File name too long" in outcome.err
+
+
 def test_a_recipe_that_was_trained_leads_to_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.toml").write_text('folder = "runs/mine"')

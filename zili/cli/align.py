@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from zili import chips
-from zili.cli.options import Overrides, Recipe, read_recipe
+from zili.cli.options import Overrides, Recipe, read_recipe, refuse_unwritable
 from zili.config import RunConfig
 from zili.diagnosis.findings import EXIT_CODES, Severity
 from zili.errors import ConfigError, LayoutError
@@ -37,6 +37,7 @@ def align(
         raise ConfigError(f"--against {against}: only cpu, which every chip can be compared with in one process")
     if processes()[1] > 1:
         raise LayoutError("zili align runs in one process; start it without torchrun")
+    refuse_unwritable(page)
     config = read_recipe(recipe, overrides)
     chips.apply_environment(chips.choose(config.chip.name).backend)  # what comes next imports torch
 
