@@ -13,6 +13,7 @@ from zili.config import ModelConfig, RunConfig, dump_recipe, load_preset, preset
 from zili.config.reference import reference
 from zili.errors import ChipError, ConfigError, LayoutError
 from zili.parallel.layout import lay_out, processes
+from zili.plurals import counted
 
 app = typer.Typer(no_args_is_help=True, help="Show what a recipe means, list presets.")
 
@@ -42,7 +43,7 @@ def _laid_out(config: RunConfig, chips: int) -> tuple[RunConfig, list[str]]:
     layout = lay_out(config, chips)
     found = {"shards": layout.shards, "stages_per_process": config.parallel.stages_each}
     parallel = config.parallel.model_copy(update=found)
-    line = f'{chips:,} chips: {layout}; what is left to "auto" is chosen on them'
+    line = f'{counted(chips, "chip")}: {layout}; what is left to "auto" is chosen on them'
     return config.model_copy(update={"parallel": parallel}), [line]
 
 

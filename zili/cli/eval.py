@@ -22,6 +22,7 @@ from zili.cli.options import (
 )
 from zili.cli.output import working
 from zili.errors import DataError
+from zili.plurals import counted
 
 if TYPE_CHECKING:
     from zili.evaluation.answers import AnswerScore
@@ -224,7 +225,8 @@ def _tasks(path: Path, asked: _Asked, device: Any, as_json: bool, out: Path | No
         write_whole(out, json.dumps(record, indent=1) + "\n")
     typer.echo(json.dumps(record) if as_json else _task_table(scores))
     if scorer.counted.shortened:
-        longer = f"{scorer.counted.shortened:,} contexts were longer than the model's: their beginnings were left out"
+        contexts = counted(scorer.counted.shortened, "context")
+        longer = f"the beginnings of {contexts} were left out, longer than the model's"
         typer.echo(longer, err=as_json)
 
 
@@ -263,8 +265,8 @@ def _table(path: Path, score: Score, references: list[Reference]) -> str:
     width = max(len(name) for name, _ in rows)
     return "\n".join(
         [
-            f"{score.documents:,} document{'s' * (score.documents != 1)}, {score.bytes:,} bytes, "
-            f"{score.tokens:,} tokens in {score.seconds:.1f} s; loss {score.loss_per_token:.4f} nats a token",
+            f"{counted(score.documents, 'document')}, {counted(score.bytes, 'byte')}, "
+            f"{counted(score.tokens, 'token')} in {score.seconds:.1f} s; loss {score.loss_per_token:.4f} nats a token",
             f"{'bits per byte':>{width + 15}}",
             *(f"{name:<{width}}  {value:13.4f}" for name, value in rows),
         ]

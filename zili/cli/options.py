@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 from collections.abc import Iterable
 from enum import StrEnum
@@ -18,7 +19,6 @@ import typer
 
 from zili.config import ModelConfig, RunConfig, load_recipe
 from zili.config.model_folder import shape_in
-from zili.durable import write_whole
 from zili.errors import CheckpointError, ConfigError, DataError
 from zili.parallel.layout import processes, torchrun
 
@@ -66,14 +66,13 @@ Page = Annotated[Path | None, typer.Option(help="Write an HTML page here.")]
 def refuse_unwritable(*files: Path | None) -> None:
     """ConfigError where one of the files that an option names cannot be written, before anything is computed."""
     for file in filter(None, files):
-        trial = file.with_name(f"{file.name}.zili")
         try:
             if not file.parent.is_dir():
                 raise ConfigError(f"{file} cannot be written: there is no folder {file.parent}")
             if file.is_dir():
                 raise ConfigError(f"{file} cannot be written: it is a folder")
-            write_whole(trial, "")
-            trial.unlink()
+            with tempfile.NamedTemporaryFile(dir=file.parent, prefix=file.name):
+                pass
         except OSError as error:
             raise ConfigError(f"{file} cannot be written: {error.strerror}; name another file") from error
 

@@ -23,6 +23,7 @@ from zili.data.split import Split
 from zili.data.tokenizer import Tokenizer
 from zili.durable import whole_folder
 from zili.errors import DataError
+from zili.plurals import counted
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,11 @@ class DialogueReport:
 
     def __str__(self) -> str:
         return (
-            f"{self.dialogues:,} {'pairs' if self.pairs else 'conversations'}, {self.tokens:,} tokens, "
+            f"{counted(self.dialogues, 'pair' if self.pairs else 'conversation')}, {counted(self.tokens, 'token')}, "
             f"{self.learned:,} of them learned ({100 * self.learned / self.tokens:.0f} %), the longest "
             f"{self.longest:,}, in {self.seconds:.1f} s; left out: {self.left_out}"
             + (
-                f"; {self.thoughtless:,} earlier answers NOT LEARNED, whose thoughts the template leaves out"
+                f"; {counted(self.thoughtless, 'earlier answer')} NOT LEARNED, whose thoughts the template leaves out"
                 if self.thoughtless
                 else ""
             )

@@ -20,6 +20,7 @@ from zili.data.store import TokenStore
 from zili.data.tokenizer import Tokenizer
 from zili.durable import sync, sync_tree
 from zili.errors import DataError
+from zili.plurals import counted
 
 _MARK = "prepared.json"  # written last: a folder without it is not whole
 _SCHEME = 1  # raise when the same settings come to give other files
@@ -294,12 +295,12 @@ def _divert(documents: Iterator[Document], split: Split, stream: TextIO) -> Iter
 def _describe(plan: _Plan) -> list[str]:
     census = plan.census
     lines = [
-        f"text: {census.documents:,} documents, {census.text_bytes / 1e6:.3g} MB "
-        f"in {len(census.files):,} files; left out: {census.left_out}"
+        f"text: {counted(census.documents, 'document')}, {census.text_bytes / 1e6:.3g} MB "
+        f"in {counted(len(census.files), 'file')}; left out: {census.left_out}"
     ]
     if plan.piece is not None:
         lines.append(
-            f"text: fewer than {_FEW} documents, so cut into {plan.documents:,} pieces at blank lines "
+            f"text: fewer than {_FEW} documents, so cut into {counted(plan.documents, 'piece')} at blank lines "
             f"(about {plan.piece:,} characters each), to hold some out"
         )
     return lines
