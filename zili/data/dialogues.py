@@ -14,20 +14,8 @@ from typing import Any
 
 from zili.data.chat import NOT_OPTIONS
 from zili.data.fields import Fields, Unfit, check_sound
-from zili.data.reading import Flaw, OnError, records, refuse_or_count
-from zili.data.sources import (
-    JSON_SUFFIXES,
-    LINE_SUFFIXES,
-    TABLE_SUFFIXES,
-    Census,
-    FileRecord,
-    Source,
-    SourceFile,
-    list_files,
-    measure,
-    printable,
-    size_of,
-)
+from zili.data.reading import Flaw, OnError, Wanted, read_files, records
+from zili.data.sources import JSON_SUFFIXES, LINE_SUFFIXES, TABLE_SUFFIXES, Census, Source, SourceFile
 from zili.data.turns import (
     THOUGHTS,
     check_pair,
@@ -39,7 +27,6 @@ from zili.data.turns import (
     thoughts_of,
     weight,
 )
-from zili.errors import DataError
 
 FORMS = (
     "messages, conversations, dialog, instruction with output, query with response, prompt with completion, "
@@ -82,24 +69,14 @@ def read_dialogues(
 
     Raises `DataError` with file and line, or record of an array; also when there was no conversation at all.
     """
-    paths, census = list(paths), Census(hashes=False) if census is None else census
-    for file in list_files(paths, census):
-        size, sha256 = measure(file.path) if census.hashes else (size_of(file.path), "")
-        before = census.documents
+    census = Census(hashes=False) if census is None else census
+
+    def read(file: SourceFile) -> Iterator[Dialogue | Flaw]:
         for place, record in _records(file):
-            found = record if isinstance(record, Flaw) else _dialogue(record, place, census)
-            if isinstance(found, Flaw):
-                refuse_or_count(found, file, on_error, census)
-            else:
-                census.documents += 1
-                yield found
-        census.files.append(FileRecord(file.name, size, sha256, census.documents - before))
-    if not census.documents:
-        given = ", ".join(printable(str(path)) for path in paths[:3])
-        raise DataError(
-            f"no conversations in {given}: left out {census.left_out}. Give .jsonl, .json or "
-            f".parquet files of records with {FORMS}."
-        )
+            yield record if isinstance(record, Flaw) else _dialogue(record, place, census)
+
+    wanted = Wanted("conversations", f".jsonl, .json or .parquet files of records with {FORMS}")
+    return read_files(paths, read, wanted, on_error, census)
 
 
 def _records(file: SourceFile) -> Iterator[tuple[str, dict[str, Any] | Flaw]]:

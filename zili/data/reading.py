@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from io import BufferedReader
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from zili.data.sources import (
     JSON_SUFFIXES,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 OnError = Literal["raise", "skip"]
+T = TypeVar("T")
 _WAY_OUT = "Repair it, or leave such input out, counted, with --on-error skip."
 
 
@@ -71,28 +72,51 @@ def read_documents(
     A text file is one document; a JSON line or parquet row is one; those without text are counted as empty.
     Raises `DataError` with file, line or byte, and the way out; also when nothing readable was found at all.
     """
-    paths = list(paths)
     census = Census(hashes=False) if census is None else census
+    wanted = Wanted("readable text", f"files or folders with {READABLE}")
+    for document in read_files(paths, lambda file: _reader(file)(file, text_field), wanted, on_error, census):
+        census.text_bytes += len(document.text.encode())
+        yield document
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What files are read for, and what to give where there is none of it."""
+
+    what: str
+    give: str
+
+
+def read_files(
+    paths: Iterable[Source],
+    read: Callable[[SourceFile], Iterator[T | Flaw]],
+    wanted: Wanted,
+    on_error: OnError,
+    census: Census,
+) -> Iterator[T]:
+    """What `read` gives of every file under `paths`, counted in `census`; flaws are refused, or counted too.
+
+    Raises: DataError, a flaw, or nothing was found.
+    """
+    paths = list(paths)
     for file in list_files(paths, census):
         size, sha256 = measure(file.path) if census.hashes else (size_of(file.path), "")
         before = census.documents
-        for item in _reader(file)(file, text_field):
+        for item in read(file):
             if isinstance(item, Flaw):
-                refuse_or_count(item, file, on_error, census)
+                _refuse_or_count(item, file, on_error, census)
             else:
                 census.documents += 1
-                census.text_bytes += len(item.text.encode())
                 yield item
         census.files.append(FileRecord(file.name, size, sha256, census.documents - before))
     if not census.documents:
         given = ", ".join(printable(str(path.path if isinstance(path, SourceFile) else path)) for path in paths[:3])
         raise DataError(
-            f"no readable text in {given or 'an empty list of paths'}: left out {census.left_out}. "
-            f"Give files or folders with {READABLE}."
+            f"no {wanted.what} in {given or 'an empty list of paths'}: left out {census.left_out}. Give {wanted.give}."
         )
 
 
-def refuse_or_count(flaw: Flaw, file: SourceFile, on_error: OnError, census: Census) -> None:
+def _refuse_or_count(flaw: Flaw, file: SourceFile, on_error: OnError, census: Census) -> None:
     """Raise `DataError` for a flaw, or count it as left out."""
     harmless = flaw.reason == "empty" or (flaw.reason in ("binary", "of another kind") and not file.explicit)
     if on_error == "raise" and not harmless:
