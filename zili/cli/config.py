@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from zili.chips import find_backend
+from zili.chips.catalog import find_chip
 from zili.cli.amounts import amounts
 from zili.cli.options import MOST_CHIPS, Overrides, Recipe, read_recipe
 from zili.cli.output import console, table
@@ -44,7 +46,19 @@ def _laid_out(config: RunConfig, chips: int) -> tuple[RunConfig, list[str]]:
     found = {"shards": layout.shards, "stages_per_process": config.parallel.stages_each}
     parallel = config.parallel.model_copy(update=found)
     line = f'{counted(chips, "chip")}: {layout}; what is left to "auto" is chosen on them'
-    return config.model_copy(update={"parallel": parallel}), [line]
+    return config.model_copy(update={"parallel": parallel}), [line, *_unknown_chips(config)]
+
+
+def _unknown_chips(config: RunConfig) -> list[str]:
+    """What is said of names that no chip has; the chips themselves may be elsewhere."""
+    said = []
+    for name, find in ((config.chip.name, find_backend), (config.chip.model, find_chip)):
+        try:
+            if name not in (None, "auto"):
+                find(name)
+        except ChipError as error:
+            said.append(str(error))
+    return said
 
 
 def _resolved(config: RunConfig) -> tuple[RunConfig, list[str]]:
