@@ -264,7 +264,7 @@ def test_what_transformers_cannot_load_is_said_whatever_it_raises(run, tmp_path,
         raise RuntimeError("64 is not a multiple of 3 heads")
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", strict)
-    with pytest.raises(CheckpointError, match="cannot load .*64 is not a multiple"):
+    with pytest.raises(CheckpointError, match=r"cannot load .*64 is not a multiple"):
         verify_release(folder)
 
 
