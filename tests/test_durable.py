@@ -70,4 +70,7 @@ def test_a_full_disk_leaves_nothing_and_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_what_a_disk_refuses_is_told_from_defects(error: Exception, refused: bool) -> None:
-    assert (refused_by_disk(error) is not None) == refused
+    told = refused_by_disk(error)
+    assert (told is not None) == refused
+    full = "quota" in str(error) or "No space" in str(error)
+    assert ("free some space" in str(told)) == full

@@ -170,7 +170,7 @@ def _masked(rendered: Rendered, answers: Messages, manners: Manners, name: str) 
 
 
 def _unparted(rendered: Rendered, answers: Messages, manners: Manners, name: str) -> Learned:
-    """Of a template that marks what is said in another way than answer by answer."""
+    """What is learned where a template marks what is said in another way than answer by answer."""
     if not all(answer.get("weight", 1) for answer in answers):
         raise Unsaid(
             "with weights that cannot be put in place",

@@ -33,7 +33,7 @@ _NAME = re.compile(r"[\w.-]{1,256}")
 
 @dataclass(frozen=True)
 class Call:
-    """Of a tool."""
+    """A call of a tool."""
 
     name: str
     arguments: str
@@ -55,7 +55,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Manners:
-    """Of one template; `ChatTemplate.manners` finds them."""
+    """The manners of one template; `ChatTemplate.manners` finds them."""
 
     ends: tuple[Mark, ...] = ()
     """Marks after which it is not the assistant's turn."""
@@ -93,7 +93,7 @@ class Manners:
 
 
 def find_manners(render: Render) -> Manners:
-    """Of a template. One that cannot say a small conversation has none that are known."""
+    """The manners of a template. One that cannot say a small conversation has none that are known."""
     talk = _texts(render, _TALK) or _texts(render, _TALK[:2])
     if talk is None:
         return Manners()

@@ -188,7 +188,7 @@ class _Rows:
         used, kept = sum(lengths[item] for row in items for item in row), sum(map(len, items))
         learned = sum(int(self._learned_of(document).sum()) for row in self._rows for document in row)
         self.targets = kept if store.manifest.pairs else learned
-        """Of an epoch: what a batch's loss is the mean over."""
+        """What a batch's loss is the mean over, in an epoch."""
         longer = len(lengths) - kept
         self.report = (
             f"{store.prefix.name}: {counted(kept, kind)} in {counted(self.count, 'row')} of {room:,} tokens, "

@@ -195,7 +195,7 @@ def _lines(file: SourceFile) -> Iterator[tuple[int, bytes | Flaw]]:
 
 
 def _json_records(file: SourceFile) -> Iterator[tuple[str, dict[str, Any] | Flaw]]:
-    """Of a file with an array of objects, one object, or, as many write it, one object a line."""
+    """Records of a file with an array of objects, one object, or, as many write it, one object a line."""
     lines = list(_lines(file))
     damage = next((line for _, line in lines if isinstance(line, Flaw)), None)
     if damage is not None:

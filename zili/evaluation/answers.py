@@ -23,7 +23,7 @@ _GREEDY = Sampling(temperature=0)
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """Of a file of conversations."""
+    """How a file of conversations is answered."""
 
     name: str
     answered: int

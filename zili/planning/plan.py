@@ -21,11 +21,11 @@ from zili.planning.search import Candidate, Found, predicted, search, usable
 from zili.plurals import counted
 
 _TOKENS_A_STEP = 16 * 1024**2
-"""Of a step where no batch is given, at most: what large published runs have."""
+"""Most tokens of a step where no batch is given: what large published runs have."""
 _IDLE, _BUSY, _OVERHEAD = 0.25, 0.9, 1.3
 """Power of an idle and of a busy chip as a share of its rating, and of a site over its chips': usual, not measured."""
 _STATE_BYTES = 12
-"""Of a parameter in a checkpoint: weight and both moments in fp32."""
+"""Size of a parameter in a checkpoint: weight and both moments in fp32."""
 _LEAST_SHARE = 0.01
 _PATIENCE = 10.0
 """Seconds that are spent to find out how many chips would do."""
@@ -46,7 +46,7 @@ class Setting:
     """To train on."""
     failures: Failures
     price: float | None = None
-    """Of a chip-hour."""
+    """Price of a chip-hour."""
     doctor: Mapping[str, Any] | None = None
     """A report of `zili doctor --json`, measured on one of the chips."""
     peak_tflops: float | None = None
@@ -92,7 +92,7 @@ class Plan:
         return filled(self.chosen.config, self.left_open)
 
     def seconds(self, candidate: Candidate) -> tuple[float, float, float]:
-        """Of a step: predicted, and the ends of its band."""
+        """Time of a step: predicted, and the ends of its band."""
         total = candidate.time.total
         return total, total * self.band.low, total * self.band.high
 
