@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
@@ -9,7 +10,7 @@ import typer
 from zili.chips import find_backend
 from zili.chips.catalog import find_chip
 from zili.cli.amounts import amounts
-from zili.cli.options import MOST_CHIPS, Overrides, Recipe, read_recipe
+from zili.cli.options import MOST_CHIPS, AsJson, Overrides, Recipe, read_recipe
 from zili.cli.output import console, table
 from zili.config import ModelConfig, RunConfig, dump_recipe, load_preset, preset_names
 from zili.config.reference import reference
@@ -74,10 +75,18 @@ def _resolved(config: RunConfig) -> tuple[RunConfig, list[str]]:
 
 
 @app.command()
-def presets() -> None:
+def presets(as_json: AsJson = False) -> None:
     """List the model presets with their parameter counts."""
     from zili.models.arithmetic import count_parameters
 
+    if as_json:
+        models = {name: ModelConfig.model_validate(load_preset(name)) for name in preset_names()}
+        shapes = {
+            name: {**model.model_dump(mode="json"), "parameters": count_parameters(model).total}
+            for name, model in models.items()
+        }
+        typer.echo(json.dumps(shapes, indent=1))
+        return
     to = console()
     columns = ("preset", "layers", "hidden", "heads/kv", "FFN", "vocabulary", "parameters")
     rows = table(to, columns, left=columns[:1])
