@@ -114,6 +114,7 @@ def test_calls_that_come_one_by_one_are_one_answer_s(tmp_path: Path) -> None:
             "of an unknown form",
         ),
         ({"messages": TALK, "response_rejected": "5"}, "of an unknown form"),
+        ({"instruction": "2+2?", "output": "4", "negative": "5"}, "of an unknown form"),
         ({"messages": TALK, "negative_messages": [[USER, FIVE]]}, "of an unknown form"),
         ({"messages": TALK, "rejected_response": "5", "rejected_images": ["x.png"]}, "with more than text"),
         ({"messages": TALK, "image_url": "x.png"}, "with more than text"),
@@ -138,6 +139,12 @@ def test_what_stands_in_a_part_is_named(tmp_path: Path) -> None:
     parts = [{"type": "text", "text": "2+", "cache_control": {"type": "ephemeral"}}, {"text": "2?"}]
     (found,) = read(tmp_path, {"messages": [{"role": "user", "content": parts}, ANSWER]}, census=census)
     assert found.messages == TALK and census.unused == {"a turn's part's cache_control": 1}
+
+
+def test_labels_that_say_something_else_are_named(tmp_path: Path) -> None:
+    census = Census()
+    read(tmp_path, {"messages": TALK, "label": "0"}, {"messages": TALK, "label": 3}, census=census)
+    assert census.unused == {"label": 2}
 
 
 def test_what_is_said_about_a_pair_is_named(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ _QUESTIONS = (*_ANSWERED, "question")
 _REJECTED = ("rejected", "rejected_response", "rejected_messages", "non_preferred_output")
 _SYSTEMS = ("system", "system_prompt")
 _JUDGED = ("label", "kto_tag")
-_ANSWERS = re.compile("chosen|reject|preferred|^negative_")
+_ANSWERS = re.compile("chosen|reject|preferred|^negative")
 """Names that columns with answers have something of."""
 
 
@@ -146,9 +146,10 @@ class _Reader:
         if weight(self._record) == 0:
             raise Unfit("of weight 0", "it is not to be learned")
         for key in _JUDGED:
-            if str(self._record.peek(key)).lower() in ("false", "0", "0.0"):
+            told = self._record.peek(key)
+            if (isinstance(told, bool | int | float) and not told) or str(told).lower() == "false":
                 raise Unfit("judged bad", f"its {key} says that the answer is bad (KTO), which is not learned from")
-            if self._record.peek(key) is True:
+            if told is True:
                 self._record[key]
 
     def _check_rest(self, *, paired: bool) -> None:

@@ -86,7 +86,7 @@ def _check_spelled(messages: Messages, manners: Manners, of: Tokenizer) -> None:
                 "with calls written as text",
                 f"an answer spells {CALL}, which would be learned letter by letter: give its calls as tool_calls",
             )
-        astray = inside.lstrip().startswith((THINK, THOUGHT)) or (THINK in inside and THOUGHT in inside)
+        astray = inside.lstrip().startswith(THINK) or THOUGHT in inside
         if (astray or THOUGHT in thoughts) and (manners.thinks or THINK in of.added_tokens):
             raise Unsaid(
                 "with thoughts written as text",

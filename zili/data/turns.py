@@ -153,9 +153,8 @@ def _checked(calls: list[Any]) -> list[Any]:
     for call in (call for call in calls if isinstance(call, dict)):
         inner = call.get("function")
         for part in (call, inner if isinstance(inner, dict) else {}):
-            odd = next(
-                (key for key, value in part.items() if key not in _CALL and isinstance(value, str | list | dict)), None
-            )
+            told = {key: value for key, value in part.items() if value and isinstance(value, str | list | dict)}
+            odd = next((key for key in told if key not in _CALL), None)
             if odd is not None:
                 raise Unfit("of an unknown form", f"a call has {odd!r}: {', '.join(_CALL)} are read")
     return calls
