@@ -179,7 +179,7 @@ def test_options_that_a_template_does_not_know_are_named(tmp_path: Path, tokeniz
 
 
 @pytest.mark.parametrize(
-    "content", ["</think>4", "<think>two", "Well, <think>two</think>4", "<think>a</think></think>4"]
+    "content", ["</think>4", "<think>two", "two</think>4", "Well, <think>two</think>4", "<think>a</think></think>4"]
 )
 def test_thoughts_where_none_are_read(tmp_path: Path, tokenizer: Tokenizer, content: str) -> None:
     with pytest.raises(DataError, match="an answer spells <think> or </think>"):
