@@ -206,7 +206,7 @@ def test_held_out_conversations_are_scored_by_what_the_assistant_says(
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (("dialogues", "no.jsonl", "--model", "MODEL", "--to", "x"), 4, "no.jsonl does not exist"),
+        (("dialogues", "no.jsonl", "--model", "MODEL", "--to", "x"), 4, "no.jsonl: no such file or folder"),
         (("dialogues", "BAD", "--model", "MODEL", "--to", "x"), 4, "bad.jsonl: line 1: a turn's role is 'robot'"),
         (("dialogues", "GOOD", "--model", "no-such", "--to", "x"), 5, "does not exist"),
         (("dialogues", "GOOD", "--model", "MODEL", "--template", "chat9", "--to", "x"), 4, "no chat template 'chat9'"),
