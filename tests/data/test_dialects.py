@@ -105,6 +105,7 @@ def test_calls_that_come_one_by_one_are_one_answer_s(tmp_path: Path) -> None:
         ({"messages": TALK, "reasoning_content": "whose?"}, "with thoughts beside its turns"),
         ({"messages": [USER, {**ANSWER, "loss_mask": 0}]}, "of weight 0"),
         ({"messages": [USER, {**ANSWER, "mask": 1}]}, "with weights that are not learned by"),
+        ({"messages": TALK, "weight": float("nan")}, "with weights that are not learned by"),
         ({"messages": TALK, "mask": "User"}, "with weights that are not learned by"),
         ({"messages": [USER, {**ANSWER, "train_detail": [{"train": 0}]}]}, "with weights that are not learned by"),
         ({"messages": [{"role": "system", "content": "", "tools": [TOOL]}, *TALK]}, "of an unknown form"),
@@ -139,6 +140,12 @@ def test_what_stands_in_a_part_is_named(tmp_path: Path) -> None:
     parts = [{"type": "text", "text": "2+", "cache_control": {"type": "ephemeral"}}, {"text": "2?"}]
     (found,) = read(tmp_path, {"messages": [{"role": "user", "content": parts}, ANSWER]}, census=census)
     assert found.messages == TALK and census.unused == {"a turn's part's cache_control": 1}
+
+
+def test_keys_that_are_data_make_no_endless_line(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    record = {"messages": TALK, "k" * 10**5: 1, **{f"key {number:03}": 1 for number in range(99)}}
+    _, line = build(tmp_path, tokenizer, "telechat2", record)
+    assert len(line) < 2000 and f"{'k' * 60}... (1)" in line and line.endswith(", and 50 more names")
 
 
 def test_labels_that_say_something_else_are_named(tmp_path: Path) -> None:

@@ -25,6 +25,9 @@ from zili.durable import whole_folder
 from zili.errors import DataError
 from zili.plurals import counted
 
+_TOLD_NAMES = 50
+"""Names of keys that were not used; files whose keys are data have more of them than anyone reads."""
+
 
 @dataclass(frozen=True)
 class DialogueReport:
@@ -169,8 +172,9 @@ def split_and_build(
         (aside / "tokenizer" / "chat_template.jinja").write_text(template.source, encoding="utf-8")
     # Every reading is of all conversations, whichever side they are on; a side has its own options.
     if unused := census.unused + unread:
-        counted = ", ".join(f"{key} ({count:,})" for key, count in sorted(unused.items()))
-        lines.append(f"in the records and not used: {counted}")
+        told = sorted(unused.most_common(_TOLD_NAMES))
+        more = f", and {len(unused) - len(told):,} more names" if len(unused) > len(told) else ""
+        lines.append(f"in the records and not used: {', '.join(f'{key} ({count:,})' for key, count in told)}{more}")
     return lines
 
 

@@ -38,6 +38,7 @@ _ANSWERED = {"instruction": "output", "query": "response", "prompt": "completion
 _QUESTIONS = (*_ANSWERED, "question")
 _REJECTED = ("rejected", "rejected_response", "rejected_messages", "non_preferred_output")
 _SYSTEMS = ("system", "system_prompt")
+_LONGEST_NAME = 60
 _JUDGED = ("label", "kto_tag")
 _ANSWERS = re.compile("chosen|reject|preferred|^negative")
 """Names that columns with answers have something of."""
@@ -129,7 +130,8 @@ class _Reader:
     @property
     def unused(self) -> list[str]:
         """Names of what was not used, once for each place where it says something."""
-        return [*self._record.unused(), *(f"a turn's {key}" for turn in self._turns for key in turn.unused())]
+        names = [*self._record.unused(), *(f"a turn's {key}" for turn in self._turns for key in turn.unused())]
+        return [name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..." for name in names]
 
     def _options(self) -> dict[str, Any]:
         options = self._record.first("chat_template_kwargs") or {}

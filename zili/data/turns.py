@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from itertools import zip_longest
+from math import nan
 from typing import Any
 
 from zili.data.chat import ROLES
@@ -116,6 +117,7 @@ def weight(fields: Fields) -> int:
     Raises: Unfit.
     """
     weights = [fields[key] for key in _WEIGHTS if key in fields]
+    weights += [nan for key in _WEIGHTS if key in fields.not_numbers]
     for one in weights:
         if not isinstance(one, bool | int | float) or one not in (0, 1):
             raise Unfit("with weights that are not learned by", f"a weight of {_shown(one)}: 0 and 1 are known")
