@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from zili import chips
-from zili.cli.options import AsJson, dtype_named, model_at, program
+from zili.cli.options import AsJson, dtype_named, finite, model_at, program
 from zili.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Dtype = Annotated[
     str | None, typer.Option(help="Convert to float32, bfloat16 or float16; the stored dtype if not given.")
 ]
-ShardGb = Annotated[float, typer.Option(help="Largest weight file, in GB.", min=0.001)]
+ShardGb = Annotated[float, typer.Option(help="Largest weight file, in GB.", min=0.001, callback=finite)]
 
 
 def import_(

@@ -125,6 +125,12 @@ def finite(value: float | None) -> float | None:
     return value
 
 
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token each time.", min=0, callback=finite)]
+TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens of this mass; 1: all.", callback=finite)]
+TopK = Annotated[int, typer.Option(help="Draw from this many likeliest tokens; 0: all.")]
+RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 avoids tokens already there.", callback=finite)]
+
+
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
 
 

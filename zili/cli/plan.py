@@ -324,11 +324,11 @@ def _show(made: Plan, to: Console) -> None:
 
 
 def _days(days: float) -> str:
-    """Days, hours or minutes, so that something of it is left."""
+    """Days, hours, minutes or seconds, so that something of it is left."""
     for name, size in (("day", 1.0), ("hour", 1 / 24), ("minute", 1 / 1440)):
-        if days >= 2 * size or name == "minute":
+        if days >= 2 * size:
             return f"{days / size:,.1f} {name}s"
-    raise AssertionError("unreachable")
+    return f"{_three(86_400 * days)} seconds"
 
 
 def _three(figure: float) -> str:

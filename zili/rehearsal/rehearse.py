@@ -60,7 +60,7 @@ def rehearse(
     started = time.perf_counter()
     layout = lay_out(config, world)
     if not 0 <= rank < world:
-        raise LayoutError(f"process {rank} of {world}: give 0 to {world - 1}")
+        raise LayoutError(f"give 0 to {world - 1} as the process to be, not {rank}")
     on_host = backend.device_type == "cpu"
     with as_rank(rank, world, on_host=on_host) as mode:
         # The host's attention is none that a chip has.
