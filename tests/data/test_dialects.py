@@ -222,6 +222,14 @@ def test_a_turn_whose_words_stand_elsewhere_is_missed(tmp_path: Path, tokenizer:
         build(tmp_path, tokenizer, template, {"messages": [USER, ANSWER, USER, FIVE]})
 
 
+def test_where_all_are_left_out_the_reason_is_said(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_text(json.dumps({"messages": TALK, "tools": [TOOL]}) + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match="nothing to learn") as none:
+        split_and_build([file], tokenizer, ChatTemplate.named("chatml"), tmp_path / "data", on_error="skip")
+    assert "left out: 1 with tools" in str(none.value) and "generation" not in str(none.value)
+
+
 def test_arguments_are_json(tmp_path: Path, tokenizer: Tokenizer) -> None:
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": "one", "arguments": {"x": float("nan")}}]}
     with pytest.raises(DataError, match="arguments of a call of one are no JSON object"):

@@ -101,9 +101,8 @@ def build_dialogue_store(
                 progress(number)
         if not learned:
             raise DataError(
-                f"{Path(prefix).name}: nothing to learn: {template.name} marks nothing that the assistant says "
-                "({% generation %} in the template does), or there were no conversations; left out: "
-                f"{census.left_out}."
+                f"{Path(prefix).name}: nothing to learn: no conversation came here that {template.name} can say whole; "
+                f"left out: {census.left_out}."
             )
         writer.finish(0, census, split, pairs=pairs)
     seconds = time.perf_counter() - started
