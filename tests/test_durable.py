@@ -64,9 +64,13 @@ def test_a_full_disk_leaves_nothing_and_is_named(tmp_path: Path) -> None:
         (OSError(errno.EACCES, "forbidden", "a file"), True),
         (OSError(errno.EACCES, "a port"), False),
         (RuntimeError("I/O error: No space left on device (os error 28)"), True),  # as safetensors has it
+        (OSError(errno.ENAMETOOLONG, "too long", "a file"), True),
         (FileNotFoundError(errno.ENOENT, "a defect of ours, perhaps", "a file"), False),
         (RuntimeError("else"), False),
     ],
 )
 def test_what_a_disk_refuses_is_told_from_defects(error: Exception, refused: bool) -> None:
-    assert (refused_by_disk(error) is not None) == refused
+    told = refused_by_disk(error)
+    assert (told is not None) == refused
+    full = "quota" in str(error) or "No space" in str(error)
+    assert ("free some space" in str(told)) == full

@@ -20,7 +20,7 @@ import zili
 PACKAGE = Path(zili.__file__).parent
 
 FLOORS = {
-    0: ("errors", "durable", "checksums", "user_cache", "config", "chips"),
+    0: ("errors", "durable", "checksums", "user_cache", "plurals", "config", "chips"),
     1: ("ops", "data"),
     2: ("models",),
     3: ("parallel",),

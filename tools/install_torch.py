@@ -19,7 +19,7 @@ from pathlib import Path
 VERSION = "2.13.0"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 _SOON = ("--retries", "0", "--timeout", "15")
-"""Of an index that may not be reachable from here."""
+"""Options of pip for an index that may not be reachable from here."""
 
 
 def has_nvidia() -> bool:

@@ -18,8 +18,11 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 """What file systems without locks answer."""
 _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 """What a disk answers that is full, over a quota, read-only or broken."""
-_FORBIDDEN = {errno.EACCES, errno.EPERM}
-"""Of a file; of other things it may be a defect."""
+_CURES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or name another place") | dict.fromkeys(
+    (errno.EACCES, errno.EPERM), "change who may do that, or name another place"
+)
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP}
+"""What is said of a file that nobody can have named rightly; of other things it may be a defect."""
 
 
 def refused_by_disk(error: BaseException) -> ConfigError | None:
@@ -28,7 +31,7 @@ def refused_by_disk(error: BaseException) -> ConfigError | None:
     number = error.errno if isinstance(error, OSError) else int(said[1]) if said else None
     forbidden = number in _FORBIDDEN and getattr(error, "filename", None) is not None
     if number in _REFUSALS or forbidden:
-        return ConfigError(f"the disk refuses: {error}; free some space, or name another place")
+        return ConfigError(f"the disk refuses: {error}; {_CURES.get(number or 0, 'name another place')}")
     return None
 
 

@@ -170,7 +170,7 @@ def test_a_reference_that_is_lost_ends_the_run_before_a_step(zili: Zili, model: 
     assert zili("dialogues", pairs, "--model", model, "--to", tmp_path / "data").code == 0
     wanted = {"steps": 2, "more": "[preference]"}
     begun = zili("train", recipe(tmp_path, model, **wanted))
-    assert begun.code == 0 and f"weights from {model}" in begun.out and "reference: 1 pairs in" in begun.out, begun
+    assert begun.code == 0 and f"weights from {model}" in begun.out and "reference: 1 pair in" in begun.out, begun
     assert "step 1/2  loss 0.693 " in begun.out, "the model that [model] folder names is what it is compared with"
     (tmp_path / "run" / "reference.safetensors").unlink()
     found = zili("train", recipe(tmp_path, model, **{**wanted, "steps": 4}))

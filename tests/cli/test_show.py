@@ -37,6 +37,13 @@ def test_so_many_chips_fill_the_layout_in(zili) -> None:
     assert refused.code == 7 and "6 processes cannot be divided" in refused.err and refused.out == ""
 
 
+def test_a_chip_that_nobody_knows_is_said_on_many_too(zili) -> None:
+    names = ("--set", "chip.name=gpu", "--set", "chip.model=h100x")
+    outcome = zili("config", "show", RECIPES / "debug-4d.toml", "--chips", "8", *names)
+    said = "\n".join(comments(outcome.out))
+    assert outcome.code == 0 and "gpu" in said and "'h100x'" in said and tomllib.loads(outcome.out)["name"], outcome
+
+
 @pytest.mark.parametrize("error", [ConfigError("this run needs about 86.1 GiB"), ChipError("no such chip is here")])
 def test_a_recipe_that_this_machine_cannot_run_is_shown_with_the_reason(
     zili, recipe_file: Path, monkeypatch: pytest.MonkeyPatch, error: Exception

@@ -7,14 +7,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
+import typer
 from rich.console import Console
 
 import zili as package
 from zili.cli import output
-from zili.cli.app import _GROUPS
-from zili.cli.options import model_at
+from zili.cli.app import _GROUPS, app
+from zili.cli.options import finite, model_at
+from zili.cli.plan import _days
 from zili.errors import CheckpointError
 
 WITHOUT_TORCH = """
@@ -73,6 +76,49 @@ def test_a_wrong_path_is_answered_before_torch_is_loaded(recipe_file: Path, tmp_
     assert codes == [code for code, _ in REFUSED.values()], done.stdout + done.stderr
     assert "Traceback" not in done.stderr and done.stderr.count("zili: ") == len(REFUSED) - 1
     assert all(said in done.stderr for _, said in REFUSED.values()), done.stderr
+
+
+def test_files_that_cannot_be_written_are_said_before_anything_is_computed(zili, tmp_path: Path) -> None:
+    """`/proc` refuses even the superuser; a name of 300 letters is no file's."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    for words in (
+        ("plan", "telechat2-7b", "--chip", "h100", "--chips", 8, "--write", "/proc/x.toml"),
+        ("plan", "telechat2-7b", "--chip", "h100", "--chips", 8, "--page", tmp_path / ("x" * 300)),
+        ("align", "nowhere.toml", "--page", "/proc/x.html"),
+        ("report", tmp_path, "--page", "/proc/x.html"),
+        ("rehearse", "nowhere.toml", "--chips", 2, "--page", "/proc/x.html"),
+        ("eval", tmp_path / "model", "--answers", tmp_path, "--out", "/proc/x.json"),
+    ):
+        outcome = zili(*words)
+        assert outcome.code == 3 and "cannot be written" in outcome.err and not outcome.out, outcome
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    outcome = zili("sample", "Once upon a time, " * 20)
+    assert outcome.code == 3 and "File name too long" in outcome.err
+
+
+def test_no_option_takes_what_is_no_number(zili) -> None:
+    """Bounds alone let infinity pass, and where there are none NaN."""
+    group: Any = typer.main.get_command(app)
+    options = [
+        (name, option)
+        for name, command in group.commands.items()
+        for option in command.params
+        if float in (annotation := option.type_descriptor.annotation, *get_args(annotation))
+    ]
+    assert {"quickstart", "plan", "sample", "chat", "serve", "export", "doctor"} <= {name for name, _ in options}
+    # How many tokens to train on is read by a parser of its own.
+    unchecked = {option.name for _, option in options if getattr(option.callback, "__name__", None) != finite.__name__}
+    assert unchecked == {"tokens"}
+    for value in ("nan", "inf"):
+        outcome = zili("quickstart", "--minutes", value)
+        assert outcome.code == 2 and "--minutes" in outcome.err
+
+
+def test_plans_of_seconds_are_told_in_seconds() -> None:
+    assert [_days(days) for days in (3, 1, 0.01, 1e-5, 1e-9)] == [
+        *("3.0 days", "24.0 hours", "14.4 minutes", "0.864 seconds", "8.64e-05 seconds")
+    ]
 
 
 def test_a_recipe_that_was_trained_leads_to_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -259,7 +259,7 @@ def test_what_people_type_is_answered_with_keys_that_there_are(typed: str) -> No
     keys = re.findall(r"\b[a-z_]+(?:\.[a-z_]+)+\b", said.replace("metrics.jsonl", "").replace("zili.data.prepare", ""))
     assert all(map(is_key, keys)), said
     assert keys or said.split(",")[0].split()[0] in (*RunConfig.model_fields, "how", "nothing:")
-    assert re.fullmatch("[a-z0-9]+", typed) and not is_key(f"training.{typed}")
+    assert re.fullmatch(r"([a-z]+\.)?[a-z0-9]+", typed) and not is_key(f"training.{typed}")
 
 
 @pytest.mark.parametrize(
@@ -267,6 +267,10 @@ def test_what_people_type_is_answered_with_keys_that_there_are(typed: str) -> No
     [
         ("optimizer.lr=1e-3", "did you mean optimizer.learning_rate?"),
         ("training.lr=1e-3", "did you mean optimizer.learning_rate?"),
+        ("trainer.max_steps=3", "unknown key trainer; did you mean training.steps?"),
+        ("peft.r=8", "unknown key peft; did you mean model.lora?"),
+        ("training.max_length=3", "did you mean training.sequence_length?"),
+        ("data.path=x", "here it is data.sources"),
         ("lr=1e-3", "did you mean optimizer.learning_rate?"),
         ("training.batch_size=8", "did you mean training.global_batch?"),
         ("per_device_train_batch_size=8", "did you mean training.micro_batch?"),

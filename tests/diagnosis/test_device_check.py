@@ -141,7 +141,7 @@ TOGETHER = Finding("collectives", "all_gather among 2", Severity.GOOD, "GB/s", f
 def outcomes() -> list[Outcome]:
     tried = {"bf16": {"record": True, "works": True}, "fsdp2": {"record": True, "works": None}}
     together = {"bf16": {"record": True, "works": None}, "fsdp2": {"record": True, "works": False}}
-    # Of a name that doctor has too: `zili plan` must not take it for the speed of memory.
+    # The name is one that doctor has too: `zili plan` must not take it for the speed of memory.
     peak = Finding("peak memory", "dense", Severity.GOOD, "MiB", figures={"given bytes": 1e9})
     return [
         Outcome("goldens", "done", 3.0, findings=[FOUND]),

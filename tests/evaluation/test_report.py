@@ -169,7 +169,7 @@ def test_every_loss_not_a_number(new_run: Callable[..., Path]) -> None:
     folder = new_run(steps=0, evaluated=False)
     write_lines(folder / "metrics.jsonl", [{"kind": "train", "step": 1, "loss": math.nan, "learning_rate": 0.0}])
     page = page_of(folder)
-    assert "not a number in 1 steps" in page.text and page.tags.count("svg") == 1
+    assert "not a number in 1 step," in page.text and page.tags.count("svg") == 1
 
 
 def test_a_resumed_run_shows_each_step_once(run_folder: Path) -> None:

@@ -180,7 +180,7 @@ def test_every_stage_is_on_one_process(pipeline: int, schedule: Any, each: int) 
     assert {len(stages) for stages in own} == {each}
     assert sorted(chain.from_iterable(own)) == list(range(pipeline * each))
     assert own[0][0] == 0
-    # Of a V the process that begins also ends; elsewhere the last one does.
+    # In a V the process that begins also ends; elsewhere the last one does.
     assert pipeline * each - 1 in own[0 if schedule == "zbv" else -1]
 
 

@@ -42,7 +42,7 @@ def test_what_is_sent(kind: str, processes: int) -> None:
 
 @pytest.mark.parametrize("processes", [2, 8])
 def test_what_doctor_measures_the_planner_gives_back(processes: int) -> None:
-    """Of a node whose links carry so much, measured as doctor does: every collective takes as long in the planner."""
+    """The links of a node carry so much, measured as doctor does: every collective takes as long in the planner."""
     chip = find_chip("ascend-910b2")
     brought = 4e6
     seconds = {kind: ring(kind, brought, processes) / LINK for kind in KINDS}

@@ -256,6 +256,18 @@ def test_code_that_is_not_ours_is_not_run(run, tmp_path):
     assert not witness.exists()
 
 
+def test_what_transformers_cannot_load_is_said_whatever_it_raises(run, tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    _, folder, _ = released(run, tmp_path, "telechat2", "llama")
+
+    def strict(*_, **__):
+        raise RuntimeError("64 is not a multiple of 3 heads")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", strict)
+    with pytest.raises(CheckpointError, match=r"cannot load .*64 is not a multiple"):
+        verify_release(folder)
+
+
 def test_a_tokenizer_of_another_model_is_not_released(run, tmp_path):
     from zili.data.tokenizer import Tokenizer
 

@@ -132,7 +132,7 @@ def test_what_the_planner_recommends_is_accepted(preset: str, chip: str) -> None
 
 
 def test_a_plan_and_a_run_count_the_same_repeated_heads() -> None:
-    """Of 48 heads 8 have keys and values, and MLU's attention takes none for several."""
+    """8 of 48 heads have keys and values, and MLU's attention takes none for several."""
     chip, grouped = find_chip("mlu370-x8"), {"grouped_heads_attention": True}
     config = setting_config(load_preset("telechat3-36b"), 4096, 128, 1e12, "x")
     parallel = config.parallel.model_copy(update={"tensor": 8, "shards": 8})

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from zili.chips.backend import Backend
 from zili.chips.registry import find_backend, registry
 from zili.errors import ChipError
+from zili.plurals import counted
 
 _LINKER_CACHE = Path("/etc/ld.so.cache")
 
@@ -61,7 +62,7 @@ def presence(backend: Backend) -> Presence:
         return Presence(backend, True, None, "installed; its devices are counted when it is used")
     if backend.device_type == "cpu":
         return Presence(backend, True, 1, "always here")
-    return Presence(backend, True, count, f"{count} device{'s' * (count != 1)}")
+    return Presence(backend, True, count, counted(count, "device"))
 
 
 def choose(name: str = "auto") -> Selection:

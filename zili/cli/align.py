@@ -10,11 +10,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from zili import chips
-from zili.cli.options import Overrides, Recipe, read_recipe
+from zili.cli.options import Overrides, Recipe, read_recipe, refuse_unwritable
 from zili.config import RunConfig
 from zili.diagnosis.findings import EXIT_CODES, Severity
 from zili.errors import ConfigError, LayoutError
 from zili.parallel.layout import processes
+from zili.plurals import counted
 
 if TYPE_CHECKING:
     from zili.training.trainer import Trainer
@@ -37,6 +38,7 @@ def align(
         raise ConfigError(f"--against {against}: only cpu, which every chip can be compared with in one process")
     if processes()[1] > 1:
         raise LayoutError("zili align runs in one process; start it without torchrun")
+    refuse_unwritable(page)
     config = read_recipe(recipe, overrides)
     chips.apply_environment(chips.choose(config.chip.name).backend)  # what comes next imports torch
 
@@ -49,7 +51,9 @@ def align(
         difference = abs(chip - cpu) / abs(cpu)
         console.print(f"step {step}  loss {chip:.6f} on {result.chip}, {cpu:.6f} on the CPU, {difference:.1e} apart")
     calls = sum(seen.calls for seen in result.seen.values())
-    console.print(f"{calls:,} operations of {len(result.seen)} kinds checked, forward, backward and optimizer")
+    console.print(
+        f"{counted(calls, 'operation')} of {counted(len(result.seen), 'kind')} checked, forward, backward and optimizer"
+    )
     if result.unchecked:
         names = ", ".join(sorted(result.unchecked))
         console.print(f"not compared by themselves (random, a vendor's own, or not on the CPU): {names}")

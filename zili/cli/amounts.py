@@ -9,6 +9,7 @@ from typing import NamedTuple
 from zili.config import RunConfig
 from zili.errors import DataError
 from zili.models.arithmetic import count_parameters
+from zili.plurals import counted
 
 _MANY_EPOCHS = 4
 """Muennighoff et al. 2023 (Scaling data-constrained language models, section 5): up to four epochs of a text are nearly
@@ -28,8 +29,8 @@ def amounts(config: RunConfig) -> Iterator[Amount]:
     a_step = training.global_batch * training.sequence_length
     active = f" ({model.active:,} a token)" if model.active != model.total else ""
     yield Amount(
-        f"{config.name}: {model.total:,} parameters{active}, {training.steps:,} steps of {a_step:,} tokens, "
-        f"{training.steps * a_step:,} tokens in all, in {config.folder}"
+        f"{config.name}: {model.total:,} parameters{active}, {counted(training.steps, 'step')} of "
+        f"{counted(a_step, 'token')}, {counted(training.steps * a_step, 'token')} in all, in {config.folder}"
     )
     weights = sum(source.weight for source in config.data.sources)
     for source in config.data.sources:
@@ -45,7 +46,7 @@ def _read(store: Path, share: float, tokens: int) -> Amount:
         return Amount(f"{store}: not here, so its tokens and epochs are not known")
     # Of conversations a hundredth more: rows that are not quite full.
     epochs = share * tokens / max(1, there)
-    text = f"{store}: {there:,} tokens, {share:.0%} of what is read, {epochs:.3g} epochs"
+    text = f"{store}: {counted(there, 'token')}, {share:.0%} of what is read, {epochs:.3g} epochs"
     if epochs <= _MANY_EPOCHS:
         return Amount(text)
     return Amount(

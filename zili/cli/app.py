@@ -38,7 +38,7 @@ _UsageError: Any = typer.BadParameter.__base__
 
 
 def _lead_on(error: Any) -> None:
-    """Of an option that there is none of, and that is a key of the recipe here, say so."""
+    """Say of an unknown option which key of the recipe it is here."""
     option, command = getattr(error, "option_name", None), getattr(error.ctx, "command", None)
     if option is not None and any("--set" in parameter.opts for parameter in getattr(command, "params", ())):
         hint = key_of_option(option)

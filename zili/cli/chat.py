@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from zili.cli.options import Chip, Demo, ModelPath, Template, model_at
+from zili.cli.options import Chip, Demo, ModelPath, RepetitionPenalty, Temperature, Template, TopK, TopP, model_at
 
 
 class Mode(StrEnum):
@@ -28,10 +28,10 @@ def chat(
     thinking: Annotated[bool, typer.Option(help="Let it think first, where its template offers both.")] = True,
     mode: Annotated[Mode, typer.Option(help="chat: turns; text: continue; auto: what it was made for.")] = Mode.auto,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 512,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.8,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this mass; 1: all.")] = 0.95,
-    top_k: Annotated[int, typer.Option(help="Draw from this many likeliest tokens; 0: all.")] = 0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 avoids tokens already there.")] = 1.0,
+    temperature: Temperature = 0.8,
+    top_p: TopP = 0.95,
+    top_k: TopK = 0,
+    repetition_penalty: RepetitionPenalty = 1.0,
     chip: Chip = "auto",
     seed: Annotated[int, typer.Option(help="The same seed and lines give the same answers.")] = 0,
 ) -> None:

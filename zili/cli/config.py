@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
 
+from zili.chips import find_backend
+from zili.chips.catalog import find_chip
 from zili.cli.amounts import amounts
-from zili.cli.options import MOST_CHIPS, Overrides, Recipe, read_recipe
+from zili.cli.options import MOST_CHIPS, AsJson, Overrides, Recipe, read_recipe
 from zili.cli.output import console, table
 from zili.config import ModelConfig, RunConfig, dump_recipe, load_preset, preset_names
 from zili.config.reference import reference
 from zili.errors import ChipError, ConfigError, LayoutError
 from zili.parallel.layout import lay_out, processes
+from zili.plurals import counted
 
 app = typer.Typer(no_args_is_help=True, help="Show what a recipe means, list presets.")
 
@@ -42,8 +46,20 @@ def _laid_out(config: RunConfig, chips: int) -> tuple[RunConfig, list[str]]:
     layout = lay_out(config, chips)
     found = {"shards": layout.shards, "stages_per_process": config.parallel.stages_each}
     parallel = config.parallel.model_copy(update=found)
-    line = f'{chips:,} chips: {layout}; what is left to "auto" is chosen on them'
-    return config.model_copy(update={"parallel": parallel}), [line]
+    line = f'{counted(chips, "chip")}: {layout}; what is left to "auto" is chosen on them'
+    return config.model_copy(update={"parallel": parallel}), [line, *_unknown_chips(config)]
+
+
+def _unknown_chips(config: RunConfig) -> list[str]:
+    """What is said of names that no chip has; the chips themselves may be elsewhere."""
+    said = []
+    for name, find in ((config.chip.name, find_backend), (config.chip.model, find_chip)):
+        try:
+            if name not in (None, "auto"):
+                find(name)
+        except ChipError as error:
+            said.append(str(error))
+    return said
 
 
 def _resolved(config: RunConfig) -> tuple[RunConfig, list[str]]:
@@ -59,10 +75,18 @@ def _resolved(config: RunConfig) -> tuple[RunConfig, list[str]]:
 
 
 @app.command()
-def presets() -> None:
+def presets(as_json: AsJson = False) -> None:
     """List the model presets with their parameter counts."""
     from zili.models.arithmetic import count_parameters
 
+    if as_json:
+        models = {name: ModelConfig.model_validate(load_preset(name)) for name in preset_names()}
+        shapes = {
+            name: {**model.model_dump(mode="json"), "parameters": count_parameters(model).total}
+            for name, model in models.items()
+        }
+        typer.echo(json.dumps(shapes, indent=1))
+        return
     to = console()
     columns = ("preset", "layers", "hidden", "heads/kv", "FFN", "vocabulary", "parameters")
     rows = table(to, columns, left=columns[:1])

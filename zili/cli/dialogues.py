@@ -7,24 +7,29 @@ from typing import Annotated
 
 import typer
 
-from zili.cli.options import OnError, OnErrorOption, model_at, present
+from zili.cli.options import OnError, OnErrorOption, finite, model_at, present
 from zili.errors import DataError
 
 
 def dialogues(
-    files: Annotated[list[Path], typer.Argument(help="JSON lines or JSON of conversations; folders are searched.")],
+    files: Annotated[
+        list[Path], typer.Argument(help="JSON lines, JSON or Parquet of conversations; folders are searched.")
+    ],
     *,
     model: Annotated[Path, typer.Option(help="Model folder, run or tokenizer folder that they are for.")],
     to: Annotated[Path, typer.Option("--to", help="Folder to make: train, held_out, tokenizer.")],
     template: Annotated[
         str | None, typer.Option(help="Chat template in place of the model's own: a name, or a file.")
     ] = None,
-    held_out: Annotated[float, typer.Option(help="Share kept apart for evaluation.", min=0, max=0.5)] = 0.0,
+    held_out: Annotated[
+        float, typer.Option(help="Share kept apart for evaluation.", min=0, max=0.5, callback=finite)
+    ] = 0.0,
     on_error: OnErrorOption = OnError.RAISE,
 ) -> None:
     """Render conversations for a model, with a mask of what the assistant says: the data of fine-tuning.
 
-    Known forms: messages (OpenAI), conversations (ShareGPT), instruction with output (Alpaca), dialog (TeleChat2).
+    Known forms: messages (OpenAI), conversations (ShareGPT), dialog (TeleChat2), instruction with output (Alpaca),
+    query with response, prompt with completion (TRL); and pairs, chosen with rejected.
     """
     present(files)
     model_at(model)

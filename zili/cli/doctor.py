@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from zili.cli.options import AsJson
+from zili.cli.options import AsJson, finite
 from zili.diagnosis.findings import AREAS, EXIT_CODES, Finding, Severity
 from zili.errors import LayoutError
 from zili.parallel.layout import processes as processes_started
@@ -30,7 +30,10 @@ def doctor(
     ] = None,
     folder: Annotated[Path, typer.Option(help="Where checkpoints would go: its disk is timed.")] = Path(),
     patience: Annotated[
-        float, typer.Option(min=1, help="Seconds of silence after which processes that have begun are ended.")
+        float,
+        typer.Option(
+            min=1, callback=finite, help="Seconds of silence after which processes that have begun are ended."
+        ),
     ] = 60.0,
     only: Annotated[
         list[str] | None, typer.Option(help=f"Examine this alone; may be given again: {', '.join(AREAS)}.")

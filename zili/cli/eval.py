@@ -9,9 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from zili.cli.options import AsJson, Chip, OnError, OnErrorOption, TextField, model_at, present
+from zili.cli.options import (
+    AsJson,
+    Chip,
+    OnError,
+    OnErrorOption,
+    Template,
+    TextField,
+    model_at,
+    present,
+    refuse_unwritable,
+)
 from zili.cli.output import working
 from zili.errors import DataError
+from zili.plurals import counted
 
 if TYPE_CHECKING:
     from zili.evaluation.answers import AnswerScore
@@ -20,41 +31,50 @@ if TYPE_CHECKING:
     from zili.evaluation.harness import TaskScore
 
 
+Text = Annotated[list[Path] | None, typer.Option(help="File or folder of text; may be repeated.")]
+Answers = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="File or folder of conversations: how often the model gives the last answer word for word. May be "
+        "repeated."
+    ),
+]
+Tasks = Annotated[
+    str | None, typer.Option(help="Tasks and groups of lm-eval, or Zili's own (zili_arithmetic, ...), with commas.")
+]
+IncludePath = Annotated[Path | None, typer.Option(help="Folder with task files of your own.")]
+ListTasks = Annotated[bool, typer.Option("--list-tasks", help="Name every task there is.")]
+FewShot = Annotated[int | None, typer.Option(help="Examples in the context; the task's own if not given.", min=0)]
+Limit = Annotated[int | None, typer.Option(help="Questions of each task; all if not given.", min=1)]
+AsChat = Annotated[bool, typer.Option("--chat", help="Ask in turns of the model's chat template.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
+Out = Annotated[Path | None, typer.Option(help="Write the results of --answers or --tasks here, for a model card.")]
+SequenceLength = Annotated[
+    int | None, typer.Option(help="Tokens in a window; the training length if not given.", min=2)
+]
+BatchSize = Annotated[int, typer.Option(help="Windows at a time.", min=1)]
+MaxBytes = Annotated[int | None, typer.Option(help="Stop after so many bytes of text.", min=1)]
+
+
 def eval_(
     path: Annotated[Path | None, typer.Argument(help="Run, checkpoint or model folder.", metavar="PATH")] = None,
     *,
-    text: Annotated[list[Path] | None, typer.Option(help="File or folder of text; may be repeated.")] = None,
-    answers: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="File or folder of conversations: how often the model gives the last answer word for word. May be "
-            "repeated."
-        ),
-    ] = None,
-    tasks: Annotated[
-        str | None, typer.Option(help="Tasks and groups of lm-eval, or Zili's own (zili_arithmetic, ...), with commas.")
-    ] = None,
-    include_path: Annotated[Path | None, typer.Option(help="Folder with task files of your own.")] = None,
-    list_tasks: Annotated[bool, typer.Option("--list-tasks", help="Name every task there is.")] = False,
-    few_shot: Annotated[
-        int | None, typer.Option(help="Examples in the context; the task's own if not given.", min=0)
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Questions of each task; all if not given.", min=1)] = None,
-    as_chat: Annotated[bool, typer.Option("--chat", help="Ask in turns of the model's chat template.")] = False,
-    template: Annotated[
-        str | None, typer.Option(help="Chat template in place of the model's own: a name, or a file.")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
-    out: Annotated[
-        Path | None, typer.Option(help="Write the results of --answers or --tasks here, for a model card.")
-    ] = None,
+    text: Text = None,
+    answers: Answers = None,
+    tasks: Tasks = None,
+    include_path: IncludePath = None,
+    list_tasks: ListTasks = False,
+    few_shot: FewShot = None,
+    limit: Limit = None,
+    as_chat: AsChat = False,
+    template: Template = None,
+    max_new_tokens: MaxNewTokens = 256,
+    out: Out = None,
     text_field: TextField = "text",
     on_error: OnErrorOption = OnError.RAISE,
-    sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens in a window; the training length if not given.", min=2)
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows at a time.", min=1)] = 8,
-    max_bytes: Annotated[int | None, typer.Option(help="Stop after so many bytes of text.", min=1)] = None,
+    sequence_length: SequenceLength = None,
+    batch_size: BatchSize = 8,
+    max_bytes: MaxBytes = None,
     chip: Chip = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -66,6 +86,7 @@ def eval_(
         return
     if path is None or sum(map(bool, (text, answers, tasks))) != 1:
         raise typer.BadParameter("give a model, and --text, --answers or --tasks")
+    refuse_unwritable(out)
     model_at(path)
     present([*(text or []), *(answers or [])])
     from zili.serving.place import open_device
@@ -73,27 +94,39 @@ def eval_(
     device = open_device(chip)
     if answers:
         _answers(path, answers, template, max_new_tokens, device, as_json, out)
-        return
-    if tasks:
+    elif tasks:
         asked = _Asked(tasks.split(","), include_path, few_shot, limit, as_chat, template, batch_size)
         _tasks(path, asked, device, as_json, out)
-        return
-    assert text is not None
+    else:
+        _text(path, _Read(text or [], text_field, on_error, max_bytes), sequence_length, batch_size, device, as_json)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Text to score, and how to read it."""
+
+    paths: list[Path]
+    field: str
+    on_error: OnError
+    max_bytes: int | None
+
+
+def _text(path: Path, read: _Read, length: int | None, batch_size: int, device: Any, as_json: bool) -> None:
     from zili.data.reading import read_documents
     from zili.evaluation.bits_per_byte import bits_per_byte, limit_bytes
     from zili.evaluation.compressors import reference_compressors
     from zili.serving.model_folder import open_folder
 
-    documents = read_documents(text, text_field=text_field, on_error=on_error.value)
+    documents = read_documents(read.paths, text_field=read.field, on_error=read.on_error.value)
     # Held in memory, because xz and zstd are given all of it at once anyway.
-    texts = list(limit_bytes((document.text for document in documents), max_bytes))
+    texts = list(limit_bytes((document.text for document in documents), read.max_bytes))
     opened = open_folder(path, device=device)
     with working("scoring") as status:
         score = bits_per_byte(
             opened.model,
             opened.tokenizer,
             texts,
-            sequence_length=sequence_length or opened.training_length,
+            sequence_length=length or opened.training_length,
             batch_size=batch_size,
             progress=lambda tokens: status(f"scoring: {tokens:,} tokens"),
         )
@@ -192,9 +225,9 @@ def _tasks(path: Path, asked: _Asked, device: Any, as_json: bool, out: Path | No
         write_whole(out, json.dumps(record, indent=1) + "\n")
     typer.echo(json.dumps(record) if as_json else _task_table(scores))
     if scorer.counted.shortened:
-        typer.echo(
-            f"{scorer.counted.shortened:,} contexts were longer than the model's: their beginnings were left out"
-        )
+        contexts = counted(scorer.counted.shortened, "context")
+        longer = f"the beginnings of {contexts} were left out, longer than the model's"
+        typer.echo(longer, err=as_json)
 
 
 def _task_table(scores: list[TaskScore]) -> str:
@@ -232,8 +265,8 @@ def _table(path: Path, score: Score, references: list[Reference]) -> str:
     width = max(len(name) for name, _ in rows)
     return "\n".join(
         [
-            f"{score.documents:,} document{'s' * (score.documents != 1)}, {score.bytes:,} bytes, "
-            f"{score.tokens:,} tokens in {score.seconds:.1f} s; loss {score.loss_per_token:.4f} nats a token",
+            f"{counted(score.documents, 'document')}, {counted(score.bytes, 'byte')}, "
+            f"{counted(score.tokens, 'token')} in {score.seconds:.1f} s; loss {score.loss_per_token:.4f} nats a token",
             f"{'bits per byte':>{width + 15}}",
             *(f"{name:<{width}}  {value:13.4f}" for name, value in rows),
         ]

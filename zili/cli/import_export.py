@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from zili import chips
-from zili.cli.options import dtype_named, model_at, program
+from zili.cli.options import AsJson, dtype_named, finite, model_at, program
 from zili.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 Dtype = Annotated[
     str | None, typer.Option(help="Convert to float32, bfloat16 or float16; the stored dtype if not given.")
 ]
-ShardGb = Annotated[float, typer.Option(help="Largest weight file, in GB.", min=0.001)]
+ShardGb = Annotated[float, typer.Option(help="Largest weight file, in GB.", min=0.001, callback=finite)]
 
 
 def import_(
@@ -101,6 +102,7 @@ def verify(
             help="Compare with transformers' own classes too; by default where it is installed and there is room.",
         ),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Hash a release's files again, load it, and compare what its model says with what was recorded.
 
@@ -111,7 +113,11 @@ def verify(
     _set_environment()
     from zili.release.verifying import verify_release
 
-    for finding in verify_release(folder, against=against, transformers=transformers):
+    found = verify_release(folder, against=against, transformers=transformers)
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in found], indent=1))
+        return
+    for finding in found:
         typer.echo(f"{finding.what}: {finding.detail}")
     typer.echo(f"{folder} holds")
 

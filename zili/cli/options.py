@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 from collections.abc import Iterable
 from enum import StrEnum
@@ -64,11 +65,16 @@ Page = Annotated[Path | None, typer.Option(help="Write an HTML page here.")]
 
 def refuse_unwritable(*files: Path | None) -> None:
     """ConfigError where one of the files that an option names cannot be written, before anything is computed."""
-    for file in files:
-        if file is not None and not file.parent.is_dir():
-            raise ConfigError(f"{file} cannot be written: there is no folder {file.parent}")
-        if file is not None and file.is_dir():
-            raise ConfigError(f"{file} cannot be written: it is a folder")
+    for file in filter(None, files):
+        try:
+            if not file.parent.is_dir():
+                raise ConfigError(f"{file} cannot be written: there is no folder {file.parent}")
+            if file.is_dir():
+                raise ConfigError(f"{file} cannot be written: it is a folder")
+            with tempfile.NamedTemporaryFile(dir=file.parent, prefix=file.name):
+                pass
+        except OSError as error:
+            raise ConfigError(f"{file} cannot be written: {error.strerror}; name another file") from error
 
 
 def model_at(path: Path) -> Path:
@@ -117,6 +123,12 @@ def finite(value: float | None) -> float | None:
     if value is not None and not isfinite(value):
         raise typer.BadParameter(f"{value} is no number to reckon with")
     return value
+
+
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token each time.", min=0, callback=finite)]
+TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens of this mass; 1: all.", callback=finite)]
+TopK = Annotated[int, typer.Option(help="Draw from this many likeliest tokens; 0: all.")]
+RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 avoids tokens already there.", callback=finite)]
 
 
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}

@@ -24,6 +24,7 @@ from zili.planning.goodput import LLAMA3_RATE, Failures
 from zili.planning.hyperparameters import flops
 from zili.planning.plan import MFU, Plan, Setting, make_plan, setting_config, usual_batch
 from zili.planning.search import seconds_text
+from zili.plurals import counted
 
 _SHOWN_LOSSES = 8
 _SMALL_GIB = 2**30
@@ -280,9 +281,9 @@ def _show(made: Plan, to: Console) -> None:
     best, config = made.best, made.setting.config
     run = best.run
     say(
-        f"{config.name}: {run.global_batch:,} sequences of {run.sequence:,} a step ({_count(run.tokens)} tokens), "
-        f"{_count(made.setting.tokens)} tokens, on {made.chips:,} {made.chip.name}; "
-        f"{made.found.searched:,} layouts looked at"
+        f"{config.name}: {counted(run.global_batch, 'sequence')} of {run.sequence:,} a step "
+        f"({_count(run.tokens)} tokens), {_count(made.setting.tokens)} tokens, on {made.chips:,} {made.chip.name}; "
+        f"{counted(made.found.searched, 'layout')} looked at"
     )
     for note in made.notes:
         say(f"  {note}")
@@ -312,7 +313,7 @@ def _show(made: Plan, to: Console) -> None:
         + (most if good.share < _NEARLY_ALL else "")
     )
     energy = made.megawatt_hours
-    spares = f" with {good.spares:,} spare{'s' * (good.spares != 1)}" if good.spares else ""
+    spares = f" with {counted(good.spares, 'spare')}" if good.spares else ""
     say(
         f"{_days(made.days)}, {_three(made.chip_hours)} chip-hours{spares}"
         + (f", {_three(energy)} MWh (an estimate)" if energy else "")
@@ -323,11 +324,11 @@ def _show(made: Plan, to: Console) -> None:
 
 
 def _days(days: float) -> str:
-    """Days, hours or minutes, so that something of it is left."""
+    """Days, hours, minutes or seconds, so that something of it is left."""
     for name, size in (("day", 1.0), ("hour", 1 / 24), ("minute", 1 / 1440)):
-        if days >= 2 * size or name == "minute":
+        if days >= 2 * size:
             return f"{days / size:,.1f} {name}s"
-    raise AssertionError("unreachable")
+    return f"{_three(86_400 * days)} seconds"
 
 
 def _three(figure: float) -> str:

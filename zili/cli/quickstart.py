@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from zili import chips
 from zili.cli.launch import RECIPE_FILE, Launch, keep_length, prepare_launch, print_choices, print_next, run
-from zili.cli.options import OnError, OnErrorOption, Overrides, TextField, program, read_recipe
+from zili.cli.options import OnError, OnErrorOption, Overrides, TextField, finite, program, read_recipe
 from zili.cli.train import INTERRUPTED
 from zili.config import Choice, RunConfig, build_config
 from zili.errors import ConfigError, LayoutError
@@ -44,7 +44,9 @@ def quickstart(
         typer.Option(help="Files or folders to learn from; the running Python's standard library if not given."),
     ] = None,
     folder: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/quickstart"),
-    minutes: Annotated[float, typer.Option(help="Time for everything, from text to report.", min=0.5)] = 5.0,
+    minutes: Annotated[
+        float, typer.Option(help="Time for everything, from text to report.", min=0.5, callback=finite)
+    ] = 5.0,
     text_field: TextField = "text",
     on_error: OnErrorOption = OnError.RAISE,
     restart: Annotated[bool, typer.Option("--restart", help="Drop an earlier run in the folder.")] = False,

@@ -22,6 +22,7 @@ from zili.config import RunConfig
 from zili.durable import write_whole
 from zili.errors import ConfigError, LayoutError, ZiliError
 from zili.parallel.layout import lay_out, processes
+from zili.plurals import counted
 
 if TYPE_CHECKING:
     from zili.rehearsal import Rehearsal
@@ -150,7 +151,8 @@ def _show(found: Sequence[Rehearsal], to: Console) -> None:
     from zili.rehearsal.report import ranges_text, size_text
 
     first = found[0]
-    to.print(f"{first.layout}, {first.micro_batches} micro-batches in the step", highlight=False)
+    micro_batches = counted(first.micro_batches, "micro-batch")
+    to.print(f"{first.layout}, {micro_batches} in the step", highlight=False)
     for choice in first.choices:
         to.print(f"  {choice}", highlight=False, markup=False, soft_wrap=True)
     rows = table(to, ("process", "layers", "peak", "of it"), left=("layers", "of it"))

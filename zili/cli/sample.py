@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from zili.cli.options import Chip, model_at
+from zili.cli.options import Chip, RepetitionPenalty, Temperature, TopK, TopP, model_at
 
 
 def sample(
@@ -18,10 +18,10 @@ def sample(
     prompt: Annotated[str, typer.Option(help="Text to continue; empty begins a document.")] = "",
     number: Annotated[int, typer.Option(help="How many; each with the next seed.", min=1)] = 1,
     max_new_tokens: Annotated[int, typer.Option(help="Longest continuation, in tokens.", min=1)] = 200,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.8,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this mass; 1: all.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Draw from this many likeliest tokens; 0: all.")] = 0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 avoids tokens already there.")] = 1.0,
+    temperature: Temperature = 0.8,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    repetition_penalty: RepetitionPenalty = 1.0,
     chip: Chip = "auto",
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     as_json: Annotated[

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import typer
 
-from zili.cli.options import Chip, Demo, ModelPath, Template, dtype_named, model_at
+from zili.cli.options import Chip, Demo, ModelPath, Template, dtype_named, finite, model_at
 from zili.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -48,7 +48,9 @@ def serve(
         str | None, typer.Option(help="bfloat16, float16 or float32 (ours by default) for weights and products.")
     ] = None,
     queue: Annotated[int, typer.Option(help="Answers that may wait; further ones are refused.", min=1)] = 256,
-    timeout: Annotated[float, typer.Option(help="Seconds an answer may take, its waiting included.", min=1)] = 600,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds an answer may take, its waiting included.", min=1, callback=finite)
+    ] = 600,
     allow_origin: Annotated[
         list[str] | None,
         typer.Option(help="Web page whose scripts may ask, as https://chat.example.org; * is any. May be repeated."),

@@ -10,6 +10,7 @@ from rich.console import Console
 from zili.cli.amounts import amounts
 from zili.cli.options import Overrides, Recipe, read_recipe, starter
 from zili.parallel.layout import processes
+from zili.plurals import counted
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it (128 + SIGINT)."""
@@ -41,5 +42,8 @@ def train(
         recipe_file = shlex.quote(str(folder / "recipe.toml"))
         console.print(f"  {starter()} train {recipe_file}", highlight=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED)
-    console.print(f"Done: {trainer.step} steps, {trainer.tokens:,} tokens, in {folder}. Next:", highlight=False)
+    console.print(
+        f"Done: {counted(trainer.step, 'step')}, {counted(trainer.tokens, 'token')}, in {folder}. Next:",
+        highlight=False,
+    )
     print_next(folder, console)

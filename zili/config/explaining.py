@@ -47,7 +47,7 @@ def _explain_one(where: str, items: list[Any]) -> str:
     """What is wrong with one key; of a union, each branch has said what it wants."""
     first = items[0]
     if first["type"] == "extra_forbidden":
-        return f"unknown key {where}{_nearest(first['loc'])}"
+        return f"unknown key {where}{_nearest(first['loc'], first['input'])}"
     if first["type"] == "missing":
         return f"{where} is missing"
     said = ", or ".join(dict.fromkeys(_plain(item["msg"]) for item in items)).replace(", or must be ", ", or ")
@@ -79,10 +79,14 @@ def _tables() -> dict[str, str]:
     return {key: name for name in RunConfig.model_fields for key in fields_at((name,))}
 
 
-def _nearest(location: tuple[Any, ...]) -> str:
-    """What the user may have meant: the same key of another table, what it is called elsewhere, the nearest."""
+def _nearest(location: tuple[Any, ...], given: Any) -> str:
+    """What the user may have meant: the same key of another table, what it is called elsewhere, the nearest; in a table
+    that there is none of, what its first key that is known is called here."""
     known, wanted = list(fields_at(location[:-1])), str(location[-1])
     elsewhere = _tables()
+    meant = meant_key(".".join(map(str, location)))
+    if meant is not None:
+        return f"; {meant}"
     if wanted in elsewhere:
         return f"; did you mean {elsewhere[wanted]}.{wanted}?"
     meant = meant_key(wanted)
@@ -92,4 +96,7 @@ def _nearest(location: tuple[Any, ...]) -> str:
     for table_of in (dict.fromkeys(known, here), elsewhere):
         for key in difflib.get_close_matches(wanted, table_of, n=1, cutoff=_NEAR):
             return f"; did you mean {f'{table_of[key]}.{key}'.lstrip('.')}?"
+    inside = [key for key in given if key not in RunConfig.model_fields] if isinstance(given, dict) else []
+    for hint in filter(None, map(key_of_option, inside)):
+        return f"; {hint}"
     return f"; known keys here: {', '.join(sorted(known))}" if known else ""

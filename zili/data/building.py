@@ -23,6 +23,7 @@ from zili.data.store import MASK, Manifest, store_files
 from zili.data.tokenizer import Tokenizer
 from zili.durable import sync
 from zili.errors import DataError
+from zili.plurals import counted
 
 _BATCH_BYTES = 8 << 20  # of text encoded at once: enough to keep all cores busy, little to hold
 
@@ -44,7 +45,8 @@ class BuildReport:
 
     def __str__(self) -> str:
         return (
-            f"{self.documents:,} documents, {self.text_bytes / 1e6:.3g} MB of text, {self.tokens:,} tokens "
+            f"{counted(self.documents, 'document')}, {self.text_bytes / 1e6:.3g} MB of text, "
+            f"{counted(self.tokens, 'token')} "
             f"({self.text_bytes / self.tokens:.2f} bytes each) in {self.seconds:.1f} s, "
             f"{self.mb_per_second:.1f} MB/s"
         )

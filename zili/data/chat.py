@@ -12,13 +12,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -31,6 +32,13 @@ from zili.errors import DataError
 ROLES = ("system", "user", "assistant", "tool")
 Message = Mapping[str, Any]
 """`role` and `content`; an assistant's may have `reasoning_content` and `tool_calls`."""
+NOT_OPTIONS = frozenset(
+    {
+        *("self", "tokenizer", "messages", "tools", "add_generation_prompt", "continue_final_message"),
+        *("begin_said", "end_said", "bos_token", "eos_token", "unk_token", "pad_token"),
+    }
+)
+"""What a template is given, and so no option of its own."""
 _MARK = re.compile(r"(\{%-?\s*)(end)?generation(\s*-?%\})")
 
 
@@ -118,6 +126,11 @@ class ChatTemplate:
             manners = find_manners(self._bare(tokenizer.roles))
             guard = self._guards[tokenizer] = Guard(tokenizer, manners, self.source, self.name)
         return guard
+
+    @cached_property
+    def asks_for(self) -> frozenset[str]:
+        """Names that it looks up: of options others change nothing."""
+        return frozenset(meta.find_undeclared_variables(_environment().parse(self.source)))
 
     @property
     def without_marks(self) -> str:
@@ -249,7 +262,7 @@ def _normal_call(call: Any) -> dict[str, Any]:
     if arguments is None:
         raise DataError(f"the arguments of a call of {inner['name']} are no JSON object")
     function = {"name": inner["name"], "arguments": arguments}
-    identity = {"id": call["id"]} if "id" in call else {}
+    identity = {"id": call["id"]} if call.get("id") is not None else {}
     return {**identity, "type": "function", "function": function}
 
 

@@ -23,6 +23,10 @@ from zili.data.split import Split
 from zili.data.tokenizer import Tokenizer
 from zili.durable import whole_folder
 from zili.errors import DataError
+from zili.plurals import counted
+
+_TOLD_NAMES = 50
+"""Names of keys that were not used; files whose keys are data have more of them than anyone reads."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,11 @@ class DialogueReport:
 
     def __str__(self) -> str:
         return (
-            f"{self.dialogues:,} {'pairs' if self.pairs else 'conversations'}, {self.tokens:,} tokens, "
+            f"{counted(self.dialogues, 'pair' if self.pairs else 'conversation')}, {counted(self.tokens, 'token')}, "
             f"{self.learned:,} of them learned ({100 * self.learned / self.tokens:.0f} %), the longest "
             f"{self.longest:,}, in {self.seconds:.1f} s; left out: {self.left_out}"
             + (
-                f"; {self.thoughtless:,} earlier answers NOT LEARNED, whose thoughts the template leaves out"
+                f"; {counted(self.thoughtless, 'earlier answer')} NOT LEARNED, whose thoughts the template leaves out"
                 if self.thoughtless
                 else ""
             )
@@ -97,9 +101,8 @@ def build_dialogue_store(
                 progress(number)
         if not learned:
             raise DataError(
-                f"{Path(prefix).name}: nothing to learn: {template.name} marks nothing that the assistant says "
-                "({% generation %} in the template does), or there were no conversations; left out: "
-                f"{census.left_out}."
+                f"{Path(prefix).name}: nothing to learn: no conversation came here that {template.name} can say whole; "
+                f"left out: {census.left_out}."
             )
         writer.finish(0, census, split, pairs=pairs)
     seconds = time.perf_counter() - started
@@ -150,12 +153,12 @@ def split_and_build(
     """
     split = Split.of(held_out) if held_out else None
     lines = []
-    unused: Counter[str] = Counter()
+    unread: Counter[str] = Counter()
     with whole_folder(folder, DataError) as aside:
         for name in ("train", "held_out") if split else ("train",):
             census = Census()
             chosen = (
-                dialogue
+                _counting(dialogue, template, unread)
                 for dialogue in read_dialogues(files, on_error=on_error, census=census)
                 if split is None or split.holds_out(_said(dialogue)) == (name == "held_out")
             )
@@ -164,13 +167,20 @@ def split_and_build(
                 chosen, tokenizer, template, aside / name, census=census, on_error=on_error, split=rule
             )
             lines.append(f"{folder / name}: {report}")
-            unused = census.unused  # of all conversations, whichever side they are on
         tokenizer.save(aside / "tokenizer")
         (aside / "tokenizer" / "chat_template.jinja").write_text(template.source, encoding="utf-8")
-    if unused:
-        counted = ", ".join(f"{key} ({count:,})" for key, count in sorted(unused.items()))
-        lines.append(f"in the records and not used: {counted}")
+    # Every reading is of all conversations, whichever side they are on; a side has its own options.
+    if unused := census.unused + unread:
+        told = sorted(unused.most_common(_TOLD_NAMES))
+        more = f", and {len(unused) - len(told):,} more names" if len(unused) > len(told) else ""
+        lines.append(f"in the records and not used: {', '.join(f'{key} ({count:,})' for key, count in told)}{more}")
     return lines
+
+
+def _counting(dialogue: Dialogue, template: ChatTemplate, unread: Counter[str]) -> Dialogue:
+    """`dialogue`, after counting its options that the template does not look up."""
+    unread.update(f"chat_template_kwargs.{name}" for name in dialogue.options if name not in template.asks_for)
+    return dialogue
 
 
 def _said(dialogue: Dialogue) -> str:

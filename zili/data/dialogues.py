@@ -1,58 +1,47 @@
 """Files of conversations to learn from, in the forms that are common, as one: messages of roles.
 
-Told apart by a record's keys: `messages` (OpenAI's), `conversations` (ShareGPT's), `instruction` with `output`
-(Alpaca's), `dialog` (TeleChat2's). With `rejected` a record is a pair: a question, the answer that was chosen and one
-that was not. What cannot be learned from is an error with its place, or left out and counted.
+Told apart by a record's keys: `messages` (OpenAI's), `conversations` (ShareGPT's), `dialog` (TeleChat2's), a question
+with its answer (`_ANSWERED`). With `rejected` a record is a pair: a question, the answer that was chosen and one that
+was not. What cannot be learned from is an error with its place, or left out and counted.
 """
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from typing import Any
 
-from zili.data.chat import ROLES
+from zili.data.chat import NOT_OPTIONS
 from zili.data.fields import Fields, Unfit, check_sound
-from zili.data.reading import Flaw, OnError, records, refuse_or_count
-from zili.data.sources import (
-    JSON_SUFFIXES,
-    LINE_SUFFIXES,
-    Census,
-    FileRecord,
-    Source,
-    SourceFile,
-    list_files,
-    measure,
-    printable,
-    size_of,
+from zili.data.reading import Flaw, OnError, Wanted, read_files, records
+from zili.data.sources import JSON_SUFFIXES, LINE_SUFFIXES, TABLE_SUFFIXES, Census, Source, SourceFile
+from zili.data.turns import (
+    THOUGHTS,
+    check_pair,
+    check_turns,
+    in_json,
+    joined,
+    refuse_unlearnable,
+    spoken,
+    thoughts_of,
+    weight,
 )
-from zili.errors import DataError
 
-FORMS = "messages, conversations, instruction with output, dialog, chosen with rejected"
-_ROLES = {role: role for role in ROLES} | {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "developer": "system",
-    "function": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-    "tool_response": "tool",
-    "function_call": "call",
-    "tool_call": "call",
-}
+FORMS = (
+    "messages, conversations, dialog, instruction with output, query with response, prompt with completion, "
+    "chosen with rejected"
+)
+_TURNS = ("messages", "conversations", "dialog")
+_ANSWERED = {"instruction": "output", "query": "response", "prompt": "completion"}
+"""Alpaca's, ms-swift's of old, TRL's."""
+_QUESTIONS = (*_ANSWERED, "question")
 _REJECTED = ("rejected", "rejected_response", "rejected_messages", "non_preferred_output")
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-_WEIGHTS = ("weight", "loss", "loss_scale", "train", "training", "trainable")
 _SYSTEMS = ("system", "system_prompt")
-_MEDIA = ("images", "image", "videos", "video", "audios", "audio", "objects")
+_LONGEST_NAME = 60
 _JUDGED = ("label", "kto_tag")
-_ANSWERS = ("chosen", "reject", "preferred", "non_preferred")
-"""How names of columns begin that hold answers."""
+_ANSWERS = re.compile("chosen|reject|preferred|^negative")
+"""Names that columns with answers have something of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +49,11 @@ class Dialogue:
     """One conversation: what was said, the tools there were, and its place for errors."""
 
     messages: list[dict[str, Any]]
-    """Of an assistant's that shall not be learned `weight` is 0."""
+    """An answer that is not to be learned has `weight` 0."""
     tools: list[dict[str, Any]] | None
     place: str
     rejected: list[dict[str, Any]] | None = None
-    """Of a pair the conversation that `messages` is preferred to; they part at a turn of the assistant's."""
+    """In a pair, the conversation that `messages` is preferred to; they part at a turn of the assistant's."""
     options: dict[str, Any] = field(default_factory=dict)
     """The template's own, such as enable_thinking (TRL's `chat_template_kwargs`)."""
 
@@ -72,39 +61,30 @@ class Dialogue:
 def read_dialogues(
     paths: Iterable[Source], *, on_error: OnError = "raise", census: Census | None = None
 ) -> Iterator[Dialogue]:
-    """Every conversation in files of JSON lines or JSON arrays, in a fixed order.
+    """Every conversation in files of JSON lines, JSON arrays or parquet, in a fixed order.
 
     Args:
-        paths: files, and folders whose .jsonl files are read.
+        paths: files, and folders whose .jsonl and .parquet files are read.
         on_error: `raise` stops at the first flaw; `skip` counts it in `census.skipped` and goes on.
         census: filled while reading, complete at the end.
 
     Raises `DataError` with file and line, or record of an array; also when there was no conversation at all.
     """
-    paths, census = list(paths), Census(hashes=False) if census is None else census
-    for file in list_files(paths, census):
-        size, sha256 = measure(file.path) if census.hashes else (size_of(file.path), "")
-        before = census.documents
+    census = Census(hashes=False) if census is None else census
+
+    def read(file: SourceFile) -> Iterator[Dialogue | Flaw]:
         for place, record in _records(file):
-            found = record if isinstance(record, Flaw) else _dialogue(record, place, census)
-            if isinstance(found, Flaw):
-                refuse_or_count(found, file, on_error, census)
-            else:
-                census.documents += 1
-                yield found
-        census.files.append(FileRecord(file.name, size, sha256, census.documents - before))
-    if not census.documents:
-        given = ", ".join(printable(str(path)) for path in paths[:3])
-        raise DataError(
-            f"no conversations in {given}: left out {census.left_out}. Give .jsonl or .json "
-            f"files of records with {FORMS}."
-        )
+            yield record if isinstance(record, Flaw) else _dialogue(record, place, census)
+
+    wanted = Wanted("conversations", f".jsonl, .json or .parquet files of records with {FORMS}")
+    return read_files(paths, read, wanted, on_error, census)
 
 
 def _records(file: SourceFile) -> Iterator[tuple[str, dict[str, Any] | Flaw]]:
-    if file.path.name.lower().endswith(LINE_SUFFIXES + JSON_SUFFIXES):
+    if file.path.name.lower().endswith(LINE_SUFFIXES + JSON_SUFFIXES + TABLE_SUFFIXES):
         return records(file)
-    wrong = Flaw("of another kind", f"{file.shown}: .jsonl, .ndjson and .json are read, also as .gz and .zst.")
+    what = ".jsonl, .ndjson and .json, also as .gz and .zst, and .parquet"
+    wrong = Flaw("of another kind", f"{file.shown}: {what} are read.")
     return iter([(file.shown, wrong)])
 
 
@@ -123,7 +103,7 @@ def _dialogue(record: dict[str, Any], place: str, census: Census) -> Dialogue | 
 
 
 class _Reader:
-    """Of one record. Whatever in it is not used is in `unused` in the end."""
+    """Reads one record. Whatever in it is not used is in `unused` in the end."""
 
     def __init__(self, record: dict[str, Any]) -> None:
         self._record = Fields(record)
@@ -131,68 +111,77 @@ class _Reader:
 
     def dialogue(self, place: str) -> Dialogue:
         """Raises: Unfit."""
-        _refuse_media(self._record)
+        refuse_unlearnable(self._record)
         key = next((key for key in _REJECTED if key in self._record), None)
         if key is None and "chosen" in self._record:
             raise Unfit(
                 "of an unknown form", "beside its chosen answer the rejected one is no text, no list of objects"
             )
         messages, rejected = (self._known(), None) if key is None else self._pair(key)
-        _check(messages)
+        check_turns(messages)
         if rejected is not None:
-            _check(rejected)
-            _check_pair(messages, rejected)
-        options = self._record.first("chat_template_kwargs") or {}
-        if not isinstance(options, dict):
-            raise Unfit("of an unknown form", "its chat_template_kwargs are no object")
-        found = Dialogue(messages, _tools(self._record), place, rejected, options)
+            check_turns(rejected)
+            check_pair(messages, rejected)
+        found = Dialogue(messages, _tools(self._record), place, rejected, self._options())
         self._check_verdict()
-        self._check_rest()
+        self._check_rest(paired=rejected is not None)
         return found
 
     @property
     def unused(self) -> list[str]:
         """Names of what was not used, once for each place where it says something."""
-        return [*self._record.unused(), *(f"a turn's {key}" for turn in self._turns for key in turn.unused())]
+        names = [*self._record.unused(), *(f"a turn's {key}" for turn in self._turns for key in turn.unused())]
+        return [name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..." for name in names]
+
+    def _options(self) -> dict[str, Any]:
+        options = self._record.first("chat_template_kwargs") or {}
+        if not isinstance(options, dict):
+            raise Unfit("of an unknown form", "its chat_template_kwargs are no object")
+        for name in NOT_OPTIONS.intersection(options):
+            raise Unfit(
+                "of an unknown form", f"its chat_template_kwargs have {name!r}, which is no option of a template"
+            )
+        return options
 
     def _check_verdict(self) -> None:
         """What says of a whole record whether it is to be learned."""
-        if _weight(self._record) == 0:
+        if weight(self._record) == 0:
             raise Unfit("of weight 0", "it is not to be learned")
         for key in _JUDGED:
-            if isinstance(self._record.peek(key), bool) and not self._record[key]:
+            told = self._record.peek(key)
+            if (isinstance(told, bool | int | float) and not told) or str(told).lower() == "false":
                 raise Unfit("judged bad", f"its {key} says that the answer is bad (KTO), which is not learned from")
+            if told is True:
+                self._record[key]
 
-    def _check_rest(self) -> None:
+    def _check_rest(self, *, paired: bool) -> None:
+        """Refuse what was not used and would change what is learned. Beside a pair that was read, names such as
+        `chosen_model` say something about it."""
         for key, value in self._record.unused().items():
-            if key.startswith(_ANSWERS) and isinstance(value, str | list | dict):
+            if not isinstance(value, str | list | dict):
+                continue
+            if not paired and _ANSWERS.search(key):
                 raise Unfit("of an unknown form", f"{key!r} is an answer that is not read so; known: {FORMS}")
+            if key in THOUGHTS:
+                raise Unfit("with thoughts beside its turns", f"it is not said which turn has the thoughts of {key!r}")
 
     def _known(self) -> list[dict[str, Any]]:
         record = self._record
-        if "messages" in record:
-            return self._with_system(self._all_spoken(record["messages"]))
-        if "conversations" in record:
-            return self._with_system(self._all_spoken(record["conversations"]))
-        if "instruction" in record and "output" in record:
-            return self._alpaca(record["output"])
-        if "dialog" in record:
-            return self._with_system(self._all_spoken(record["dialog"]))
+        for key in _TURNS:
+            if key in record:
+                return self._with_system(self._all_spoken(record[key]))
+        for question, answer in _ANSWERED.items():
+            if question in record and answer in record:
+                if answer != "completion" and not isinstance(record.peek(answer), str):
+                    raise Unfit("not a string", f"its {answer} is no text")
+                asked, turns = self._asked(question), self._answer(record[answer])
+                return [*(map(_unlearned, asked) if answer == "completion" else asked), *self._thinking(turns)]
         raise Unfit("of an unknown form", f"keys {', '.join(map(repr, list(record)[:8]))}; known: {FORMS}")
 
-    def _alpaca(self, output: Any) -> list[dict[str, Any]]:
-        record, turns = self._record, []
-        history = record.first("history") or []
-        if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-            raise Unfit("of an unknown form", "its history is no list of pairs")
-        for pair in history:
-            turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-        asked = [record["instruction"], record.first("input") or ""]
-        if not all(isinstance(text, str) for text in (*asked, output)):
-            raise Unfit("not a string", "instruction, input or output is no text")
-        turns.append({"role": "user", "content": "\n".join(text for text in asked if text)})
-        turns.append({"role": "assistant", "content": output})
-        return self._with_system(turns)
+    def _thinking(self, turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """An answer with the thoughts that stand beside it."""
+        thoughts = thoughts_of(self._record) if len(turns) == 1 else None
+        return [{**turns[0], "reasoning_content": thoughts}] if thoughts else turns
 
     def _pair(self, key: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """The chosen and the rejected conversation, whole."""
@@ -205,32 +194,56 @@ class _Reader:
         name = "preferred_output" if key == "non_preferred_output" else "chosen"
         if name not in record:
             raise Unfit("of an unknown form", "it has a rejected answer and no chosen one")
-        asked = self._asked_of_openai() if key == "non_preferred_output" else self._asked()
-        chosen, rejected = (self._whole(asked, self._answer(self._record[one])) for one in (name, key))
+        asked = self._asked_of_openai() if key == "non_preferred_output" else self._asked_beside()
+        chosen, rejected = (self._whole(asked, self._answer(record[one])) for one in (name, key))
         return chosen, rejected
 
     def _whole(self, asked: list[dict[str, Any]], turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Some write the whole conversation, some the answer alone."""
-        if turns and turns[0]["role"] != "assistant":
-            return self._with_system(turns)
-        return asked + turns
+        if not turns or turns[0]["role"] == "assistant":
+            return asked + turns
+        whole = self._with_system(turns)
+        if whole[-1]["role"] == "assistant" and any(turn not in whole for turn in asked):
+            raise Unfit("with two questions", "what is asked beside a whole conversation is not in it")
+        return whole
 
-    def _asked(self) -> list[dict[str, Any]]:
-        record = self._record
-        if "instruction" in record and not isinstance(record.peek("prompt"), list):
-            return self._alpaca("")[:-1]
-        prompt = record.first("prompt")
-        if isinstance(prompt, list):
-            return self._with_system(self._all_spoken(prompt))
-        if prompt is not None:
-            return self._with_system([{"role": "user", "content": prompt}])
-        return self._known() if any(key in record for key in ("messages", "conversations", "dialog")) else []
+    def _asked_beside(self) -> list[dict[str, Any]]:
+        """What the answers of a pair answer."""
+        key = next((key for key in (*_QUESTIONS, *_TURNS) if key in self._record), None)
+        if key is None:
+            return []
+        return self._known() if key in _TURNS else self._asked(key)
+
+    def _asked(self, key: str) -> list[dict[str, Any]]:
+        if isinstance(self._record.peek(key), list):
+            return self._with_system(self._all_spoken(self._record[key]))
+        return self._with_system([*self._history(), {"role": "user", "content": self._question(key)}])
+
+    def _question(self, key: str) -> Any:
+        if key != "instruction":
+            return self._record[key]
+        asked = [self._record[key], self._record.first("input") or ""]
+        if not all(isinstance(text, str) for text in asked):
+            raise Unfit("not a string", "its instruction or input is no text")
+        return "\n".join(text for text in asked if text)
+
+    def _history(self) -> list[dict[str, Any]]:
+        history = self._record.first("history") or []
+        if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+            raise Unfit("of an unknown form", "its history is no list of pairs")
+        roles = ("user", "assistant")
+        return [{"role": role, "content": text} for pair in history for role, text in zip(roles, pair, strict=True)]
 
     def _asked_of_openai(self) -> list[dict[str, Any]]:
         asked = self._record.first("input")
         if not isinstance(asked, dict):
             raise Unfit("of an unknown form", "its input is no object with messages")
-        self._record = Fields({**{key: self._record[key] for key in self._record if key != "input"}, **asked})
+        beside = {key: self._record.peek(key) for key in self._record if key != "input"}
+        both = next((key for key in asked if key in beside and asked[key] is not None), None)
+        if both is not None:
+            raise Unfit("of an unknown form", f"it has {both!r} twice, in its input and beside it")
+        self._record = Fields({**beside, **asked})
+        refuse_unlearnable(self._record)
         return self._known()
 
     def _answer(self, value: Any) -> list[dict[str, Any]]:
@@ -245,9 +258,9 @@ class _Reader:
             raise Unfit("of an unknown form", "its turns are no list of objects")
         fields = [Fields(turn) for turn in turns]
         self._turns += fields
-        spoken = [_spoken(turn) for turn in fields]
+        said = joined([(turn, spoken(turn)) for turn in fields])
         # A system prompt without a word is none.
-        return spoken[1:] if spoken and spoken[0] == {"role": "system", "content": ""} else spoken
+        return said[1:] if said and said[0] == {"role": "system", "content": ""} else said
 
     def _with_system(self, turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
         system = self._record.first(*_SYSTEMS)
@@ -263,129 +276,15 @@ class _Reader:
         return [first, *turns]
 
 
-def _spoken(turn: Fields) -> dict[str, Any]:
-    role_key, text_key = ("from", "value") if "from" in turn else ("role", "content")
-    given = turn.first(role_key)
-    role = _ROLES.get(given) if isinstance(given, str) else None
-    if role is None:
-        raise Unfit("of an unknown role", f"a turn's {role_key} is {given!r}; known: {', '.join(_ROLES)}")
-    _refuse_media(turn)
-    text = _text(turn.first(text_key))
-    weight = _weight(turn)
-    if role not in ("assistant", "call"):
-        if any(turn.peek(key) for key in _WEIGHTS):
-            raise Unfit("with weights that are not learned by", f"what {given} says shall be learned")
-        named = turn.first("tool_call_id"), turn.first("name") if role == "tool" else None
-        kept = {key: value for key, value in zip(("tool_call_id", "name"), named, strict=True) if value is not None}
-        empty = role == "system" and isinstance(text, str) and not text.strip()
-        return {"role": role, "content": "" if empty or (role == "system" and text is None) else text, **kept}
-    calls = _calls(text) if role == "call" else _called(turn)
-    content = "" if role == "call" or (calls and text is None) else text
-    thoughts = turn.first(*_THOUGHTS)
-    if thoughts is not None and not isinstance(thoughts, str):
-        raise Unfit("not a string", f"the thoughts of a turn are {type(thoughts).__name__}, not text")
-    rest = {"tool_calls": calls, "reasoning_content": thoughts}
-    unlearned = {"weight": 0} if weight == 0 else {}
-    return {
-        "role": "assistant",
-        "content": content,
-        **{key: value for key, value in rest.items() if value},
-        **unlearned,
-    }
-
-
-def _text(content: Any) -> Any:
-    """The text of a content that comes in parts."""
-    if not isinstance(content, list):
-        return content
-    texts = []
-    for part in content:
-        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part
-        if not isinstance(text, str):
-            raise Unfit("with more than text", "a part of a turn's content is no text")
-        texts.append(text)
-    return "".join(texts)
-
-
-def _weight(fields: Fields) -> int:
-    """1 to learn it, 0 not to; by any of the names for it."""
-    weights = [fields[key] for key in _WEIGHTS if key in fields]
-    for weight in weights:
-        if not isinstance(weight, bool | int | float) or weight not in (0, 1):
-            raise Unfit("with weights that are not learned by", f"a weight of {weight!r:.40}: 0 and 1 are known")
-    return int(all(weights))
-
-
-def _refuse_media(fields: Fields) -> None:
-    for key in _MEDIA:
-        if fields.first(key):
-            raise Unfit("with more than text", f"it has {key!r}: text alone is learned")
-
-
-def _called(turn: Fields) -> list[Any]:
-    calls = turn.first("tool_calls") or []
-    if not isinstance(calls, list):
-        raise Unfit("of an unknown form", "the tool_calls of a turn are no list")
-    one = turn.first("function_call")  # OpenAI's, of old
-    return calls if one is None else [*calls, {"type": "function", "function": one}]
-
-
-def _check_pair(chosen: list[dict[str, Any]], rejected: list[dict[str, Any]]) -> None:
-    """Of the same question, and two answers to it."""
-    if chosen == rejected:
-        raise Unfit("with the same answer twice", "the chosen answer is the rejected one")
-    apart = (turns for turns in zip_longest(chosen, rejected) if turns[0] != turns[1])
-    if any(turn is None or turn["role"] != "assistant" for turn in next(apart)):
-        raise Unfit("with two questions", "chosen and rejected answer different questions")
+def _unlearned(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn of a prompt: in TRL's form the completion alone is learned."""
+    return {**turn, "weight": 0} if turn["role"] == "assistant" else turn
 
 
 def _tools(record: Fields) -> list[dict[str, Any]] | None:
-    tools = _in_json(record.first("tools", "tool"), "its tools are")
-    functions = _in_json(record.first("functions"), "its functions are")  # OpenAI's, of old
+    tools = in_json(record.first("tools", "tool"), "its tools are")
+    functions = in_json(record.first("functions"), "its functions are")  # OpenAI's, of old
     for given in (tools, functions):
         if given and not (isinstance(given, list) and all(isinstance(tool, dict) for tool in given)):
             raise Unfit("of an unknown form", "its tools are no list of objects")
     return [*(tools or []), *({"type": "function", "function": one} for one in functions or [])] or None
-
-
-def _in_json(value: Any, what: str) -> Any:
-    """What a text says in JSON; what is no text is as it is, and a text without a word is nothing."""
-    if not isinstance(value, str):
-        return value
-    try:
-        found = json.loads(value) if value.strip() else None
-    except (ValueError, RecursionError) as error:
-        raise Unfit("broken JSON", f"{what} no JSON ({error})") from error
-    check_sound(found)
-    return found
-
-
-def _calls(text: Any) -> list[Any]:
-    calls = _in_json(text, "a function call is")
-    return calls if isinstance(calls, list) else [calls]
-
-
-def _check(messages: list[dict[str, Any]]) -> None:
-    """Turns with something in them, in an order that a conversation has, ending with an answer to learn."""
-    before = "system"
-    for number, message in enumerate(messages, start=1):
-        role, content = message["role"], message["content"]
-        if not isinstance(content, str):
-            raise Unfit("not a string", f"turn {number} ({role}) is {type(content).__name__}, not text")
-        if not content.strip() and not message.get("tool_calls"):
-            raise Unfit("with an empty turn", f"turn {number} ({role}) is empty")
-        if role not in _FOLLOWING[before] or (role == "system" and number > 1):
-            raise Unfit("in no order", f"turn {number} is {role} after {'nothing' if number == 1 else before}")
-        before = role
-    if before != "assistant":
-        raise Unfit("without an answer", "its last turn is not the assistant's")
-    if not any(message["role"] == "assistant" and message.get("weight", 1) for message in messages):
-        raise Unfit("of weight 0", "none of its answers is to be learned")
-
-
-_FOLLOWING = {
-    "system": ("system", "user"),
-    "user": ("assistant",),
-    "assistant": ("user", "tool"),
-    "tool": ("tool", "assistant", "user"),
-}

@@ -13,7 +13,7 @@ from typing import Any
 
 from zili.data.chat import ChatTemplate, Rendered
 from zili.data.dialogues import Dialogue
-from zili.data.manners import CALL, CALLED, Manners, read_arguments, split_thoughts
+from zili.data.manners import CALL, CALLED, THINK, THOUGHT, Manners, read_arguments, split_thoughts
 from zili.data.tokenizer import Tokenizer
 from zili.errors import DataError
 
@@ -51,15 +51,17 @@ def to_learn(
             f"nothing to learn: {template.name} marks nothing that the assistant says ({{% generation %}} does)",
         )
     manners = template.manners(of)
-    _check_kinds(messages, dialogue.tools, manners, template.name, of)
-    for number, message in enumerate(messages, start=1):
-        if message["role"] != "assistant" and not _holds(rendered.text, message["content"]):
-            raise Unsaid("with text that the template leaves out", f"{template.name} leaves out turn {number}")
+    _check_kinds(messages, dialogue.tools, manners, template.name)
+    _check_spelled(messages, manners, of)
+    _check_tools(dialogue.tools or [], rendered.text, template.name)
+    if not manners.names_calls:
+        _check_results(messages, template.name)
+    _check_turns(messages, rendered, template.name)
     answers = [message for message in messages if message["role"] == "assistant"]
     return _masked(rendered, answers, manners, template.name)
 
 
-def _check_kinds(messages: Messages, tools: Any, manners: Manners, name: str, of: Tokenizer) -> None:
+def _check_kinds(messages: Messages, tools: Any, manners: Manners, name: str) -> None:
     """Whether the template has a place for all kinds of things that there are."""
     if tools and not manners.tools:
         raise Unsaid("with tools that the template does not tell", f"{name} has no place for tools")
@@ -72,12 +74,72 @@ def _check_kinds(messages: Messages, tools: Any, manners: Manners, name: str, of
                 f"{name} does not write thoughts: give a template that does, or write them into the content, as "
                 "<think>...</think>",
             )
-        content = message["content"]
-        if message["role"] == "assistant" and CALL in content and CALLED in content and CALL in of.added_tokens:
+
+
+def _check_spelled(messages: Messages, manners: Manners, of: Tokenizer) -> None:
+    """Whether answers spell out calls or thoughts, which would then be letters and not the model's own tokens."""
+    for message in (message for message in messages if message["role"] == "assistant"):
+        thoughts, inside = message.get("reasoning_content") or "", message["content"]
+        inside = (split_thoughts(inside) or ("", inside))[1]
+        if CALL in inside and CALLED in inside and CALL in of.added_tokens:
             raise Unsaid(
                 "with calls written as text",
                 f"an answer spells {CALL}, which would be learned letter by letter: give its calls as tool_calls",
             )
+        astray = inside.lstrip().startswith(THINK) or THOUGHT in inside
+        if (astray or THOUGHT in thoughts) and (manners.thinks or THINK in of.added_tokens):
+            raise Unsaid(
+                "with thoughts written as text",
+                f"an answer spells {THINK} or {THOUGHT} where the template does not read them: it begins with "
+                f"{THINK}...{THOUGHT}, once, or has its thoughts as reasoning_content",
+            )
+
+
+def _check_tools(tools: Messages, text: str, name: str) -> None:
+    """Whether the name and each line of the description of every tool is told."""
+    for tool in tools:
+        function = tool.get("function") or tool
+        if not isinstance(function, Mapping):
+            continue
+        told = [str(function.get("name") or ""), *str(function.get("description") or "").splitlines()]
+        missing = next((line for line in told if not _holds(text, line)), None)
+        if missing is not None:
+            reason = "with tools that the template does not tell"
+            raise Unsaid(reason, f"{name} leaves out of a tool: {missing[:60]!r}")
+
+
+def _check_results(messages: Messages, name: str) -> None:
+    """Whether results stand in the order of their calls, which alone says what each is of."""
+    asked: list[Any] = []
+    come = 0
+    for message in messages:
+        if message["role"] == "assistant":
+            asked, come = [call.get("id") for call in message.get("tool_calls") or []], 0
+        elif message["role"] == "tool":
+            given = message.get("tool_call_id")
+            if given is not None and given in asked and given not in asked[come : come + 1]:
+                raise Unsaid(
+                    "with results in another order than their calls",
+                    f"{name} does not tell which call a result is of, and that of {given!r} is out of order",
+                )
+            come += 1
+
+
+def _check_turns(messages: Messages, rendered: Rendered, name: str) -> None:
+    """Whether all that others say is there, a system prompt wherever, the rest in its order."""
+    answers = sum(message["role"] == "assistant" for message in messages)
+    turns, place = iter(rendered.turns if len(rendered.turns) == answers else ()), 0
+    for number, message in enumerate(messages, start=1):
+        role = message["role"]
+        if role == "assistant":
+            turn = next(turns, None)
+            place = place if turn is None else _after(rendered.text, turn.text, place)
+        elif role == "system":
+            place = place if _holds(rendered.text, message["content"]) else -1
+        else:
+            place = _after(rendered.text, message["content"], place)
+        if place < 0:
+            raise Unsaid("with text that the template leaves out", f"{name} leaves out turn {number}")
 
 
 def _masked(rendered: Rendered, answers: Messages, manners: Manners, name: str) -> Learned:
@@ -108,7 +170,7 @@ def _masked(rendered: Rendered, answers: Messages, manners: Manners, name: str) 
 
 
 def _unparted(rendered: Rendered, answers: Messages, manners: Manners, name: str) -> Learned:
-    """Of a template that marks what is said in another way than answer by answer."""
+    """What is learned where a template marks what is said in another way than answer by answer."""
     if not all(answer.get("weight", 1) for answer in answers):
         raise Unsaid(
             "with weights that cannot be put in place",
@@ -150,5 +212,14 @@ def _leaves(value: Any) -> Iterator[str]:
 
 def _holds(text: str, given: str) -> bool:
     """Whether a text has another, as it is or as JSON writes it, but for white space around it."""
+    return _after(text, given, 0) >= 0
+
+
+def _after(text: str, given: str, place: int) -> int:
+    """Where a text goes on after another that it has from `place` on, written so; -1: it has not."""
     given = given.strip()
-    return given in text or any(json.dumps(given, ensure_ascii=ascii)[1:-1] in text for ascii in (False, True))
+    for written in (given, *(json.dumps(given, ensure_ascii=ascii)[1:-1] for ascii in (False, True))):
+        found = text.find(written, place)
+        if found >= 0:
+            return found + len(written)
+    return -1

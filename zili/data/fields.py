@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from math import isnan
 from typing import Any
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -19,15 +20,27 @@ class Unfit(Exception):
         self.reason = reason
 
 
+def _is_null(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and isnan(value))
+
+
+_EMPTY: tuple[Any, ...] = ("", [], {})
+"""What says nothing."""
+
+
 class Fields(Mapping[str, Any]):
-    """`values` without those that are null: a table's empty cell is a key that is not there.
+    """`values` without those that are null, or NaN, as pandas has it: a table's empty cell is a key that is not there.
 
     Looking a value up marks it as used; asking whether it is there does not.
     """
 
     def __init__(self, values: Mapping[str, Any]) -> None:
-        self._values = {key: value for key, value in values.items() if value is not None}
+        self._values = {key: value for key, value in values.items() if not _is_null(value)}
+        self.not_numbers = {key for key, value in values.items() if value is not None and _is_null(value)}
+        """Names of what is NaN: none, but for what must be a number."""
         self._used: set[str] = set()
+        self.lost: dict[str, Any] = {}
+        """What lay in a value that was used, and is not used itself, by a name for it."""
 
     def __getitem__(self, key: str) -> Any:
         value = self._values[key]
@@ -48,16 +61,22 @@ class Fields(Mapping[str, Any]):
         return self._values.get(key)
 
     def first(self, *names: str) -> Any:
-        """The value of the first of several names for one thing; None: none is there. Others that say the same are
-        used with it."""
-        found = next((self[name] for name in names if name in self), None)
-        self._used |= {name for name in names if self._values.get(name) == found}
-        return found
+        """The value of one thing by any of its names; None: none is there.
+
+        Raises:
+            Unfit: two of the names say different things.
+        """
+        there = {name: self[name] for name in names if name in self}
+        told = {name: value for name, value in there.items() if value not in _EMPTY}
+        values = list((told or there).values())
+        if any(value != values[0] for value in values):
+            raise Unfit("of an unknown form", f"{' and '.join(told)} are names for one thing, and say different things")
+        return values[0] if values else None
 
     def unused(self) -> dict[str, Any]:
         """What was not looked up and says something."""
-        empty: tuple[Any, ...] = ("", [], {})
-        return {key: value for key, value in self._values.items() if key not in self._used and value not in empty}
+        rest = {key: value for key, value in self._values.items() if key not in self._used} | self.lost
+        return {key: value for key, value in rest.items() if value not in _EMPTY}
 
 
 def check_sound(value: Any) -> None:

@@ -33,7 +33,7 @@ _NAME = re.compile(r"[\w.-]{1,256}")
 
 @dataclass(frozen=True)
 class Call:
-    """Of a tool."""
+    """A call of a tool."""
 
     name: str
     arguments: str
@@ -55,7 +55,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Manners:
-    """Of one template; `ChatTemplate.manners` finds them."""
+    """The manners of one template; `ChatTemplate.manners` finds them."""
 
     ends: tuple[Mark, ...] = ()
     """Marks after which it is not the assistant's turn."""
@@ -67,6 +67,8 @@ class Manners:
     """How it writes calls: Hermes' JSON, TeleChat3-Coder's names and values, or in a way that is not read back here."""
     tools: bool = False
     """Whether it tells the model which tools there are."""
+    names_calls: bool = False
+    """Whether it tells by an id which call a result is of."""
 
     def end_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
         """Tokens that end an answer: those the model's own files name, and the template's."""
@@ -91,7 +93,7 @@ class Manners:
 
 
 def find_manners(render: Render) -> Manners:
-    """Of a template. One that cannot say a small conversation has none that are known."""
+    """The manners of a template. One that cannot say a small conversation has none that are known."""
     talk = _texts(render, _TALK) or _texts(render, _TALK[:2])
     if talk is None:
         return Manners()
@@ -99,7 +101,8 @@ def find_manners(render: Render) -> Manners:
     system = _texts(render, [_SYSTEM, *_TALK[:2]]) or [""]
     # What stands before all may be a prompt of the template's own: of that only brackets are marks.
     marks = [mark for text in (*talk[1:], *prompt[1:], *system[1:2]) for mark in _marks(text)]
-    results = _texts(render, [_TALK[0], {**_TALK[1], "tool_calls": [_CALLING]}, _RESULT, _TALK[3]], tools=[_TOOL])
+    used = [_TALK[0], {**_TALK[1], "tool_calls": [_CALLING]}, _RESULT, _TALK[3]]
+    results = _texts(render, used, tools=[_TOOL])
     marks += [mark for text in (talk[0], system[0], *(results or ())[2:4]) for mark in _bracketed(text)]
     after = [mark for text in (talk[2], talk[-1]) for mark in _marks(text)[:2]]
     return Manners(
@@ -108,6 +111,7 @@ def find_manners(render: Render) -> Manners:
         thinks=_says(render, [_TALK[0], {**_TALK[1], "reasoning_content": _THINKS}], _THINKS),
         calls=_call_style(render),
         tools=_says(render, _TALK[:1], _TOOL["function"]["name"], tools=[_TOOL]),
+        names_calls=_says(render, used, _RESULT["tool_call_id"], tools=[_TOOL]),
     )
 
 
@@ -191,7 +195,7 @@ def split_thoughts(text: str) -> tuple[str, str] | None:
     inside, closed, answer = start.removeprefix(THINK).partition(THOUGHT)
     if not start.startswith(THINK) or not closed:
         return None
-    return inside.removeprefix("\n").removesuffix("\n"), answer.removeprefix("\n")
+    return inside.removeprefix("\n").removesuffix("\n"), answer.lstrip("\n")
 
 
 def read_call(text: str) -> Call | None:
@@ -211,7 +215,7 @@ def read_arguments(given: Any) -> dict[str, Any] | None:
         given = _json(given) if given.strip() else {}
     elif given is None:
         given = {}
-    return given if isinstance(given, dict) else None
+    return given if isinstance(given, dict) and _is_json(given) else None
 
 
 _NO_JSON = object()
@@ -222,10 +226,17 @@ def _json(text: str) -> Any:
     try:
         # Not by `json`: it takes half of a surrogate pair, which cannot be sent, and recurses as deep as the text does.
         value = from_json(text, allow_inf_nan=False)
-        json.dumps(value, allow_nan=False)
     except ValueError:
         return _NO_JSON
-    return value
+    return value if _is_json(value) else _NO_JSON
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (ValueError, TypeError, RecursionError):
+        return False
+    return True
 
 
 def _read_tagged(text: str) -> Call | None:

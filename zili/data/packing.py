@@ -15,6 +15,7 @@ from zili.data.loader import Batch, Batches, Loader, MixedRows
 from zili.data.order import DOCUMENTS, WINDOWS, permutation
 from zili.data.store import TokenStore
 from zili.errors import DataError
+from zili.plurals import counted
 
 _NOT_LEARNED = -100
 """torch's mark of a label that counts nothing."""
@@ -176,10 +177,10 @@ class _Rows:
         self._rows = [[self._together * item + k for item in row for k in range(self._together)] for row in items]
         self.count = len(items)
         """Rows of an epoch."""
-        kind = "pairs" if store.manifest.pairs else "conversations"
+        kind = "pair" if store.manifest.pairs else "conversation"
         if not self.count:
             raise DataError(
-                f"{store.prefix}: none of its {len(lengths)} {kind} fits {room} tokens, the shortest has "
+                f"{store.prefix}: none of its {counted(len(lengths), kind)} fits {room} tokens, the shortest has "
                 f"{min(lengths) + self._together}. Raise training.sequence_length."
             )
         self.most = max(map(len, self._rows))
@@ -187,11 +188,11 @@ class _Rows:
         used, kept = sum(lengths[item] for row in items for item in row), sum(map(len, items))
         learned = sum(int(self._learned_of(document).sum()) for row in self._rows for document in row)
         self.targets = kept if store.manifest.pairs else learned
-        """Of an epoch: what a batch's loss is the mean over."""
+        """What a batch's loss is the mean over, in an epoch."""
         longer = len(lengths) - kept
         self.report = (
-            f"{store.prefix.name}: {kept:,} {kind} in {self.count:,} rows of {room:,} tokens, "
-            f"{100 * used / (self.count * room):.1f} % full, {learned:,} tokens learned an epoch"
+            f"{store.prefix.name}: {counted(kept, kind)} in {counted(self.count, 'row')} of {room:,} tokens, "
+            f"{100 * used / (self.count * room):.1f} % full, {counted(learned, 'token')} learned an epoch"
             + (
                 f"; {longer:,} LEFT OUT, longer than a row (up to {max(lengths) + self._together:,} tokens)"
                 if longer

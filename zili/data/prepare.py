@@ -20,6 +20,7 @@ from zili.data.store import TokenStore
 from zili.data.tokenizer import Tokenizer
 from zili.durable import sync, sync_tree
 from zili.errors import DataError
+from zili.plurals import counted
 
 _MARK = "prepared.json"  # written last: a folder without it is not whole
 _SCHEME = 1  # raise when the same settings come to give other files
@@ -113,18 +114,29 @@ def prepare(
     why = _stale(folder, settings)
     if why is None:
         return _open(folder, reused=True, lines=[f"data: {folder} holds this text already; reused"])
+    if not rebuild:
+        _keep_what_was_learned(folder, settings)
+    job = _Preparation(paths, settings, engine, progress or (lambda stage, done, total: None))
+    lines = _made(folder, lambda aside: job.run(aside, tokenizer, vocab_size, tokenizer_bytes), settings)
+    return _open(folder, reused=False, lines=[why, *lines])
 
-    if not rebuild and (folder / _MARK).is_file() and (changed := _changed(folder, settings)):
+
+def _keep_what_was_learned(folder: Path, settings: Settings) -> None:
+    """Raises: DataError, the folder is whole and of other text or settings, and so must not be replaced."""
+    if (folder / _MARK).is_file() and (changed := _changed(folder, settings)):
         raise DataError(
             f"{folder} holds other data ({', '.join(changed)} changed), and a run has learned from it. Give the same "
             "text and settings to go on with that run, another folder for another run, or --restart to drop it."
         )
-    job = _Preparation(paths, settings, engine, progress or (lambda stage, done, total: None))
+
+
+def _made(folder: Path, fill: Callable[[Path], list[str]], settings: Settings) -> list[str]:
+    """Build `folder` beside itself by `fill`, whose lines are returned, and put it in its place."""
     aside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)  # of a preparation that was killed
     try:
         aside.mkdir(parents=True)
-        lines = [why, *job.run(aside, tokenizer, vocab_size, tokenizer_bytes)]
+        lines = fill(aside)
         (aside / _MARK).write_text(json.dumps(asdict(settings), indent=1) + "\n", encoding="utf-8")
         sync_tree(aside)
         _swap(aside, folder)
@@ -132,7 +144,7 @@ def prepare(
         raise DataError(f"{error.filename or aside}: {error.strerror}. Nothing was kept; run again.") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return _open(folder, reused=False, lines=lines)
+    return lines
 
 
 def _stale(folder: Path, settings: Settings) -> str | None:
@@ -294,12 +306,12 @@ def _divert(documents: Iterator[Document], split: Split, stream: TextIO) -> Iter
 def _describe(plan: _Plan) -> list[str]:
     census = plan.census
     lines = [
-        f"text: {census.documents:,} documents, {census.text_bytes / 1e6:.3g} MB "
-        f"in {len(census.files):,} files; left out: {census.left_out}"
+        f"text: {counted(census.documents, 'document')}, {census.text_bytes / 1e6:.3g} MB "
+        f"in {counted(len(census.files), 'file')}; left out: {census.left_out}"
     ]
     if plan.piece is not None:
         lines.append(
-            f"text: fewer than {_FEW} documents, so cut into {plan.documents:,} pieces at blank lines "
+            f"text: fewer than {_FEW} documents, so cut into {counted(plan.documents, 'piece')} at blank lines "
             f"(about {plan.piece:,} characters each), to hold some out"
         )
     return lines

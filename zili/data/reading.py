@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from io import BufferedReader
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from zili.data.sources import (
     JSON_SUFFIXES,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 OnError = Literal["raise", "skip"]
+T = TypeVar("T")
 _WAY_OUT = "Repair it, or leave such input out, counted, with --on-error skip."
 
 
@@ -71,30 +72,53 @@ def read_documents(
     A text file is one document; a JSON line or parquet row is one; those without text are counted as empty.
     Raises `DataError` with file, line or byte, and the way out; also when nothing readable was found at all.
     """
-    paths = list(paths)
     census = Census(hashes=False) if census is None else census
+    wanted = Wanted("readable text", f"files or folders with {READABLE}")
+    for document in read_files(paths, lambda file: _reader(file)(file, text_field), wanted, on_error, census):
+        census.text_bytes += len(document.text.encode())
+        yield document
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What files are read for, and what to give where there is none of it."""
+
+    what: str
+    give: str
+
+
+def read_files(
+    paths: Iterable[Source],
+    read: Callable[[SourceFile], Iterator[T | Flaw]],
+    wanted: Wanted,
+    on_error: OnError,
+    census: Census,
+) -> Iterator[T]:
+    """What `read` gives of every file under `paths`, counted in `census`; flaws are refused, or counted too.
+
+    Raises: DataError, a flaw, or nothing was found.
+    """
+    paths = list(paths)
     for file in list_files(paths, census):
         size, sha256 = measure(file.path) if census.hashes else (size_of(file.path), "")
         before = census.documents
-        for item in _reader(file)(file, text_field):
+        for item in read(file):
             if isinstance(item, Flaw):
-                refuse_or_count(item, file, on_error, census)
+                _refuse_or_count(item, file, on_error, census)
             else:
                 census.documents += 1
-                census.text_bytes += len(item.text.encode())
                 yield item
         census.files.append(FileRecord(file.name, size, sha256, census.documents - before))
     if not census.documents:
         given = ", ".join(printable(str(path.path if isinstance(path, SourceFile) else path)) for path in paths[:3])
         raise DataError(
-            f"no readable text in {given or 'an empty list of paths'}: left out {census.left_out}. "
-            f"Give files or folders with {READABLE}."
+            f"no {wanted.what} in {given or 'an empty list of paths'}: left out {census.left_out}. Give {wanted.give}."
         )
 
 
-def refuse_or_count(flaw: Flaw, file: SourceFile, on_error: OnError, census: Census) -> None:
+def _refuse_or_count(flaw: Flaw, file: SourceFile, on_error: OnError, census: Census) -> None:
     """Raise `DataError` for a flaw, or count it as left out."""
-    harmless = flaw.reason == "empty" or (flaw.reason == "binary" and not file.explicit)
+    harmless = flaw.reason == "empty" or (flaw.reason in ("binary", "of another kind") and not file.explicit)
     if on_error == "raise" and not harmless:
         raise DataError(f"{flaw.message} {_WAY_OUT}")
     census.skipped[flaw.reason] += 1
@@ -140,9 +164,11 @@ def _read_records(file: SourceFile, text_field: str) -> Iterator[Document | Flaw
 
 
 def records(file: SourceFile) -> Iterator[tuple[str, dict[str, Any] | Flaw]]:
-    """Each object of a file of JSON lines, or of a JSON file, compressed or not, and its place, which ends with its
-    number."""
-    if file.path.name.lower().endswith(JSON_SUFFIXES):
+    """Each object of a file of JSON lines, or of a JSON file, compressed or not, or each row of a parquet file, and its
+    place, which ends with its number."""
+    if file.path.name.lower().endswith(TABLE_SUFFIXES):
+        yield from _rows(file)
+    elif file.path.name.lower().endswith(JSON_SUFFIXES):
         yield from _json_records(file)
     else:
         for number, line in _lines(file):
@@ -169,7 +195,7 @@ def _lines(file: SourceFile) -> Iterator[tuple[int, bytes | Flaw]]:
 
 
 def _json_records(file: SourceFile) -> Iterator[tuple[str, dict[str, Any] | Flaw]]:
-    """Of a file with an array of objects, one object, or, as many write it, one object a line."""
+    """Records of a file with an array of objects, one object, or, as many write it, one object a line."""
     lines = list(_lines(file))
     damage = next((line for _, line in lines if isinstance(line, Flaw)), None)
     if damage is not None:
@@ -202,17 +228,27 @@ def _bare(raw: bytes) -> bytes:
 
 def _parse(place: str, raw: bytes, *, of_one_line: bool = False) -> Any:
     try:
-        return json.loads(raw.decode())
+        return json.loads(raw.decode(), object_pairs_hook=_of_single_keys)
     except UnicodeDecodeError as error:
-        return Flaw("broken UTF-8", f"{place}, byte {error.start} of the line: broken UTF-8.")
+        wide = "; it begins as UTF-16 does" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else ""
+        return Flaw("broken UTF-8", f"{place}, byte {error.start} of the line: broken UTF-8{wide}.")
     except json.JSONDecodeError as error:
         # A decoder that meets the end of a line counts the next one.
         line = f"line {error.lineno}, " if error.lineno > 1 and not of_one_line else ""
         return Flaw("broken JSON", f"{place}, {line}column {error.colno}: broken JSON ({error.msg}).")
     except RecursionError:
         return Flaw("broken JSON", f"{place}: JSON nested too deep.")
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # a number of thousands of digits, or a key that stands twice
         return Flaw("broken JSON", f"{place}: broken JSON ({error}).")
+
+
+def _of_single_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of which nothing is lost: Python keeps the last of several values of a key."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise ValueError(f"the key {twice[:40]!a} stands twice")
+    return found
 
 
 def _object(place: str, record: Any) -> dict[str, Any] | Flaw:
@@ -228,15 +264,35 @@ def _read_table(file: SourceFile, text_field: str) -> Iterator[Document | Flaw]:
     row = 0
     try:
         with pq.ParquetFile(file.path) as table:
-            if text_field not in table.schema_arrow.names:
-                message = f"{file.shown}: {_no_field(text_field, table.schema_arrow.names)}"
-                yield Flaw("without the field", message)
+            names = table.schema_arrow.names
+            if names.count(text_field) != 1:
+                said = f"it has {text_field!r} twice" if text_field in names else _no_field(text_field, names)
+                yield Flaw("without the field", f"{file.shown}: {said}")
                 return
             for batch in table.iter_batches(batch_size=256, columns=[text_field]):
                 for row, value in enumerate(batch.column(0), start=row + 1):  # noqa: B020
                     yield _parse_value(file, row, value, text_field)
     except (OSError, ValueError, IndexError, pa.ArrowException) as error:
         yield Flaw("damaged file", f"{file.shown}: after row {row}: cannot be read further ({error}).")
+
+
+def _rows(file: SourceFile) -> Iterator[tuple[str, dict[str, Any] | Flaw]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    row = 0
+    try:
+        with pq.ParquetFile(file.path) as table:
+            if len(set(table.schema_arrow.names)) < len(table.schema_arrow.names):
+                raise ValueError("two of its columns have one name")
+            for batch in table.iter_batches(batch_size=256):
+                for row, record in enumerate(batch.to_pylist(), start=row + 1):  # noqa: B020
+                    yield f"{file.shown}: row {row}", record
+    except (OSError, ValueError, IndexError, OverflowError, pa.ArrowException) as error:
+        yield (
+            f"{file.shown}: row {row}",
+            Flaw("damaged file", f"{file.shown}: after row {row}: cannot be read further ({error})."),
+        )
 
 
 def _parse_value(file: SourceFile, row: int, value: pa.Scalar, text_field: str) -> Document | Flaw:

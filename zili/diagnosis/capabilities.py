@@ -46,7 +46,7 @@ def examine(device: Device) -> Iterator[Finding]:
 
 
 def examine_together(device: Device, count: int) -> Iterator[tuple[str, Callable[[], Finding]]]:
-    """Of those that take `count` processes, each by name and how to get its verdict; all processes take part."""
+    """Capabilities that take `count` processes, each by name and how to get its verdict; all processes take part."""
     for name, probe in _TOGETHER.items():
         yield name, partial(_verdict_together, device, name, partial(probe, device, count))
 

@@ -177,8 +177,8 @@ class Shadow(TorchDispatchMode):
         return out
 
     def _judge_gradients(self, function: Any, given: dict[str, Any]) -> None:
-        """Of one of torch's fused attentions: what it keeps for its backward pass is its own affair, so that the CPU
-        cannot take that pass over; it is done once more from the beginning."""
+        """Judge the gradients of one of torch's fused attentions. What it keeps for its backward pass is its own
+        affair, so that the CPU cannot take that pass over; it is done once more from the beginning."""
         inputs = [given[name] for name in ("query", "key", "value")]
         others, place = {key: value for key, value in given.items() if key not in ("query", "key", "value")}, inputs[0]
 

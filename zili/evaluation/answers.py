@@ -23,7 +23,7 @@ _GREEDY = Sampling(temperature=0)
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """Of a file of conversations."""
+    """How a file of conversations is answered."""
 
     name: str
     answered: int
@@ -68,10 +68,13 @@ def score_answers(
     spoken = Spoken(tokenizer, template)
     stops = spoken.stop_ids
     for dialogue in dialogues:
+        if dialogue.messages[-1].get("tool_calls"):
+            raise DataError(f"{dialogue.place}: its last answer calls a tool; texts alone are compared here")
         known = str(dialogue.messages[-1]["content"]).strip()
         ids = tokenizer.encode(known).tolist()
         turns = dialogue.messages[:-1]
-        asked = template.render(tokenizer, turns, tools=dialogue.tools, add_generation_prompt=True).ids
+        given = {"tools": dialogue.tools, "add_generation_prompt": True, **dialogue.options}
+        asked = template.render(tokenizer, turns, **given).ids
         if len(asked) + len(ids) > model.config.max_length:
             left_out += 1
             continue

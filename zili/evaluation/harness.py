@@ -24,7 +24,7 @@ from zili.serving.model_folder import OpenedModel
 
 _NEEDS = "tasks need the package lm-eval: pip install 'zili[eval]'"
 _ANSWER_TOKENS = 256
-"""Of an answer where the task does not say."""
+"""Longest answer where the task does not say."""
 
 
 @dataclass

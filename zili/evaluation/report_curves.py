@@ -10,6 +10,7 @@ from statistics import median
 from zili.evaluation.charts import Chart, Level, Line, Point, drawn, rising_ceiling, smoothed
 from zili.evaluation.figures import byte_size, compact
 from zili.evaluation.run_record import Record, RunRecord, number
+from zili.plurals import counted
 
 
 def charts(run: RunRecord) -> str:
@@ -43,7 +44,7 @@ def compressor_levels(run: RunRecord) -> list[Level]:
 def _lead(run: RunRecord) -> str:
     tokens = number(run.train[-1], "tokens") if run.train else None
     read = f", {compact(tokens)} tokens" if tokens else ""
-    return f"{run.last_step:,} steps{read}. Point at a chart for the values of a step."
+    return f"{counted(run.last_step, 'step')}{read}. Point at a chart for the values of a step."
 
 
 def _loss(run: RunRecord) -> Chart:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zili.errors import DataError
+from zili.plurals import counted
 
 Record = dict[str, Any]
 
@@ -158,7 +159,7 @@ def _note_state(run: RunRecord) -> None:
     broken = [r for r in run.train if "loss" in r and number(r, "loss") is None]
     if broken:
         run.notes.append(
-            f"The loss is not a number in {len(broken)} steps, first at step {int(broken[0]['step']):,}: "
+            f"The loss is not a number in {counted(len(broken), 'step')}, first at step {int(broken[0]['step']):,}: "
             "the training diverged there. Go on from an earlier checkpoint with a lower learning rate."
         )
     if run.train and not run.evals:

@@ -25,9 +25,9 @@ from zili.ops.versions import Version
 _COMPRESSED_MASK = 2048
 """Side of the triangle that sparse_mode 3 wants in place of a mask of the true size."""
 _MOST_DOCUMENTS = 1000
-"""Of one call: the page allows 1 K entries in the lists of lengths, the operator 2 K."""
+"""Documents of one call at most: the page allows 1 K entries in the lists of lengths, the operator 2 K."""
 _MOST_KEYS = 1_000_000
-"""Of one call; queries are no more."""
+"""Keys of one call at most; queries are no more."""
 _RIGHT_DOWN_CAUSAL = 3
 _ROWS, _INNER = 0, 2
 """group_type of npu_grouped_matmul: which dimension of the left matrix the groups cut."""

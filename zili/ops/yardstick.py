@@ -36,7 +36,7 @@ _FEW, _DRAWS = 100, 4
 
 
 class Share(NamedTuple):
-    """Of a result's size: an error, and how large it may be."""
+    """An error and how large it may be, as shares of a result's size."""
 
     found: float
     most: float
@@ -47,7 +47,7 @@ _NONE = Share(0.0, math.inf)
 
 @dataclass(frozen=True)
 class Distance:
-    """Of a result from the same operation in fp64 on the CPU."""
+    """How far a result is from that of the same operation in fp64 on the CPU."""
 
     ulps: float
     """Largest error, in units in the last place of the largest element; inf where one is nan and the other is not."""
@@ -265,7 +265,7 @@ def _moved(function: Callable[..., Any], arguments: Sequence[Any], precision: to
 
 
 def first_line(error: BaseException) -> str:
-    """Of an error's message; its class where it has none."""
+    """The first line of an error's message; its class where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0][:160] if lines else type(error).__name__
 

@@ -16,6 +16,7 @@ from zili.config import RunConfig
 from zili.config.model import ModelConfig
 from zili.config.parallel import ParallelConfig, Schedule
 from zili.errors import LayoutError
+from zili.plurals import counted
 
 DIMENSIONS = ("pipeline", "replicas", "shards", "context", "tensor")
 """From the outermost to the innermost."""
@@ -113,8 +114,8 @@ def _sized(parallel: ParallelConfig, world: int) -> Layout:
         if world % others:
             fitting = max(1, round(world / others)) * others
             raise LayoutError(
-                f"{_counted(world)} cannot be divided by parallel.replicas x context x tensor x pipeline = {others}; "
-                f"start a multiple of {others}, for example {fitting}: {torchrun(fitting)} train RECIPE"
+                f"{counted(world, 'process')} cannot be divided by parallel.replicas x context x tensor x pipeline = "
+                f"{others}; start a multiple of {others}, for example {fitting}: {torchrun(fitting)} train RECIPE"
             )
         sizes["shards"] = world // others
     layout = Layout(**sizes)
@@ -122,14 +123,11 @@ def _sized(parallel: ParallelConfig, world: int) -> Layout:
         factors = " x ".join(f"{name} {sizes[name]}" for name in DIMENSIONS)
         fitting = f'; or set parallel.shards = {world // others} or "auto"' if world % others == 0 else ""
         raise LayoutError(
-            f"[parallel] asks for {_counted(layout.world)} ({factors}) and {world} {'is' if world == 1 else 'are'} "
-            f"running; start {layout.world}: {torchrun(layout.world)} train RECIPE{fitting}"
+            f"[parallel] asks for {counted(layout.world, 'process')} ({factors}) and {world} "
+            f"{'is' if world == 1 else 'are'} running; start {layout.world}: "
+            f"{torchrun(layout.world)} train RECIPE{fitting}"
         )
     return layout
-
-
-def _counted(processes: int) -> str:
-    return f"{processes} process{'es' * (processes != 1)}"
 
 
 def _problems(config: RunConfig, layout: Layout) -> Iterator[str]:

@@ -39,7 +39,7 @@ class Job:
 
     @property
     def micro_batches(self) -> int:
-        """Of one process in a step."""
+        """Micro-batches of one process in a step."""
         return self.config.training.global_batch // self.layout.data // self.micro_batch
 
     @property
@@ -58,7 +58,7 @@ class Job:
 
     @property
     def product_bytes(self) -> int:
-        """Of an element of what matrix products take and give."""
+        """Size of an element of what matrix products take and give."""
         return 2 if self.lowered else 4
 
     @property
@@ -78,12 +78,12 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch between a gather and a sum: a context's share of each row."""
+        """Tokens of a micro-batch between a gather and a sum: a context's share of each row."""
         return self.micro_batch * self.sequence // self.layout.context
 
     @property
     def own_tokens(self) -> int:
-        """Of a micro-batch outside of them: of that, a tensor-parallel process's share."""
+        """Tokens of a micro-batch outside of them: a tensor-parallel process's share."""
         return self.tokens // self.layout.tensor
 
     @property

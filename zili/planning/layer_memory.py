@@ -22,7 +22,7 @@ class Gathered(NamedTuple):
     elements: int
     """As products take them."""
     stored: int
-    """Of those, this process's."""
+    """This process's share of those."""
     gathered: int
     """Bytes, once they are."""
     learned: int
@@ -245,7 +245,7 @@ def _kept_attention(job: Job) -> Iterator[float]:
 
 
 def _kept_selective(job: Job, number: int) -> float:
-    """Of a layer's forward pass the results of products and attention, and what came from other processes."""
+    """Results of products and attention in a layer's forward pass, and what came from other processes."""
     model, own, tokens, size = job.model, job.own_tokens, job.tokens, job.product_bytes
     tensor, context, latent, mixture = job.layout.tensor, job.layout.context, model.latent, model.mixture
     heads, hidden = model.heads / tensor, model.hidden_size

@@ -21,7 +21,7 @@ _LEAST_REACHED = 1e-3
 """Of what is published: who measures less has measured something else."""
 _ROUNDING = 1 + 1e-9
 _FASTEST = 1e18
-"""Of a chip, in FLOP/s or bytes/s: what is not published is not compared with anything closer."""
+"""Most that a chip may do, in FLOP/s or bytes/s: what is not published is not compared with anything closer."""
 
 
 @dataclass(frozen=True)

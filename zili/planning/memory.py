@@ -34,12 +34,12 @@ RESERVED = 0.06
 
 
 def usable(capacity: float) -> float:
-    """Of a chip's memory, bytes, what a run can have: by this `zili train`, `plan` and `rehearse` say what fits."""
+    """Bytes of a chip's memory that a run can have: by this `zili train`, `plan` and `rehearse` say what fits."""
     return (1 - RESERVED) * capacity
 
 
 def places_in_order(pipeline: int) -> list[int]:
-    """Of a pipeline's processes; first those that mostly have most."""
+    """The processes of a pipeline; first those that mostly have most."""
     last = pipeline - 1
     return list(dict.fromkeys((0, min(1, last), last // 2, (4 * last) // 5, last, *range(last + 1))))
 
@@ -183,8 +183,8 @@ class _Step:
 
     @property
     def weight_bytes(self) -> int:
-        """Of an element of a weight as the loss has it: a gathered head is lowered, that of a lone process or one that
-        is the embedding is not."""
+        """Size of an element of a weight as the loss has it: a gathered head is lowered, that of a lone process or one
+        that is the embedding is not."""
         return FP32 if self.alone or self.job.model.tied_embeddings else self.job.product_bytes
 
     @cached_property
@@ -258,7 +258,7 @@ class _Step:
         self._summed[place] = self._summed[place] or kind in ("backward", "weights")
 
     def _last_summed(self, place: int) -> Gathered:
-        """Of a stage's weights those whose gradients are summed last."""
+        """Those of a stage's weights whose gradients are summed last."""
         groups = self.ends[place].groups or self.stages[place][0].groups
         # What every process holds whole is summed when all else is, at the end of the step.
         return next((group for group in reversed(groups) if group.gathered), groups[-1])
@@ -279,7 +279,7 @@ class _Step:
             self.live[GRADIENTS] += FP32 * elements
 
     def _let_go(self, place: int) -> None:
-        """Of a micro-batch's activations, which its gradients of weights were the last to need."""
+        """Free a micro-batch's activations, which its gradients of weights were the last to need."""
         kept = self._kept[place]
         # Where a V turns, both its stages are one process's, and torch lets go of a micro-batch one later.
         turns = self.job.config.parallel.schedule == "zbv" and self.job.place == self.job.layout.pipeline - 1
@@ -317,8 +317,8 @@ class _Step:
             self._loss(None if self.pipelined else self.stages[place][-1])
 
     def _kept_of(self, place: int) -> float:
-        """Of a micro-batch in a stage: its layers', angles of positions, and what came in where another stage on this
-        process does not have it anyway."""
+        """What is kept of a micro-batch in a stage: its layers', angles of positions, and what came in where another
+        stage on this process does not have it anyway."""
         job = self.job
         kept = sum(layer.kept for layer in self.stages[place])
         kept += 2 * FP32 * job.sequence / job.layout.context * job.model.rotary_dim

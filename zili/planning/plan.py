@@ -18,13 +18,14 @@ from zili.planning.hyperparameters import Filled, batch_tokens, filled, flops, l
 from zili.planning.machine import Machine, fastest_product, machine, with_measurements
 from zili.planning.rates import Band, Rates, band_of, families, rates_of
 from zili.planning.search import Candidate, Found, predicted, search, usable
+from zili.plurals import counted
 
 _TOKENS_A_STEP = 16 * 1024**2
-"""Of a step where no batch is given, at most: what large published runs have."""
+"""Most tokens of a step where no batch is given: what large published runs have."""
 _IDLE, _BUSY, _OVERHEAD = 0.25, 0.9, 1.3
 """Power of an idle and of a busy chip as a share of its rating, and of a site over its chips': usual, not measured."""
 _STATE_BYTES = 12
-"""Of a parameter in a checkpoint: weight and both moments in fp32."""
+"""Size of a parameter in a checkpoint: weight and both moments in fp32."""
 _LEAST_SHARE = 0.01
 _PATIENCE = 10.0
 """Seconds that are spent to find out how many chips would do."""
@@ -45,7 +46,7 @@ class Setting:
     """To train on."""
     failures: Failures
     price: float | None = None
-    """Of a chip-hour."""
+    """Price of a chip-hour."""
     doctor: Mapping[str, Any] | None = None
     """A report of `zili doctor --json`, measured on one of the chips."""
     peak_tflops: float | None = None
@@ -91,7 +92,7 @@ class Plan:
         return filled(self.chosen.config, self.left_open)
 
     def seconds(self, candidate: Candidate) -> tuple[float, float, float]:
-        """Of a step: predicted, and the ends of its band."""
+        """Time of a step: predicted, and the ends of its band."""
         total = candidate.time.total
         return total, total * self.band.low, total * self.band.high
 
@@ -211,7 +212,7 @@ def make_plan(setting: Setting, chip: Chip, chips: int, *, given: bool = False) 
     if good.share < _LEAST_SHARE:
         raise ConfigError(
             f"interrupted every {good.mean_between:.0f} s, with {setting.failures.restart:.0f} s to restart, "
-            f"{chips:,} chips hardly train at all; fewer chips, fewer failures or a faster restart"
+            f"{counted(chips, 'chip')} hardly train at all; fewer chips, fewer failures or a faster restart"
         )
     return Plan(setting, chip, chips, place, rates, found, band, good, tuple(notes))
 
@@ -220,7 +221,7 @@ def _batch_note(setting: Setting) -> str:
     training = setting.config.training
     compute = flops(setting.config.model, training.sequence_length, setting.tokens)
     return (
-        f"no global batch was given: {training.global_batch:,} sequences, near the rule's "
+        f"no global batch was given: {counted(training.global_batch, 'sequence')}, near the rule's "
         f"{batch_tokens(compute) / 1e6:.2g} M tokens for {compute:.2g} FLOPs (DeepSeek LLM, 2401.02954), within what "
         f"the chips can share and the {_TOKENS_A_STEP / 1e6:.0f} M tokens of large published runs; --global-batch sets "
         "another"
@@ -259,13 +260,13 @@ def _does_not_fit(
         try:
             if search(setting.config, more, place, rates, count=1).best:
                 return (
-                    f"no layout fits {chips:,} chips: the smallest found takes {least.bytes / 2**30:.1f} GiB, and "
-                    f"{has}; {more:,} chips have room for it"
+                    f"no layout fits {counted(chips, 'chip')}: the smallest found takes "
+                    f"{least.bytes / 2**30:.1f} GiB, and {has}; {more:,} chips have room for it"
                 )
         except LayoutError:
             continue
     takes = f"the smallest found takes {least.bytes / 2**30:.1f} GiB"
-    return f"no layout fits {chips:,} chips, nor was one found up to {more:,}: {takes}, and {has}"
+    return f"no layout fits {counted(chips, 'chip')}, nor was one found up to {more:,}: {takes}, and {has}"
 
 
 def usual_batch(chips: int, sequence: int, compute: float = inf) -> int:

@@ -47,7 +47,7 @@ class Row:
     chip: Chip
     machine: Machine
     seconds: float | None
-    """Of a step, as published."""
+    """Time of a step, as published."""
     memory_gib: float | None
     """Of the fullest chip, as published."""
     peak_tflops: float | None
@@ -146,7 +146,7 @@ def _chip(reader: _Reader) -> Chip:
 
 
 def _seconds(reader: _Reader, run: Run) -> float | None:
-    """Of a step; tokens a second count where both stand, being what is measured."""
+    """Time of a step; tokens a second count where both stand, being what is measured."""
     rate = reader.number("tokens_per_s_per_chip")
     return run.tokens / run.chips / rate if rate else reader.number("step_time_s")
 

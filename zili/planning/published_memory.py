@@ -71,7 +71,7 @@ def activation_bytes(run: Run) -> float:
 
 
 def _layer_bytes(run: Run, layer: int) -> float:
-    """Of one micro-batch in one layer, nothing computed again."""
+    """What one micro-batch keeps in one layer, nothing computed again."""
     model, rows, own = run.model, run.rows, run.rows / run.tensor
     hidden = model.hidden_size
     between = own if run.software.sequence_parallel else rows

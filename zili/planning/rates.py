@@ -20,7 +20,7 @@ class Rates:
     products: float
     """Share of the peak that a large bf16 product reaches on a chip with power to spare."""
     attention: float
-    """Of that, what fused attention reaches."""
+    """Share of that which fused attention reaches."""
     watts_per_tflops: float
     """Watts that a TFLOP/s of bf16 products takes: with less, a chip lowers its clock."""
     fp8: float
@@ -29,7 +29,7 @@ class Rates:
     experts: float
     """Share of a plain product's rate that products of many wide experts reach."""
     expert_width: float
-    """Of an expert's smaller side, at which it reaches half of that."""
+    """Size of an expert's smaller side at which it reaches half of that."""
     operands: float
     """How often the operands of a product go through memory."""
     memory: float

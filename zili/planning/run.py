@@ -76,12 +76,12 @@ class Run:
 
     @property
     def micro_batches(self) -> float:
-        """Of one process in a step; at least one."""
+        """Micro-batches of one process in a step; at least one."""
         return max(1.0, self.global_batch / self.data / self.micro_batch)
 
     @property
     def tokens(self) -> int:
-        """Of a step, on all chips."""
+        """Tokens of a step, on all chips."""
         return self.global_batch * self.sequence
 
     @property
@@ -91,5 +91,5 @@ class Run:
 
     @cached_property
     def model_flops(self) -> float:
-        """Of a step on all chips: the numerator of model FLOP utilisation, by `zili.models.arithmetic`."""
+        """FLOPs of a step on all chips: the numerator of model FLOP utilisation, by `zili.models.arithmetic`."""
         return self.tokens * training_flops_per_token(self.model, self.sequence)

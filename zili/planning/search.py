@@ -22,6 +22,7 @@ from zili.planning.rates import Rates
 from zili.planning.run import Recompute, Run, Software
 from zili.planning.step_time import StepTime, StepTimes, local_parameters, step_time
 from zili.planning.timeline import played_through, run_of
+from zili.plurals import counted
 
 _MOST_CONTEXT, _MOST_MICRO, _MOST_VIRTUAL, _MOST_TENSOR = 8, 4, 6, 16
 _EXPERT = (1, 8, 32, 64, 128)
@@ -399,8 +400,9 @@ def _nearest(config: RunConfig, world: int, machine: Machine) -> str:
     above = min((chips for chips in possible if chips > world), default=None)
     near = " or ".join(str(n) for n in (below, above) if n is not None)
     return (
-        f"no layout divides {world:,} chips, {layers} layers, {config.model.heads} heads and a global batch of "
-        f"{batch:,} sequences; the nearest that work are {near} chips"
+        f"no layout divides {counted(world, 'chip')}, {counted(layers, 'layer')}, "
+        f"{counted(config.model.heads, 'head')} and a global batch of {counted(batch, 'sequence')}; "
+        f"the nearest that work are {near} chips"
     )
 
 

@@ -135,7 +135,7 @@ class Work(NamedTuple):
 
 
 def work(run: Run, machine: Machine, rates: Rates) -> Work:
-    """Of one micro-batch of `run`."""
+    """What one micro-batch of `run` takes."""
     layers, ahead = Phase(), Phase()
     for layer, times in kinds_of_layers(run.model):
         forward, backward = layer_phases(run, layer, machine, rates)
@@ -160,9 +160,9 @@ class _Share(NamedTuple):
     seconds: float
     """The same in all."""
     longest: float
-    """Of one micro-batch."""
+    """Time of one micro-batch on the process that has most to do."""
     others: float
-    """Of a micro-batch on all other processes together."""
+    """Time of a micro-batch on all other processes together."""
 
 
 class StepTimes:
@@ -176,7 +176,7 @@ class StepTimes:
         self._traffic: dict[tuple[object, ...], tuple[float, float]] = {}
 
     def of(self, run: Run) -> StepTime:
-        """Of one step, by what takes them."""
+        """Seconds of one step, by what takes them."""
         share = self._share(run)
         between = between_stages(run, self._machine, self._rates)
         idle = share.others + (run.pipeline - 1) * between
@@ -258,8 +258,8 @@ def _shown(run: Run, rates: Rates) -> float:
 
 
 def _products(run: Run, layer: int, machine: Machine, rates: Rates, learned: bool = False) -> float:
-    """Of one forward pass: arithmetic at the chip's rate, and operands through its memory; or of `learned` matrices
-    alone, whose gradients take as long."""
+    """Time of one forward pass: arithmetic at the chip's rate, and operands through its memory; or that of `learned`
+    matrices alone, whose gradients take as long."""
     model, own = run.model, run.rows / run.tensor
     rate, memory = rates.product_rate(machine, run.precision), machine.memory * rates.memory
     seconds = moved = 0.0

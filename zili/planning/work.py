@@ -16,7 +16,7 @@ from zili.planning.job import Job
 
 
 def flops(job: Job) -> dict[str, int]:
-    """Of one step by phase, `forward` and `backward`; optimizers left out (AdamW multiplies no matrices)."""
+    """FLOPs of one step by phase, `forward` and `backward`; optimizers left out (AdamW multiplies no matrices)."""
     forward = backward = 0
     for layer in job.layers:
         (products, back), attention = _products(job, layer), _attention(job)

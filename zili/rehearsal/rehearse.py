@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zili.chips.backend import Backend
 from zili.chips.catalog import Chip
-from zili.config import RunConfig
+from zili.config import Choice, RunConfig
 from zili.data.loader import Batch
 from zili.errors import ConfigError, LayoutError
 from zili.models.mixture import Experts
@@ -60,22 +60,13 @@ def rehearse(
     started = time.perf_counter()
     layout = lay_out(config, world)
     if not 0 <= rank < world:
-        raise LayoutError(f"process {rank} of {world}: give 0 to {world - 1}")
+        raise LayoutError(f"give 0 to {world - 1} as the process to be, not {rank}")
     on_host = backend.device_type == "cpu"
     with as_rank(rank, world, on_host=on_host) as mode:
         # The host's attention is none that a chip has.
         asked = config.chip.operations.get("attention")
         attention = asked or (registry.REFERENCE if on_host else FUSED)
-        left_to_us = config.training.micro_batch == "auto"
-        if left_to_us and chip is None:
-            raise ConfigError("training.micro_batch is auto, and how much fits is the chip's to say: name it (--chip)")
-        # One that is given is tried as it is: what fits is what a rehearsal finds out.
-        device = RehearsedDevice(backend, chip if left_to_us else None, config.chip.capabilities)
-        eager = _eagerly(config, device, on_host)
-        if chip is not None and not left_to_us:
-            eager = with_reduce(job_on(eager, layout, device), usable(1e9 * chip.require("memory_gb"))).config
-        whole, choices = resolve(eager, layout, device)
-        lay_out(whole, world)
+        device, whole, choices = _decided(config, layout, backend, chip)
         resolved = _shortened(whole, layout, micro_batches)
         fake = FakeWorld(layout, device)
         progress(f"process {rank}: building its part of the model")
@@ -84,12 +75,34 @@ def rehearse(
         _tell_micro_batches(trainer, f"process {rank}", Job(resolved, layout).micro_batches, progress)
         with mode, registry.replaced(stand_in(attention, on_host)):
             _step(trainer, recorder, whole.training.global_batch // layout.data, on_host)
+    told = [str(choice) for choice in choices if "operations" not in choice.name] + [f"attention = {attention}"]
+    return _rehearsal(rank, Job(resolved, layout, fake.pipeline_rank), recorder, told, time.perf_counter() - started)
+
+
+def _decided(
+    config: RunConfig, layout: Layout, backend: Backend, chip: Chip | None
+) -> tuple[RehearsedDevice, RunConfig, Sequence[Choice]]:
+    """The device, and `config` as it would be run on it, and why."""
+    left_to_us = config.training.micro_batch == "auto"
+    if left_to_us and chip is None:
+        raise ConfigError("training.micro_batch is auto, and how much fits is the chip's to say: name it (--chip)")
+    # One that is given is tried as it is: what fits is what a rehearsal finds out.
+    device = RehearsedDevice(backend, chip if left_to_us else None, config.chip.capabilities)
+    eager = _eagerly(config, device, backend.device_type == "cpu")
+    if chip is not None and not left_to_us:
+        eager = with_reduce(job_on(eager, layout, device), usable(1e9 * chip.require("memory_gb"))).config
+    whole, choices = resolve(eager, layout, device)
+    lay_out(whole, layout.world)
+    return device, whole, choices
+
+
+def _rehearsal(rank: int, job: Job, recorder: Recorder, choices: list[str], seconds: float) -> Rehearsal:
+    """What was recorded."""
     peak, timeline = memory(recorder)
-    job = Job(resolved, layout, fake.pipeline_rank)
     return Rehearsal(
         rank,
-        world,
-        str(layout),
+        job.layout.world,
+        str(job.layout),
         job.stage_numbers,
         [layer for stage in job.stages for layer in stage],
         job.micro_batches,
@@ -98,9 +111,9 @@ def rehearse(
         dict(recorder.messages),
         dict(recorder.flops),
         dict(recorder.operations.most_common()),
-        time.perf_counter() - started,
+        seconds,
         1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        [str(choice) for choice in choices if "operations" not in choice.name] + [f"attention = {attention}"],
+        choices,
     )
 
 

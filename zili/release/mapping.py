@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from zili.errors import CheckpointError
+from zili.plurals import counted
 from zili.release.tensors import Index, Tensors, cut
 
 
@@ -182,7 +183,9 @@ def check_tensors(found: dict[str, Tensor], expected: dict[str, tuple[int, ...]]
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
     wrong = [f"{name} is {shapes[name]}, not {shape}" for name, shape in expected.items() if shapes[name] != shape]
     if wrong:
-        raise CheckpointError(f"{where}: {len(wrong)} tensors of another shape than its configuration: {_first(wrong)}")
+        raise CheckpointError(
+            f"{where}: {counted(len(wrong), 'tensor')} of another shape than its configuration: {_first(wrong)}"
+        )
 
 
 def _first(names: Iterable[str], count: int = 4) -> str:

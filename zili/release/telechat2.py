@@ -151,7 +151,7 @@ def _experts(config: ModelConfig, theirs: str, ours: str) -> list[Rule]:
 
 
 def _read_mixture(config: PublishedConfig, names: set[str]) -> dict[str, Any] | None:
-    """Of a folder whose layers have experts, every one of them; None of a dense one."""
+    """The mixture of a folder whose layers have experts, every one of them; None: it is dense."""
     if not any(".mlp.local_experts." in name for name in names):
         return None
     # Dense models have biases here. Whether the published mixture has is not known; its trainer has one at w2.

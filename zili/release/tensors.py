@@ -13,6 +13,7 @@ from torch import Tensor
 
 from zili.data.pointers import what_it_is
 from zili.errors import CheckpointError
+from zili.plurals import counted
 from zili.release.folder import read_json, write_json
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -86,7 +87,9 @@ class _Shards(Tensors):
         self._folder = folder
         for file in files:
             if not (folder / file).is_file():
-                raise CheckpointError(f"{folder / file} is missing, one of {len(files)} shards; fetch it and try again")
+                raise CheckpointError(
+                    f"{folder / file} is missing, one of {counted(len(files), 'shard')}; fetch it and try again"
+                )
         self._described = {file: self._describe_file(folder / file) for file in files}
         self._home = index or {name: file for file, names in self._described.items() for name in names}
         for name, file in self._home.items():

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import xgrammar
 
 COMPILING_SECONDS, MASK_SECONDS = 5.0, 0.25
-"""Of a CPU, for a form, and for what may come after one token of an answer."""
+"""Time of a CPU for a form, and for what may come after one token of an answer."""
 MEMORY = 512 << 20
 """Bytes beyond those of the process that is forked."""
 LONGEST = 65_536

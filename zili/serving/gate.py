@@ -18,7 +18,7 @@ _OPEN = ("/health", "/metrics", "/openapi.json", "/", "/page")
 
 @dataclass(frozen=True)
 class Limits:
-    """Of a server, so that nobody can take all of it."""
+    """Limits of a server, so that nobody can take all of it."""
 
     body_bytes: int = 4 << 20
     body_seconds: float = 30

@@ -125,7 +125,7 @@ class Form:
         return kind, said
 
     def forget(self, number: int) -> None:
-        """Of an answer that has ended."""
+        """Drop what is held for an answer that has ended."""
         with suppress(ConfigError):
             self.order(CLOSE, number)
 

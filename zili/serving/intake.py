@@ -90,7 +90,7 @@ def parsed(body: bytes, model: type[Model]) -> Model:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        # Of a field that may be one of several things: what came closest.
+        # Where a field may be one of several things, what came closest.
         found = max(error.errors(include_url=False, include_context=False, include_input=False), key=_depth)
         place = ".".join(str(part)[:80] for part in found["loc"][:8])
         raise Refusal(400, f"{place}: {found['msg']}" if place else found["msg"], param=place or None) from error

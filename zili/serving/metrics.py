@@ -14,7 +14,7 @@ _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1,
 
 
 class Metrics:
-    """Of one engine."""
+    """What is counted of one engine."""
 
     def __init__(self, engine: Engine, model: str) -> None:
         self._registry, self._model = CollectorRegistry(), model
@@ -61,7 +61,7 @@ class Metrics:
 
 
 class Watch:
-    """Of one answer."""
+    """What is counted of one answer."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics

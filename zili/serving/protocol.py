@@ -25,7 +25,7 @@ def _all_integral(value: Any) -> Any:
 
 _MOST_CHOICES = 16
 _MOST_ITEMS = 8192
-"""Of a list that is not of tokens. More of them make no conversation that fits into a context."""
+"""Longest list that is not of tokens. More items make no conversation that fits into a context."""
 _MOST_IDS = 1 << 20
 _LONGEST_STOP = 1024
 

@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 from zili.data.packing import DialogueLoader
 from zili.durable import sync
 from zili.errors import CheckpointError
+from zili.plurals import counted
 from zili.training.trainer import Trainer
 
 REFERENCE_FILE = "reference.safetensors"
@@ -43,7 +44,7 @@ def set_reference(trainer: Trainer, loaders: Iterable[DialogueLoader], *, resume
         started = time.perf_counter()
         table = reference_of(trainer, loaders)
         pairs = sum(len(known) for known in table.values()) // 2
-        trainer.note(f"reference: {pairs:,} pairs in {time.perf_counter() - started:.1f} s")
+        trainer.note(f"reference: {counted(pairs, 'pair')} in {time.perf_counter() - started:.1f} s")
         trainer.world.from_first(lambda: _write(path, table))
     for loader in loaders:
         loader.reference = table

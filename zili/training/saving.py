@@ -95,8 +95,8 @@ class Saver:
         """
         self.settle()
         if self._world.size > 1 and self._group is None:
-            # Of its own: the messages of a save in the background must not meet those of the step. And patient: the
-            # disk of one process may be slower than any step.
+            # A group of its own: the messages of a save in the background must not meet those of the step. And patient:
+            # the disk of one process may be slower than any step.
             self._group = dist.new_group(backend="gloo", timeout=_SLOWEST)
         target = self.folder / f"step-{state.step:08d}"
         self._at_hand, self._whole, self._failure = True, None, None
@@ -257,7 +257,7 @@ def _size(path: Path) -> int | None:
 
 def _drop(path: Path) -> None:
     """Remove a checkpoint so that it is never seen half there."""
-    # Of a name of its own: one that could not be deleted may lie there still.
+    # The name is new: a folder that could not be deleted may lie there still.
     aside = path.with_name(f".{path.name}-dropped-{secrets.token_hex(4)}")
     path.rename(aside)
     shutil.rmtree(aside)

@@ -18,6 +18,7 @@ from zili.models.arithmetic import training_flops_per_token
 from zili.parallel.layout import Layout, lay_out, processes
 from zili.planning.job import Job
 from zili.planning.memory import fullest, may_sum_each, reducing, saved_bytes, usable, with_reduce
+from zili.plurals import counted
 from zili.user_cache import cache_folder
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def resolve(config: RunConfig, layout: Layout, device: Device) -> tuple[RunConfi
             Choice(
                 "parallel.shards",
                 str(layout.shards),
-                f"what is left of {layout.world} process{'es' * (layout.world != 1)}",
+                f"what is left of {counted(layout.world, 'process')}",
             )
         )
     choices += _fallbacks(config.model, layout, device, precision)

@@ -18,7 +18,7 @@ def matmul_peak(device: Device, dtype: torch.dtype, *, seconds: float = 0.3) -> 
     Measured through the operation the model uses, so a faster product raises the bar as it raises the speed. A
     chip's published peak is another, larger denominator; `zili chips` has it.
     """
-    # Of a generator of their own: dropout goes on drawing from where it was.
+    # From a generator of their own: dropout goes on drawing from where it was.
     numbers = torch.Generator().manual_seed(0)
     a, b = (torch.randn(_SIZE, _SIZE, generator=numbers).to(device.type, dtype) for _ in range(2))
     best, end = 0.0, time.perf_counter() + seconds

@@ -320,7 +320,7 @@ def test_a_version_that_differs_or_fails_on_the_chip_is_not_taken(with_plugins: 
 
 
 def refusals() -> list[str]:
-    """Of an operation that does not run in fp32, and of one that is 0.5 % off in bf16, each asked for by name."""
+    """Refusals of an operation that does not run in fp32, and of one 0.5 % off in bf16, each asked for by name."""
     import emulated
     import torch_npu  # noqa: F401
 

@@ -59,7 +59,7 @@ WITHIN = 0.03
 
 
 def largest_bytes(configs: Sequence[RunConfig]) -> list[int]:
-    """Of this process, what the device's allocator gave at most during the second step of each."""
+    """Most that the device's allocator gave this process during the second step of each."""
     import emulated
 
     found = []

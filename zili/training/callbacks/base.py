@@ -32,8 +32,8 @@ class StepRecord:
     memory_bytes: int | None = None
     """Most that the first process has had of its device's memory so far, on a CPU of the host's; None: not known."""
     further: dict[str, float] = field(default_factory=dict)
-    """Of a mixture, `expert_load_max` and `expert_load_min`: the most and the least used expert's tokens over the mean,
-    in the least even layer. With multi-token prediction `next_loss`, nats a token. Of preferences, means over pairs:
+    """In a mixture, `expert_load_max` and `expert_load_min`: the most and the least used expert's tokens over the mean,
+    in the least even layer. With multi-token prediction `next_loss`, nats a token. For preferences, means over pairs:
     `reward_chosen` and `reward_rejected`, what the model gives each answer over the reference, times beta, and
     `reward_accuracy`, the share in which the chosen has the larger."""
 

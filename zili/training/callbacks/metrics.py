@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from zili.models.arithmetic import count_parameters
+from zili.plurals import counted
 from zili.training.callbacks.base import Callback, StepRecord
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class _Missing:
 
     def sum_up(self) -> None:
         if self._count:
-            self._say(f"{self._path} has gaps: writing it failed {self._count} times")
+            self._say(f"{self._path} has gaps: writing it failed {counted(self._count, 'time')}")
 
 
 class MetricsLog(Callback):
