@@ -331,7 +331,18 @@ class ChatRequest(_Asked):
 
     @property
     def longest(self) -> int | None:
+        """Tokens of an answer at most; None: as many as there is room for."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def told(self) -> int | None:
+        """Of how many likeliest tokens the log-probabilities are told beside each token's; None: of none."""
+        return self.top_logprobs if self.logprobs else None
+
+    @property
+    def echoed(self) -> bool:
+        """Whether the prompt is told of as well."""
+        return False
 
 
 class CompletionRequest(_Asked):
@@ -349,6 +360,21 @@ class CompletionRequest(_Asked):
         if self.best_of not in (None, self.n):
             raise Refusal(400, f"best_of: {self.best_of} is not served, but for as many as n", param="best_of")
         return self
+
+    @property
+    def longest(self) -> int | None:
+        """As of a chat."""
+        return self.max_tokens
+
+    @property
+    def told(self) -> int | None:
+        """As of a chat."""
+        return self.logprobs
+
+    @property
+    def echoed(self) -> bool:
+        """As of a chat."""
+        return self.echo
 
     @property
     def prompts(self) -> list[str | list[int]]:

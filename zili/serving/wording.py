@@ -35,6 +35,14 @@ def message(parts: Parts) -> dict[str, Any]:
     return {**made, "refusal": None}
 
 
+def delta(parts: Parts, before: int) -> dict[str, Any]:
+    """What has come anew of it, after `before` calls of tools."""
+    made: dict[str, Any] = {"content": parts.content} if parts.content else {}
+    made |= {"reasoning_content": parts.reasoning} if parts.reasoning else {}
+    calls = [{"index": before + number, **called(call)} for number, call in enumerate(parts.calls)]
+    return made | ({"tool_calls": calls} if calls else {})
+
+
 def called(call: Call) -> dict[str, Any]:
     """One of `tool_calls`."""
     function = {"name": call.name, "arguments": call.arguments}
