@@ -75,15 +75,20 @@ def serve(
         # Before anything else loads torch; not in this thread, since choosing operations multiplies.
         device = prepared(lambda: open_device(chip))
     from zili.serving.handover import Offer
-    from zili.serving.model_folder import demo_file
 
-    place = demo_file() if path is None else path
+    place = _demo() if path is None else path
     called = name or (place.stem if place.is_file() else place.resolve().name)
     offer = Offer(host, port, called, slots, context, dtype)
     if device is None:
         _hand_over(place, offer, keys, chip, trust_remote_code)
     else:
         _answer(place, offer, device, keys, template, queue, timeout, _origins(allow_origin or ()))
+
+
+def _demo() -> Path:
+    from zili.serving.model_folder import demo_file
+
+    return demo_file()
 
 
 def _answer(

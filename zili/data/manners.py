@@ -63,6 +63,8 @@ class Manners:
     """All marks of turns."""
     thinks: bool = False
     """Whether it writes the thoughts (`reasoning_content`) of an answer to learn."""
+    reasons: bool = False
+    """Whether its model thinks before it answers: it writes thoughts, opens them, or drops those of earlier answers."""
     calls: CallStyle | None = None
     """How it writes calls: Hermes' JSON, TeleChat3-Coder's names and values, or in a way that is not read back here."""
     tools: bool = False
@@ -102,10 +104,12 @@ def find_manners(render: Render) -> Manners:
     results = _texts(render, [_TALK[0], {**_TALK[1], "tool_calls": [_CALLING]}, _RESULT, _TALK[3]], tools=[_TOOL])
     marks += [mark for text in (talk[0], system[0], *(results or ())[2:4]) for mark in _bracketed(text)]
     after = [mark for text in (talk[2], talk[-1]) for mark in _marks(text)[:2]]
+    thinks = _says(render, [_TALK[0], {**_TALK[1], "reasoning_content": _THINKS}], _THINKS)
     return Manners(
         ends=tuple(dict.fromkeys(after)),
         marks=tuple(dict.fromkeys(marks)),
-        thinks=_says(render, [_TALK[0], {**_TALK[1], "reasoning_content": _THINKS}], _THINKS),
+        thinks=thinks,
+        reasons=thinks or bool(Manners.opening(prompt[-1])) or _drops_thoughts(render),
         calls=_call_style(render),
         tools=_says(render, _TALK[:1], _TOOL["function"]["name"], tools=[_TOOL]),
     )
@@ -154,6 +158,12 @@ def _rendered(render: Render, messages: Sequence[Mapping[str, Any]], **options: 
 
 def _says(render: Render, messages: Sequence[Mapping[str, Any]], text: str, **options: Any) -> bool:
     return text in (_rendered(render, messages, **options) or "")
+
+
+def _drops_thoughts(render: Render) -> bool:
+    answer = {**_TALK[1], "content": f"{THINK}\n{_THINKS}\n{THOUGHT}\n\n{_TALK[1]['content']}"}
+    said = _rendered(render, [_TALK[0], answer, _TALK[2]]) or ""
+    return _TALK[1]["content"] in said and _THINKS not in said
 
 
 def _call_style(render: Render) -> CallStyle | None:
