@@ -60,6 +60,24 @@ TAGGED = (
 )
 one, several = calls(TOOLS, several=False, tagged=False), calls(TOOLS, several=True, tagged=False)
 tagged = calls(TOOLS, several=False, tagged=True)
+WORDS = {
+    "type": "object",
+    "properties": {
+        "unit": {"enum": ["C", "F"]},
+        "code": {"type": "string", "pattern": "^[0-9]{2}$"},
+        "either": {"anyOf": [{"type": "string", "maxLength": 2}, {"const": "none"}]},
+        "perhaps": {"type": ["string", "null"]},
+    },
+    "required": ["unit", "code", "either"],
+}
+words = calls([{"function": {"name": "w", "parameters": WORDS}}], several=False, tagged=True)
+
+
+def tagged_call(**given: str) -> str:
+    inside = "".join(f"<param_key>{key}</param_key><param_value>{value}</param_value>" for key, value in given.items())
+    return f"<tool_call>w{inside}</tool_call>"
+
+
 CASES: list[tuple[Part, str, bool]] = [
     (schema(CITY), '{"city": "北京", "days": 3}', True),
     (schema(CITY), '{\n  "city": "x"\n}', True),
@@ -85,6 +103,12 @@ CASES: list[tuple[Part, str, bool]] = [
     (tagged, TAGGED.replace("<param_value>3", "<param_value>three"), False),
     (tagged, "<tool_call>weather</tool_call>", False),
     (tagged, "<tool_call>now</tool_call>", True),
+    (words, tagged_call(unit="C", code="07", either="5"), True),
+    (words, tagged_call(unit="F", code="07", either="none", perhaps="null"), True),
+    (words, tagged_call(unit="F", code="07", either="5", perhaps='"so"'), True),
+    (words, tagged_call(unit='"C"', code="07", either="5"), False),
+    (words, tagged_call(unit="C", code='"07"', either="5"), False),
+    (words, tagged_call(unit="C", code="07", either="567"), False),
 ]
 
 

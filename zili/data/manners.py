@@ -17,6 +17,8 @@ from pydantic_core import from_json
 from zili.data.tokenizer import DOCUMENT_ENDS, Tokenizer
 
 CallStyle = Literal["hermes", "tagged", "other"]
+ReadArgument = Callable[[str, str, str, Any], Any]
+"""What an argument is: from the tool's name, its own, its text, and what that is in JSON (else the text)."""
 Render = Callable[..., str]
 """A template: messages, tools, add_generation_prompt and options to text. Raises where it cannot say them."""
 
@@ -204,11 +206,19 @@ def split_thoughts(text: str) -> tuple[str, str] | None:
     return inside.removeprefix("\n").removesuffix("\n"), answer.removeprefix("\n")
 
 
-def read_call(text: str) -> Call | None:
-    """What stands between `<tool_call>` and `</tool_call>`, in either style. None: it is neither. Takes linear time."""
+def as_json(tool: str, name: str, text: str, value: Any) -> Any:
+    """What JSON has it for, as `ReadArgument`."""
+    return value
+
+
+def read_call(text: str, read: ReadArgument = as_json) -> Call | None:
+    """What stands between `<tool_call>` and `</tool_call>`, in either style. None: it is neither. Takes linear time.
+
+    `read` decides of an argument between tags, where a text has no quotes, whether it is one.
+    """
     called = _json(text)
     if called is _NO_JSON:
-        return _read_tagged(text)
+        return _read_tagged(text, read)
     if not isinstance(called, dict) or not isinstance(called.get("name"), str):
         return None
     arguments = read_arguments(called.get("arguments"))
@@ -238,7 +248,7 @@ def _json(text: str) -> Any:
     return value
 
 
-def _read_tagged(text: str) -> Call | None:
+def _read_tagged(text: str, read: ReadArgument) -> Call | None:
     end = text.find(KEY)
     name = (text if end < 0 else text[:end]).strip()
     if not _NAME.fullmatch(name):
@@ -247,9 +257,9 @@ def _read_tagged(text: str) -> Call | None:
     for parameter in _parameters(text, end):
         if parameter is None:
             return None
-        key, value = parameter
-        read = _json(value)
-        arguments[key] = value if read is _NO_JSON else read  # a text is written without quotes
+        key, said = parameter
+        value = _json(said)
+        arguments[key] = read(name, key, said, said if value is _NO_JSON else value)
     return Call(name, json.dumps(arguments, ensure_ascii=False))
 
 

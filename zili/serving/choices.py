@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from zili.data.tokenizer import Tokenizer
 from zili.serving import wording
+from zili.serving.arguments import Parameters
 from zili.serving.delivery import Whole
 from zili.serving.protocol import ChatRequest, CompletionRequest
 from zili.serving.reply import Reply
@@ -19,7 +20,7 @@ class Choices(Protocol):
     """Of one request."""
 
     def whole(self, answers: list[Whole]) -> list[Choice]:
-        """Of all answers."""
+        """Of all answers; an iterator in it is a list that is made as it is written."""
 
     def piece(self, index: int, said: Said, first: bool) -> Choice:
         """Of a piece of the answer of a number, the first or a later one."""
@@ -31,7 +32,8 @@ class ChatChoices:
     def __init__(self, asked: ChatRequest, answers: int, tokenizer: Tokenizer, *, thinking: bool) -> None:
         """`thinking`: the prompt has opened the answers' thoughts."""
         self._asked = asked
-        self._replies = [Reply(thinking=thinking, tools=bool(asked.offered)) for _ in range(answers)]
+        tools, read = bool(asked.offered), Parameters(asked.offered).read
+        self._replies = [Reply(thinking=thinking, tools=tools, read=read) for _ in range(answers)]
         self._tellers = [wording.Told(tokenizer, skip_special=asked.skip_special_tokens) for _ in range(answers)]
 
     def whole(self, answers: list[Whole]) -> list[Choice]:
@@ -40,8 +42,8 @@ class ChatChoices:
             parts = self._replies[index].push(answer.text) + self._replies[index].finish()
             finish = "tool_calls" if parts.calls and answer.finish == "stop" else answer.finish
             choice = {"index": index, "message": wording.message(parts), "finish_reason": finish}
-            told = self._tellers[index].chat(answer.tokens) if self._asked.logprobs else None
-            choices.append({**choice, "logprobs": told})
+            told = {"content": self._tellers[index].each(answer.tokens), "refusal": None}
+            choices.append({**choice, "logprobs": told if self._asked.logprobs else None})
         return choices
 
     def piece(self, index: int, said: Said, first: bool) -> Choice:
