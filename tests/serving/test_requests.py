@@ -295,3 +295,24 @@ def test_proxies_are_asked_to_keep_nothing_back(place: Place) -> None:
     body = {"prompt": "snow", "max_tokens": 2, "stream": True}
     _, headers, text = ask(f"{place.url}/v1/completions", "POST", {"Authorization": f"Bearer {KEY}"}, body)
     assert headers["x-accel-buffering"] == "no" and text.endswith("data: [DONE]\n\n")
+
+
+def test_of_a_key_that_is_given_twice_the_last_counts(place: Place) -> None:
+    """As OpenAI's server and vLLM have it."""
+    status, answer = place.post(
+        "/v1/completions", b'{"prompt": "a", "max_tokens": 9, "max_tokens": 1, "max_tokens": 2}'
+    )
+    assert status == 200 and answer["usage"]["completion_tokens"] <= 2
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_usage_so_far(place: Place, path: str) -> None:
+    asked = {"messages": ASKED} if "chat" in path else {"prompt": "snow"}
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {**asked, "max_tokens": 5, "ignore_eos": True, "stream": True, "stream_options": options}
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+    request = urllib.request.Request(place.url + path, json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        lines = answer.read().decode().splitlines()
+    counts = [json.loads(line[6:])["usage"]["completion_tokens"] for line in lines if line.startswith("data: {")]
+    assert counts == sorted(counts) and counts[0] >= 1 and counts[-1] == 5

@@ -59,13 +59,35 @@ def to_learn(
     return _masked(rendered, answers, manners, template.name)
 
 
+def check_told(rendered: Rendered, messages: Messages, template: ChatTemplate, of: Tokenizer) -> None:
+    """Of a conversation to be answered: what others said and which tools were called. Earlier thoughts, and what was
+    said beside a call, are the template's to drop. Takes time in proportion to the text, but for one in another order.
+
+    Raises:
+        Unsaid: some of it is not in `rendered`.
+    """
+    manners, place = template.manners(of), 0
+    for number, message in enumerate(messages, start=1):
+        _check_calls(message, manners, template.name)
+        for given in _called(message) if message["role"] == "assistant" else [message["content"]]:
+            end = _end_of(given, rendered.text, place)
+            place = max(place, end)
+            if end < 0 and not _holds(rendered.text, given):
+                reason = "with text that the template leaves out"
+                raise Unsaid(reason, f"{template.name} leaves out of turn {number}: {given[:60]!r}")
+
+
+def _check_calls(message: Mapping[str, Any], manners: Manners, name: str) -> None:
+    if message.get("tool_calls") and manners.calls is None:
+        raise Unsaid("with calls that the template cannot say", f"tool_calls: {name} has no place for calls of tools")
+
+
 def _check_kinds(messages: Messages, tools: Any, manners: Manners, name: str, of: Tokenizer) -> None:
     """Whether the template has a place for all kinds of things that there are."""
     if tools and not manners.tools:
         raise Unsaid("with tools that the template does not tell", f"{name} has no place for tools")
     for message in messages:
-        if message.get("tool_calls") and manners.calls is None:
-            raise Unsaid("with calls that the template cannot say", f"{name} has no place for calls of tools")
+        _check_calls(message, manners, name)
         if message.get("reasoning_content") and not manners.thinks:
             raise Unsaid(
                 "with thoughts that the template does not write",
@@ -126,11 +148,15 @@ def _told(answer: Mapping[str, Any], manners: Manners) -> tuple[str, list[str]]:
     thoughts, content = str(answer.get("reasoning_content") or ""), answer["content"]
     inline = split_thoughts(content) if manners.thinks and not thoughts else None
     thoughts, content = inline or (thoughts, content)
-    told = [content]
+    return thoughts, [content, *_called(answer)]
+
+
+def _called(answer: Mapping[str, Any]) -> Iterator[str]:
+    """What its calls of tools say."""
     for call in answer.get("tool_calls") or []:
         function = call.get("function") or call
-        told += [function["name"], *_leaves(read_arguments(function.get("arguments")))]
-    return thoughts, told
+        yield function["name"]
+        yield from _leaves(read_arguments(function.get("arguments")))
 
 
 def _leaves(value: Any) -> Iterator[str]:
@@ -150,5 +176,13 @@ def _leaves(value: Any) -> Iterator[str]:
 
 def _holds(text: str, given: str) -> bool:
     """Whether a text has another, as it is or as JSON writes it, but for white space around it."""
+    return _end_of(given, text) >= 0
+
+
+def _end_of(given: str, text: str, start: int = 0) -> int:
+    """Where it ends, after `start`; below 0: it is not there."""
     given = given.strip()
-    return given in text or any(json.dumps(given, ensure_ascii=ascii)[1:-1] in text for ascii in (False, True))
+    for spelled in (given, *(json.dumps(given, ensure_ascii=ascii)[1:-1] for ascii in (False, True))):
+        if (place := text.find(spelled, start)) >= 0:
+            return place + len(spelled)
+    return -1

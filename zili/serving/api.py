@@ -75,6 +75,8 @@ class Served:
     limits: Limits = field(default_factory=Limits)
     origins: Sequence[str] = ()
     """Of other web pages that may ask, such as https://chat.example.org; "*": any."""
+    hosts: Sequence[str] = ()
+    """Names by which whoever needs no key may ask on this machine, as behind a proxy."""
     created: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -91,7 +93,7 @@ def make_app(served: Served) -> FastAPI:
     app.exception_handler(Refusal)(_refused)
     app.exception_handler(HTTPException)(_no_route)
     app.exception_handler(Exception)(_failed)
-    app.add_middleware(Gate, keys=served.keys, limits=served.limits)
+    app.add_middleware(Gate, keys=served.keys, limits=served.limits, hosts=served.hosts)
     if served.origins:  # outside the gate: before it asks with a key a browser asks without whether it may
         methods = ["GET", "POST"]
         app.add_middleware(CORSMiddleware, allow_origins=served.origins, allow_methods=methods, allow_headers=["*"])
@@ -213,6 +215,7 @@ class _Api:
 
     async def _begun(self, request: Request, asked: Asked, ready: Ready) -> list[Stream]:
         guide = await self._guide(ready)
+        self._beginner.check_room(asked, ready, request.state.held)
         return self._beginner.streams(asked, ready, guide, getattr(request.state, "holder", None))
 
     async def _guide(self, ready: Ready) -> Form | None:
@@ -248,12 +251,15 @@ class _Api:
             answers = await whole(streams, request, self.served.limits.answer_seconds)
             told = await self._aside(request, choices.whole, answers)
             return {**head, "choices": told, "usage": wording.usage(streams, ready.given)}
-        none_yet = {"usage": None} if asked.with_usage else {}
+
+        def usage() -> dict[str, Any]:
+            return wording.usage(streams, ready.given)
 
         def chunk(index: int, said: Said, first: bool) -> dict[str, Any]:
-            return {**head, "choices": [choices.piece(index, said, first)], **none_yet}
+            so_far = {"usage": usage() if asked.with_usage_so_far else None} if asked.with_usage else {}
+            return {**head, "choices": [choices.piece(index, said, first)], **so_far}
 
         def last() -> dict[str, Any]:
-            return {**head, "choices": [], "usage": wording.usage(streams, ready.given)}
+            return {**head, "choices": [], "usage": usage()}
 
         return events(streams, request, self.served.limits.answer_seconds, chunk, last if asked.with_usage else None)

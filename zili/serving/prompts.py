@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from zili.data.chat import ChatTemplate
+from zili.data.faithful import check_told
 from zili.data.manners import Manners
 from zili.data.tokenizer import Tokenizer
 from zili.errors import DataError
@@ -15,6 +16,9 @@ from zili.serving.refusal import Refusal
 
 _STRETCH = 1 << 16
 """Characters of a text that are counted at a time, where it may be too long."""
+
+_LONG = 10**20
+"""Numbers beyond are many tokens."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,10 @@ class Prompts:
         try:
             turns = [message.plain() for message in asked.messages]
             options = self._options(asked, self._template)
-            self._check_fit(_texts_in([turns, options]))
-            return self._template.render(self._tokenizer, turns, **options).ids
+            self._check_fit([turns, options])
+            rendered = self._template.render(self._tokenizer, turns, **options)
+            check_told(rendered, turns, self._template, self._tokenizer)
+            return rendered.ids
         except (DataError, TypeError) as error:
             raise Refusal(400, str(error), param="messages") from error
 
@@ -112,21 +118,20 @@ class Prompts:
         self.known(prompt)
         return prompt
 
-    def _check_fit(self, texts: Iterable[str]) -> None:
+    def _check_fit(self, given: Any) -> None:
         """Refuse what is far longer than the context, before memory is taken for all of it."""
-        texts, most = list(texts), 2 * self._context
-        if sum(map(len, texts)) <= _STRETCH:
+        texts, count = list(_texts_in(given)), _numbers_in(given)
+        if sum(map(len, texts)) + count <= _STRETCH:
             return
-        count = 0
+        most = 2 * self._context + _STRETCH
         for text in texts:
             for start in range(0, len(text), _STRETCH):
+                if count > most:
+                    break
                 count += len(self.encoded(text[start : start + _STRETCH]))
-                if count > most + _STRETCH:
-                    raise Refusal(
-                        400,
-                        f"the context holds {self._context} tokens; what is asked has more than {count:,}",
-                        code="context_length_exceeded",
-                    )
+        if count > most:
+            message = f"the context holds {self._context} tokens; what is asked has more than {count:,}"
+            raise Refusal(400, message, code="context_length_exceeded")
 
     def _bias(self, given: dict[str, float | None] | None) -> dict[int, float]:
         try:
@@ -139,9 +144,20 @@ class Prompts:
 
 
 def _texts_in(value: Any) -> Iterator[str]:
-    """All texts in what was given as JSON."""
+    """All texts in what was given as JSON, and numbers that are as long as some."""
     if isinstance(value, str):
         yield value
+    elif isinstance(value, int) and abs(value) > _LONG:
+        yield str(value)
     elif isinstance(value, dict | list):
         for inner in (*value, *value.values()) if isinstance(value, dict) else value:
             yield from _texts_in(inner)
+
+
+def _numbers_in(value: Any) -> int:
+    """How much else there is that is written: each is a token at least."""
+    if isinstance(value, dict):
+        return _numbers_in([*value.values()])
+    if isinstance(value, list):
+        return sum(map(_numbers_in, value))
+    return not isinstance(value, str)
