@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from contextlib import ExitStack
 
 from zili.data.tokenizer import Tokenizer
 from zili.errors import ConfigError
+from zili.serving.budget import Budget
 from zili.serving.engine import Ask, Engine, Guide
 from zili.serving.gate import Limits, too_much
 from zili.serving.keys import Holder, TooMuch
@@ -27,13 +29,41 @@ class Beginner:
     ) -> None:
         self._engine, self._tokenizer, self._limits, self._metrics = engine, tokenizer, limits, metrics
         self._ends, self._end_texts = prompts.end_ids, prompts.end_texts
+        self._log_probabilities = Budget(limits.log_probabilities)
+
+    def check_room(self, asked: Asked, ready: Ready, held: ExitStack) -> None:
+        """Whether answers can begin now. What they take of memory is given back when `held` ends.
+
+        Raises: Refusal.
+        """
+        running, waiting = self._engine.load
+        answers = len(ready.given) * ready.answers
+        if running + waiting + answers > self._engine.slots + self._limits.waiting:
+            raise _busy(f"{waiting} answers wait already, {self._limits.waiting} may")
+        if asked.told is None:
+            return
+        each, most = asked.told + 1, self._log_probabilities.most
+        tokens = ready.answers * sum(self._most_told(asked, prompt) for prompt in ready.given)
+        if tokens * each > most:
+            message = (
+                f"logprobs: {tokens:,} tokens with {each} log-probabilities each may be answered, and {most:,} of "
+                "these are kept at once: give a smaller max_tokens, or ask for fewer of them"
+            )
+            raise Refusal(400, message, param="logprobs")
+        if not self._log_probabilities.take(tokens * each, held):
+            raise _busy(f"{most:,} log-probabilities are kept at once, and others have asked for most of them")
+
+    def _most_told(self, asked: Asked, prompt: list[int]) -> int:
+        """Tokens of which log-probabilities are told."""
+        room = self._engine.context - len(prompt)
+        answer = room if asked.longest is None else min(room, asked.longest)
+        return answer + (len(prompt) if asked.echoed else 0)
 
     def streams(
         self, asked: Asked, ready: Ready, guide: Callable[[], Guide] | None, holder: Holder | None
     ) -> list[Stream]:
         """One for each answer. Raises: Refusal; none has begun then."""
         prompts = ready.each
-        self._check_busy(len(prompts))
         seed = secrets.randbits(32) if asked.seed is None else asked.seed % 2**63
         streams: list[Stream] = []
         try:
@@ -46,12 +76,6 @@ class Beginner:
                 stream.cancel()
             raise _refused(error) from error
         return streams
-
-    def _check_busy(self, answers: int) -> None:
-        running_and_waiting, most = sum(self._engine.load), self._limits.waiting
-        if running_and_waiting + answers > self._engine.slots + most:
-            message = f"{self._engine.load[1]} answers wait already, {most} may"
-            raise Refusal(503, message, code="busy", headers={"Retry-After": "1"})
 
     def _longest(self, prompt: list[int], asked: Asked, holder: Holder | None, answers: int) -> int:
         """Tokens of an answer at most: as asked, else what the context has room for, and the holder's quota has for
@@ -96,6 +120,10 @@ class Beginner:
             metrics=self._metrics,
             holder=holder,
         )
+
+
+def _busy(message: str) -> Refusal:
+    return Refusal(503, message, code="busy", headers={"Retry-After": "1"})
 
 
 def _refused(error: Refusal | ConfigError | TooMuch) -> Refusal:

@@ -50,6 +50,8 @@ class Intake:
         if not subtype.startswith("application/") or not subtype.endswith(("/json", "+json")):
             # Whatever page a browser shows may send other types anywhere, unasked.
             raise Refusal(400, f"the Content-Type is {kind[:80]!r}; application/json is read")
+        if (coding := request.headers.get("content-encoding", "identity").strip().lower()) != "identity":
+            raise Refusal(400, f"the Content-Encoding is {coding[:80]!r}; bodies are read as they are")
         body = await request.body()
         request.state.size = len(body)
         return await self.aside(len(body), parsed, body, model)
@@ -109,7 +111,7 @@ def _whole(answer: Any) -> bytes:
 
 
 def written(value: Any) -> Iterator[bytes]:
-    """JSON in pieces, none of which takes long: what writes it holds Python's lock."""
+    """JSON in pieces, none of which takes long: what writes it holds Python's lock. An iterator is a list."""
     if isinstance(value, dict):
         for number, (key, inner) in enumerate(value.items()):
             yield (b"," if number else b"{") + to_json(key) + b":"
@@ -119,10 +121,11 @@ def written(value: Any) -> Iterator[bytes]:
         for start in range(0, len(value), _PIECE):
             yield (b"," if start else b"[") + to_json(value[start : start + _PIECE], inf_nan_mode="null")[1:-1]
         yield b"]"
-    elif isinstance(value, list):
+    elif isinstance(value, list | Iterator):
+        yield b"["
         for number, inner in enumerate(value):
-            yield b"," if number else b"["
+            yield b"," if number else b""
             yield from written(inner)
-        yield b"]" if value else b"[]"
+        yield b"]"
     else:
         yield to_json(value, inf_nan_mode="null")

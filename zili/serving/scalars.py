@@ -110,7 +110,8 @@ def _within(low: Bound, high: Bound, step: Decimal) -> tuple[Decimal | None, Dec
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # Some whole numbers are too large to be asked whether they are finite.
+    return math.isfinite(value) if isinstance(value, float) else isinstance(value, int) and not isinstance(value, bool)
 
 
 def count(schema: Schema, word: str, at: str) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from zili.data.tokenizer import Tokenizer
@@ -63,13 +63,15 @@ class Told:
 
     def chat(self, tokens: list[Token]) -> dict[str, Any]:
         """`logprobs` of a chat's choice."""
-        content = []
+        return {"content": [*self.each(tokens)], "refusal": None}
+
+    def each(self, tokens: list[Token]) -> Iterator[dict[str, Any]]:
+        """Of `logprobs`' content: one after another, as all of a long answer take ten times what its tokens do."""
         for token in tokens:
             top = sorted(token.likeliest.items(), key=lambda pair: -pair[1])
             named = [{**self._named(id_), "logprob": value} for id_, value in top]
-            content.append({**self._named(token.id), "logprob": token.log_probability, "top_logprobs": named})
+            yield {**self._named(token.id), "logprob": token.log_probability, "top_logprobs": named}
             self._pass(token.id)
-        return {"content": content, "refusal": None}
 
     def completion(self, tokens: list[Token]) -> dict[str, Any]:
         """`logprobs` of a completion's choice. `text_offset` counts characters; a part of one begins where it does."""
