@@ -15,7 +15,7 @@ from served import KEY, KEYS, Place, listening, serve_a_tiny_model, slowed
 from waiting import until
 
 from zili.data.sentencepiece import Kind, Piece, definition
-from zili.data.tokenizer import DecodeStream, Tokenizer
+from zili.data.tokenizer import DecodeStream, Tokenizer, after_bos
 from zili.serving.engine import Token
 from zili.serving.gate import Limits
 from zili.serving.wording import Told
@@ -81,6 +81,23 @@ def test_an_echo_is_counted_with_its_prompt(place: Place) -> None:
     assert told["text_offset"][-4:] == [8] * 4
     for text, offset in zip(told["tokens"], told["text_offset"], strict=True):
         assert text.startswith("bytes:") or choice["text"].startswith(text, offset)
+
+
+@pytest.mark.parametrize("prompt", ["snow \U0001f98a", "<_user>snow", "", [7, 72]])
+def test_an_echo_is_counted_as_it_is_written(place: Place, prompt: Any) -> None:
+    """BOS is no part of it, special tokens that were asked for are, and those that are said are left out."""
+    plain = place.served.tokenizer
+    tokenizer = Tokenizer(after_bos(plain.definition, "<_system>"), end_token=plain.end_token)
+    prompt = [plain.special_tokens["<_user>"], *prompt] if isinstance(prompt, list) else prompt
+    body = {"prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": 6, "ignore_eos": True, "temperature": 0}
+    with listening(replace(place.served, tokenizer=tokenizer)) as url:
+        bias = {"logit_bias": {str(plain.special_tokens["<_user>"]): 100, "72": 99}, "frequency_penalty": 2}
+        _, answer = replace(place, url=url).post("/v1/completions", {**body, **bias})
+    (choice,) = answer["choices"]
+    told = choice["logprobs"]
+    assert told["text_offset"][0] == 0 and "<_user>" in told["tokens"]
+    for text, offset, after in zip(told["tokens"], told["text_offset"], [*told["text_offset"][1:], None], strict=True):
+        assert text.startswith("bytes:") or choice["text"][offset:after] in (text, "")
 
 
 @pytest.mark.parametrize("dummy_prefix", [True, False])

@@ -189,7 +189,7 @@ class _Api:
             raise Refusal(400, "echo is not streamed", param="echo")
         ready = await self._aside(request, self._prompts.texts, asked)
         streams = await self._begun(request, asked, ready)
-        choices = CompletionChoices(asked, streams, ready.each, self.tokenizer)
+        choices = CompletionChoices(asked, streams, ready, self.tokenizer)
         return await self._told(request, asked, ready, streams, choices, self._head("cmpl", "text_completion", asked))
 
     # ---- what is asked

@@ -9,6 +9,8 @@ from zili.data.tokenizer import Tokenizer
 from zili.serving import wording
 from zili.serving.arguments import Parameters
 from zili.serving.delivery import Whole
+from zili.serving.engine import Token
+from zili.serving.prompts import Ready
 from zili.serving.protocol import ChatRequest, CompletionRequest
 from zili.serving.reply import Reply
 from zili.serving.streaming import Said, Stream
@@ -65,28 +67,34 @@ class ChatChoices:
 class CompletionChoices:
     """Of a completion: text."""
 
-    def __init__(
-        self, asked: CompletionRequest, streams: list[Stream], prompts: list[list[int]], tokenizer: Tokenizer
-    ) -> None:
-        """`streams` and `prompts`: of each answer."""
-        self._asked, self._streams, self._tokenizer = asked, streams, tokenizer
-        # What is echoed shows its special tokens, too.
-        before: list[Sequence[int]] = [() if asked.echo else prompt for prompt in prompts]
-        skip = asked.skip_special_tokens and not asked.echo
-        self._tellers = [wording.Told(tokenizer, prompt, skip_special=skip) for prompt in before]
+    def __init__(self, asked: CompletionRequest, streams: list[Stream], ready: Ready, tokenizer: Tokenizer) -> None:
+        """`streams`: of each answer."""
+        self._asked, self._streams, self._ready, self._tokenizer = asked, streams, ready, tokenizer
+        before: list[Sequence[int]] = [() if asked.echo else prompt for prompt in ready.each]
+        self._tellers = [wording.Told(tokenizer, prompt, skip_special=asked.skip_special_tokens) for prompt in before]
 
     def whole(self, answers: list[Whole]) -> list[Choice]:
         choices = []
-        for index, (answer, stream) in enumerate(zip(answers, self._streams, strict=True)):
-            text, told = answer.text, answer.tokens
-            if self._asked.echo:
-                given = self._asked.prompts[index // self._asked.n]  # without the BOS token that was put before it
-                before = given if isinstance(given, str) else self._tokenizer.decode(given)
-                text, told = before + text, [*stream.answer.prompt, *told]
-            logprobs = self._tellers[index].completion(told) if self._asked.logprobs is not None else None
+        for index, answer in enumerate(answers):
+            logprobs = self._told(index, answer.tokens) if self._asked.logprobs is not None else None
+            text = self._before(index) + answer.text
             choices.append({"index": index, "text": text, "finish_reason": answer.finish, "logprobs": logprobs})
         return choices
 
+    def _before(self, index: int) -> str:
+        """The prompt, where it is echoed; without what was put before it."""
+        if not self._asked.echo:
+            return ""
+        given = self._asked.prompts[index // self._asked.n]
+        return given if isinstance(given, str) else self._tokenizer.decode(given)
+
+    def _told(self, index: int, tokens: list[Token]) -> dict[str, Any]:
+        teller = self._tellers[index]
+        if not self._asked.echo:
+            return teller.completion(tokens)
+        unsaid = self._ready.unsaid[index // self._asked.n]
+        return wording.joined(teller.echoed(self._streams[index].answer.prompt, unsaid), teller.completion(tokens))
+
     def piece(self, index: int, said: Said, first: bool) -> Choice:
-        logprobs = self._tellers[index].completion(said.tokens) if self._asked.logprobs is not None else None
+        logprobs = self._told(index, said.tokens) if self._asked.logprobs is not None else None
         return {"index": index, "text": said.text, "logprobs": logprobs, "finish_reason": said.finish}

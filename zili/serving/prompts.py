@@ -34,6 +34,8 @@ class Ready:
     bias: dict[int, float]
     thinking: bool = False
     """Whether the prompt opens the answer's thoughts."""
+    unsaid: Sequence[int] = ()
+    """Tokens that each text of a completion was put after."""
 
     @property
     def each(self) -> list[list[int]]:
@@ -61,7 +63,8 @@ class Prompts:
     def texts(self, asked: CompletionRequest) -> Ready:
         """Of a completion."""
         prompts = [self._ids(prompt, begin=asked.add_special_tokens) for prompt in asked.prompts]
-        return Ready(prompts, asked.n, asked.formed, self._bias(asked.logit_bias))
+        given, bias = [[*before, *ids] for before, ids in prompts], self._bias(asked.logit_bias)
+        return Ready(given, asked.n, asked.formed, bias, unsaid=[len(before) for before, _ in prompts])
 
     def encoded(self, text: str) -> list[int]:
         """A text's ids, in which special tokens may be written."""
@@ -110,13 +113,15 @@ class Prompts:
             raise Refusal(400, f"{word}: the chat template of this model knows none", param=word)
         return {}
 
-    def _ids(self, prompt: str | list[int], *, begin: bool) -> list[int]:
+    def _ids(self, prompt: str | list[int], *, begin: bool) -> tuple[Sequence[int], list[int]]:
+        """What is put before a prompt, and its own ids."""
         if isinstance(prompt, str):
             self._check_fit([prompt])
+            ids = self.encoded(prompt)
             before = self._tokenizer.begin_ids if begin else ()
-            return [*before, *self.encoded(prompt)] or [self._tokenizer.start_id]
+            return before or (() if ids else (self._tokenizer.start_id,)), ids
         self.known(prompt)
-        return prompt
+        return (), prompt
 
     def _check_fit(self, given: Any) -> None:
         """Refuse what is far longer than the context, before memory is taken for all of it."""

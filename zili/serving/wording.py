@@ -88,6 +88,16 @@ class Told:
             "text_offset": offsets,
         }
 
+    def echoed(self, tokens: list[Token], unsaid: int) -> dict[str, Any]:
+        """`completion` of a prompt that its answer follows: its special tokens are in the text, but not the first
+        `unsaid`, which were put before it."""
+        skipped, self._skipped = self._skipped, self._special
+        before = self.completion(tokens[:unsaid])
+        self._skipped = set()
+        told = joined(before, self.completion(tokens[unsaid:]))
+        self._skipped = skipped
+        return told
+
     def _likeliest(self, token: Token) -> dict[str, float]:
         """By their texts; of several that have the same one all but the first by their ids."""
         found: dict[str, float] = {}
@@ -109,6 +119,11 @@ class Told:
         if id_ not in self._skipped:
             self._length += len(self._text.decode(self._bytes(id_)))
         self._begins = self._begins and id_ in self._special
+
+
+def joined(one: dict[str, Any], following: dict[str, Any]) -> dict[str, Any]:
+    """`logprobs` of a text in two parts."""
+    return {name: told + following[name] for name, told in one.items()}
 
 
 def _whole(told: bytes) -> str | None:
