@@ -118,7 +118,8 @@ WRONG: dict[str, tuple[str, bytes, str]] = {
         "context holds 4000",
     ),
     "options of numbers": (CHAT, chat(chat_template_kwargs={"a": [1] * 400_000}), "context holds 4000"),
-    "a form of numbers": (CHAT, chat(structured_outputs={"json": {"enum": [1] * 400_000}}), "too long|longer"),
+    "a form of numbers": (CHAT, chat(structured_outputs={"json": {"enum": [1] * 400_000}}), "longer than 65,536"),
+    "an old form of numbers": (TEXT, json.dumps({"prompt": "a", "guided_json": [1] * 700_000}).encode(), "guided_json"),
     "a form nested deep": (CHAT, chat(structured_outputs={"json": DEEP}), "structured_outputs"),
     "a schema nested deep": (CHAT, chat(structured_outputs={"json": NESTED}), "deep"),
     "a pattern nested deep": (
@@ -196,6 +197,10 @@ def test_what_is_coded_is_not_read(place: Place) -> None:
     assert status == 400 and b"Content-Encoding" in answer
     told = {**JSON, "Content-Encoding": "Identity"}
     assert ask(place, TEXT, b'{"prompt": "a", "max_tokens": 1}', told)[0] == 200
+
+
+def test_a_mark_of_byte_order_is_passed_over(place: Place) -> None:
+    assert ask(place, TEXT, b'\xef\xbb\xbf{"prompt": "a", "max_tokens": 1}')[0] == 200
 
 
 def test_bodies_together_have_a_bound(place: Place) -> None:

@@ -120,7 +120,10 @@ def test_what_is_kept(wanted: Any) -> None:
         ({"type": "number", "minimum": 1e-8, "maximum": 2e-8}, "minimum"),
         ({"type": "integer", "minimum": 1.2, "maximum": 1.8}, "minimum"),
         ({"type": "integer", "exclusiveMinimum": 1, "maximum": 1}, "exclusiveMinimum"),
-        *(({"minLength": 1, word: 10**400}, word) for word in ("minimum", "exclusiveMaximum", "multipleOf", "minItems")),
+        *(
+            ({"minLength": 1, word: 10**400}, word)
+            for word in ("minimum", "exclusiveMaximum", "multipleOf", "minItems")
+        ),
         ({"const": 10**400}, "const"),
         ({"type": "array", "items": [WHOLE]}, "items"),
         ({"$ref": "#/$defs/a/$defs/b", "$defs": {"a": {"$id": "x", "$defs": {"b": {"$ref": "#/$defs/c"}}}}}, r"\$id"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from codecs import BOM_UTF8
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar, get_type_hints
@@ -86,7 +87,7 @@ def parsed(body: bytes, model: type[Model]) -> Model:
     if _parts(body) > _MOST_PARTS and _parts(_TEXT.sub(b"", body)) > _MOST_PARTS:
         raise Refusal(400, f"the body has more than {_MOST_PARTS:,} lists, objects and keys")
     try:
-        value = from_json(body, allow_inf_nan=False)
+        value = from_json(body.removeprefix(BOM_UTF8), allow_inf_nan=False)
     except ValueError as error:
         raise Refusal(400, f"the body is no JSON that can be read: {error}") from error
     try:

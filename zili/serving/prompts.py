@@ -11,6 +11,7 @@ from zili.data.faithful import check_told
 from zili.data.manners import Manners
 from zili.data.tokenizer import Tokenizer
 from zili.errors import DataError
+from zili.serving.form_process import LONGEST
 from zili.serving.protocol import ChatRequest, CompletionRequest
 from zili.serving.refusal import Refusal
 
@@ -58,13 +59,13 @@ class Prompts:
         prompt = self._rendered(asked)
         # Some templates open an answer's thoughts themselves.
         thinking = bool(Manners.opening(self._tokenizer.decode(prompt[-16:])))
-        return Ready([prompt], asked.n, asked.formed, self._bias(asked.logit_bias), thinking)
+        return Ready([prompt], asked.n, _form(asked), self._bias(asked.logit_bias), thinking)
 
     def texts(self, asked: CompletionRequest) -> Ready:
         """Of a completion."""
         prompts = [self._ids(prompt, begin=asked.add_special_tokens) for prompt in asked.prompts]
         given, bias = [[*before, *ids] for before, ids in prompts], self._bias(asked.logit_bias)
-        return Ready(given, asked.n, asked.formed, bias, unsaid=[len(before) for before, _ in prompts])
+        return Ready(given, asked.n, _form(asked), bias, unsaid=[len(before) for before, _ in prompts])
 
     def encoded(self, text: str) -> list[int]:
         """A text's ids, in which special tokens may be written."""
@@ -146,6 +147,15 @@ class Prompts:
         if any(not 0 <= token < self._tokenizer.vocab_size for token in bias):
             raise Refusal(400, f"a token is beyond {self._tokenizer.vocab_size}", param="logit_bias")
         return bias
+
+
+def _form(asked: ChatRequest | CompletionRequest) -> dict[str, Any] | None:
+    """What its answer must look like. One that is far too long is not written down for the process that would say so:
+    what writes it holds Python's lock."""
+    form = asked.formed
+    if _numbers_in(form) > LONGEST:
+        raise Refusal(400, f"the form is longer than {LONGEST:,} characters", param="response_format")
+    return form
 
 
 def _texts_in(value: Any) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from reprlib import Repr
 from typing import Any
 
 from zili.serving.refusal import Refusal
@@ -72,6 +73,9 @@ _PASSED = {
 }
 """Fields that change no answer of ours whatever they are: named here so that it is known that they were thought of."""
 
+_SHORT = Repr()
+"""Of a list of millions `str` writes all, and holds Python's lock meanwhile."""
+
 
 def refuse_unserved(given: Mapping[str, Any], *, chat: bool) -> None:
     """Raises: Refusal, a field is not served and not as if it were absent; 400 with its name."""
@@ -82,4 +86,5 @@ def refuse_unserved(given: Mapping[str, Any], *, chat: bool) -> None:
             value == one and (type(value) is bool) == (type(one) is bool) for one in neutral
         ):
             instead = "; structured_outputs is" if name.startswith("guided_") else ""
-            raise Refusal(400, f"{name}: {str(value)[:80]} is not served{instead}", param=name)
+            shown = value[:80] if isinstance(value, str) else _SHORT.repr(value)[:80]
+            raise Refusal(400, f"{name}: {shown} is not served{instead}", param=name)
