@@ -16,7 +16,7 @@ from waiting import until
 
 from zili.data.tokenizer import Tokenizer
 from zili.errors import ConfigError
-from zili.serving import guides
+from zili.serving import api, guides
 from zili.serving.guides import TooManyForms
 from zili.serving.structure import Forms, Part, calls, grammar, one_of, regex, schema
 
@@ -242,6 +242,15 @@ def test_a_costly_form_ends_its_own_answer_alone(place: Place) -> None:
     assert status == 400 and "takes too long" in answer["error"]["message"]
     again = place.post("/v1/completions", {"prompt": "a", "structured_outputs": {"choice": ["blue"]}})
     assert again[0] == 200 and again[1]["choices"][0]["text"] == "blue"
+
+
+def test_forms_that_wait_have_a_bound(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = {"prompt": "a", "structured_outputs": {"choice": ["blue"]}}
+    monkeypatch.setattr(api, "_MOST_FORMING", 0)
+    status, answer = place.post("/v1/completions", body)
+    assert status == 503 and "wait to be compiled" in answer["error"]["message"]
+    monkeypatch.setattr(api, "_MOST_FORMING", 1)
+    assert [place.post("/v1/completions", body)[0] for _ in range(2)] == [200, 200]
 
 
 def test_a_form_is_compiled_once_and_its_process_ends_with_it(forms: Forms, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,12 +34,14 @@ from zili.serving.keys import Keys
 from zili.serving.metrics import CONTENT_TYPE, Metrics
 from zili.serving.prompts import Prompts, Ready
 from zili.serving.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from zili.serving.refusal import ErrorBody, Refusal
+from zili.serving.refusal import ErrorBody, Refusal, busy
 from zili.serving.streaming import Said, Stream
 from zili.serving.structure import Forms
 
 T = TypeVar("T")
 
+_MOST_FORMING = 32
+"""Forms that wait to be compiled, which may take five seconds each."""
 _PAGE = Path(__file__).with_name("page")
 _HEADERS = {
     # The page brings everything along; what a model writes can neither run nor fetch.
@@ -150,6 +152,7 @@ class _Api:
         self._beginner = Beginner(served.engine, served.tokenizer, served.limits, self.metrics, self._prompts)
         # A few, since each compiles in a process that takes a CPU.
         self._compiling = ThreadPoolExecutor(2, "zili-forms")
+        self._forming = 0
         self._forms = Forms(served.tokenizer, self._prompts.end_ids)
 
     async def models(self) -> dict[str, Any]:
@@ -221,15 +224,20 @@ class _Api:
     async def _guide(self, ready: Ready) -> Form | None:
         if ready.form is None:
             return None
+        if self._forming >= _MOST_FORMING:
+            raise busy(f"{self._forming} forms wait to be compiled already")
         tagged = self._prompts.manners.calls == "tagged"
         compile_ = partial(self._forms.asked, ready.form, tagged=tagged, thinking=ready.thinking)
+        self._forming += 1
         try:
             # It takes seconds, in which the others go on.
             return await asyncio.get_running_loop().run_in_executor(self._compiling, compile_)
         except TooManyForms as error:
-            raise Refusal(503, str(error), code="busy", headers={"Retry-After": "1"}) from error
+            raise busy(str(error)) from error
         except ConfigError as error:
             raise Refusal(400, str(error), param="response_format") from error
+        finally:
+            self._forming -= 1
 
     # ---- what is answered
 

@@ -15,7 +15,7 @@ from zili.serving.keys import Holder, TooMuch
 from zili.serving.metrics import Metrics
 from zili.serving.prompts import Prompts, Ready
 from zili.serving.protocol import ChatRequest, CompletionRequest
-from zili.serving.refusal import Refusal
+from zili.serving.refusal import Refusal, busy
 from zili.serving.streaming import Stream
 
 Asked = ChatRequest | CompletionRequest
@@ -39,7 +39,7 @@ class Beginner:
         running, waiting = self._engine.load
         answers = len(ready.given) * ready.answers
         if running + waiting + answers > self._engine.slots + self._limits.waiting:
-            raise _busy(f"{waiting} answers wait already, {self._limits.waiting} may")
+            raise busy(f"{waiting} answers wait already, {self._limits.waiting} may")
         if asked.told is None:
             return
         each, most = asked.told + 1, self._log_probabilities.most
@@ -51,7 +51,7 @@ class Beginner:
             )
             raise Refusal(400, message, param="logprobs")
         if not self._log_probabilities.take(tokens * each, held):
-            raise _busy(f"{most:,} log-probabilities are kept at once, and others have asked for most of them")
+            raise busy(f"{most:,} log-probabilities are kept at once, and others have asked for most of them")
 
     def _most_told(self, asked: Asked, prompt: list[int]) -> int:
         """Tokens of which log-probabilities are told."""
@@ -120,10 +120,6 @@ class Beginner:
             metrics=self._metrics,
             holder=holder,
         )
-
-
-def _busy(message: str) -> Refusal:
-    return Refusal(503, message, code="busy", headers={"Retry-After": "1"})
 
 
 def _refused(error: Refusal | ConfigError | TooMuch) -> Refusal:

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from zili.serving.budget import Budget
 from zili.serving.keys import Keys, TooMuch
-from zili.serving.refusal import Refusal
+from zili.serving.refusal import Refusal, busy
 
 _OPEN = ("/health", "/metrics", "/openapi.json", "/", "/page")
 """Paths that need no key."""
@@ -72,11 +72,6 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
         return left.pop() if left else await receive()
 
     return replay
-
-
-def _too_many(most: int) -> Refusal:
-    message = f"bodies of requests take {most >> 20:,} MB already"
-    return Refusal(503, message, code="busy", headers={"Retry-After": "1", "Connection": "close"})
 
 
 class Gate:
@@ -161,7 +156,9 @@ class Gate:
                     while taken < len(body):
                         step = max(_LEAST, taken)  # twice as much each time: a body may come byte by byte
                         if not self._bodies.take(step, held):
-                            raise _too_many(self._limits.bodies_bytes)
+                            raise busy(
+                                f"bodies of requests take {self._bodies.most:,} bytes already", Connection="close"
+                            )
                         taken += step
                     if not message.get("more_body", False):
                         return bytes(body)

@@ -24,11 +24,12 @@ _BOTH: dict[str, Neutral] = {
     "truncate_prompt_tokens": _ABSENT,
     "prompt_logprobs": _ABSENT,
     "logprob_token_ids": _EMPTY,
+    "watermarking": _FALSE,
     "allowed_token_ids": _ABSENT,
     "bad_words": _EMPTY,
     "logits_processors": _EMPTY,
     "repetition_detection": _ABSENT,
-    "thinking_token_budget": _ABSENT,
+    "thinking_token_budget": (-1,),
     # vLLM: what is answered
     "return_tokens_as_token_ids": _FALSE,
     "return_token_ids": _FALSE,
@@ -36,6 +37,8 @@ _BOTH: dict[str, Neutral] = {
     "priority": (0,),
     "cache_salt": _ABSENT,
     "kv_transfer_params": _EMPTY,
+    "ec_transfer_params": _EMPTY,
+    "routed_experts_prompt_start": (0,),
     "vllm_xargs": _EMPTY,
     # vLLM's forms of before, now structured_outputs
     "guided_json": _ABSENT,
@@ -59,17 +62,22 @@ _CHAT: dict[str, Neutral] = {
     "web_search_options": _ABSENT,
     # vLLM
     "add_special_tokens": _FALSE,
+    "best_of": (1,),
     "chat_template": _ABSENT,
     "documents": _EMPTY,
     "echo": _FALSE,
     "include_reasoning": (True,),
     "media_io_kwargs": _EMPTY,
     "mm_processor_kwargs": _EMPTY,
+    "return_prompt_text": _FALSE,
 }
 _COMPLETIONS: dict[str, Neutral] = {"suffix": _EMPTY, "prompt_embeds": _ABSENT}
 _PASSED = {
-    *("metadata", "prediction", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "user"),
-    "spaces_between_special_tokens",
+    *("metadata", "prediction", "safety_identifier", "user"),
+    *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
+    # vLLM; what only says how to do what is not served, how many tokens an event has, or is for other routes
+    *("spaces_between_special_tokens", "truncation_side", "stream_interval", "session_id"),
+    *("return_token_offsets", "return_mm_kwargs"),
 }
 """Fields that change no answer of ours whatever they are: named here so that it is known that they were thought of."""
 
