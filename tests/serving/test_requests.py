@@ -209,6 +209,25 @@ def test_fields_that_are_not_served(place: Place, name: str) -> None:
     assert status == 400 and (error["param"] == name or name in error["message"]), error
 
 
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"stop": ["a", 5]}, "stop.1"),
+        ({"messages": [*ASKED, {"role": "user", "content": [{"text": "a"}]}]}, "messages.1.content.0.type"),
+        ({"tool_choice": {"function": {}}}, "tool_choice.function.name"),
+        ({"structured_outputs": {"json": [1]}}, "structured_outputs.json"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.schema"),
+        ({"response_format": {"type": "yaml"}}, "response_format.type"),
+        ({"logit_bias": {"5": True}}, "logit_bias.5"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_logprobs": 21}, "top_logprobs"),
+    ],
+)
+def test_what_is_wrong_is_named_as_it_was_sent(place: Place, more: dict[str, Any], param: str) -> None:
+    status, answer = place.post("/v1/chat/completions", {"messages": ASKED, **more})
+    assert (status, answer["error"]["param"]) == (400, param) and answer["error"]["message"].startswith(f"{param}: ")
+
+
 def test_parts_that_are_no_text(place: Place) -> None:
     parts = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": "data:image/png,"}}]
     status, answer = place.post("/v1/chat/completions", {"messages": [{"role": "user", "content": parts}]})

@@ -27,6 +27,8 @@ _MOST_PARTS = 1 << 16
 _TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 """A text in JSON. It is found in any body, also in one that is none, so that nothing is looked at twice."""
 _PIECE = 256
+_DEEPEST = 16
+"""Keys that an error names."""
 
 
 class Intake:
@@ -95,8 +97,18 @@ def parsed(body: bytes, model: type[Model]) -> Model:
     except ValidationError as error:
         # Of a field that may be one of several things: what came closest.
         found = max(error.errors(include_url=False, include_context=False, include_input=False), key=_depth)
-        place = ".".join(str(part)[:80] for part in found["loc"][:8])
+        place = ".".join(_place(found, value))
         raise Refusal(400, f"{place}: {found['msg']}" if place else found["msg"], param=place or None) from error
+
+
+def _place(error: ErrorDetails, value: Any) -> Iterator[str]:
+    """Keys and numbers that lead to what is wrong. Where one of several things may be, pydantic names that among them."""
+    for part in error["loc"][:_DEEPEST]:
+        there = part in value if isinstance(value, dict) else isinstance(value, list) and isinstance(part, int)
+        if there:
+            value = value[part]
+        if there or (error["type"] == "missing" and part == error["loc"][-1]):
+            yield str(part)[:80]
 
 
 def _depth(error: ErrorDetails) -> int:
