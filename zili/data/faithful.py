@@ -7,8 +7,9 @@ text is compared with the conversation, and what should be there and is not is a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from zili.data.chat import ChatTemplate, Rendered
@@ -18,6 +19,15 @@ from zili.data.tokenizer import Tokenizer
 from zili.errors import DataError
 
 Messages = Sequence[Mapping[str, Any]]
+Spelling = Callable[[str], str]
+_SPELLINGS: tuple[Spelling, ...] = (
+    str,
+    lambda text: json.dumps(text, ensure_ascii=False)[1:-1],
+    lambda text: json.dumps(text)[1:-1],
+)
+"""A text as it is, and as JSON writes it."""
+_MOST_LEAVES = 64
+"""Of a call's arguments that are looked for in a prompt: a template that drops some drops the first, too."""
 
 
 class Unsaid(DataError):
@@ -60,21 +70,26 @@ def to_learn(
 
 
 def check_told(rendered: Rendered, messages: Messages, template: ChatTemplate, of: Tokenizer) -> None:
-    """Of a conversation to be answered: what others said and which tools were called. Earlier thoughts, and what was
-    said beside a call, are the template's to drop. Takes time in proportion to the text, but for one in another order.
+    """Of a conversation to be answered: what others said and which tools were called, with the first of their
+    arguments. Earlier thoughts, and what was said beside a call, are the template's to drop. It takes time in
+    proportion to the text.
 
     Raises:
         Unsaid: some of it is not in `rendered`.
     """
-    manners, place = template.manners(of), 0
+    manners, text, place = template.manners(of), rendered.text, 0
+    known = {True: [*_SPELLINGS], False: [*_SPELLINGS]}
     for number, message in enumerate(messages, start=1):
         _check_calls(message, manners, template.name)
-        for given in _called(message) if message["role"] == "assistant" else [message["content"]]:
-            end = _end_of(given, rendered.text, place)
-            place = max(place, end)
-            if end < 0 and not _holds(rendered.text, given):
+        answers, began = message["role"] == "assistant", place
+        spellings = known[answers]
+        for given in _called(message, _MOST_LEAVES) if answers else [message["content"]]:
+            end = _end_of(given, text, place, spellings)
+            end = _end_of(given, text, began, spellings) if end < 0 else end  # in an order of its own
+            if end < 0 and not _holds(text, given):
                 reason = "with text that the template leaves out"
                 raise Unsaid(reason, f"{template.name} leaves out of turn {number}: {given[:60]!r}")
+            place = max(place, end)
 
 
 def _check_calls(message: Mapping[str, Any], manners: Manners, name: str) -> None:
@@ -151,12 +166,12 @@ def _told(answer: Mapping[str, Any], manners: Manners) -> tuple[str, list[str]]:
     return thoughts, [content, *_called(answer)]
 
 
-def _called(answer: Mapping[str, Any]) -> Iterator[str]:
-    """What its calls of tools say."""
+def _called(answer: Mapping[str, Any], most: int | None = None) -> Iterator[str]:
+    """What its calls of tools say: their names, and so many of each one's arguments."""
     for call in answer.get("tool_calls") or []:
         function = call.get("function") or call
         yield function["name"]
-        yield from _leaves(read_arguments(function.get("arguments")))
+        yield from islice(_leaves(read_arguments(function.get("arguments"))), most)
 
 
 def _leaves(value: Any) -> Iterator[str]:
@@ -179,10 +194,13 @@ def _holds(text: str, given: str) -> bool:
     return _end_of(given, text) >= 0
 
 
-def _end_of(given: str, text: str, start: int = 0) -> int:
-    """Where it ends, after `start`; below 0: it is not there."""
-    given = given.strip()
-    for spelled in (given, *(json.dumps(given, ensure_ascii=ascii)[1:-1] for ascii in (False, True))):
+def _end_of(given: str, text: str, start: int = 0, spellings: list[Spelling] | None = None) -> int:
+    """Where it ends, after `start`; below 0: it is not there. The spelling that was found is the first of `spellings`
+    afterwards: most are alike, and each that is not there is looked for up to the end."""
+    given, known = given.strip(), spellings or [*_SPELLINGS]
+    for number, spelling in enumerate(known):
+        spelled = spelling(given)
         if (place := text.find(spelled, start)) >= 0:
+            known.insert(0, known.pop(number))
             return place + len(spelled)
     return -1

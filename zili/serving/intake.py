@@ -102,7 +102,7 @@ def parsed(body: bytes, model: type[Model]) -> Model:
 
 
 def _place(error: ErrorDetails, value: Any) -> Iterator[str]:
-    """Keys and numbers that lead to what is wrong. Where one of several things may be, pydantic names that among them."""
+    """Keys and numbers that lead to what is wrong; among them pydantic has others, of what it might be."""
     for part in error["loc"][:_DEEPEST]:
         there = part in value if isinstance(value, dict) else isinstance(value, list) and isinstance(part, int)
         if there:
