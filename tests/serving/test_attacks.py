@@ -119,6 +119,7 @@ WRONG: dict[str, tuple[str, bytes, str]] = {
     ),
     "options of numbers": (CHAT, chat(chat_template_kwargs={"a": [1] * 400_000}), "context holds 4000"),
     "a form of numbers": (CHAT, chat(structured_outputs={"json": {"enum": [1] * 400_000}}), "longer than 65,536"),
+    "numbers that nobody reads": (TEXT, b'{"prompt":"a","x":[' + b"1," * 1_200_000 + b"1]}", "1,114,112"),
     "an old form of numbers": (TEXT, json.dumps({"prompt": "a", "guided_json": [1] * 700_000}).encode(), "guided_json"),
     "a form nested deep": (CHAT, chat(structured_outputs={"json": DEEP}), "structured_outputs"),
     "a schema nested deep": (CHAT, chat(structured_outputs={"json": NESTED}), "deep"),

@@ -24,6 +24,8 @@ _LARGE = 1 << 16
 """Bytes of a body that is worked on by itself, so that smaller ones do not wait for it."""
 _MOST_PARTS = 1 << 16
 """Lists, objects and their keys in a body. Parsing holds Python's lock: so many take 30 ms, what fits into 4 MB 500."""
+_MOST_ITEMS = (1 << 20) + _MOST_PARTS
+"""Of all lists: a million ids, which no longer context holds, and others."""
 _TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 """A text in JSON. It is found in any body, also in one that is none, so that nothing is looked at twice."""
 _PIECE = 256
@@ -86,8 +88,7 @@ def parsed(body: bytes, model: type[Model]) -> Model:
 
     Raises: Refusal.
     """
-    if _parts(body) > _MOST_PARTS and _parts(_TEXT.sub(b"", body)) > _MOST_PARTS:
-        raise Refusal(400, f"the body has more than {_MOST_PARTS:,} lists, objects and keys")
+    _check_size(body)
     try:
         value = from_json(body.removeprefix(BOM_UTF8), allow_inf_nan=False)
     except ValueError as error:
@@ -99,6 +100,16 @@ def parsed(body: bytes, model: type[Model]) -> Model:
         found = max(error.errors(include_url=False, include_context=False, include_input=False), key=_depth)
         place = ".".join(_place(found, value))
         raise Refusal(400, f"{place}: {found['msg']}" if place else found["msg"], param=place or None) from error
+
+
+def _check_size(body: bytes) -> None:
+    if _parts(body) <= _MOST_PARTS and body.count(b",") <= _MOST_ITEMS:
+        return
+    bare = _TEXT.sub(b"", body)
+    if _parts(bare) > _MOST_PARTS:
+        raise Refusal(400, f"the body has more than {_MOST_PARTS:,} lists, objects and keys")
+    if bare.count(b",") > _MOST_ITEMS:
+        raise Refusal(400, f"the body has more than {_MOST_ITEMS:,} items")
 
 
 def _place(error: ErrorDetails, value: Any) -> Iterator[str]:
