@@ -237,6 +237,19 @@ def test_json_is_written_in_pieces(value: Any) -> None:
     assert json.loads(b"".join(pieces)) == value and all(len(piece) < 10_000 for piece in pieces)
 
 
+def test_what_is_made_as_it_is_written() -> None:
+    made: list[int] = []
+
+    def each() -> Iterator[dict[str, int]]:
+        for number in range(3):
+            made.append(number)
+            yield {"a": number}
+
+    pieces = written({"b": each(), "c": iter(())})
+    assert not made
+    assert json.loads(b"".join(pieces)) == {"b": [{"a": 0}, {"a": 1}, {"a": 2}], "c": []}
+
+
 @pytest.mark.parametrize(
     ("host", "status"),
     [

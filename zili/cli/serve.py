@@ -73,6 +73,8 @@ def serve(
         raise typer.BadParameter("give a model, or --demo")
     if trust_remote_code and engine is not Engines.vllm:
         raise typer.BadParameter("--trust-remote-code is for --engine vllm; Zili's own engine runs no code of a folder")
+    if allow_host and engine is Engines.vllm:
+        raise typer.BadParameter("--allow-host is for Zili's own engine; vLLM checks no names")
     if path is not None:
         model_at(path)
     names = _origins(allow_origin or ()), _hosts(allow_host or ())
