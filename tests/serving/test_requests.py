@@ -220,12 +220,34 @@ def test_fields_that_are_not_served(place: Place, name: str) -> None:
         ({"response_format": {"type": "yaml"}}, "response_format.type"),
         ({"logit_bias": {"5": True}}, "logit_bias.5"),
         ({"temperature": "hot"}, "temperature"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"function": {"name": "f"}}}, "tool_choice"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        *(
+            ({"chat_template_kwargs": {name: "x"}}, "chat_template_kwargs")
+            for name in ("messages", "bos_token", "self")
+        ),
         ({"top_logprobs": 21}, "top_logprobs"),
     ],
 )
 def test_what_is_wrong_is_named_as_it_was_sent(place: Place, more: dict[str, Any], param: str) -> None:
     status, answer = place.post("/v1/chat/completions", {"messages": ASKED, **more})
     assert (status, answer["error"]["param"]) == (400, param) and answer["error"]["message"].startswith(f"{param}: ")
+
+
+def test_a_form_that_is_wrong_is_named_as_it_was_asked_for(place: Place) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}
+    asked: list[tuple[str, dict[str, Any]]] = [
+        ("structured_outputs", {"structured_outputs": {"json": {"not": {}}}}),
+        ("structured_outputs", {"structured_outputs": {"grammar": "x"}}),
+        ("response_format", {"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}}),
+        ("tools", {"tools": [tool], "tool_choice": "required"}),
+    ]
+    for param, more in asked:
+        status, answer = place.post("/v1/chat/completions", {"messages": ASKED, "max_tokens": 1, **more})
+        assert (status, answer["error"]["param"]) == (400, param) and "cpp" not in answer["error"]["message"], answer
+    assert said(place, structured_outputs={"regex": "^$"}) == ("", "stop")
 
 
 def test_parts_that_are_no_text(place: Place) -> None:

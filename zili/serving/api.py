@@ -141,6 +141,13 @@ async def _failed(_: Request, error: Exception) -> Response:
     return Refusal(500, f"the server failed ({type(error).__name__})").response()
 
 
+def _form_s_name(form: dict[str, Any], message: str) -> str:
+    """The field that asked for a form about which there is a message."""
+    if message.startswith("tools:") or not form.keys() & {"structured_outputs", "response_format"}:
+        return "tools"
+    return "structured_outputs" if form.get("structured_outputs") else "response_format"
+
+
 class _Api:
     """The routes."""
 
@@ -235,7 +242,7 @@ class _Api:
         except TooManyForms as error:
             raise busy(str(error)) from error
         except ConfigError as error:
-            raise Refusal(400, str(error), param="response_format") from error
+            raise Refusal(400, str(error), param=_form_s_name(ready.form, str(error))) from error
         finally:
             self._forming -= 1
 

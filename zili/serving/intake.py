@@ -98,8 +98,10 @@ def parsed(body: bytes, model: type[Model]) -> Model:
     except ValidationError as error:
         # Of a field that may be one of several things: what came closest.
         found = max(error.errors(include_url=False, include_context=False, include_input=False), key=_depth)
-        place = ".".join(_place(found, value))
-        raise Refusal(400, f"{place}: {found['msg']}" if place else found["msg"], param=place or None) from error
+        place, message = ".".join(_place(found, value)), found["msg"].removeprefix("Value error, ")
+        if not place and (name := message.partition(":")[0]) in model.model_fields:  # of two fields together
+            raise Refusal(400, message, param=name) from error
+        raise Refusal(400, f"{place}: {message}" if place else message, param=place or None) from error
 
 
 def _check_size(body: bytes) -> None:

@@ -18,6 +18,11 @@ from zili.serving.refusal import Refusal
 _STRETCH = 1 << 16
 """Characters of a text that are counted at a time, where it may be too long."""
 
+_TAKEN = {
+    *("messages", "tools", "tokenizer", "self", "begin_said", "end_said"),
+    *("bos_token", "eos_token", "unk_token", "pad_token"),
+}
+"""What a template is told by others."""
 _LONG = 10**20
 """Numbers beyond are many tokens."""
 
@@ -96,6 +101,9 @@ class Prompts:
             raise Refusal(400, str(error), param="messages") from error
 
     def _options(self, asked: ChatRequest, template: ChatTemplate) -> dict[str, Any]:
+        if taken := _TAKEN & asked.chat_template_kwargs.keys():
+            message = f"chat_template_kwargs: {min(taken)} is not one of the template's own"
+            raise Refusal(400, message, param="chat_template_kwargs")
         begin = asked.add_generation_prompt
         return {
             "add_generation_prompt": not asked.continue_final_message if begin is None else begin,

@@ -316,9 +316,9 @@ class ChatRequest(_Asked):
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
         if self.continue_final_message and self.add_generation_prompt:
-            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
+            raise ValueError("continue_final_message: it and add_generation_prompt exclude each other")
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs come with logprobs")
+            raise ValueError("top_logprobs: they come with logprobs")
         return self
 
     @model_validator(mode="after")

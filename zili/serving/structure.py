@@ -54,7 +54,8 @@ def _json(made: dict[str, Any]) -> Part:
 
 def regex(pattern: str) -> Part:
     """Text that matches as a whole. Raises: ConfigError, no expression, or one that cannot be kept."""
-    return {"type": "regex", "pattern": patterns.of_text(pattern)}
+    written = patterns.of_text(pattern)
+    return {"type": "regex", "pattern": written} if written else one_of([""])
 
 
 def grammar(ebnf: str) -> Part:
