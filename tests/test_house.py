@@ -162,7 +162,7 @@ def test_the_house_keeps_its_rules(rule):
     assert not violations, "\n" + "\n".join(violations)
 
 
-@pytest.mark.parametrize("module", ["zili", "zili.config", "zili.chips", "zili.errors"])
+@pytest.mark.parametrize("module", ["zili", "zili.config", "zili.chips", "zili.errors", "zili.serving.handover"])
 def test_importing_does_not_import_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from zili.data.chat import ChatTemplate
 from zili.data.dialogue_store import split_and_build
 from zili.data.dialogues import read_dialogues
+from zili.data.faithful import check_told
 from zili.data.reading import read_documents
 from zili.data.sources import Census
 from zili.data.store import TokenStore
@@ -329,3 +331,18 @@ def test_much_json(tmp_path: Path, tokenizer: Tokenizer, records: list[Any], suf
 @settings(max_examples=int(os.environ.get("ZILI_FUZZ", "1500")), deadline=None, suppress_health_check=FIXTURE)
 def test_many_bytes(tmp_path: Path, tokenizer: Tokenizer, raw: bytes, suffix: str, at: int) -> None:
     fuzz_bytes(tmp_path, tokenizer, raw, suffix, at)
+
+
+def test_what_was_told_is_found_in_time_in_proportion(tokenizer: Tokenizer) -> None:
+    """Each of these took a look through all of the text."""
+    sort = "{% for k, v in c.function.arguments | dictsort(reverse=true) %}{{ k }}{{ v }}{% endfor %}"
+    template = ChatTemplate(
+        "{% for m in messages %}<_user>{{ m.content }}{% for c in m.tool_calls or [] %}<tool_call>"
+        f"{{{{ c.function.name }}}}{sort}</tool_call>{{% endfor %}}{{% endfor %}}"
+    )
+    many = {f"k{number:05}": f"v\n{number}" for number in range(10_000)}
+    talk = [USER, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": many}}]}]
+    for made, told in ((template, talk), (ChatTemplate.named("telechat2"), talk)):
+        rendered, began = made.render(tokenizer, told), time.thread_time()
+        check_told(rendered, told, made, tokenizer)
+        assert time.thread_time() - began < 0.5

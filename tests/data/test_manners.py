@@ -50,6 +50,19 @@ def test_a_template_s_manners(template: str, ends: list[str], thinks: bool, call
     assert (found.thinks, found.calls, found.tools) == (thinks, calls, tools)
 
 
+QWQ = NAMED.replace("assistant: {% endif %}", "assistant: <think>\n{% endif %}")
+FORGETS = NAMED.replace("{{ m.content }}", "{{ m.content.split('</think>') | last }}")
+
+
+def test_whether_its_model_reasons() -> None:
+    for template, reasons in ((NAMED, False), (LLAMA3, False), (QWQ, True), (FORGETS, True)):
+        # The tag in a remark, or a system prompt, says nothing.
+        found = ChatTemplate("{# <think> #}" + template).manners()
+        assert found.reasons == reasons and not found.thinks
+    found = {name: ChatTemplate.named(name).manners().reasons for name in ("telechat2", "telechat3")}
+    assert found == {"telechat2": False, "telechat3": True}
+
+
 def with_added(tokenizer: Tokenizer, *texts: str, special: bool) -> Tokenizer:
     content = json.loads(tokenizer.definition)
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)

@@ -1,4 +1,5 @@
 import json
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -170,3 +171,15 @@ def test_no_tokenizer(tmp_path: Path, content: bytes) -> None:
 def test_lone_surrogates_are_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError, match="lone surrogate"):
         tokenizer.encode("a\ud800")
+
+
+def test_long_texts_let_others_run(tokenizer: Tokenizer) -> None:
+    """Whoever encodes a text of megabytes in a thread would keep a server from answering for seconds."""
+    ids = tokenizer.encode_marked("snow is white " * 40_000)
+    for work in (lambda: tokenizer.encode_marked("snow is white " * 40_000), lambda: tokenizer.decode(ids * 3)):
+        thread, turns = threading.Thread(target=work), 0
+        thread.start()
+        while thread.is_alive():
+            time.sleep(0.0005)
+            turns += 1
+        assert turns > 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import gzip
 import http.client
 import json
 import logging
@@ -13,14 +14,16 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import pytest
-from served import KEY, KEYS, Place, serve_a_tiny_model
+from served import KEY, KEYS, Place, listening, serve_a_tiny_model
 from waiting import until
 
+from zili.serving.gate import Limits
 from zili.serving.intake import written
 from zili.serving.keys import Keys
 
@@ -104,6 +107,20 @@ WRONG: dict[str, tuple[str, bytes, str]] = {
     ),
     "a tool nested deep": (CHAT, chat(tools=[{"function": {"name": "f", "parameters": NESTED}}]), "deep"),
     "options nested deep": (CHAT, chat(chat_template_kwargs=NESTED), "deep"),
+    "a tool of numbers": (
+        CHAT,
+        chat(tools=[{"function": {"name": "f", "parameters": {"enum": [1] * 400_000}}}]),
+        "context holds 4000",
+    ),
+    "a tool of long numbers": (
+        CHAT,
+        chat(tools=[{"function": {"name": "f", "parameters": {"enum": [10**4000] * 300}}}]),
+        "context holds 4000",
+    ),
+    "options of numbers": (CHAT, chat(chat_template_kwargs={"a": [1] * 400_000}), "context holds 4000"),
+    "a form of numbers": (CHAT, chat(structured_outputs={"json": {"enum": [1] * 400_000}}), "longer than 65,536"),
+    "numbers that nobody reads": (TEXT, b'{"prompt":"a","x":[' + b"1," * 1_200_000 + b"1]}", "1,114,112"),
+    "an old form of numbers": (TEXT, json.dumps({"prompt": "a", "guided_json": [1] * 700_000}).encode(), "guided_json"),
     "a form nested deep": (CHAT, chat(structured_outputs={"json": DEEP}), "structured_outputs"),
     "a schema nested deep": (CHAT, chat(structured_outputs={"json": NESTED}), "deep"),
     "a pattern nested deep": (
@@ -113,6 +130,7 @@ WRONG: dict[str, tuple[str, bytes, str]] = {
     ),
     "a grammar nested deep": (TEXT, json.dumps({"prompt": "a", "structured_outputs": {"grammar": DEEP}}).encode(), ""),
     "NaN": (TEXT, b'{"prompt":"a","temperature":NaN}', "JSON"),
+    "a number that is endless": (TEXT, b'{"prompt":"a","seed":' + b"9" * 1_000_000 + b"}", "JSON"),
     "half of a pair": (TEXT, b'{"prompt":"\\ud800"}', "JSON"),
     "quotes": (TEXT, b'{"prompt":"' + b'[\\"' * 1_000_000, "JSON"),
     "detokenizing": ("/detokenize", many('{"tokens":[', "-1", "]}"), "tokens"),
@@ -174,6 +192,42 @@ def test_what_is_not_said_to_be_json_is_not_read(place: Place, kind: str) -> Non
     assert status == 400 and b"Content-Type" in answer
 
 
+def test_what_is_coded_is_not_read(place: Place) -> None:
+    body = gzip.compress(b'{"prompt": "a", "max_tokens": 1}')
+    status, answer = ask(place, TEXT, body, {**JSON, "Content-Encoding": "gzip"})
+    assert status == 400 and b"Content-Encoding" in answer
+    told = {**JSON, "Content-Encoding": "Identity"}
+    assert ask(place, TEXT, b'{"prompt": "a", "max_tokens": 1}', told)[0] == 200
+
+
+def test_a_mark_of_byte_order_is_passed_over(place: Place) -> None:
+    assert ask(place, TEXT, b'\xef\xbb\xbf{"prompt": "a", "max_tokens": 1}')[0] == 200
+
+
+def test_bodies_together_have_a_bound(place: Place) -> None:
+    with listening(replace(place.served, limits=Limits(bodies_bytes=40_000))) as url, ExitStack() as lines:
+        near = replace(place, url=url)
+        host, port = url.removeprefix("http://").split(":")
+        for _ in range(2):  # they say no more, and hold what came
+            line = lines.enter_context(socket.create_connection((host, int(port)), timeout=60))
+            line.sendall(f"{HEAD}Content-Length: 20000\r\n\r\n".encode() + b" " * 10_000)
+        until(lambda: ask(near, TEXT, b" " * 10_000)[0] == 503)
+        assert ask(near, TEXT, b'{"prompt": "a", "max_tokens": 1}')[0] == 200
+        lines.close()
+        until(lambda: ask(near, TEXT, b" " * 10_000)[0] == 400)
+
+
+def test_nothing_else_is_spoken(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    """A door without a gate, and a traceback for each that knocked."""
+    host, port = place.url.removeprefix("http://").split(":")
+    asked = "Host: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+    for path in ("/page/x", "/v1/models"):
+        with socket.create_connection((host, int(port)), timeout=60) as line:
+            line.sendall(f"GET {path} HTTP/1.1\r\n{asked}Sec-WebSocket-Key: MTIzNDU2Nzg5MDEyMzQ1Ng==\r\n\r\n".encode())
+            assert line.recv(1000).startswith(b"HTTP/1.1 404" if path == "/page/x" else b"HTTP/1.1 200")
+    assert not [record for record in caplog.records if record.exc_info]
+
+
 @pytest.mark.parametrize(
     "value",
     [[], {}, [[]], {"a": [], "b": {}}, [{"a": '"天\n'}] * 600, [1.5, None, True] * 100, {'"': [list(range(700))]}],
@@ -181,6 +235,19 @@ def test_what_is_not_said_to_be_json_is_not_read(place: Place, kind: str) -> Non
 def test_json_is_written_in_pieces(value: Any) -> None:
     pieces = list(written(value))
     assert json.loads(b"".join(pieces)) == value and all(len(piece) < 10_000 for piece in pieces)
+
+
+def test_what_is_made_as_it_is_written() -> None:
+    made: list[int] = []
+
+    def each() -> Iterator[dict[str, int]]:
+        for number in range(3):
+            made.append(number)
+            yield {"a": number}
+
+    pieces = written({"b": each(), "c": iter(())})
+    assert not made
+    assert json.loads(b"".join(pieces)) == {"b": [{"a": 0}, {"a": 1}, {"a": 2}], "c": []}
 
 
 @pytest.mark.parametrize(
@@ -201,6 +268,17 @@ def test_names_that_may_be_anybodys_are_refused_without_keys(place: Place, host:
     """DNS rebinding: a page's own name, led to 127.0.0.1, makes its script one of this server's."""
     told, answer = ask(place, TEXT, b'{"prompt": "a", "max_tokens": 1}', {**JSON, "Host": host})
     assert told == status, answer
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("chat.example", 200), ("Chat.Example.:8443", 200), ("localhost", 200), ("a.chat.example", 403), ("example", 403)],
+)
+def test_a_name_that_is_allowed_is_served(place: Place, host: str, status: int) -> None:
+    """As behind a proxy on this machine."""
+    with listening(replace(place.served, hosts=["chat.example"])) as url:
+        told, answer = ask(replace(place, url=url), TEXT, b'{"prompt": "a", "max_tokens": 1}', {**JSON, "Host": host})
+    assert told == status and (status == 200 or b"--allow-host" in answer)
 
 
 def test_with_keys_any_name_is_served() -> None:

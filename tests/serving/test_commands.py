@@ -16,6 +16,7 @@ from zili.cli.chat import chat
 from zili.cli.eval import eval_
 from zili.cli.report import report
 from zili.cli.sample import sample
+from zili.cli.serve import _hosts
 from zili.data.tokenizer import Tokenizer
 from zili.errors import CheckpointError, ConfigError, DataError
 from zili.models.decoder import Decoder
@@ -169,3 +170,10 @@ def test_the_chip_is_chosen_before_torch_loads(words: tuple[str, ...], tmp_path:
     command = [sys.executable, "-c", code, *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path)
     assert done.returncode == 20, done.stderr
+
+
+@pytest.mark.parametrize("name", ["http://chat.example.org", "chat.example.org:80", "a b", "", "*", "a..b"])
+def test_what_is_no_name_of_a_host(name: str) -> None:
+    with pytest.raises(typer.BadParameter, match="no name of a host"):
+        _hosts([name])
+    assert _hosts(["chat.example.org", "gateway"]) == ["chat.example.org", "gateway"]

@@ -15,7 +15,7 @@ from forks import zili
 
 from zili.data.chat import ChatTemplate
 from zili.errors import CheckpointError, ConfigError
-from zili.release.companions import REMOTE_CODE
+from zili.release.trust import REMOTE_CODE
 from zili.serving.handover import Offer, to_vllm
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import threading
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from served import KEY, KEYS, Place, serve_a_tiny_model
+from served import KEY, KEYS, Place, listening, serve_a_tiny_model, slowed
+from waiting import until
 
 from zili.data.sentencepiece import Kind, Piece, definition
-from zili.data.tokenizer import DecodeStream, Tokenizer
+from zili.data.tokenizer import DecodeStream, Tokenizer, after_bos
 from zili.serving.engine import Token
+from zili.serving.gate import Limits
 from zili.serving.wording import Told
 
 FOXES = {"structured_outputs": {"regex": "(\U0001f98a){3}"}, "temperature": 0, "max_tokens": 30}
@@ -60,7 +64,8 @@ def test_tokens_that_share_a_text_are_told_apart(place: Place) -> None:
 def test_a_stream_counts_on(place: Place) -> None:
     asked = {"prompt": "snow", "max_tokens": 9, "temperature": 0, "logprobs": 1, "ignore_eos": True}
     _, whole = place.post("/v1/completions", asked)
-    parts = streamed(place, asked)
+    with slowed(place.served.engine):
+        parts = streamed(place, asked)
     assert len(parts) > 2
     for name in ("tokens", "text_offset"):
         assert [one for part in parts for one in part["logprobs"][name]] == whole["choices"][0]["logprobs"][name]
@@ -76,6 +81,23 @@ def test_an_echo_is_counted_with_its_prompt(place: Place) -> None:
     assert told["text_offset"][-4:] == [8] * 4
     for text, offset in zip(told["tokens"], told["text_offset"], strict=True):
         assert text.startswith("bytes:") or choice["text"].startswith(text, offset)
+
+
+@pytest.mark.parametrize("prompt", ["snow \U0001f98a", "<_user>snow", "", [7, 72]])
+def test_an_echo_is_counted_as_it_is_written(place: Place, prompt: Any) -> None:
+    """BOS is no part of it, special tokens that were asked for are, and those that are said are left out."""
+    plain = place.served.tokenizer
+    tokenizer = Tokenizer(after_bos(plain.definition, "<_system>"), end_token=plain.end_token)
+    prompt = [plain.special_tokens["<_user>"], *prompt] if isinstance(prompt, list) else prompt
+    body = {"prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": 6, "ignore_eos": True, "temperature": 0}
+    with listening(replace(place.served, tokenizer=tokenizer)) as url:
+        bias = {"logit_bias": {str(plain.special_tokens["<_user>"]): 100, "72": 99}, "frequency_penalty": 2}
+        _, answer = replace(place, url=url).post("/v1/completions", {**body, **bias})
+    (choice,) = answer["choices"]
+    told = choice["logprobs"]
+    assert told["text_offset"][0] == 0 and "<_user>" in told["tokens"]
+    for text, offset, after in zip(told["tokens"], told["text_offset"], [*told["text_offset"][1:], None], strict=True):
+        assert text.startswith("bytes:") or choice["text"][offset:after] in (text, "")
 
 
 @pytest.mark.parametrize("dummy_prefix", [True, False])
@@ -101,3 +123,26 @@ def test_sentencepiece_s_spaces(tmp_path: Path, dummy_prefix: bool) -> None:
         assert told["tokens"] == [said] and (begins is None or said == begins)
     half = DecodeStream(tokenizer, before=ids[:-1])
     assert half.push(ids[-1]) == "\U0001f98a"
+
+
+def test_how_many_are_kept_has_a_bound(place: Place) -> None:
+    limits = Limits(log_probabilities=2000)
+    with listening(replace(place.served, limits=limits)) as url:
+        near = replace(place, url=url)
+        text: dict[str, Any] = {"prompt": "snow", "max_tokens": 50, "ignore_eos": True}
+        status, answer = near.post("/v1/completions", {**text, "logprobs": 20, "n": 2})
+        assert status == 400 and answer["error"]["param"] == "logprobs" and "2,000" in answer["error"]["message"]
+        chat = {"messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 20}
+        assert near.post("/v1/chat/completions", chat)[0] == 400  # up to the end of the context
+        assert near.post("/v1/completions", {**text, "logprobs": 20})[0] == 200
+        some = {**text, "max_tokens": 10, "logprobs": 19, "n": 4}  # 800
+        with slowed(place.served.engine):
+            others = [threading.Thread(target=near.post, args=("/v1/completions", some)) for _ in range(2)]
+            for other in others:
+                other.start()
+            until(lambda: sum(place.served.engine.load) == 8)
+            status, answer = near.post("/v1/completions", some)
+            assert status == 503 and "log-probabilities" in answer["error"]["message"]
+            for other in others:
+                other.join()
+        assert near.post("/v1/completions", some)[0] == 200

@@ -65,10 +65,14 @@ def test_plain_marks_end_an_answer(place: tuple[Scripted, str], stream: bool) ->
 
 
 @pytest.mark.parametrize("arguments", ["", None, "{}"])
-def test_no_arguments(place: tuple[Scripted, str], arguments: Any) -> None:
+def test_no_arguments(arguments: Any) -> None:
     call = {"id": "c", "type": "function", "function": {"name": "now", "arguments": arguments}}
     talk = [{"role": "user", "content": "w?"}, {"role": "assistant", "tool_calls": [call]}]
-    assert ask(place, messages=[*talk, {"role": "tool", "tool_call_id": "c", "content": "5"}])[0] == 200
+    engine = Scripted(tiny_tokenizer())
+    template = ChatTemplate.named("telechat2")
+    with listening(Served(engine, tiny_tokenizer(), template, "tiny")) as url:  # type: ignore[arg-type]
+        told = ask((engine, url), messages=[*talk, {"role": "tool", "tool_call_id": "c", "content": "5"}])
+    assert told[0] == 200 and '{"name": "now", "arguments": {}}' in engine.prompts[-1]
 
 
 @pytest.mark.parametrize("arguments", ["[" * 200 + "]" * 200, '{"a":' * 200 + "1" + "}" * 200, "[" * 99_999])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zili.serving.arguments import Parameters
 from zili.serving.reply import Call, Reply, read_call
 from zili.serving.streaming import StopText
 
@@ -93,6 +95,34 @@ def test_reading_a_call_takes_time_in_proportion(text: str) -> None:
         reply.push(("<tool_call>" if place == 0 else "") + text[place : place + 4])
     assert reply.finish().content.startswith("<tool_call>")
     assert time.thread_time() - began < 1.5
+
+
+TEXT, MAYBE = {"type": "string"}, {"anyOf": [{"type": "string", "minLength": 2}, {"type": "null"}]}
+READ: list[tuple[Any, str, Any]] = [
+    (TEXT, "5", "5"),
+    (TEXT, "null", "null"),
+    (TEXT, '"so"', '"so"'),
+    ({"enum": ["1", "2"]}, "1", "1"),
+    ({"allOf": [TEXT]}, "true", "true"),
+    (MAYBE, "null", None),
+    (MAYBE, "12", "12"),
+    (MAYBE, '"so"', "so"),
+    ({"type": ["string", "integer"]}, "5", 5),
+    ({"type": ["string", "integer"]}, "true", "true"),
+    ({"type": "integer"}, "5", 5),
+    ({}, "5", 5),
+    ({"type": "object"}, "{", "{"),
+    ({"$ref": "#"}, "[1]", [1]),
+    (None, "so", "so"),
+]
+
+
+@pytest.mark.parametrize(("schema", "text", "value"), READ)
+def test_a_text_between_tags_is_one_though_it_looks_like_a_number(schema: Any, text: str, value: Any) -> None:
+    tool = {"function": {"name": "f", "parameters": {"properties": {"a": schema}}}}
+    reply = Reply(thinking=False, tools=True, read=Parameters([tool]).read)
+    parts = reply.push(f"<tool_call>f<param_key>a</param_key><param_value>{text}</param_value></tool_call>")
+    assert json.loads(parts.calls[0].arguments) == {"a": value}
 
 
 @given(st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.text("ab", max_size=30), st.data())

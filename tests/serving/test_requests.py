@@ -168,6 +168,10 @@ UNSERVED: dict[str, Any] = {
     "priority": 1,
     "cache_salt": "x",
     "guided_json": {},
+    "watermarking": True,
+    "ec_transfer_params": {"a": 1},
+    "thinking_token_budget": 5,
+    "routed_experts_prompt_start": 1,
     "guided_regex": "a",
     "service_tier": "flex",
     "min_tokens": 30,
@@ -187,6 +191,7 @@ UNSERVED_CHAT: dict[str, Any] = {
     "documents": [{"text": "x"}],
     "chat_template": "x",
     "echo": True,
+    "return_prompt_text": True,
     "include_reasoning": False,
     "top_logprobs": 2,
     "tool_choice": {"type": "allowed_tools", "allowed_tools": {}},
@@ -202,6 +207,47 @@ def test_fields_that_are_not_served(place: Place, name: str) -> None:
     status, answer = place.post(path, {**body, "max_tokens": 2, name: value})
     error = answer["error"]
     assert status == 400 and (error["param"] == name or name in error["message"]), error
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"stop": ["a", 5]}, "stop.1"),
+        ({"messages": [*ASKED, {"role": "user", "content": [{"text": "a"}]}]}, "messages.1.content.0.type"),
+        ({"tool_choice": {"function": {}}}, "tool_choice.function.name"),
+        ({"structured_outputs": {"json": [1]}}, "structured_outputs.json"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.schema"),
+        ({"response_format": {"type": "yaml"}}, "response_format.type"),
+        ({"logit_bias": {"5": True}}, "logit_bias.5"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"function": {"name": "f"}}}, "tool_choice"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        *(
+            ({"chat_template_kwargs": {name: "x"}}, "chat_template_kwargs")
+            for name in ("messages", "bos_token", "self")
+        ),
+        ({"top_logprobs": 21}, "top_logprobs"),
+    ],
+)
+def test_what_is_wrong_is_named_as_it_was_sent(place: Place, more: dict[str, Any], param: str) -> None:
+    status, answer = place.post("/v1/chat/completions", {"messages": ASKED, **more})
+    assert (status, answer["error"]["param"]) == (400, param) and answer["error"]["message"].startswith(f"{param}: ")
+
+
+def test_a_form_that_is_wrong_is_named_as_it_was_asked_for(place: Place) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}
+    asked: list[tuple[str, dict[str, Any]]] = [
+        ("structured_outputs", {"structured_outputs": {"json": {"not": {}}}}),
+        ("structured_outputs", {"structured_outputs": {"grammar": "x"}}),
+        ("response_format", {"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}}),
+        ("tools", {"tools": [tool], "tool_choice": "required"}),
+    ]
+    for param, more in asked:
+        status, answer = place.post("/v1/chat/completions", {"messages": ASKED, "max_tokens": 1, **more})
+        assert (status, answer["error"]["param"]) == (400, param) and "cpp" not in answer["error"]["message"], answer
+    assert said(place, structured_outputs={"regex": "^$"}) == ("", "stop")
 
 
 def test_parts_that_are_no_text(place: Place) -> None:
@@ -295,3 +341,24 @@ def test_proxies_are_asked_to_keep_nothing_back(place: Place) -> None:
     body = {"prompt": "snow", "max_tokens": 2, "stream": True}
     _, headers, text = ask(f"{place.url}/v1/completions", "POST", {"Authorization": f"Bearer {KEY}"}, body)
     assert headers["x-accel-buffering"] == "no" and text.endswith("data: [DONE]\n\n")
+
+
+def test_of_a_key_that_is_given_twice_the_last_counts(place: Place) -> None:
+    """As OpenAI's server and vLLM have it."""
+    status, answer = place.post(
+        "/v1/completions", b'{"prompt": "a", "max_tokens": 9, "max_tokens": 1, "max_tokens": 2}'
+    )
+    assert status == 200 and answer["usage"]["completion_tokens"] <= 2
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_usage_so_far(place: Place, path: str) -> None:
+    asked = {"messages": ASKED} if "chat" in path else {"prompt": "snow"}
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {**asked, "max_tokens": 5, "ignore_eos": True, "stream": True, "stream_options": options}
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+    request = urllib.request.Request(place.url + path, json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        lines = answer.read().decode().splitlines()
+    counts = [json.loads(line[6:])["usage"]["completion_tokens"] for line in lines if line.startswith("data: {")]
+    assert counts == sorted(counts) and counts[0] >= 1 and counts[-1] == 5

@@ -83,6 +83,7 @@ def check(wanted: Any, seed: int = 0, **how: int) -> int:
         {"type": "array", "prefixItems": [True, TEXT], "minItems": 3, "maxItems": 3},
         {"type": "object", "properties": {"a": WHOLE}, "additionalProperties": TEXT},
         {"type": "object", "propertyNames": {"enum": ["a", "b"]}, "additionalProperties": WHOLE},
+        {"type": "object", "propertyNames": False},
         {"type": "object", "propertyNames": {"pattern": "^[a-c]{2}$"}, "additionalProperties": WHOLE},
         {"type": "object", "properties": dict.fromkeys("abcd", WHOLE), "minProperties": 2, "maxProperties": 3},
         {"oneOf": [closed(kind={"const": "a"}, value=WHOLE), closed(kind={"const": "b"}, value=TEXT)]},
@@ -118,6 +119,14 @@ def test_what_is_kept(wanted: Any) -> None:
         ({"type": "integer", "multipleOf": 7, "minimum": 1}, "multipleOf"),
         ({"type": "number", "minimum": 1e-8, "maximum": 2e-8}, "minimum"),
         ({"type": "integer", "minimum": 1.2, "maximum": 1.8}, "minimum"),
+        ({"type": "integer", "exclusiveMinimum": 1, "maximum": 1}, "exclusiveMinimum"),
+        *(
+            ({"minLength": 1, word: 10**400}, word)
+            for word in ("minimum", "exclusiveMaximum", "multipleOf", "minItems")
+        ),
+        ({"const": 10**400}, "const"),
+        ({"type": "array", "items": [WHOLE]}, "items"),
+        ({"$ref": "#/$defs/a/$defs/b", "$defs": {"a": {"$id": "x", "$defs": {"b": {"$ref": "#/$defs/c"}}}}}, r"\$id"),
         ({"type": "string", "pattern": "^(?=a)b"}, "pattern"),
         ({"type": "string", "pattern": "a^b"}, "pattern"),
         ({"type": "string", "pattern": '^"a"$'}, "pattern"),

@@ -16,7 +16,7 @@ from waiting import until
 
 from zili.data.tokenizer import Tokenizer
 from zili.errors import ConfigError
-from zili.serving import guides
+from zili.serving import api, guides
 from zili.serving.guides import TooManyForms
 from zili.serving.structure import Forms, Part, calls, grammar, one_of, regex, schema
 
@@ -60,6 +60,24 @@ TAGGED = (
 )
 one, several = calls(TOOLS, several=False, tagged=False), calls(TOOLS, several=True, tagged=False)
 tagged = calls(TOOLS, several=False, tagged=True)
+WORDS = {
+    "type": "object",
+    "properties": {
+        "unit": {"enum": ["C", "F"]},
+        "code": {"type": "string", "pattern": "^[0-9]{2}$"},
+        "either": {"anyOf": [{"type": "string", "maxLength": 2}, {"const": "none"}]},
+        "perhaps": {"type": ["string", "null"]},
+    },
+    "required": ["unit", "code", "either"],
+}
+words = calls([{"function": {"name": "w", "parameters": WORDS}}], several=False, tagged=True)
+
+
+def tagged_call(**given: str) -> str:
+    inside = "".join(f"<param_key>{key}</param_key><param_value>{value}</param_value>" for key, value in given.items())
+    return f"<tool_call>w{inside}</tool_call>"
+
+
 CASES: list[tuple[Part, str, bool]] = [
     (schema(CITY), '{"city": "北京", "days": 3}', True),
     (schema(CITY), '{\n  "city": "x"\n}', True),
@@ -85,6 +103,12 @@ CASES: list[tuple[Part, str, bool]] = [
     (tagged, TAGGED.replace("<param_value>3", "<param_value>three"), False),
     (tagged, "<tool_call>weather</tool_call>", False),
     (tagged, "<tool_call>now</tool_call>", True),
+    (words, tagged_call(unit="C", code="07", either="5"), True),
+    (words, tagged_call(unit="F", code="07", either="none", perhaps="null"), True),
+    (words, tagged_call(unit="F", code="07", either="5", perhaps='"so"'), True),
+    (words, tagged_call(unit='"C"', code="07", either="5"), False),
+    (words, tagged_call(unit="C", code='"07"', either="5"), False),
+    (words, tagged_call(unit="C", code="07", either="567"), False),
 ]
 
 
@@ -218,6 +242,15 @@ def test_a_costly_form_ends_its_own_answer_alone(place: Place) -> None:
     assert status == 400 and "takes too long" in answer["error"]["message"]
     again = place.post("/v1/completions", {"prompt": "a", "structured_outputs": {"choice": ["blue"]}})
     assert again[0] == 200 and again[1]["choices"][0]["text"] == "blue"
+
+
+def test_forms_that_wait_have_a_bound(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = {"prompt": "a", "structured_outputs": {"choice": ["blue"]}}
+    monkeypatch.setattr(api, "_MOST_FORMING", 0)
+    status, answer = place.post("/v1/completions", body)
+    assert status == 503 and "wait to be compiled" in answer["error"]["message"]
+    monkeypatch.setattr(api, "_MOST_FORMING", 1)
+    assert [place.post("/v1/completions", body)[0] for _ in range(2)] == [200, 200]
 
 
 def test_a_form_is_compiled_once_and_its_process_ends_with_it(forms: Forms, monkeypatch: pytest.MonkeyPatch) -> None:

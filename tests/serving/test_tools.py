@@ -78,3 +78,47 @@ def test_a_tool_s_name_is_a_name(scripted: tuple[Scripted, openai.OpenAI, str]) 
     bad: Any = {"type": "function", "function": {"name": "a b"}}
     with pytest.raises(openai.BadRequestError, match="tools"):
         client.chat.completions.create(model="tiny", messages=ASKED, tools=[bad])
+
+
+CALLED: Any = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": "x\\ny"}'}}
+RESULT: Any = {"role": "tool", "tool_call_id": "c1", "content": "2"}
+TOLD: Any = [*ASKED, {"role": "assistant", "tool_calls": [CALLED]}, RESULT]
+KEEPS = "{% for m in messages %}<_user>{{ m.content }}{{ (m.tool_calls or '') | string }}{% endfor %}<_bot>"
+FORGETS = "{% for m in messages if m.role != 'system' %}<_user>{{ m.content }}{{ m.name }}{% endfor %}<_bot>"
+
+
+def prompt_of(template: str, messages: Any) -> str:
+    """What a model is asked. Raises BadRequestError."""
+    tokenizer = tiny_tokenizer()
+    engine = Scripted(tokenizer)
+    made = ChatTemplate(template) if "{" in template else ChatTemplate.named(template)
+    with listening(Served(engine, tokenizer, made, "tiny")) as url:  # type: ignore[arg-type]
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        client.chat.completions.create(model="tiny", messages=messages)
+    return engine.prompts[-1]
+
+
+@pytest.mark.parametrize("template", ["telechat1", "chatml", "smollm2", FORGETS])
+def test_calls_that_a_template_cannot_say_are_not_lost(template: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"tool_calls: .* has no place for calls of tools"):
+        prompt_of(template, [*TOLD[:2], *ASKED])
+
+
+def test_what_others_said_is_not_lost() -> None:
+    assert "add" in prompt_of(KEEPS, TOLD)
+    asked: Any = [{"role": "system", "content": "Be brief."}, *ASKED]
+    with pytest.raises(openai.BadRequestError, match="leaves out of turn 1: 'Be brief"):
+        prompt_of(FORGETS, asked)
+    # What it says in another order is said.
+    assert prompt_of("{% for m in messages | reverse %}<_user>{{ m.content }}{% endfor %}<_bot>", asked)
+
+
+def test_the_past_in_other_words_is_not_lost() -> None:
+    calls: Any = [*ASKED, {"role": "assistant", "content": None, "function_call": CALLED["function"]}]
+    assert '"name": "add"' in prompt_of("telechat2", [*calls, {"role": "function", "name": "add", "content": "2"}])
+    thinks: Any = [*ASKED, {"role": "assistant", "reasoning": "one and one", "tool_calls": [CALLED]}, RESULT]
+    assert "one and one" in prompt_of("telechat3-coder", thinks)
+    refuses: Any = [*ASKED, {"role": "assistant", "content": None, "refusal": "I do not add."}, *ASKED]
+    assert "I do not add." in prompt_of("telechat2", refuses)
+    with pytest.raises(openai.BadRequestError, match="audio"):
+        prompt_of("telechat2", [*ASKED, {"role": "assistant", "audio": {"id": "a"}}])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 from urllib.parse import urlsplit
 
 import typer
@@ -55,6 +56,12 @@ def serve(
         list[str] | None,
         typer.Option(help="Web page whose scripts may ask, as https://chat.example.org; * is any. May be repeated."),
     ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name by which who needs no key may ask on this machine, as chat.example.org. May be repeated."
+        ),
+    ] = None,
     engine: Annotated[
         Engines, typer.Option(help="vllm: hand a released folder to vLLM, with the right arguments.")
     ] = Engines.zili,
@@ -68,8 +75,11 @@ def serve(
         raise typer.BadParameter("give a model, or --demo")
     if trust_remote_code and engine is not Engines.vllm:
         raise typer.BadParameter("--trust-remote-code is for --engine vllm; Zili's own engine runs no code of a folder")
+    if allow_host and engine is Engines.vllm:
+        raise typer.BadParameter("--allow-host is for Zili's own engine; vLLM checks no names")
     if path is not None:
         model_at(path)
+    names = _origins(allow_origin or ()), _hosts(allow_host or ())
     device = None
     if engine is Engines.zili:
         from zili.serving.place import open_device, prepared
@@ -77,15 +87,20 @@ def serve(
         # Before anything else loads torch; not in this thread, since choosing operations multiplies.
         device = prepared(lambda: open_device(chip))
     from zili.serving.handover import Offer
-    from zili.serving.model_folder import demo_file
 
-    place = demo_file() if path is None else path
+    place = _demo() if path is None else path
     called = name or (place.stem if place.is_file() else place.resolve().name)
     offer = Offer(host, port, called, slots, context, dtype)
     if device is None:
         _hand_over(place, offer, keys, chip, trust_remote_code)
     else:
-        _answer(place, offer, device, keys, template, queue, timeout, _origins(allow_origin or ()))
+        _answer(place, offer, device, keys, template, {"waiting": queue, "answer_seconds": timeout}, names)
+
+
+def _demo() -> Path:
+    from zili.serving.model_folder import demo_file
+
+    return demo_file()
 
 
 def _answer(
@@ -94,9 +109,8 @@ def _answer(
     device: torch.device,
     keys: Path | None,
     template: str | None,
-    queue: int,
-    timeout: float,
-    origins: Sequence[str],
+    limits: dict[str, Any],
+    names: tuple[list[str], list[str]],
 ) -> None:
     from zili.serving.place import prepared
 
@@ -126,8 +140,7 @@ def _answer(
 
     chosen = ChatTemplate.named(template) if template else opened.template
     with running:
-        limits = Limits(waiting=queue, answer_seconds=timeout)
-        served = Served(running, opened.tokenizer, chosen, offer.name, known, limits, origins)
+        served = Served(running, opened.tokenizer, chosen, offer.name, known, Limits(**limits), *names)
         listen(served, offer.host, offer.port, typer.echo)
 
 
@@ -137,6 +150,14 @@ def _origins(given: Sequence[str]) -> list[str]:
         parts = urlsplit(one)
         if one != "*" and (not parts.scheme or not parts.netloc or one != f"{parts.scheme}://{parts.netloc}"):
             raise typer.BadParameter(f"{one!r} is no origin; give one as http://localhost:3000, or *")
+    return list(given)
+
+
+def _hosts(given: Sequence[str]) -> list[str]:
+    """Names alone: whatever port is asked is this server's."""
+    for one in given:
+        if not re.fullmatch(r"[\w-]+(\.[\w-]+)*\.?", one, re.ASCII):
+            raise typer.BadParameter(f"{one!r} is no name of a host; give one as chat.example.org")
     return list(given)
 
 

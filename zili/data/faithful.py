@@ -7,8 +7,9 @@ text is compared with the conversation, and what should be there and is not is a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from zili.data.chat import ChatTemplate, Rendered
@@ -18,6 +19,15 @@ from zili.data.tokenizer import Tokenizer
 from zili.errors import DataError
 
 Messages = Sequence[Mapping[str, Any]]
+Spelling = Callable[[str], str]
+_SPELLINGS: tuple[Spelling, ...] = (
+    str,
+    lambda text: json.dumps(text, ensure_ascii=False)[1:-1],
+    lambda text: json.dumps(text)[1:-1],
+)
+"""A text as it is, and as JSON writes it."""
+_MOST_LEAVES = 64
+"""Of a call's arguments that are looked for in a prompt: a template that drops some drops the first, too."""
 
 
 class Unsaid(DataError):
@@ -61,13 +71,40 @@ def to_learn(
     return _masked(rendered, answers, manners, template.name)
 
 
+def check_told(rendered: Rendered, messages: Messages, template: ChatTemplate, of: Tokenizer) -> None:
+    """Of a conversation to be answered: what others said and which tools were called, with the first of their
+    arguments. Earlier thoughts, and what was said beside a call, are the template's to drop. It takes time in
+    proportion to the text.
+
+    Raises:
+        Unsaid: some of it is not in `rendered`.
+    """
+    manners, text, place = template.manners(of), rendered.text, 0
+    known = {True: [*_SPELLINGS], False: [*_SPELLINGS]}
+    for number, message in enumerate(messages, start=1):
+        _check_calls(message, manners, template.name)
+        answers, began = message["role"] == "assistant", place
+        spellings = known[answers]
+        for given in _called(message, _MOST_LEAVES) if answers else [message["content"]]:
+            end = _end_of(given, text, place, spellings)
+            end = _end_of(given, text, began, spellings) if end < 0 else end  # in an order of its own
+            if end < 0 and not _holds(text, given):
+                reason = "with text that the template leaves out"
+                raise Unsaid(reason, f"{template.name} leaves out of turn {number}: {given[:60]!r}")
+            place = max(place, end)
+
+
+def _check_calls(message: Mapping[str, Any], manners: Manners, name: str) -> None:
+    if message.get("tool_calls") and manners.calls is None:
+        raise Unsaid("with calls that the template cannot say", f"tool_calls: {name} has no place for calls of tools")
+
+
 def _check_kinds(messages: Messages, tools: Any, manners: Manners, name: str) -> None:
     """Whether the template has a place for all kinds of things that there are."""
     if tools and not manners.tools:
         raise Unsaid("with tools that the template does not tell", f"{name} has no place for tools")
     for message in messages:
-        if message.get("tool_calls") and manners.calls is None:
-            raise Unsaid("with calls that the template cannot say", f"{name} has no place for calls of tools")
+        _check_calls(message, manners, name)
         if message.get("reasoning_content") and not manners.thinks:
             raise Unsaid(
                 "with thoughts that the template does not write",
@@ -133,11 +170,11 @@ def _check_turns(messages: Messages, rendered: Rendered, name: str) -> None:
         role = message["role"]
         if role == "assistant":
             turn = next(turns, None)
-            place = place if turn is None else _after(rendered.text, turn.text, place)
+            place = place if turn is None else _end_of(turn.text, rendered.text, place)
         elif role == "system":
             place = place if _holds(rendered.text, message["content"]) else -1
         else:
-            place = _after(rendered.text, message["content"], place)
+            place = _end_of(message["content"], rendered.text, place)
         if place < 0:
             raise Unsaid("with text that the template leaves out", f"{name} leaves out turn {number}")
 
@@ -188,11 +225,15 @@ def _told(answer: Mapping[str, Any], manners: Manners) -> tuple[str, list[str]]:
     thoughts, content = str(answer.get("reasoning_content") or ""), answer["content"]
     inline = split_thoughts(content) if manners.thinks and not thoughts else None
     thoughts, content = inline or (thoughts, content)
-    told = [content]
+    return thoughts, [content, *_called(answer)]
+
+
+def _called(answer: Mapping[str, Any], most: int | None = None) -> Iterator[str]:
+    """What its calls of tools say: their names, and so many of each one's arguments."""
     for call in answer.get("tool_calls") or []:
         function = call.get("function") or call
-        told += [function["name"], *_leaves(read_arguments(function.get("arguments")))]
-    return thoughts, told
+        yield function["name"]
+        yield from islice(_leaves(read_arguments(function.get("arguments"))), most)
 
 
 def _leaves(value: Any) -> Iterator[str]:
@@ -212,14 +253,16 @@ def _leaves(value: Any) -> Iterator[str]:
 
 def _holds(text: str, given: str) -> bool:
     """Whether a text has another, as it is or as JSON writes it, but for white space around it."""
-    return _after(text, given, 0) >= 0
+    return _end_of(given, text) >= 0
 
 
-def _after(text: str, given: str, place: int) -> int:
-    """Where a text goes on after another that it has from `place` on, written so; -1: it has not."""
-    given = given.strip()
-    for written in (given, *(json.dumps(given, ensure_ascii=ascii)[1:-1] for ascii in (False, True))):
-        found = text.find(written, place)
-        if found >= 0:
-            return found + len(written)
+def _end_of(given: str, text: str, start: int = 0, spellings: list[Spelling] | None = None) -> int:
+    """Where it ends, after `start`; below 0: it is not there. The spelling that was found is the first of `spellings`
+    afterwards: most are alike, and each that is not there is looked for up to the end."""
+    given, known = given.strip(), spellings or [*_SPELLINGS]
+    for number, spelling in enumerate(known):
+        spelled = spelling(given)
+        if (place := text.find(spelled, start)) >= 0:
+            known.insert(0, known.pop(number))
+            return place + len(spelled)
     return -1

@@ -17,6 +17,8 @@ from pydantic_core import from_json
 from zili.data.tokenizer import DOCUMENT_ENDS, Tokenizer
 
 CallStyle = Literal["hermes", "tagged", "other"]
+ReadArgument = Callable[[str, str, str, Any], Any]
+"""What an argument is: from the tool's name, its own, its text, and what that is in JSON (else the text)."""
 Render = Callable[..., str]
 """A template: messages, tools, add_generation_prompt and options to text. Raises where it cannot say them."""
 
@@ -63,6 +65,8 @@ class Manners:
     """All marks of turns."""
     thinks: bool = False
     """Whether it writes the thoughts (`reasoning_content`) of an answer to learn."""
+    reasons: bool = False
+    """Whether its model thinks before it answers: it writes thoughts, opens them, or drops those of earlier answers."""
     calls: CallStyle | None = None
     """How it writes calls: Hermes' JSON, TeleChat3-Coder's names and values, or in a way that is not read back here."""
     tools: bool = False
@@ -105,10 +109,12 @@ def find_manners(render: Render) -> Manners:
     results = _texts(render, used, tools=[_TOOL])
     marks += [mark for text in (talk[0], system[0], *(results or ())[2:4]) for mark in _bracketed(text)]
     after = [mark for text in (talk[2], talk[-1]) for mark in _marks(text)[:2]]
+    thinks = _says(render, [_TALK[0], {**_TALK[1], "reasoning_content": _THINKS}], _THINKS)
     return Manners(
         ends=tuple(dict.fromkeys(after)),
         marks=tuple(dict.fromkeys(marks)),
-        thinks=_says(render, [_TALK[0], {**_TALK[1], "reasoning_content": _THINKS}], _THINKS),
+        thinks=thinks,
+        reasons=thinks or bool(Manners.opening(prompt[-1])) or _drops_thoughts(render),
         calls=_call_style(render),
         tools=_says(render, _TALK[:1], _TOOL["function"]["name"], tools=[_TOOL]),
         names_calls=_says(render, used, _RESULT["tool_call_id"], tools=[_TOOL]),
@@ -160,6 +166,12 @@ def _says(render: Render, messages: Sequence[Mapping[str, Any]], text: str, **op
     return text in (_rendered(render, messages, **options) or "")
 
 
+def _drops_thoughts(render: Render) -> bool:
+    answer = {**_TALK[1], "content": f"{THINK}\n{_THINKS}\n{THOUGHT}\n\n{_TALK[1]['content']}"}
+    said = _rendered(render, [_TALK[0], answer, _TALK[2]]) or ""
+    return _TALK[1]["content"] in said and _THINKS not in said
+
+
 def _call_style(render: Render) -> CallStyle | None:
     talk = [_TALK[0], {"role": "assistant", "content": "", "tool_calls": [_CALLING]}]
     said = _rendered(render, talk, tools=[_TOOL]) or _rendered(render, talk) or ""
@@ -198,11 +210,19 @@ def split_thoughts(text: str) -> tuple[str, str] | None:
     return inside.removeprefix("\n").removesuffix("\n"), answer.lstrip("\n")
 
 
-def read_call(text: str) -> Call | None:
-    """What stands between `<tool_call>` and `</tool_call>`, in either style. None: it is neither. Takes linear time."""
+def as_json(tool: str, name: str, text: str, value: Any) -> Any:
+    """What JSON has it for, as `ReadArgument`."""
+    return value
+
+
+def read_call(text: str, read: ReadArgument = as_json) -> Call | None:
+    """What stands between `<tool_call>` and `</tool_call>`, in either style. None: it is neither. Takes linear time.
+
+    `read` decides of an argument between tags, where a text has no quotes, whether it is one.
+    """
     called = _json(text)
     if called is _NO_JSON:
-        return _read_tagged(text)
+        return _read_tagged(text, read)
     if not isinstance(called, dict) or not isinstance(called.get("name"), str):
         return None
     arguments = read_arguments(called.get("arguments"))
@@ -239,7 +259,7 @@ def _is_json(value: Any) -> bool:
     return True
 
 
-def _read_tagged(text: str) -> Call | None:
+def _read_tagged(text: str, read: ReadArgument) -> Call | None:
     end = text.find(KEY)
     name = (text if end < 0 else text[:end]).strip()
     if not _NAME.fullmatch(name):
@@ -248,9 +268,9 @@ def _read_tagged(text: str) -> Call | None:
     for parameter in _parameters(text, end):
         if parameter is None:
             return None
-        key, value = parameter
-        read = _json(value)
-        arguments[key] = value if read is _NO_JSON else read  # a text is written without quotes
+        key, said = parameter
+        value = _json(said)
+        arguments[key] = read(name, key, said, said if value is _NO_JSON else value)
     return Call(name, json.dumps(arguments, ensure_ascii=False))
 
 

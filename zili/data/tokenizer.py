@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -255,22 +255,14 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """Ids of each text, encoded in parallel. Raises `DataError` for text that is not Unicode."""
-        try:
-            encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
-        except (UnicodeEncodeError, TypeError) as error:
-            raise DataError(f"text with a lone surrogate, or no text at all, cannot be encoded ({error}).") from error
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        return [np.array(ids, dtype=np.int32) for ids in _encoded(self._inner, texts)]
 
     def encode_marked(self, text: str) -> list[int]:
         """Ids of a text in which the spellings of special tokens are these tokens: a prompt that its writer made whole.
 
         Raises: DataError, text that is not Unicode.
         """
-        try:
-            ids: list[int] = self._marking.encode(text, add_special_tokens=False).ids
-        except (UnicodeEncodeError, TypeError) as error:
-            raise DataError(f"text with a lone surrogate, or no text at all, cannot be encoded ({error}).") from error
-        return ids
+        return next(_encoded(self._marking, [text]))
 
     @cached_property
     def _marking(self) -> tokenizers.Tokenizer:
@@ -282,7 +274,20 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
-        return self._inner.decode([int(id_) for id_ in ids], skip_special_tokens=skip_special)
+        given = [int(id_) for id_ in ids]
+        if len(given) < _LONG:
+            return self._inner.decode(given, skip_special_tokens=skip_special)
+        return self._inner.decode_batch([given], skip_special_tokens=skip_special)[0]  # lets go of Python's lock
+
+
+def _encoded(inner: tokenizers.Tokenizer, texts: Sequence[str]) -> Iterator[list[int]]:
+    try:
+        # Of one text, too: `encode` holds Python's lock, for seconds where the text is long.
+        encodings = inner.encode_batch_fast(list(texts), add_special_tokens=False)
+    except (UnicodeEncodeError, TypeError) as error:
+        raise DataError(f"text with a lone surrogate, or no text at all, cannot be encoded ({error}).") from error
+    for encoding in encodings:
+        yield encoding.ids
 
 
 def after_bos(definition: str, token: str) -> str:
@@ -338,6 +343,8 @@ def _end_token(ids: dict[str, int], wanted: str | None, name: str) -> str:
     raise DataError(f"{name}: none of {', '.join(DOCUMENT_ENDS)} is in it. Name its end token (end_token=...).")
 
 
+_LONG = 4096
+"""Tokens whose text takes long."""
 _CONTEXT = 8
 """Tokens before a text that decide how it begins."""
 _CHARACTER = 4

@@ -165,7 +165,7 @@ def _limit_memory() -> None:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return re.sub(r"^\S{1,200}:\d+: ", "", lines[0])[:1000]  # without the place in xgrammar's source
+    return re.sub(r"^(\[[\d:]{8}\] )?\S{1,200}:\d+: ", "", lines[0])[:1000]  # without the place in xgrammar's source
 
 
 if __name__ == "__main__":

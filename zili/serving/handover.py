@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from zili.data.chat import ChatTemplate
-from zili.data.manners import THINK
+from zili.data.manners import Manners
 from zili.errors import CheckpointError, ConfigError
-from zili.release.companions import foreign_code
+from zili.release.trust import foreign_code
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,10 @@ def to_vllm(folder: Path, offer: Offer, *, chip: str, key: str | None, trust: bo
     if trust or ("auto_map" in config and not foreign):
         arguments.append("--trust-remote-code")
     template = ChatTemplate.of_folder(folder)
-    if template is not None and template.manners().calls == "hermes":
+    manners = template.manners() if template is not None else Manners()
+    if manners.calls == "hermes":
         arguments += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
-    if template is not None and THINK in template.source:
+    if manners.reasons:
         arguments += ["--reasoning-parser", "deepseek_r1"]
     environment = {"VLLM_NO_USAGE_STATS": "1"}
     stored = config.get("torch_dtype", config.get("dtype"))

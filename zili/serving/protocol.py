@@ -123,6 +123,10 @@ class _Asked(BaseModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
     @property
+    def with_usage_so_far(self) -> bool:
+        return self.with_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+    @property
     def formed(self) -> dict[str, Any] | None:
         """What of the request says how the answer must look; None: it may look as it likes."""
         said = self.response_format is not None and self.response_format.type != "text"
@@ -144,6 +148,8 @@ class StreamOptions(BaseModel):
     """`stream_options`."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+    """Of vLLM: with each event, where it comes at all."""
 
 
 class JsonSchema(BaseModel):
@@ -219,13 +225,20 @@ class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Annotated[list[TextPart], _Any] | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
+    """As vLLM calls it now."""
+    refusal: str | None = None
     tool_calls: Annotated[list[dict[str, Any]], _Any] | None = None
+    function_call: dict[str, Any] | None = None
+    """As OpenAI had it before there were `tool_calls`."""
     tool_call_id: str | None = None
     name: str | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _of_text(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("audio") is not None:
+            raise Refusal(400, "messages: one has audio; this model reads text", param="messages")
         parts = data.get("content") if isinstance(data, dict) else None
         for part in parts if isinstance(parts, list) else ():
             kind = part.get("type") if isinstance(part, dict) else None
@@ -239,8 +252,15 @@ class Message(BaseModel):
         """As a chat template takes it."""
         role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or [])
-        rest = {name: getattr(self, name) for name in ("reasoning_content", "tool_calls", "tool_call_id", "name")}
-        return {"role": role, "content": content, **{name: value for name, value in rest.items() if value}}
+        calls = [*(self.tool_calls or []), *([{"function": self.function_call}] if self.function_call else [])]
+        rest = {
+            "reasoning_content": self.reasoning_content or self.reasoning,
+            "tool_calls": calls,
+            "tool_call_id": self.tool_call_id,
+            "name": self.name,
+        }
+        said = {name: value for name, value in rest.items() if value}
+        return {"role": role, "content": content or self.refusal or "", **said}
 
 
 class TextPart(BaseModel):
@@ -296,9 +316,9 @@ class ChatRequest(_Asked):
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
         if self.continue_final_message and self.add_generation_prompt:
-            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
+            raise ValueError("continue_final_message: it and add_generation_prompt exclude each other")
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs come with logprobs")
+            raise ValueError("top_logprobs: they come with logprobs")
         return self
 
     @model_validator(mode="after")
@@ -331,7 +351,18 @@ class ChatRequest(_Asked):
 
     @property
     def longest(self) -> int | None:
+        """Tokens of an answer at most; None: as many as there is room for."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def told(self) -> int | None:
+        """Of how many likeliest tokens the log-probabilities are told beside each token's; None: of none."""
+        return self.top_logprobs if self.logprobs else None
+
+    @property
+    def echoed(self) -> bool:
+        """Whether the prompt is told of as well."""
+        return False
 
 
 class CompletionRequest(_Asked):
@@ -349,6 +380,21 @@ class CompletionRequest(_Asked):
         if self.best_of not in (None, self.n):
             raise Refusal(400, f"best_of: {self.best_of} is not served, but for as many as n", param="best_of")
         return self
+
+    @property
+    def longest(self) -> int | None:
+        """As of a chat."""
+        return self.max_tokens
+
+    @property
+    def told(self) -> int | None:
+        """As of a chat."""
+        return self.logprobs
+
+    @property
+    def echoed(self) -> bool:
+        """As of a chat."""
+        return self.echo
 
     @property
     def prompts(self) -> list[str | list[int]]:

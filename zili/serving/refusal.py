@@ -38,6 +38,11 @@ class Refusal(Exception):
         return JSONResponse(self.body(), self.status, headers=self.headers)
 
 
+def busy(message: str, **headers: str) -> Refusal:
+    """What may be asked again in a second."""
+    return Refusal(503, message, code="busy", headers={"Retry-After": "1", **headers})
+
+
 class _Error(BaseModel):
     message: str
     type: str

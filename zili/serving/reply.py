@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from zili.data.manners import CALL, CALLED, THINK, THOUGHT, Call, read_call
+from zili.data.manners import CALL, CALLED, THINK, THOUGHT, Call, ReadArgument, as_json, read_call
 
 
 @dataclass
@@ -23,10 +23,11 @@ class Parts:
 class Reply:
     """Takes a text apart. Tags that are not whole yet are held back; a call that cannot be read stays text."""
 
-    def __init__(self, *, thinking: bool, tools: bool) -> None:
-        """`thinking`: the prompt has opened its thoughts already. `tools`: there are some, so that it may call them."""
+    def __init__(self, *, thinking: bool, tools: bool, read: ReadArgument = as_json) -> None:
+        """`thinking`: the prompt has opened its thoughts already. `tools`: there are some, so that it may call them.
+        `read`: as of `read_call`."""
         self._state: Literal["begin", "thinking", "content", "calling"] = "thinking" if thinking else "begin"
-        self._tools = tools
+        self._tools, self._read = tools, read
         self._held = ""
         self._looked = 0
         """Characters of `_held` in which no call ends: a long one is not looked through again with each piece."""
@@ -85,7 +86,7 @@ class Reply:
             self._looked = max(0, len(self._held) - len(CALLED) + 1)
             return False
         inside, after, self._looked = self._held[:end], self._held[end + len(CALLED) :], 0
-        call = read_call(inside)
+        call = read_call(inside, self._read)
         if call is None:
             parts.content += CALL + inside + CALLED
         else:

@@ -55,12 +55,12 @@ def number(type_: str, schema: Schema, at: str) -> Schema:
         refuse("multipleOf", at, f"{multiple} cannot be kept; whole numbers up to {_MOST_MULTIPLE:,} can")
     low, high = _bound(schema, "minimum", at, max), _bound(schema, "maximum", at, min)
     if type_ == "integer" or "multipleOf" in schema:
-        return _integer(low, high, int(multiple), at)
+        return _integer(low, high, int(multiple), _lowest(schema), at)
     # It writes six decimals and no powers of ten, and where none is between the bounds, nothing at all.
     step = Decimal("0.000001")
     lowest, highest = _within(low, high, step)
     if lowest is not None and highest is not None and lowest > highest:
-        refuse("minimum", at, "there is no number of six decimals up to the maximum")
+        refuse(_lowest(schema), at, "there is no number of six decimals up to the maximum")
     made: Schema = {"type": "number"}
     for word, bound in (("inimum", low), ("aximum", high)):
         if bound is not None:
@@ -68,11 +68,15 @@ def number(type_: str, schema: Schema, at: str) -> Schema:
     return made
 
 
-def _integer(low: Bound, high: Bound, multiple: int, at: str) -> Schema:
+def _lowest(schema: Schema) -> str:
+    return "minimum" if "minimum" in schema else "exclusiveMinimum"
+
+
+def _integer(low: Bound, high: Bound, multiple: int, lowest: str, at: str) -> Schema:
     least, most = _within(low, high, Decimal(1))
     if least is not None and most is not None:
         if least > most:
-            refuse("minimum", at, "there is no whole number up to the maximum")
+            refuse(lowest, at, "there is no whole number up to the maximum")
         if multiple > 1 and (most - least > _WIDEST or most // multiple * multiple < least):
             refuse("multipleOf", at, f"it can be kept for 1 to {_WIDEST:,} numbers, or without bounds")
     elif multiple > 1 and not (least is None and most is None):
@@ -110,7 +114,8 @@ def _within(low: Bound, high: Bound, step: Decimal) -> tuple[Decimal | None, Dec
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # Some whole numbers are too large to be asked whether they are finite.
+    return math.isfinite(value) if isinstance(value, float) else isinstance(value, int) and not isinstance(value, bool)
 
 
 def count(schema: Schema, word: str, at: str) -> int | None:

@@ -138,10 +138,12 @@ class _Reader:
     def _at(self, pointer: str) -> Any:
         place = self._root
         for step in pointer.split("/")[1:]:
+            if isinstance(place, dict) and place is not self._root and "$id" in place:
+                refuse("$id", "", f"it cannot be kept on the way to #{pointer[:80]}: other places are meant below it")
             name = unquote(step).replace("~1", "/").replace("~0", "~")
             if isinstance(place, dict) and name in place:
                 place = place[name]
-            elif isinstance(place, list) and name.isascii() and name.isdecimal() and int(name) < len(place):
+            elif isinstance(place, list) and name.isascii() and name.isdecimal() and int(name[:9]) < len(place):
                 place = place[int(name)]
             else:
                 refuse("$ref", "", f"there is no #{pointer}")
@@ -276,7 +278,8 @@ class _Reader:
             return {}, value, rewritten(pattern, at)
         if names is True:
             return named, extra, None
-        values = [] if names is False else names.get("enum") if isinstance(names, dict) else None
+        names = {"enum": []} if names is False else names
+        values = names.get("enum") if isinstance(names, dict) else None
         if isinstance(values, list) and not (_words(names) - {"enum", "type"}):
             chosen = [name for name in values if isinstance(name, str)]
             return {name: named.get(name, extra) for name in chosen}, False, None
@@ -302,6 +305,8 @@ class _Reader:
         first, rest = schema.get("prefixItems", []), schema.get("items", True)
         if not isinstance(first, list):
             refuse("prefixItems", at, "it must be a list of schemas")
+        if isinstance(rest, list):
+            refuse("items", at, "a list of schemas is prefixItems")
         least, most = count(schema, "minItems", at) or 0, count(schema, "maxItems", at)
         if schema.get("uniqueItems", False) is not False and most not in (0, 1):
             refuse("uniqueItems", at, "it cannot be kept")

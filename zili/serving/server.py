@@ -50,6 +50,7 @@ def make_server(served: Served) -> uvicorn.Server:
         uvicorn.Config(
             make_app(served),
             http=partial(_Connection, served.limits),  # type: ignore[arg-type]  # it is called, no more
+            ws="none",  # nothing here speaks it
             log_level="warning",
             timeout_graceful_shutdown=_SECONDS_TO_FINISH,
             server_header=False,

@@ -8,7 +8,7 @@ import json
 from collections.abc import Collection
 from typing import Any
 
-from zili.data.manners import ANSWER_TAGS
+from zili.data.manners import ANSWER_TAGS, CALL, CALLED, KEY, KEY_END, VALUE, VALUE_END
 from zili.data.tokenizer import Tokenizer
 from zili.errors import ConfigError
 from zili.serving import patterns
@@ -54,7 +54,8 @@ def _json(made: dict[str, Any]) -> Part:
 
 def regex(pattern: str) -> Part:
     """Text that matches as a whole. Raises: ConfigError, no expression, or one that cannot be kept."""
-    return {"type": "regex", "pattern": patterns.of_text(pattern)}
+    written = patterns.of_text(pattern)
+    return {"type": "regex", "pattern": written} if written else one_of([""])
 
 
 def grammar(ebnf: str) -> Part:
@@ -76,24 +77,40 @@ def calls(tools: list[dict[str, Any]], *, several: bool, tagged: bool) -> Part:
 
 
 def _hermes(function: dict[str, Any]) -> Part:
-    begin = f'<tool_call>\n{{"name": {json.dumps(function["name"])}, "arguments": '
-    return {"type": "tag", "begin": begin, "content": _json(_arguments(function)), "end": "}\n</tool_call>"}
+    begin = f'{CALL}\n{{"name": {json.dumps(function["name"])}, "arguments": '
+    return {"type": "tag", "begin": begin, "content": _json(_arguments(function)), "end": f"}}\n{CALLED}"}
 
 
 def _tagged(function: dict[str, Any]) -> Part:
     wanted = _arguments(function)
     unsaid = set(wanted) & {"anyOf", "$ref", "patternProperties", "minProperties", "maxProperties"}
     if unsaid:
-        raise ConfigError(f"tools: parameters of {function['name']}: {min(unsaid)} cannot be kept in calls by tags")
+        raise _unkept(function, f"{min(unsaid)} cannot be kept in calls by tags")
     named = {name: wanted[name] for name in ("$defs",) if name in wanted}
     parts = []
     for name, value in wanted.get("properties", {}).items():
-        content = {"type": "any_text"} if value == {"type": "string"} else _json({**value, **named})
-        begin = f"<param_key>{name}</param_key><param_value>"
-        part = {"type": "tag", "begin": begin, "content": content, "end": "</param_value>"}
+        if KEY_END in name or any(VALUE_END in str(text) for text in value.get("enum", ())):
+            raise _unkept(function, f"{name[:40]!r} holds a tag of calls")
+        begin = f"{KEY}{name}{KEY_END}{VALUE}"
+        part = {"type": "tag", "begin": begin, "content": _untagged(value, named), "end": VALUE_END}
         parts.append(part if name in wanted.get("required", ()) else {"type": "optional", "content": part})
     inside = {"type": "sequence", "elements": parts} if parts else {"type": "const_string", "value": ""}
-    return {"type": "tag", "begin": f"<tool_call>{function['name']}", "content": inside, "end": "</tool_call>"}
+    return {"type": "tag", "begin": f"{CALL}{function['name']}", "content": inside, "end": CALLED}
+
+
+def _untagged(value: dict[str, Any], named: dict[str, Any]) -> Part:
+    """An argument between tags: JSON, but that a text has no quotes (`zili.serving.arguments` reads it)."""
+    if value == {"type": "string"}:
+        return {"type": "any_text"}
+    if value.get("type") == "string":
+        return {"type": "regex", "pattern": value["pattern"]}
+    texts = value.get("enum", ())
+    if texts and all(isinstance(text, str) for text in texts):
+        return one_of(texts)
+    arms = [_untagged(arm, named) for arm in value.get("anyOf", ())]
+    if arms and not any(arm["type"] == "json_schema" for arm in arms):
+        return {"type": "or", "elements": arms}
+    return _json({**value, **named})
 
 
 def _arguments(function: dict[str, Any]) -> dict[str, Any]:
@@ -107,7 +124,11 @@ def _arguments(function: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError("type: arguments are an object")
         return made
     except ConfigError as error:
-        raise ConfigError(f"tools: parameters of {function['name']}: {error}") from error
+        raise _unkept(function, str(error)) from error
+
+
+def _unkept(function: dict[str, Any], why: str) -> ConfigError:
+    return ConfigError(f"tools: parameters of {function['name']}: {why}")
 
 
 def _vocabulary(tokenizer: Tokenizer, stop_ids: Collection[int]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from reprlib import Repr
 from typing import Any
 
 from zili.serving.refusal import Refusal
@@ -23,11 +24,12 @@ _BOTH: dict[str, Neutral] = {
     "truncate_prompt_tokens": _ABSENT,
     "prompt_logprobs": _ABSENT,
     "logprob_token_ids": _EMPTY,
+    "watermarking": _FALSE,
     "allowed_token_ids": _ABSENT,
     "bad_words": _EMPTY,
     "logits_processors": _EMPTY,
     "repetition_detection": _ABSENT,
-    "thinking_token_budget": _ABSENT,
+    "thinking_token_budget": (-1,),
     # vLLM: what is answered
     "return_tokens_as_token_ids": _FALSE,
     "return_token_ids": _FALSE,
@@ -35,6 +37,8 @@ _BOTH: dict[str, Neutral] = {
     "priority": (0,),
     "cache_salt": _ABSENT,
     "kv_transfer_params": _EMPTY,
+    "ec_transfer_params": _EMPTY,
+    "routed_experts_prompt_start": (0,),
     "vllm_xargs": _EMPTY,
     # vLLM's forms of before, now structured_outputs
     "guided_json": _ABSENT,
@@ -58,19 +62,27 @@ _CHAT: dict[str, Neutral] = {
     "web_search_options": _ABSENT,
     # vLLM
     "add_special_tokens": _FALSE,
+    "best_of": (1,),
     "chat_template": _ABSENT,
     "documents": _EMPTY,
     "echo": _FALSE,
     "include_reasoning": (True,),
     "media_io_kwargs": _EMPTY,
     "mm_processor_kwargs": _EMPTY,
+    "return_prompt_text": _FALSE,
 }
 _COMPLETIONS: dict[str, Neutral] = {"suffix": _EMPTY, "prompt_embeds": _ABSENT}
 _PASSED = {
-    *("metadata", "prediction", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "user"),
-    "spaces_between_special_tokens",
+    *("metadata", "prediction", "safety_identifier", "user"),
+    *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
+    # vLLM; what only says how to do what is not served, how many tokens an event has, or is for other routes
+    *("spaces_between_special_tokens", "truncation_side", "stream_interval", "session_id"),
+    *("return_token_offsets", "return_mm_kwargs"),
 }
 """Fields that change no answer of ours whatever they are: named here so that it is known that they were thought of."""
+
+_SHORT = Repr()
+"""Of a list of millions `str` writes all, and holds Python's lock meanwhile."""
 
 
 def refuse_unserved(given: Mapping[str, Any], *, chat: bool) -> None:
@@ -82,4 +94,5 @@ def refuse_unserved(given: Mapping[str, Any], *, chat: bool) -> None:
             value == one and (type(value) is bool) == (type(one) is bool) for one in neutral
         ):
             instead = "; structured_outputs is" if name.startswith("guided_") else ""
-            raise Refusal(400, f"{name}: {str(value)[:80]} is not served{instead}", param=name)
+            shown = value[:80] if isinstance(value, str) else _SHORT.repr(value)[:80]
+            raise Refusal(400, f"{name}: {shown} is not served{instead}", param=name)

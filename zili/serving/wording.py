@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from zili.data.tokenizer import Tokenizer
@@ -35,6 +35,14 @@ def message(parts: Parts) -> dict[str, Any]:
     return {**made, "refusal": None}
 
 
+def delta(parts: Parts, before: int) -> dict[str, Any]:
+    """What has come anew of it, after `before` calls of tools."""
+    made: dict[str, Any] = {"content": parts.content} if parts.content else {}
+    made |= {"reasoning_content": parts.reasoning} if parts.reasoning else {}
+    calls = [{"index": before + number, **called(call)} for number, call in enumerate(parts.calls)]
+    return made | ({"tool_calls": calls} if calls else {})
+
+
 def called(call: Call) -> dict[str, Any]:
     """One of `tool_calls`."""
     function = {"name": call.name, "arguments": call.arguments}
@@ -55,13 +63,15 @@ class Told:
 
     def chat(self, tokens: list[Token]) -> dict[str, Any]:
         """`logprobs` of a chat's choice."""
-        content = []
+        return {"content": [*self.each(tokens)], "refusal": None}
+
+    def each(self, tokens: list[Token]) -> Iterator[dict[str, Any]]:
+        """Of `logprobs`' content: one after another, as all of a long answer take ten times what its tokens do."""
         for token in tokens:
             top = sorted(token.likeliest.items(), key=lambda pair: -pair[1])
             named = [{**self._named(id_), "logprob": value} for id_, value in top]
-            content.append({**self._named(token.id), "logprob": token.log_probability, "top_logprobs": named})
+            yield {**self._named(token.id), "logprob": token.log_probability, "top_logprobs": named}
             self._pass(token.id)
-        return {"content": content, "refusal": None}
 
     def completion(self, tokens: list[Token]) -> dict[str, Any]:
         """`logprobs` of a completion's choice. `text_offset` counts characters; a part of one begins where it does."""
@@ -77,6 +87,16 @@ class Told:
             "top_logprobs": likeliest,
             "text_offset": offsets,
         }
+
+    def echoed(self, tokens: list[Token], unsaid: int) -> dict[str, Any]:
+        """`completion` of a prompt that its answer follows: its special tokens are in the text, but not the first
+        `unsaid`, which were put before it."""
+        skipped, self._skipped = self._skipped, self._special
+        before = self.completion(tokens[:unsaid])
+        self._skipped = set()
+        told = joined(before, self.completion(tokens[unsaid:]))
+        self._skipped = skipped
+        return told
 
     def _likeliest(self, token: Token) -> dict[str, float]:
         """By their texts; of several that have the same one all but the first by their ids."""
@@ -99,6 +119,11 @@ class Told:
         if id_ not in self._skipped:
             self._length += len(self._text.decode(self._bytes(id_)))
         self._begins = self._begins and id_ in self._special
+
+
+def joined(one: dict[str, Any], following: dict[str, Any]) -> dict[str, Any]:
+    """`logprobs` of a text in two parts."""
+    return {name: told + following[name] for name, told in one.items()}
 
 
 def _whole(told: bytes) -> str | None:
