@@ -98,10 +98,10 @@ def prompt_of(template: str, messages: Any) -> str:
     return engine.prompts[-1]
 
 
-@pytest.mark.parametrize("template", ["telechat1", "chatml", "smollm2", FORGETS])
-def test_calls_that_a_template_cannot_say_are_not_lost(template: str) -> None:
-    with pytest.raises(openai.BadRequestError, match=r"tool_calls: .* has no place for calls of tools"):
-        prompt_of(template, [*TOLD[:2], *ASKED])
+@pytest.mark.parametrize("template", ["telechat1", "chatml", "smollm2"])
+def test_calls_of_a_conversation_are_dropped_by_a_template_that_writes_none(template: str) -> None:
+    """As vLLM has it: the results are told, and whoever begins with `tools` was answered 400."""
+    assert "add" not in prompt_of(template, [*TOLD[:2], *ASKED])
 
 
 def test_what_others_said_is_not_lost() -> None:

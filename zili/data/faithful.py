@@ -72,31 +72,25 @@ def to_learn(
 
 
 def check_told(rendered: Rendered, messages: Messages, template: ChatTemplate, of: Tokenizer) -> None:
-    """Of a conversation to be answered: what others said and which tools were called, with the first of their
-    arguments. Earlier thoughts, and what was said beside a call, are the template's to drop. It takes time in
-    proportion to the text.
+    """Compare a conversation to be answered: what others said and which tools were called, with the first of their
+    arguments. Earlier thoughts, what was said beside a call, and all calls where it writes none, are the template's to
+    drop. It takes time in proportion to the text.
 
     Raises:
         Unsaid: some of it is not in `rendered`.
     """
-    manners, text, place = template.manners(of), rendered.text, 0
+    calls, text, place = template.manners(of).calls is not None, rendered.text, 0
     known = {True: [*_SPELLINGS], False: [*_SPELLINGS]}
     for number, message in enumerate(messages, start=1):
-        _check_calls(message, manners, template.name)
         answers, began = message["role"] == "assistant", place
-        spellings = known[answers]
-        for given in _called(message, _MOST_LEAVES) if answers else [message["content"]]:
-            end = _end_of(given, text, place, spellings)
-            end = _end_of(given, text, began, spellings) if end < 0 else end  # in an order of its own
+        called = _called(message, _MOST_LEAVES) if calls else ()
+        for given in called if answers else [message["content"]]:
+            end = _end_of(given, text, place, known[answers])
+            end = _end_of(given, text, began, known[answers]) if end < 0 else end  # in an order of its own
             if end < 0 and not _holds(text, given):
                 reason = "with text that the template leaves out"
                 raise Unsaid(reason, f"{template.name} leaves out of turn {number}: {given[:60]!r}")
             place = max(place, end)
-
-
-def _check_calls(message: Mapping[str, Any], manners: Manners, name: str) -> None:
-    if message.get("tool_calls") and manners.calls is None:
-        raise Unsaid("with calls that the template cannot say", f"tool_calls: {name} has no place for calls of tools")
 
 
 def _check_kinds(messages: Messages, tools: Any, manners: Manners, name: str) -> None:
@@ -104,7 +98,8 @@ def _check_kinds(messages: Messages, tools: Any, manners: Manners, name: str) ->
     if tools and not manners.tools:
         raise Unsaid("with tools that the template does not tell", f"{name} has no place for tools")
     for message in messages:
-        _check_calls(message, manners, name)
+        if message.get("tool_calls") and manners.calls is None:
+            raise Unsaid("with calls that the template cannot say", f"{name} has no place for calls of tools")
         if message.get("reasoning_content") and not manners.thinks:
             raise Unsaid(
                 "with thoughts that the template does not write",
