@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from zili.chips import find_backend
+
 _PRELOADED = [
     *("zili.rehearsal", "zili.cli.launch", "zili.release", "zili.cli.app", "zili.planning", "torch.utils.tensorboard"),
     *(
@@ -52,7 +54,9 @@ class Zili:
         self._files = [Path(self._said.name, name) for name in ("out", "err")]
         for file in self._files:
             file.touch()
-        variables = {**os.environ, **(environment or {})}
+        # Those that a command sets before it imports torch, which here is there already.
+        before = {one.name: one.value for one in find_backend("cpu").environment if one.value is not None}
+        variables = {**before, **os.environ, **(environment or {})}
         self.process = context().Process(target=_command, args=(self.words, variables, self._files, Path.cwd()))
         self.process.start()
 
