@@ -4,7 +4,7 @@ PYTHON ?= python3
 # Options of pip for torch, such as TORCH_OPTIONS="--index-url ..."; without any tools/install_torch.py decides.
 TORCH_OPTIONS ?=
 RUN := $(VENV)/bin/python -m
-# A worker a core, each of one thread; who has run out of tests takes over another's.
+# Workers of one thread, one more than cores (tests/conftest.py); who has run out of tests takes over another's.
 PYTEST := $(RUN) pytest -n auto --dist worksteal --durations 20
 
 .PHONY: quickstart test test-all test-device test-ascend test-interop lint format docs clean

@@ -28,6 +28,12 @@ settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than cores: tests wait for servers, clocks and each other's processes."""
+    return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) + 1
+
+
 def made_up_texts(count: int, seed: int) -> list[str]:
     """`count` texts of 5 to 60 words."""
     rng = random.Random(seed)

@@ -46,9 +46,10 @@ def test_ascend_to_cambricon_to_the_cpu(
 
 
 def test_what_a_move_cannot_take_along_is_said(runs: Runs, with_plugins: Environment) -> None:
-    config = runs.recipe("dense", "chip.name=ascend", "training.steps=2", *PLAIN)
+    plain = (*PLAIN, "model.hidden_dropout=0.1")
+    config = runs.recipe("dense", "chip.name=ascend", "training.steps=2", *plain)
     on_processes(1, train, config, environment=with_plugins(ASCEND))
-    moved = runs.recipe("dense", f"folder={config.folder}", "training.steps=3", *PLAIN)
+    moved = runs.recipe("dense", f"folder={config.folder}", "training.steps=3", *plain)
     (notes,) = on_processes(1, noted, moved)
     assert any("on another kind of device: dropout draws other numbers" in note for note in notes), notes
 
