@@ -141,8 +141,8 @@ async def _failed(_: Request, error: Exception) -> Response:
     return Refusal(500, f"the server failed ({type(error).__name__})").response()
 
 
-def _form_s_name(form: dict[str, Any], message: str) -> str:
-    """The field that asked for a form about which there is a message."""
+def _field_of(form: dict[str, Any], message: str) -> str:
+    """The field that asked for a form, by what is said about it."""
     if message.startswith("tools:") or not form.keys() & {"structured_outputs", "response_format"}:
         return "tools"
     return "structured_outputs" if form.get("structured_outputs") else "response_format"
@@ -242,7 +242,7 @@ class _Api:
         except TooManyForms as error:
             raise busy(str(error)) from error
         except ConfigError as error:
-            raise Refusal(400, str(error), param=_form_s_name(ready.form, str(error))) from error
+            raise Refusal(400, str(error), param=_field_of(ready.form, str(error))) from error
         finally:
             self._forming -= 1
 

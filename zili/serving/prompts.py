@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zili.data.chat import ChatTemplate
+from zili.data.chat import NOT_OPTIONS, ChatTemplate
 from zili.data.faithful import check_told
 from zili.data.manners import Manners
 from zili.data.tokenizer import Tokenizer
@@ -18,11 +18,8 @@ from zili.serving.refusal import Refusal
 _STRETCH = 1 << 16
 """Characters of a text that are counted at a time, where it may be too long."""
 
-_TAKEN = {
-    *("messages", "tools", "tokenizer", "self", "begin_said", "end_said"),
-    *("bos_token", "eos_token", "unk_token", "pad_token"),
-}
-"""What a template is told by others."""
+_TAKEN = NOT_OPTIONS - {"add_generation_prompt", "continue_final_message"}
+"""What a template is told by others; these two may be said in either place."""
 _LONG = 10**20
 """Numbers beyond are many tokens."""
 
