@@ -119,8 +119,9 @@ def test_its_memory_does_not_grow_with_the_depth(runs: Runs, with_plugins: Envir
     (shallow, watched, host), (deep, watched_deep, host_of_deep) = found
     assert deep > 1.5 * shallow
     a_layer = (deep - shallow) / 4
-    # Attention's gradients are taken once more by themselves, for which a shallow model's step leaves no room.
-    assert watched <= shallow + a_layer and watched_deep <= 1.02 * deep
+    # Attention's gradients are taken once more by themselves, and compared, for which a shallow model's step leaves no
+    # room: 1.06 layers were seen.
+    assert watched <= shallow + 1.1 * a_layer and watched_deep <= 1.02 * deep
     assert 0 < host_of_deep <= 1.02 * host
 
 
