@@ -6,6 +6,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing import Pipe
 from typing import Any
 
 import openai
@@ -266,3 +267,14 @@ def test_a_form_is_compiled_once_and_its_process_ends_with_it(forms: Forms, monk
         guide.accept(0)
     assert guide.ready
     assert forms.of(regex("a+")) is not one
+
+
+def test_a_machine_that_has_no_time_for_a_form_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one did whose processes of another priority came first: a client waited for minutes."""
+    here, there = Pipe()
+    parent = type("Parent", (), {"alive": True, "fork": lambda self: here})()
+    monkeypatch.setattr(guides._Parent, "of", lambda vocabulary: parent)
+    monkeypatch.setattr(guides, "_PATIENCE", 0.05)
+    with pytest.raises(TooManyForms, match="no time to compile"):
+        guides.Processes(dict).form({"parts": []})
+    assert there.poll(5) and there.recv_bytes() and there.poll(5), "its process is told to end"

@@ -40,6 +40,8 @@ from zili.serving.form_process import (
 _KEPT = 8
 """Forms whose process stays though nobody uses it: most clients ask for the same again and again."""
 _MOST = 48
+_PATIENCE = 60.0
+"""Seconds for a form to be compiled, whatever else the machine does."""
 _ENDED = (
     f"the form takes too long or too much memory: {COMPILING_SECONDS:g} seconds of a CPU may be had to compile it, "
     f"{MASK_SECONDS:g} for each token of an answer, and {MEMORY >> 20:,} MB"
@@ -180,6 +182,8 @@ class Processes:
             line.send_bytes(key.encode())
         except OSError as error:
             raise ConfigError(_ENDED) from error
+        if not line.poll(_PATIENCE):
+            raise TooManyForms(f"the machine had no time to compile the form within {_PATIENCE:g} seconds")
         form.reply(0)
         return form
 
