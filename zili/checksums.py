@@ -83,7 +83,7 @@ def verify_sums(folder: Path, sums: Mapping[str, str]) -> None:
 
 
 def changed(folder: Path, sums: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Of the files in `sums` those that have another hash, and that one. Raises: CheckpointError, a file is missing."""
+    """Files in `sums` that have another hash, each with that hash. Raises: CheckpointError, a file is missing."""
     names = sorted(sums)
     for name, found in zip(names, several_at_once(lambda name: _sha256_in(folder, name), names), strict=True):
         if found != sums[name]:

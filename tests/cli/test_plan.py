@@ -218,7 +218,7 @@ NUMBERS = {
 }
 """Every option that takes one, with the most that it takes."""
 AFTERWARDS = ("--price", "--failures", "--failures-per-day", "--failing-together", "--restart-minutes", "--spares")
-"""Of these, some that say nothing of layouts."""
+"""These change no layout, so that none has to be searched."""
 
 
 def test_every_number_is_among_these() -> None:

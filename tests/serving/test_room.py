@@ -21,7 +21,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="Linux tells")
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="memory is read from /proc")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_room_is_taken_as_it_is_used(dtype: torch.dtype) -> None:
     shape = tiny_shape(4096)

@@ -28,6 +28,16 @@ class Engines(StrEnum):
     vllm = "vllm"
 
 
+AllowOrigin = Annotated[
+    list[str] | None,
+    typer.Option(help="Web page whose scripts may ask, as https://chat.example.org; * is any. May be repeated."),
+]
+AllowHost = Annotated[
+    list[str] | None,
+    typer.Option(help="Name by which who needs no key may ask on this machine, as chat.example.org. May be repeated."),
+]
+
+
 def serve(
     path: ModelPath = None,
     *,
@@ -52,16 +62,8 @@ def serve(
     timeout: Annotated[
         float, typer.Option(help="Seconds an answer may take, its waiting included.", min=1, callback=finite)
     ] = 600,
-    allow_origin: Annotated[
-        list[str] | None,
-        typer.Option(help="Web page whose scripts may ask, as https://chat.example.org; * is any. May be repeated."),
-    ] = None,
-    allow_host: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Name by which who needs no key may ask on this machine, as chat.example.org. May be repeated."
-        ),
-    ] = None,
+    allow_origin: AllowOrigin = None,
+    allow_host: AllowHost = None,
     engine: Annotated[
         Engines, typer.Option(help="vllm: hand a released folder to vLLM, with the right arguments.")
     ] = Engines.zili,

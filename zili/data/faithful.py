@@ -27,7 +27,7 @@ _SPELLINGS: tuple[Spelling, ...] = (
 )
 """A text as it is, and as JSON writes it."""
 _MOST_LEAVES = 64
-"""Of a call's arguments that are looked for in a prompt: a template that drops some drops the first, too."""
+"""So many of a call's arguments are looked for in a prompt: a template that drops some drops the first, too."""
 
 
 class Unsaid(DataError):

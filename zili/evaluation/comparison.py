@@ -19,7 +19,7 @@ from zili.evaluation.report_parts import plain_table, wall_seconds
 from zili.evaluation.run_record import RunRecord, number, read_run, section, values
 
 COLOURS = 6
-"""Of lines, after which they come again, dashed."""
+"""So many lines have a colour of their own; further ones have the same again, dashed."""
 
 
 def compare(folders: Sequence[Path]) -> list[RunRecord]:

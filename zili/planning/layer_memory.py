@@ -26,9 +26,9 @@ class Gathered(NamedTuple):
     gathered: int
     """Bytes, once they are."""
     learned: int
-    """Of `elements`, those that have gradients."""
+    """Elements that have gradients."""
     learned_here: int
-    """Of `stored`."""
+    """This process's elements that have gradients."""
     ahead: int
     """Of `gathered`, what the backward pass asks for while the layer after it is at work: not experts, which are when
     their own layer is; and what one process has is copied when it is used."""
