@@ -19,17 +19,17 @@ Choice = dict[str, Any]
 
 
 class Choices(Protocol):
-    """Of one request."""
+    """Words one request's choices."""
 
     def whole(self, answers: list[Whole]) -> list[Choice]:
-        """Of all answers; an iterator in it is a list that is made as it is written."""
+        """The choices of all answers; an iterator in one is a list that is made as it is written."""
 
     def piece(self, index: int, said: Said, first: bool) -> Choice:
-        """Of a piece of the answer of a number, the first or a later one."""
+        """The choice for a piece of answer `index`; `first`: nothing of it came before."""
 
 
 class ChatChoices:
-    """Of a chat: thoughts, content and calls of tools."""
+    """A chat's: thoughts, content and calls of tools."""
 
     def __init__(self, asked: ChatRequest, answers: int, tokenizer: Tokenizer, *, thinking: bool) -> None:
         """`thinking`: the prompt has opened the answers' thoughts."""
@@ -65,7 +65,7 @@ class ChatChoices:
 
 
 class CompletionChoices:
-    """Of a completion: text."""
+    """A completion's: text."""
 
     def __init__(self, asked: CompletionRequest, streams: list[Stream], ready: Ready, tokenizer: Tokenizer) -> None:
         """`streams`: of each answer."""

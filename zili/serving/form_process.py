@@ -73,7 +73,7 @@ def _vocabulary(given: dict[str, Any]) -> tuple[xgrammar.TokenizerInfo, list[int
 
 
 def _one_form(line: Connection, info: xgrammar.TokenizerInfo, stop_ids: list[int]) -> None:
-
+    """Compile the form that comes first, then tell what may come next in each answer, until the other end is gone."""
     _limit_memory()
     asked = json.loads(line.recv_bytes())
     try:
@@ -95,7 +95,7 @@ def _one_form(line: Connection, info: xgrammar.TokenizerInfo, stop_ids: list[int
 
 
 class _Answers:
-    """That are held to one form."""
+    """Answers that are held to one form, by their numbers."""
 
     def __init__(self, compiled: xgrammar.CompiledGrammar, stop_ids: list[int]) -> None:
         import xgrammar

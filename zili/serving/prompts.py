@@ -47,7 +47,7 @@ class Ready:
 
 
 class Prompts:
-    """For one model. Its methods take longer for larger requests, and raise Refusal."""
+    """Makes one model's prompts. Its methods take longer for larger requests, and raise Refusal."""
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None, context: int) -> None:
         self._tokenizer, self._template, self._context = tokenizer, template, context
@@ -57,14 +57,14 @@ class Prompts:
         """Texts that end an answer of a chat."""
 
     def conversation(self, asked: ChatRequest) -> Ready:
-        """Of a chat."""
+        """The prompt of a chat."""
         prompt = self._rendered(asked)
         # Some templates open an answer's thoughts themselves.
         thinking = bool(Manners.opening(self._tokenizer.decode(prompt[-16:])))
         return Ready([prompt], asked.n, _form(asked), self._bias(asked.logit_bias), thinking)
 
     def texts(self, asked: CompletionRequest) -> Ready:
-        """Of a completion."""
+        """The prompts of a completion."""
         prompts = [self._ids(prompt, begin=asked.add_special_tokens) for prompt in asked.prompts]
         given, bias = [[*before, *ids] for before, ids in prompts], self._bias(asked.logit_bias)
         return Ready(given, asked.n, _form(asked), bias, unsaid=[len(before) for before, _ in prompts])
