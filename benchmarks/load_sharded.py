@@ -64,9 +64,9 @@ def _write(folder: Path) -> float:
     from zili.config import ModelConfig
     from zili.models.decoder import Decoder
     from zili.release.folder import write_json
-    from zili.release.layout import Variant
-    from zili.release.llama import Llama
-    from zili.release.mapping import PublishedTensors
+    from zili.release.layouts.layout import Variant
+    from zili.release.layouts.llama import Llama
+    from zili.release.layouts.mapping import PublishedTensors
     from zili.release.tensors import HeldTensors, write_tensors
 
     model, layout = Decoder(ModelConfig.model_validate(MODEL)), Llama()

@@ -111,8 +111,8 @@ def state_bytes(config: RunConfig, layout: Layout) -> float:
 
 def peak_bytes(config: RunConfig, layout: Layout) -> float:
     """The planner's, of the process that has most; without the copies of a save, since none is made here."""
-    from zili.planning.job import Job
-    from zili.planning.memory import CHECKPOINT, fullest
+    from zili.planning.exact.job import Job
+    from zili.planning.exact.memory import CHECKPOINT, fullest
 
     parts = fullest(Job(config, layout, on_host=True))
     return sum(size for part, size in parts.items() if part != CHECKPOINT)

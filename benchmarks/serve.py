@@ -137,15 +137,15 @@ def _zili(folder: str, dtype: str) -> tuple[Answer, int]:
     def prepare() -> Any:
         import torch
 
-        from zili.serving.engine import Engine
+        from zili.serving.generate.engine import Engine
         from zili.serving.model_folder import open_folder
 
         opened = open_folder(Path(folder), device=open_device("cpu"), dtype=getattr(torch, dtype))
         return Engine(opened.model, slots=16, context=1024)
 
     engine = prepared(prepare)
-    from zili.serving.engine import Ask
-    from zili.serving.generation import Sampling
+    from zili.serving.generate.engine import Ask
+    from zili.serving.generate.generation import Sampling
 
     def answer(prompts: list[list[int]], tokens: list[int]) -> list[list[int]]:
         greedy = Sampling(temperature=0)

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zili.config.model import ModelConfig
-from zili.serving.kernels import Kernels, compiled
-from zili.serving.packed import CompiledLinear, PackedLinear
+from zili.serving.cpu.kernels import Kernels, compiled
+from zili.serving.cpu.packed import CompiledLinear, PackedLinear
 
 LAYERS, HIDDEN, FEED_FORWARD, VOCABULARY = 30, 576, 1536, 49152
 HEADS, KV_HEADS, SIZE, CONTEXT, SEEN, SLOTS = 9, 3, 64, 1024, 160, 16

@@ -132,7 +132,7 @@ def _training(table: dict) -> Callable[[], None]:
 def _serving(table: dict) -> Callable[[], None]:
     from zili.config import ModelConfig
     from zili.models.decoder import Decoder
-    from zili.serving.engine import Ask, Engine
+    from zili.serving.generate.engine import Ask, Engine
 
     engine = Engine(Decoder(ModelConfig(**table["model"])), slots=CONVERSATIONS, context=256)
 

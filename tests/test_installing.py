@@ -123,7 +123,7 @@ import re, sys, pathlib
 from importlib.resources import files
 from zili.cli import main
 
-page = files("zili.serving") / "page"
+page = files("zili.serving.http") / "page"
 assert pathlib.Path(str(page)).is_relative_to(sys.argv.pop()), page
 for part in re.findall(r'(?:src|href)="/?page/([^"]+)"', page.joinpath("index.html").read_text()):
     assert page.joinpath(part).read_bytes(), part

@@ -1,7 +1,7 @@
 """Fit the planner's efficiencies to published runs, and say how far off it is on runs it has not seen.
 
     python benchmarks/planner/fit.py ../shared/data/published_runs.csv            # accuracy only
-    python benchmarks/planner/fit.py ../shared/data/published_runs.csv --write    # and zili/planning/calibration.toml
+    python benchmarks/planner/fit.py ../shared/data/published_runs.csv --write  # planning/fitted/calibration.toml
 
 Needs scipy (`pip install scipy`), and matplotlib for --plot. Error of a row: predicted over published seconds of a
 step, less one. Cross-validation leaves out whole groups of rows (same chip, source and model). Efficiencies have a
@@ -24,10 +24,10 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import least_squares
 
-from zili.planning.published import Row, Unpredictable, read_row
-from zili.planning.published_memory import memory_gib
-from zili.planning.rates import Rates
-from zili.planning.step_time import step_time
+from zili.planning.fitted.published import Row, Unpredictable, read_row
+from zili.planning.fitted.published_memory import memory_gib
+from zili.planning.fitted.rates import Rates
+from zili.planning.fitted.step_time import step_time
 
 CALIBRATION = Path(__file__).parents[2] / "zili" / "planning" / "calibration.toml"
 ROBUST = 0.05
@@ -262,7 +262,7 @@ def rank_correlation(cases: Sequence[Case], seen: np.ndarray, unseen: np.ndarray
 
 
 def memory(path: Path) -> None:
-    """Errors of memory, where a row has it; three numbers of `zili.planning.published_memory` were set to these."""
+    """Errors of memory, where a row has it; three numbers of `published_memory` were set to these."""
     errors = []
     for cells in csv.DictReader(path.open(encoding="utf-8")):
         try:
@@ -284,7 +284,7 @@ def as_toml(fitted: Fit, vector: np.ndarray, bands: dict[str, float], cases: Seq
     """calibration.toml."""
     errors = _relative(unseen)
     lines = [
-        "# Written by benchmarks/planner/fit.py; zili/planning/rates.py says what each number means.",
+        "# Written by benchmarks/planner/fit.py; zili/planning/fitted/rates.py says what each number means.",
         f"# {len(cases)} published rows; on groups of rows it had not seen: median error {100 * median(errors):.1f} %, "
         f"mean {100 * mean(errors):.1f} %.",
         "",

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from zili.data.dialogues import read_dialogues
-from zili.serving.conversation import Dialogue
-from zili.serving.generation import Sampling, generate
+from zili.serving.generate.conversation import Dialogue
+from zili.serving.generate.generation import Sampling, generate
 from zili.serving.model_folder import open_folder
 
 

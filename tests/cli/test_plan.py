@@ -15,13 +15,13 @@ from zili.chips.catalog import find_chip
 from zili.config import load_recipe
 from zili.config.presets import load_preset
 from zili.parallel.layout import lay_out
-from zili.planning.goodput import Failures
-from zili.planning.job import Job
-from zili.planning.machine import machine
-from zili.planning.memory import peak_bytes
-from zili.planning.plan import Setting, make_plan, setting_config, usual_batch
-from zili.planning.rates import rates_of
-from zili.planning.search import TIE, _options, _Room
+from zili.planning.exact.job import Job
+from zili.planning.exact.memory import peak_bytes
+from zili.planning.fitted.machine import machine
+from zili.planning.fitted.rates import rates_of
+from zili.planning.search.goodput import Failures
+from zili.planning.search.layouts import TIE, _options, _Room
+from zili.planning.search.plan import Setting, make_plan, setting_config, usual_batch
 
 SMALL = ("telechat2-3b", "--chip", "ascend-910b2", "--chips", "16", "--tokens", "1e11", "--global-batch", "256")
 
@@ -234,7 +234,7 @@ def test_any_number_has_an_answer_or_is_refused(
     zili: Zili, tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One clear line, or figures that are figures; and soon."""
-    monkeypatch.setattr("zili.planning.plan._PATIENCE", 0)
+    monkeypatch.setattr("zili.planning.search.plan._PATIENCE", 0)
     most = NUMBERS[option]
     words = list(SMALL)
     if option not in words:
@@ -308,7 +308,7 @@ def test_far_from_what_divides_the_nearest_is_still_named(zili: Zili) -> None:
 def test_bad_input_is_one_clear_line(
     zili: Zili, words: tuple[str, ...], code: int, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zili.planning.plan._PATIENCE", 1000)
+    monkeypatch.setattr("zili.planning.search.plan._PATIENCE", 1000)
     found = zili("plan", *words)
     assert found.code == code, found.err
     assert said in " ".join((found.out + found.err).replace("│", " ").split())

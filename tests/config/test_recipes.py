@@ -15,8 +15,8 @@ from zili.chips import find_backend
 from zili.chips.catalog import find_chip
 from zili.config import RunConfig, load_recipe
 from zili.parallel.layout import DIMENSIONS, lay_out
-from zili.planning.job import Job
-from zili.planning.memory import fullest, peak_bytes, usable, with_reduce
+from zili.planning.exact.job import Job
+from zili.planning.exact.memory import fullest, peak_bytes, usable, with_reduce
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 WORLDS = {"debug-4d": 4, "own-text": 1, "telechat2-3b": 1, "sft-demo": 1, "dpo-demo": 1}

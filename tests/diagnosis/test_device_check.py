@@ -21,7 +21,7 @@ from zili.diagnosis import device_check
 from zili.diagnosis.device_check import PARTS, Outcome, check, joined, run_part, what_is_lacking
 from zili.diagnosis.device_page import page, without_names
 from zili.diagnosis.findings import Finding, Severity
-from zili.planning.machine import machine, with_measurements
+from zili.planning.fitted.machine import machine, with_measurements
 
 CLONE = Path(device_check.__file__).resolve().parents[2]
 FOUND = Finding("goldens", "llama", Severity.GOOD, "logits 1e-6 apart", figures={"logits": 1e-6})

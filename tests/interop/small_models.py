@@ -11,7 +11,7 @@ from zili.data.tokenizer import Tokenizer
 from zili.models.decoder import Decoder
 from zili.release.native import write_native
 from zili.release.tensors import HeldTensors
-from zili.serving.generation import Sampling, generate
+from zili.serving.generate.generation import Sampling, generate
 
 STEPS = 24
 TEXT = "The model 模型 trains for 12345 steps.\n\n    return self.x  # 你好, don't stop"

@@ -11,9 +11,9 @@ from tiny_models import BOUND, Kind, Layout, Runs, slow, tiny_recipe
 
 from zili import chips
 from zili.config import RunConfig
-from zili.planning import search
-from zili.planning.machine import Machine
-from zili.planning.rates import rates_of
+from zili.planning.fitted.machine import Machine
+from zili.planning.fitted.rates import rates_of
+from zili.planning.search import layouts as search
 
 MODELS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
     ("dense", ()),

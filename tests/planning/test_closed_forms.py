@@ -17,9 +17,9 @@ from zili import chips
 from zili.config import RunConfig
 from zili.data.loader import Batch
 from zili.parallel.layout import lay_out
-from zili.planning.job import Job
-from zili.planning.messages import Message, messages
-from zili.planning.work import flops
+from zili.planning.exact.job import Job
+from zili.planning.exact.messages import Message, messages
+from zili.planning.exact.work import flops
 
 PAIRS = ("preference.beta=0.1", "training.start_from=model")
 CASES: list[Any] = [

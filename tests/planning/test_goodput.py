@@ -7,7 +7,7 @@ from math import exp
 
 import pytest
 
-from zili.planning.goodput import (
+from zili.planning.search.goodput import (
     DAY,
     Failures,
     best_interval,

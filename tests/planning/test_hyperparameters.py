@@ -10,10 +10,10 @@ import pytest
 
 from zili.chips.catalog import find_chip
 from zili.config import ModelConfig, RunConfig, build_config, load_preset
-from zili.planning.goodput import Failures
-from zili.planning.hyperparameters import batch_tokens, filled, flops, learning_rate, left_open, warm_up
-from zili.planning.plan import Setting, make_plan, setting_config, usual_batch
-from zili.planning.search import TIE, complexity, seconds_text
+from zili.planning.search.goodput import Failures
+from zili.planning.search.hyperparameters import batch_tokens, filled, flops, learning_rate, left_open, warm_up
+from zili.planning.search.layouts import TIE, complexity, seconds_text
+from zili.planning.search.plan import Setting, make_plan, setting_config, usual_batch
 
 
 def shape(layers: int, hidden: int, kv_heads: int, ffn: int) -> ModelConfig:

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from zili.chips.catalog import find_chip
-from zili.planning.machine import machine, share_sent, with_measurements
-from zili.planning.rates import rates_of
-from zili.planning.step_time import all_to_all, collective
+from zili.planning.fitted.machine import machine, share_sent, with_measurements
+from zili.planning.fitted.rates import rates_of
+from zili.planning.fitted.step_time import all_to_all, collective
 
 LINK = 100e9
 

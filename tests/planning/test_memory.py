@@ -16,8 +16,8 @@ from tiny_models import slow, tiny_recipe
 from zili import chips
 from zili.config import RunConfig
 from zili.parallel.layout import lay_out
-from zili.planning.job import Job
-from zili.planning.memory import PARTS, peak_bytes
+from zili.planning.exact.job import Job
+from zili.planning.exact.memory import PARTS, peak_bytes
 from zili.rehearsal.recorder import PARTS as REHEARSED_PARTS
 
 WITHIN = 0.05

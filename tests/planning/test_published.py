@@ -10,11 +10,11 @@ from statistics import mean, median
 
 import pytest
 
-from zili.planning.published import Unpredictable, read_row
-from zili.planning.published_memory import memory_gib
-from zili.planning.rates import band_of, families, rates_of
-from zili.planning.runs import COLUMNS, predict_table
-from zili.planning.step_time import step_time
+from zili.planning.fitted.published import Unpredictable, read_row
+from zili.planning.fitted.published_memory import memory_gib
+from zili.planning.fitted.rates import band_of, families, rates_of
+from zili.planning.fitted.runs import COLUMNS, predict_table
+from zili.planning.fitted.step_time import step_time
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "published_runs.csv"
 ROW = {

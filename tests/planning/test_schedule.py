@@ -11,7 +11,7 @@ from torch.distributed.pipelining import schedules
 
 from zili.config.parallel import Schedule
 from zili.parallel.layout import uneven_rounds
-from zili.planning.schedule import Action, Plan, actions, makespan, simulate
+from zili.planning.exact.schedule import Action, Plan, actions, makespan, simulate
 
 KINDS = {"F": "forward", "B": "backward", "I": "inputs", "W": "weights"}
 CASES: list[tuple[Schedule, int, int, int]] = [

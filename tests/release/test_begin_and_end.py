@@ -15,7 +15,7 @@ from zili.evaluation.harness import Scorer
 from zili.release.companions import chat_template_of, tokenizer_of
 from zili.release.exporting import export_model
 from zili.release.importing import import_model
-from zili.serving.conversation import Dialogue, RunningText
+from zili.serving.generate.conversation import Dialogue, RunningText
 from zili.serving.model_folder import OpenedModel
 
 SPECIAL = [

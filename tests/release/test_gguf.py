@@ -21,8 +21,8 @@ from zili.errors import CheckpointError
 from zili.models.decoder import Decoder
 from zili.release import export_model, import_model
 from zili.release.companions import tokenizer_of
-from zili.release.gguf_file import open_gguf
-from zili.release.gguf_tokenizer import read_tokenizer
+from zili.release.gguf.file import open_gguf
+from zili.release.gguf.tokenizer import read_tokenizer
 from zili.release.verifying import verify_release
 from zili.serving.model_folder import demo_file, open_folder
 
@@ -242,7 +242,7 @@ def test_a_real_file(tmp_path):
     opened = open_folder(file)
     prompt = [tokenizer.special_id("<|im_start|>"), *tokenizer.encode("user\nWhat is the capital of France?")]
     prompt += [tokenizer.end_id, *tokenizer.encode("\n"), prompt[0], *tokenizer.encode("assistant\n")]
-    from zili.serving.generation import Sampling, generate
+    from zili.serving.generate.generation import Sampling, generate
 
     said = generate(
         opened.model, prompt, max_new_tokens=12, sampling=Sampling(temperature=0), stop_ids={tokenizer.end_id}

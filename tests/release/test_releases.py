@@ -22,7 +22,7 @@ from zili.release import export_model, import_model
 from zili.release.opening import LAYOUTS
 from zili.release.record import read_release
 from zili.release.verifying import verify_release
-from zili.serving.generation import Sampling, generate
+from zili.serving.generate.generation import Sampling, generate
 
 SMALL = {"vocab_size": 300, "hidden_size": 32, "layers": 3, "heads": 4, "head_dim": 8, "ffn_hidden_size": 48}
 SMALL |= {"max_length": 128, "init_std": 0.3}

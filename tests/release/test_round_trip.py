@@ -17,7 +17,7 @@ from zili.config.presets import load_preset, preset_names
 from zili.errors import CheckpointError, ConfigError
 from zili.models.decoder import Decoder
 from zili.release import export_model, import_model
-from zili.release.layout import PublishedConfig, Variant
+from zili.release.layouts.layout import PublishedConfig, Variant
 from zili.release.native import write_native
 from zili.release.opening import LAYOUTS
 from zili.release.tensors import HeldTensors

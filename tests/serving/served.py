@@ -20,11 +20,11 @@ from zili.config.model import ModelConfig
 from zili.data.chat import ChatTemplate
 from zili.data.tokenizer import Tokenizer
 from zili.models.decoder import Decoder
-from zili.serving.api import Served
-from zili.serving.engine import Answer, Ask, Engine, Token
-from zili.serving.gate import Limits
-from zili.serving.keys import Holder, Key, Keys
-from zili.serving.server import make_server
+from zili.serving.generate.engine import Answer, Ask, Engine, Token
+from zili.serving.http.api import Served
+from zili.serving.http.gate import Limits
+from zili.serving.http.keys import Holder, Key, Keys
+from zili.serving.http.server import make_server
 
 KEY = "sk-of-the-tests"
 KEYS = Keys(

@@ -20,10 +20,10 @@ from served import KEY, KEYS, Place, serve_a_tiny_model, slowed
 from waiting import until
 
 from zili.errors import ConfigError
-from zili.serving.engine import Ask
-from zili.serving.generation import Sampling, generate
-from zili.serving.keys import Holder, Key, Keys, TooMuch
-from zili.serving.streaming import StopText, Stream
+from zili.serving.generate.engine import Ask
+from zili.serving.generate.generation import Sampling, generate
+from zili.serving.http.keys import Holder, Key, Keys, TooMuch
+from zili.serving.http.streaming import StopText, Stream
 
 
 @pytest.fixture(scope="module")

@@ -23,9 +23,9 @@ import pytest
 from served import KEY, KEYS, Place, listening, serve_a_tiny_model
 from waiting import until
 
-from zili.serving.gate import Limits
-from zili.serving.intake import written
-from zili.serving.keys import Keys
+from zili.serving.http.gate import Limits
+from zili.serving.http.intake import written
+from zili.serving.http.keys import Keys
 
 JSON = {"Content-Type": "application/json"}
 ASKED: Any = [{"role": "user", "content": "snow?"}]

@@ -6,7 +6,7 @@ import pytest
 
 from zili.data.chat import ChatTemplate
 from zili.data.tokenizer import Tokenizer
-from zili.serving.conversation import Dialogue, RunningText
+from zili.serving.generate.conversation import Dialogue, RunningText
 
 
 @pytest.fixture

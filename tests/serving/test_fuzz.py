@@ -20,8 +20,8 @@ from test_attacks import WRONG, ask, longest_turn
 from test_limits import a_server, memory
 from waiting import until
 
-from zili.serving.keys import Keys
-from zili.serving.protocol import ChatRequest, CompletionRequest
+from zili.serving.http.keys import Keys
+from zili.serving.http.protocol import ChatRequest, CompletionRequest
 
 PATHS = {"/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest}
 NUMBERS = [0, 1, -1, 2, 16, 1.0, 0.5, 1e308, -0.0, 2**31, 2**63, 2**64, 10**400]

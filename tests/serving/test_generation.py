@@ -12,8 +12,8 @@ import torch
 
 from zili.errors import CheckpointError, ConfigError
 from zili.models.decoder import Decoder
-from zili.serving import generation
-from zili.serving.generation import Sampling, draw, generate
+from zili.serving.generate import generation
+from zili.serving.generate.generation import Sampling, draw, generate
 
 PROMPT = [2, 50, 61, 17, 9, 120, 33]
 GREEDY = Sampling(temperature=0)

@@ -13,7 +13,7 @@ from many import on_processes
 
 from zili import ops
 from zili.config.model import ModelConfig
-from zili.serving.kernels import Kernels, compiled
+from zili.serving.cpu.kernels import Kernels, compiled
 
 SHAPES = {"grouped": (6, 2, 24), "one key head": (4, 1, 64), "a key head each": (3, 3, 10)}
 """Heads, key heads, size of a head."""

@@ -25,8 +25,8 @@ from waiting import until
 from zili.models.decoder import Decoder
 from zili.release.native import write_native
 from zili.release.tensors import HeldTensors
-from zili.serving.gate import Limits
-from zili.serving.keys import Keys
+from zili.serving.http.gate import Limits
+from zili.serving.http.keys import Keys
 
 LIMITS = Limits(body_bytes=2000, body_seconds=0.5, answer_seconds=1.0)
 FOREVER = {"prompt": "snow", "max_tokens": 3900, "ignore_eos": True}

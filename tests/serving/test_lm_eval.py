@@ -9,7 +9,7 @@ import pytest
 import torch
 from served import Place, serve_a_tiny_model
 
-from zili.serving.keys import Keys
+from zili.serving.http.keys import Keys
 
 PAIRS = [("What is the colour of", " snow"), ("Und der Himmel ist", " blau."), ("snow", " snow snow snow")]
 

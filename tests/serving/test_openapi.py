@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from served import serve_a_tiny_model
 
-from zili.serving.keys import Keys
+from zili.serving.http.keys import Keys
 
 
 @pytest.mark.slow

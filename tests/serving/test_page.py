@@ -12,7 +12,7 @@ import pytest
 from served import Place, serve_a_tiny_model, slowed
 from waiting import until
 
-from zili.serving.keys import Keys
+from zili.serving.http.keys import Keys
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

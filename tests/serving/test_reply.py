@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zili.serving.arguments import Parameters
-from zili.serving.reply import Call, Reply, read_call
-from zili.serving.streaming import StopText
+from zili.serving.http.arguments import Parameters
+from zili.serving.http.reply import Call, Reply, read_call
+from zili.serving.http.streaming import StopText
 
 HERMES = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "天"}}\n</tool_call>'
 CODER = "<tool_call>add<param_key>a</param_key><param_value>1</param_value><param_key>b</param_key><param_value>天</param_value></tool_call>"  # noqa: E501

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from zili.data.chat import ChatTemplate
-from zili.serving.api import Served
-from zili.serving.protocol import BaseModel, ChatRequest, CompletionRequest, TokenizeRequest
+from zili.serving.http.api import Served
+from zili.serving.http.protocol import BaseModel, ChatRequest, CompletionRequest, TokenizeRequest
 
 ASKED: list[Any] = [{"role": "user", "content": "snow?"}]
 BODIES: list[tuple[type[BaseModel], dict[str, Any]]] = [

@@ -9,9 +9,9 @@ import torch
 from served import tiny_shape
 
 from zili.errors import ConfigError
-from zili.serving import room
-from zili.serving.room import room_for
-from zili.serving.slots import SlotCache, bytes_a_token
+from zili.serving.generate import room
+from zili.serving.generate.room import room_for
+from zili.serving.generate.slots import SlotCache, bytes_a_token
 
 CPU = torch.device("cpu")
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from zili.data.tokenizer import Tokenizer
 from zili.errors import ConfigError
-from zili.serving.schemas import kept
-from zili.serving.structure import Forms, calls, schema
+from zili.serving.forms.schemas import kept
+from zili.serving.forms.structure import Forms, calls, schema
 
 TOKENIZER = Tokenizer.train(['\t\n\\ "" {}[],: 0123456789 true false null 北京 é 🦊 abcdefgh'] * 4, 300)
 TEXTS = [TOKENIZER.decode([id_]) for id_ in range(TOKENIZER.vocab_size)]

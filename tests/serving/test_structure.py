@@ -17,9 +17,10 @@ from waiting import until
 
 from zili.data.tokenizer import Tokenizer
 from zili.errors import ConfigError
-from zili.serving import api, guides
-from zili.serving.guides import TooManyForms
-from zili.serving.structure import Forms, Part, calls, grammar, one_of, regex, schema
+from zili.serving.forms import guides
+from zili.serving.forms.guides import TooManyForms
+from zili.serving.forms.structure import Forms, Part, calls, grammar, one_of, regex, schema
+from zili.serving.http import api
 
 CITY = {
     "type": "object",

@@ -7,10 +7,10 @@ import pytest
 from zili.data.chat import ChatTemplate
 from zili.data.tokenizer import Tokenizer
 from zili.models.decoder import Decoder
-from zili.serving import terminal
-from zili.serving.conversation import Conversation, Dialogue, RunningText
-from zili.serving.generation import Sampling
-from zili.serving.terminal import Chat, typed_text
+from zili.serving.generate import terminal
+from zili.serving.generate.conversation import Conversation, Dialogue, RunningText
+from zili.serving.generate.generation import Sampling
+from zili.serving.generate.terminal import Chat, typed_text
 
 
 class Recorded(Chat):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zili.data.tokenizer import Tokenizer
-from zili.serving.text_stream import stream_text, visible
+from zili.serving.generate.text_stream import stream_text, visible
 
 
 def from_list(ids: Iterable[int]) -> Iterator[int]:

@@ -11,7 +11,7 @@ import pytest
 from served import Scripted, listening, tiny_tokenizer
 
 from zili.data.chat import ChatTemplate
-from zili.serving.api import Served
+from zili.serving.http.api import Served
 
 ADD: Any = {
     "type": "function",

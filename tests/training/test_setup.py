@@ -18,13 +18,13 @@ from zili.errors import ChipError, ConfigError
 from zili.models.arithmetic import parameter_shapes
 from zili.ops import lowered
 from zili.parallel.layout import Layout
-from zili.planning.goodput import Failures
-from zili.planning.job import Job
-from zili.planning.machine import machine
-from zili.planning.memory import RESERVED, fullest, peak_bytes
-from zili.planning.plan import Setting, make_plan, setting_config, usual_batch
-from zili.planning.rates import rates_of
-from zili.planning.search import predicted
+from zili.planning.exact.job import Job
+from zili.planning.exact.memory import RESERVED, fullest, peak_bytes
+from zili.planning.fitted.machine import machine
+from zili.planning.fitted.rates import rates_of
+from zili.planning.search.goodput import Failures
+from zili.planning.search.layouts import predicted
+from zili.planning.search.plan import Setting, make_plan, setting_config, usual_batch
 from zili.rehearsal.fake_world import RehearsedDevice
 from zili.training import setup
 from zili.training.setup import Setup, set_up

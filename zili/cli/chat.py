@@ -44,10 +44,10 @@ def chat(
 
     device = open_device(chip)
     from zili.data.chat import ChatTemplate
-    from zili.serving.conversation import Conversation, Dialogue, RunningText
-    from zili.serving.generation import Sampling
+    from zili.serving.generate.conversation import Conversation, Dialogue, RunningText
+    from zili.serving.generate.generation import Sampling
+    from zili.serving.generate.terminal import Chat, piped_lines, typed_lines, write_note, write_output
     from zili.serving.model_folder import demo_file, open_folder
-    from zili.serving.terminal import Chat, piped_lines, typed_lines, write_note, write_output
 
     opened = open_folder(demo_file() if path is None else path, device=device)
     talks = mode is Mode.chat or (mode is Mode.auto and (opened.conversational or template is not None))

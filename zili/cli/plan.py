@@ -20,10 +20,10 @@ from zili.config import ModelConfig, RunConfig, build_config, dump_recipe
 from zili.config.presets import load_preset
 from zili.durable import write_whole
 from zili.errors import ConfigError, ZiliError
-from zili.planning.goodput import LLAMA3_RATE, Failures
-from zili.planning.hyperparameters import flops
-from zili.planning.plan import MFU, Plan, Setting, make_plan, setting_config, usual_batch
-from zili.planning.search import seconds_text
+from zili.planning.search.goodput import LLAMA3_RATE, Failures
+from zili.planning.search.hyperparameters import flops
+from zili.planning.search.layouts import seconds_text
+from zili.planning.search.plan import MFU, Plan, Setting, make_plan, setting_config, usual_batch
 from zili.plurals import counted
 
 _SHOWN_LOSSES = 8
@@ -143,7 +143,7 @@ def _tell(made: Plan, compare: str | None, recipe: Path | None, as_json: bool, p
         everything = made.as_json() | ({"compared": [one.as_json() for one in others]} if compare else {})
         typer.echo(json.dumps(everything, indent=1))
     if page is not None:
-        from zili.planning.page import page as drawn
+        from zili.planning.search.page import page as drawn
 
         write_whole(page, drawn(others, f"{made.setting.config.name} on {made.chips:,} {made.chip.name}"))
         to.print(f"page: {page}", highlight=False, soft_wrap=True)
@@ -372,7 +372,7 @@ def _show_comparison(plans: Sequence[Plan], to: Console) -> None:
 
 
 def _predict_runs(runs: Path, out: Path | None, chip: str | None) -> None:
-    from zili.planning.runs import predict_table
+    from zili.planning.fitted.runs import predict_table
 
     if out is None:
         raise typer.BadParameter("--runs needs --out")

@@ -208,6 +208,6 @@ def _plain(text: str) -> str:
     """Model output for the terminal: no control characters, no markup."""
     from rich.markup import escape
 
-    from zili.serving.text_stream import visible
+    from zili.serving.generate.text_stream import visible
 
     return escape(visible(text))

@@ -182,7 +182,7 @@ def _show(found: Sequence[Rehearsal], to: Console) -> None:
 def _refuse_what_does_not_fit(
     found: Sequence[Rehearsal], model: Chip | None, capacity: int | None, to: Console
 ) -> None:
-    from zili.planning.memory import usable
+    from zili.planning.exact.memory import usable
     from zili.rehearsal.report import size_text
 
     if capacity is None or model is None:

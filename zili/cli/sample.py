@@ -33,10 +33,10 @@ def sample(
     from zili.serving.place import open_device
 
     device = open_device(chip)
-    from zili.serving.continuation import continue_text, sample_text
-    from zili.serving.generation import Sampling
+    from zili.serving.generate.continuation import continue_text, sample_text
+    from zili.serving.generate.generation import Sampling
+    from zili.serving.generate.terminal import typed_text, write_output
     from zili.serving.model_folder import open_folder
-    from zili.serving.terminal import typed_text, write_output
 
     prompt = typed_text(prompt)
     opened = open_folder(path, device=device)

@@ -17,7 +17,7 @@ from zili.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from zili.serving.engine import Engine
+    from zili.serving.generate.engine import Engine
     from zili.serving.handover import Offer
 
 
@@ -117,18 +117,18 @@ def _answer(
     from zili.serving.place import prepared
 
     try:
-        from zili.serving.api import Served
-        from zili.serving.gate import Limits
-        from zili.serving.keys import Keys
-        from zili.serving.server import listen
+        from zili.serving.http.api import Served
+        from zili.serving.http.gate import Limits
+        from zili.serving.http.keys import Keys
+        from zili.serving.http.server import listen
     except ImportError as error:
         raise ConfigError(f"{error.name} is not installed: pip install 'zili[serve]'") from error
     known = Keys.read(keys) if keys else Keys()
     from zili.serving.model_folder import OpenedModel, open_folder
 
     def prepare() -> tuple[OpenedModel, Engine]:
-        from zili.serving.engine import Engine
-        from zili.serving.room import room_for
+        from zili.serving.generate.engine import Engine
+        from zili.serving.generate.room import room_for
 
         dtype = dtype_named(offer.dtype or "float32")
         opened = open_folder(place, device=device, dtype=dtype)
@@ -169,7 +169,7 @@ def _hand_over(place: Path, offer: Offer, keys: Path | None, chip: str, trust: b
 
     key = None
     if keys is not None:
-        from zili.serving.keys import Keys
+        from zili.serving.http.keys import Keys
 
         holders = Keys.read(keys).holders
         if len(holders) > 1 or holders[0].key.requests_per_minute or holders[0].key.tokens_per_day:

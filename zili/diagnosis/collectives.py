@@ -34,7 +34,7 @@ from zili.ops import reference
 from zili.ops.examples import example
 from zili.ops.yardstick import compared
 from zili.parallel.world import join, leave
-from zili.planning.machine import share_sent
+from zili.planning.fitted.machine import share_sent
 
 AREA = "collectives"
 PATIENCE = 60.0

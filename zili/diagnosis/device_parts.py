@@ -23,7 +23,7 @@ from zili.diagnosis.findings import Finding, Severity
 from zili.diagnosis.made_up_runs import DENSE, MIXTURE, made_up_trainer, run_config, trainer_of
 from zili.models.decoder import Decoder
 from zili.ops import registry
-from zili.release.mapping import PublishedTensors
+from zili.release.layouts.mapping import PublishedTensors
 from zili.release.opening import LAYOUTS, load, open_model
 from zili.release.tensors import HeldTensors
 from zili.training.callbacks import Callback, StepRecord

@@ -23,9 +23,9 @@ from zili.diagnosis.made_up_runs import made_up_trainer, run_config
 from zili.models.arithmetic import training_flops_per_token, training_state_bytes
 from zili.models.decoder import Decoder
 from zili.ops.yardstick import first_line
-from zili.release.layout import Variant
-from zili.release.llama import Llama
-from zili.release.mapping import PublishedTensors
+from zili.release.layouts.layout import Variant
+from zili.release.layouts.llama import Llama
+from zili.release.layouts.mapping import PublishedTensors
 from zili.release.tensors import HeldTensors
 from zili.training.throughput import matmul_peak
 from zili.training.trainer import DTYPES

@@ -15,8 +15,8 @@ from zili.data.tokenizer import Tokenizer
 from zili.errors import DataError
 from zili.models.decoder import Decoder
 from zili.ops import IGNORE_INDEX
-from zili.serving.conversation import Dialogue as Spoken
-from zili.serving.generation import Sampling, generate
+from zili.serving.generate.conversation import Dialogue as Spoken
+from zili.serving.generate.generation import Sampling, generate
 
 _GREEDY = Sampling(temperature=0)
 

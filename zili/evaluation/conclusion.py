@@ -20,8 +20,8 @@ from zili.evaluation.compressors import TRAINING_BYTES, Reference, reference_com
 from zili.evaluation.report import write_report
 from zili.evaluation.run_record import Record, read_run
 from zili.models.arithmetic import count_parameters
-from zili.serving.continuation import Sample, sample_text
-from zili.serving.generation import Sampling
+from zili.serving.generate.continuation import Sample, sample_text
+from zili.serving.generate.generation import Sampling
 from zili.serving.model_folder import open_folder
 
 _PROMPT_CHARACTERS = 60

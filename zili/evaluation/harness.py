@@ -19,7 +19,7 @@ from zili.data.chat import ChatTemplate
 from zili.data.tokenizer import Tokenizer
 from zili.errors import ConfigError, DataError
 from zili.models.decoder import Decoder
-from zili.serving.generation import Sampling, generate
+from zili.serving.generate.generation import Sampling, generate
 from zili.serving.model_folder import OpenedModel
 
 _NEEDS = "tasks need the package lm-eval: pip install 'zili[eval]'"

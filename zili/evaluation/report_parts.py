@@ -12,7 +12,7 @@ from typing import Any
 from zili.evaluation.figures import byte_size, compact, duration, percent
 from zili.evaluation.report_curves import compressor_levels
 from zili.evaluation.run_record import Record, RunRecord, number, section, values
-from zili.serving.text_stream import visible
+from zili.serving.generate.text_stream import visible
 
 SAMPLES_SHOWN = 6
 """Samples shown in full; the same one from earlier steps is folded under each."""

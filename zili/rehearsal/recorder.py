@@ -27,7 +27,7 @@ from torch.utils.flop_counter import (
 
 from zili.ops import registry
 from zili.parallel.model import plain
-from zili.planning.memory import (
+from zili.planning.exact.memory import (
     ACTIVATIONS,
     BACKWARD,
     BATCH,
@@ -39,7 +39,7 @@ from zili.planning.memory import (
     OPTIMIZER,
     WEIGHTS,
 )
-from zili.planning.messages import Message
+from zili.planning.exact.messages import Message
 
 PARTS = {
     WEIGHTS: "this process's part of weights and buffers, fp32",

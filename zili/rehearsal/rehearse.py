@@ -21,8 +21,8 @@ from zili.parallel.expert import ProcessExchange
 from zili.parallel.layout import Layout, lay_out
 from zili.parallel.model import plain
 from zili.parallel.world import World
-from zili.planning.job import Job
-from zili.planning.memory import enough, usable, with_reduce
+from zili.planning.exact.job import Job
+from zili.planning.exact.memory import enough, usable, with_reduce
 from zili.rehearsal import recorder as recording
 from zili.rehearsal.fake_world import FakeWorld, RehearsedDevice, as_rank, evenly, without_memory
 from zili.rehearsal.recorder import Recorder

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-from zili.planning.messages import Message
+from zili.planning.exact.messages import Message
 from zili.rehearsal.recorder import PARTS, Recorder
 
 _POINTS = 400

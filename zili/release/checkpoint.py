@@ -15,7 +15,7 @@ from zili.config.mixture import LoraConfig
 from zili.config.model import ModelConfig
 from zili.errors import CheckpointError
 from zili.models.arithmetic import is_adapter, parameter_shapes
-from zili.release.mapping import check_tensors
+from zili.release.layouts.mapping import check_tensors
 from zili.release.tensors import Index, Tensors, open_safetensors
 
 _PREFIX = "model."

@@ -9,8 +9,8 @@ from typing import Any
 from zili.data.chat import ChatTemplate
 from zili.data.tokenizer import Tokenizer, end_ids_in, has_tokenizer
 from zili.release.folder import copy_companions, read_json, write_json
-from zili.release.gguf_file import find_gguf, open_gguf
-from zili.release.gguf_tokenizer import read_tokenizer
+from zili.release.gguf.file import find_gguf, open_gguf
+from zili.release.gguf.tokenizer import read_tokenizer
 from zili.release.trust import REMOTE_CODE, foreign_code
 
 _MODELSCOPE = {"framework": "pytorch", "task": "text-generation"}

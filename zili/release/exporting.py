@@ -22,10 +22,10 @@ from zili.release.card import card
 from zili.release.companions import bring, chat_template_of, complete, tokenizer_of
 from zili.release.equivalent import Equivalent, llama_equivalent, telechat2_equivalent
 from zili.release.folder import write_json
-from zili.release.gguf_file import GGUF_FILE, write_gguf
-from zili.release.gguf_tokenizer import write_tokenizer
-from zili.release.layout import Layout, PublishedConfig, Variant
-from zili.release.mapping import PublishedTensors
+from zili.release.gguf.file import GGUF_FILE, write_gguf
+from zili.release.gguf.tokenizer import write_tokenizer
+from zili.release.layouts.layout import Layout, PublishedConfig, Variant
+from zili.release.layouts.mapping import PublishedTensors
 from zili.release.opening import GGUF_LAYOUT, LAYOUTS, OpenModel, open_model
 from zili.release.probe import TOLERANCE, Probe, answered, make_probe
 from zili.release.provenance import provenance_of

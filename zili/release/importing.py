@@ -9,7 +9,7 @@ import torch
 from zili.durable import whole_folder
 from zili.errors import CheckpointError
 from zili.release.companions import bring
-from zili.release.gguf_file import find_gguf
+from zili.release.gguf.file import find_gguf
 from zili.release.native import write_native
 from zili.release.opening import OpenModel, is_published, open_gguf_model, open_published
 from zili.release.tensors import DEFAULT_SHARD_BYTES, CastTensors

@@ -17,8 +17,8 @@ from zili.config.model import ModelConfig
 from zili.errors import CheckpointError
 from zili.models.arithmetic import parameter_shapes
 from zili.release.folder import read_json, write_json
-from zili.release.layout import PublishedConfig, Variant
-from zili.release.mapping import check_tensors
+from zili.release.layouts.layout import PublishedConfig, Variant
+from zili.release.layouts.mapping import check_tensors
 from zili.release.tensors import Tensors, open_tensors, write_tensors
 
 MODEL_FILE = "model.json"

@@ -19,16 +19,16 @@ from zili.errors import CheckpointError
 from zili.models.arithmetic import is_adapter
 from zili.models.decoder import Decoder
 from zili.release.checkpoint import open_checkpoint
-from zili.release.deepseek import DeepSeek
 from zili.release.folder import read_json
-from zili.release.gguf_file import find_gguf, open_gguf
-from zili.release.gguf_layout import GGUF
-from zili.release.layout import Layout, PublishedConfig, recognise
-from zili.release.llama import Llama, TeleChat3, TeleFLM
-from zili.release.mapping import ImportedTensors, check_tensors
+from zili.release.gguf.file import find_gguf, open_gguf
+from zili.release.layouts.deepseek import DeepSeek
+from zili.release.layouts.gguf import GGUF
+from zili.release.layouts.layout import Layout, PublishedConfig, recognise
+from zili.release.layouts.llama import Llama, TeleChat3, TeleFLM
+from zili.release.layouts.mapping import ImportedTensors, check_tensors
+from zili.release.layouts.telechat2 import TeleChat2
+from zili.release.layouts.telechat52 import TeleChat52
 from zili.release.native import MODEL_FILE, Origin, is_native, read_model_file, read_native
-from zili.release.telechat2 import TeleChat2
-from zili.release.telechat52 import TeleChat52
 from zili.release.tensors import Index, Tensors, open_tensors
 
 LAYOUTS: tuple[Layout, ...] = (TeleChat2(), Llama(), TeleChat3(), TeleFLM(), TeleChat52(), DeepSeek())

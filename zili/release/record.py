@@ -14,7 +14,7 @@ from zili.config.model import ModelConfig
 from zili.errors import CheckpointError
 from zili.models.arithmetic import count_parameters
 from zili.release.folder import read_json
-from zili.release.layout import PublishedConfig
+from zili.release.layouts.layout import PublishedConfig
 from zili.release.probe import Probe
 
 RELEASE_FILE = "release.json"

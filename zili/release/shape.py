@@ -11,7 +11,7 @@ from pathlib import Path
 from zili.config import ModelConfig
 from zili.config.model_folder import shape_in as own_shape_in
 from zili.errors import ZiliError
-from zili.release.gguf_file import find_gguf
+from zili.release.gguf.file import find_gguf
 from zili.release.opening import is_published, open_gguf_model, open_published
 
 

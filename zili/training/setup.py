@@ -16,8 +16,8 @@ from zili.config.run import ChipConfig, Precision
 from zili.errors import ChipError, ConfigError
 from zili.models.arithmetic import training_flops_per_token
 from zili.parallel.layout import Layout, lay_out, processes
-from zili.planning.job import Job
-from zili.planning.memory import fullest, may_sum_each, reducing, saved_bytes, usable, with_reduce
+from zili.planning.exact.job import Job
+from zili.planning.exact.memory import fullest, may_sum_each, reducing, saved_bytes, usable, with_reduce
 from zili.plurals import counted
 from zili.user_cache import cache_folder
 

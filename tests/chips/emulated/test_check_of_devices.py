@@ -19,7 +19,7 @@ from plugins import ASCEND, CAMBRICON, UNHEARD_OF, Environment, Vendor
 from zili.chips.catalog import find_chip
 from zili.diagnosis.device_check import PARTS
 from zili.diagnosis.findings import Finding, Severity
-from zili.planning.machine import machine, with_measurements
+from zili.planning.fitted.machine import machine, with_measurements
 
 SILU = Fault("aten::silu", "scale", 0.01)
 

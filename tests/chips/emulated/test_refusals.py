@@ -53,7 +53,7 @@ def attention_and_gradients(vendor: str | None, takes_groups: bool | None) -> li
     from zili import ops
     from zili.diagnosis import shadow
     from zili.ops import reference
-    from zili.serving.slots import _Longer
+    from zili.serving.generate.slots import _Longer
 
     device = torch.device("cpu") if vendor is None else chips.activate(find_backend(vendor)).device
     lacking = None if takes_groups is None else {} if takes_groups else {"grouped_heads_attention": "a test"}

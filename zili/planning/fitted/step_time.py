@@ -1,0 +1,427 @@
+"""Seconds of a training step, from what it computes, moves and waits for (docs/planning.md has the formulas)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil, log2
+from typing import NamedTuple
+
+from zili.config.model import ModelConfig
+from zili.models.arithmetic import is_adapter, layer_shapes
+from zili.parallel.cuts import cut_of
+from zili.planning.fitted.machine import Machine, share_sent
+from zili.planning.fitted.rates import Rates
+from zili.planning.fitted.run import Run
+
+_BF16, _FP32 = 2, 4
+_STATE_BYTES = 30
+"""Read and written for a parameter by AdamW: weight, gradient, both moments, and the weight in bf16."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step, on the process with most to do. What travels counts as far as arithmetic does not hide it."""
+
+    products: float
+    attention: float
+    passes: float
+    """Norms, activations, rotary positions, residual sums, logits: bound by memory."""
+    tensor: float
+    context: float
+    expert: float
+    pipeline: float
+    """Hidden states on their way between stages."""
+    bubble: float
+    data: float
+    """Weights and gradients, between shards and replicas."""
+    optimizer: float
+    waiting: float
+    """For the slowest of many."""
+
+    @property
+    def total(self) -> float:
+        """Of the whole step."""
+        return sum(vars(self).values())
+
+
+class Phase(NamedTuple):
+    """Seconds of a micro-batch in some layers."""
+
+    products: float = 0.0
+    attention: float = 0.0
+    passes: float = 0.0
+    tensor: float = 0.0
+    context: float = 0.0
+    expert: float = 0.0
+
+    def plus(self, other: Phase, times: float = 1.0) -> Phase:
+        """Both, the other so many times."""
+        return Phase(*(mine + times * theirs for mine, theirs in zip(self, other, strict=True)))
+
+    def by(self, factor: float) -> Phase:
+        """So many times as much."""
+        return Phase(*(factor * mine for mine in self))
+
+
+class Matrix(NamedTuple):
+    """A weight that tokens are multiplied by."""
+
+    outputs: int
+    inputs: int
+    cut: int | None
+    """In which dimension tensor-parallel processes cut it."""
+    experts: int = 0
+    """How many experts have one; 0: all tokens go through it."""
+    learned: bool = True
+    """Whether it has a gradient: beside adapters nothing else has."""
+
+
+@lru_cache(maxsize=1024)
+def matrices(model: ModelConfig, layer: int) -> tuple[Matrix, ...]:
+    """Matrices of a layer."""
+    found = []
+    for name, shape in layer_shapes(model, layer).items():
+        module, _, key = name.rpartition(".")
+        learned = model.lora is None or is_adapter(name)
+        if len(shape) == 2:
+            found.append(Matrix(shape[0], shape[1], cut_of(f"layers.{layer}.{module}", key), learned=learned))
+        elif len(shape) == 3:
+            found.append(Matrix(shape[1], shape[2], None, shape[0], learned))
+    return tuple(found)
+
+
+@lru_cache(maxsize=1024)
+def kinds_of_layers(model: ModelConfig) -> tuple[tuple[int, int], ...]:
+    """A layer of each kind, and how many there are of it."""
+    dense = model.layers if model.mixture is None else min(model.mixture.dense_layers, model.layers)
+    return tuple((layer, times) for layer, times in ((0, dense), (model.layers - 1, model.layers - dense)) if times)
+
+
+def collective(size: float, count: int, apart: int, machine: Machine, rates: Rates, messages: float = 0.0) -> float:
+    """Seconds of gathering `size` bytes, or scattering their sum, among `count` processes that are `apart` chips apart.
+
+    A ring inside a domain, then one between domains for each chip of one, which has its own way out; `messages` rings
+    wait for each of their hops.
+    """
+    if count <= 1:
+        return 0.0
+    inner = max(1, min(count, machine.domain // apart))
+    outer = count / inner
+    inside = size * share_sent("all_gather", inner) / (machine.link * rates.link)
+    outside = size / inner * share_sent("all_gather", outer) / (machine.network * rates.network)
+    return inside + outside + messages * rates.hop * (outer - 1)
+
+
+def all_to_all(size: float, count: int, machine: Machine, rates: Rates) -> float:
+    """Seconds of exchanging `size` bytes of each of `count` neighbours, evenly."""
+    inner = min(count, machine.domain)
+    inside = size * (inner - 1) / count / (machine.link * rates.link)
+    return inside + size * (count - inner) / count / (machine.network * rates.network)
+
+
+class Work(NamedTuple):
+    """Forward and backward of a micro-batch in all layers, and at the head, whichever process does them.
+
+    It depends on the model, micro-batch, tensor, context, expert, recompute, precision and software alone.
+    """
+
+    layers: Phase
+    head: Phase
+    forward: float
+    """Seconds of the forward pass, of those of the layers."""
+    weights: float
+    """Of products that give gradients of weights: as long as a forward pass's, but beside adapters."""
+
+
+def work(run: Run, machine: Machine, rates: Rates) -> Work:
+    """What one micro-batch of `run` takes."""
+    layers, ahead = Phase(), Phase()
+    for layer, times in kinds_of_layers(run.model):
+        forward, backward = layer_phases(run, layer, machine, rates)
+        layers, ahead = layers.plus(forward.plus(backward), times), ahead.plus(forward, times)
+    head = head_phase(run, machine, rates)
+    if run.model.mtp_layers:
+        # One more block and its own logits, behind the last layer.
+        forward, backward = layer_phases(run, run.model.layers - 1, machine, rates)
+        head = head.by(2).plus(forward).plus(backward)
+    learning = sum(
+        times * _slow(run, rates) * _products(run, layer, machine, rates, learned=True)
+        for layer, times in kinds_of_layers(run.model)
+    )
+    return Work(layers, head, sum(ahead), learning)
+
+
+class _Share(NamedTuple):
+    """What the busiest process of a pipeline does in a step."""
+
+    parts: Phase
+    """Of all its micro-batches."""
+    seconds: float
+    """The same in all."""
+    longest: float
+    """Time of one micro-batch on the process that has most to do."""
+    others: float
+    """Time of a micro-batch on all other processes together."""
+
+
+class StepTimes:
+    """Seconds of steps of one model and batch in one software, whatever their layouts: what several layouts share is
+    computed once."""
+
+    def __init__(self, machine: Machine, rates: Rates) -> None:
+        self._machine, self._rates = machine, rates
+        self._works: dict[tuple[object, ...], Work] = {}
+        self._shares: dict[tuple[object, ...], _Share] = {}
+        self._traffic: dict[tuple[object, ...], tuple[float, float]] = {}
+
+    def of(self, run: Run) -> StepTime:
+        """Seconds of one step, by what takes them."""
+        share = self._share(run)
+        between = between_stages(run, self._machine, self._rates)
+        idle = share.others + (run.pipeline - 1) * between
+        sent, optimizer = self._sent(run)
+        data = _not_hidden(run, self._rates, sent, share.longest, share.seconds)
+        rest = (run.micro_batches * between, idle * bubble_share(run), data, optimizer)
+        waiting = self._rates.waiting * log2(max(run.chips, 8) / 8) * (share.seconds + sum(rest))
+        return StepTime(*share.parts, *rest, waiting)
+
+    def _share(self, run: Run) -> _Share:
+        kind = (run.micro_batch, run.tensor, run.context, run.expert, run.recompute)
+        key = (*kind, run.pipeline, run.data)
+        if key not in self._shares:
+            if kind not in self._works:
+                self._works[kind] = work(run, self._machine, self._rates)
+            layers, head, *_ = self._works[kind]
+            busiest = _busiest(run, layers, head)
+            parts, longest = busiest.by(run.micro_batches), sum(busiest)
+            self._shares[key] = _Share(parts, sum(parts), longest, sum(layers) + sum(head) - longest)
+        return self._shares[key]
+
+    def _sent(self, run: Run) -> tuple[float, float]:
+        """Seconds that weights and gradients travel, and of the optimizer."""
+        cut = (run.tensor, run.context, run.pipeline, run.expert, run.data, run.micro_batch)
+        key = (*cut, run.weight_shards, run.state_shards, run.kept_gathered, run.software.sums_each)
+        if key not in self._traffic:
+            plain, experts = local_parameters(run.model, run.tensor, run.pipeline, run.expert)
+            stored = plain / run.state_shards + experts / expert_shards(run, run.state_shards)
+            optimizer = _STATE_BYTES * stored / (self._machine.memory * self._rates.memory)
+            self._traffic[key] = _data(run, self._machine, self._rates), optimizer
+        return self._traffic[key]
+
+
+def step_time(run: Run, machine: Machine, rates: Rates) -> StepTime:
+    """Seconds of one step of `run`, by what takes them."""
+    return StepTimes(machine, rates).of(run)
+
+
+def bubble_share(run: Run) -> float:
+    """Of the others' forward and backward passes, what a process of a pipeline waits for at a step's ends.
+
+    1F1B and interleaved: Narayanan et al. 2021, section 2.2. The zero-bubble ones fill what is not a first forward pass
+    with gradients of weights (Qi et al. 2023, table 1). tests/planning/test_schedule.py has them simulated.
+    """
+    if run.pipeline == 1:
+        return 0.0
+    return (1 / 3 if run.schedule in ("zero_bubble", "zbv") else 1.0) / run.virtual
+
+
+def layer_phases(run: Run, layer: int, machine: Machine, rates: Rates) -> tuple[Phase, Phase]:
+    """Forward and backward of a micro-batch in one layer."""
+    products = _products(run, layer, machine, rates)
+    attention, attention_back = _attention(run, machine, rates)
+    passes = _passes(run, layer, machine, rates)
+    tensor = 4 * collective(_BF16 * run.rows * run.model.hidden_size, run.tensor, 1, machine, rates)
+    tensor *= _shown(run, rates)
+    context, expert = _keys(run, attention, machine, rates), _rows_to_experts(run, layer, machine, rates)
+    learning = _products(run, layer, machine, rates, learned=True)
+    products, learning, attention, attention_back, passes = (
+        _slow(run, rates) * one for one in (products, learning, attention, attention_back, passes + rates.launch)
+    )
+    forward = Phase(products, attention, passes, tensor, context, expert)
+    backward = Phase(products + learning, attention_back, 2 * passes, tensor, context, expert)
+    if run.recompute == "full":
+        backward = backward.plus(forward)
+    elif run.recompute != "none":
+        backward = backward.plus(Phase(products=products / 2 if run.recompute == "half" else 0.0, passes=passes))
+    return forward, backward
+
+
+def _slow(run: Run, rates: Rates) -> float:
+    """How many times as long everything takes in software that the chip's vendor has not tuned."""
+    return 1.0 if run.software.tuned else 1 / rates.untuned
+
+
+def _shown(run: Run, rates: Rates) -> float:
+    """Share of what tensor-parallel processes send that is not hidden."""
+    return 1 - rates.hide_tensor if run.software.hides_tensor else 1.0
+
+
+def _products(run: Run, layer: int, machine: Machine, rates: Rates, learned: bool = False) -> float:
+    """Time of one forward pass: arithmetic at the chip's rate, and operands through its memory; or that of `learned`
+    matrices alone, whose gradients take as long."""
+    model, own = run.model, run.rows / run.tensor
+    rate, memory = rates.product_rate(machine, run.precision), machine.memory * rates.memory
+    seconds = moved = 0.0
+    for matrix in matrices(model, layer):
+        if learned and not matrix.learned:
+            continue
+        rows, outputs, inputs = run.rows, float(matrix.outputs), float(matrix.inputs)
+        if matrix.experts:
+            assert model.mixture is not None
+            here, narrow = matrix.experts / run.expert, min(outputs, inputs)
+            rows = own * model.mixture.top_k
+            reached = rates.experts * narrow / (narrow + rates.expert_width)
+            seconds += 2 * rows * outputs * inputs / (rate * reached)
+            moved += rows * (outputs + inputs) + here * outputs * inputs
+            continue
+        if matrix.cut == 0:
+            outputs /= run.tensor
+        elif matrix.cut == 1:
+            inputs /= run.tensor
+        else:
+            rows = own
+        seconds += 2 * rows * outputs * inputs / rate
+        moved += rows * (outputs + inputs) + outputs * inputs
+    return seconds + _BF16 * rates.operands * moved / memory
+
+
+def _attention(run: Run, machine: Machine, rates: Rates) -> tuple[float, float]:
+    """Forward and backward of one layer's: fused, where scores are made twice, or through memory."""
+    model = run.model
+    pairs = run.micro_batch * run.sequence**2 / run.context * model.heads / run.tensor
+    flops = 2 * pairs * (model.head_dim + model.value_head_dim)
+    rate = rates.product_rate(machine, "bf16")
+    if run.software.fused_attention:
+        forward = flops / 2 / (rate * rates.attention)
+        return forward, 2.5 * forward
+    forward = flops / rate + rates.score_passes * _BF16 * pairs / (machine.memory * rates.memory)
+    return forward, 2 * forward
+
+
+def _passes(run: Run, layer: int, machine: Machine, rates: Rates) -> float:
+    """Of what lies between the products of a layer: two norms and residual sums, heads turned, an activation."""
+    model, rows, own = run.model, run.rows, run.rows / run.tensor
+    between = own if run.software.sequence_parallel else rows
+    elements = 12 * between * model.hidden_size
+    elements += 4 * rows * (model.heads + 2 * model.kv_heads) * model.head_dim / run.tensor
+    if model.has_experts(layer):
+        mixture = model.mixture
+        assert mixture is not None
+        # Rows are copied into the order of their experts and back.
+        elements += 6 * own * mixture.top_k * model.hidden_size
+        elements += 3 * own * mixture.ffn_hidden_size * (mixture.top_k + mixture.shared_experts)
+    else:
+        elements += 3 * rows * model.ffn_hidden_size / run.tensor
+    return _BF16 * elements * rates.passes / (machine.memory * rates.memory)
+
+
+def _keys(run: Run, attention: float, machine: Machine, rates: Rates) -> float:
+    """Keys and values to all processes of a context, as far as attention does not hide it."""
+    model = run.model
+    size = _BF16 * run.micro_batch * run.sequence * model.kv_heads / run.tensor
+    seconds = collective(size * (model.head_dim + model.value_head_dim), run.context, run.tensor, machine, rates)
+    return seconds - rates.hide_data * min(seconds, attention)
+
+
+def _rows_to_experts(run: Run, layer: int, machine: Machine, rates: Rates) -> float:
+    """There and back."""
+    if not run.model.has_experts(layer) or run.expert == 1:
+        return 0.0
+    assert run.model.mixture is not None
+    size = _BF16 * run.rows / run.tensor * run.model.mixture.top_k * run.model.hidden_size
+    return 2 * all_to_all(size, run.expert, machine, rates) * (1 - rates.hide_expert)
+
+
+def head_phase(run: Run, machine: Machine, rates: Rates) -> Phase:
+    """Logits, loss and both gradients of a micro-batch; in bf16 whatever the blocks are in."""
+    rows, vocabulary = run.rows, run.model.vocab_size / run.tensor
+    tokens = _BF16 * rows * run.model.hidden_size
+    slow, each = _slow(run, rates), 6 if run.model.lora is None else 4
+    return Phase(
+        products=slow * each * rows * run.model.hidden_size * vocabulary / rates.product_rate(machine, "bf16"),
+        passes=slow * rates.logit_passes * _BF16 * rows * vocabulary / (machine.memory * rates.memory),
+        tensor=2 * collective(tokens, run.tensor, 1, machine, rates) * _shown(run, rates),
+    )
+
+
+def _busiest(run: Run, layers: Phase, head: Phase) -> Phase:
+    """Of the processes of a pipeline the one with most to do: it has the head, or a layer more."""
+    if run.pipeline == 1:
+        return layers.plus(head)
+    count = run.model.layers
+    last = layers.by(count // run.pipeline / count).plus(head)
+    other = layers.by(ceil(count / run.pipeline) / count)
+    return last if sum(last) > sum(other) else other
+
+
+def between_stages(run: Run, machine: Machine, rates: Rates) -> float:
+    """Seconds of a micro-batch's hidden states and gradients, out of one process of a pipeline."""
+    if run.pipeline == 1:
+        return 0.0
+    inside = run.tensor * run.context * run.data < machine.domain
+    speed = machine.link * rates.link if inside else machine.network * rates.network
+    size = _BF16 * run.rows / run.tensor * run.model.hidden_size * run.virtual
+    return 2 * size / speed * (1 - rates.hide_pipeline)
+
+
+@lru_cache(maxsize=4096)
+def local_parameters(model: ModelConfig, tensor: int, pipeline: int, expert: int) -> tuple[float, float]:
+    """Parameters of one process if nothing else were cut: of all but experts, and of experts."""
+    plain = experts = 0.0
+    for layer, times in kinds_of_layers(model):
+        for matrix in matrices(model, layer):
+            size = matrix.outputs * matrix.inputs * times
+            if matrix.experts:
+                experts += size * matrix.experts / expert
+            else:
+                plain += size / (tensor if matrix.cut is not None else 1)
+    ends = model.vocab_size * model.hidden_size / tensor * (1 if pipeline > 1 or model.tied_embeddings else 2)
+    return plain / pipeline + ends, experts / pipeline
+
+
+def expert_shards(run: Run, processes: int) -> int:
+    """Over how many an expert is cut where other weights are over `processes`: those it is shared by are others."""
+    return max(1, processes * run.tensor // run.expert)
+
+
+def _data(run: Run, machine: Machine, rates: Rates) -> float:
+    """Seconds that weights are gathered and gradients reduced."""
+    plain, experts = local_parameters(run.model, run.tensor, run.pipeline, run.expert)
+    together = run.data * run.context
+    seconds = _exchanged(run, plain, together, run.weight_shards, run.tensor, machine, rates)
+    if experts:
+        count, shards = expert_shards(run, together), expert_shards(run, run.weight_shards)
+        seconds += _exchanged(run, experts, count, shards, run.expert, machine, rates)
+    return seconds
+
+
+def _not_hidden(run: Run, rates: Rates, seconds: float, longest: float, work: float) -> float:
+    """Of the seconds of `_data`, those that arithmetic does not hide."""
+    if not run.software.hides_gradients:
+        return seconds
+    # Once a step only the last backward pass is beside it; what is sent for each micro-batch has all of the work.
+    each = run.weight_shards > 1 and (run.software.sums_each or not run.kept_gathered)
+    return seconds - rates.hide_data * min(seconds, work if each else longest * 2 / 3)
+
+
+def _exchanged(
+    run: Run, parameters: float, count: int, shards: int, apart: int, machine: Machine, rates: Rates
+) -> float:
+    """Seconds that weights and gradients of so many parameters travel in a step, among `count` processes, of which
+    `shards` cut them for storage."""
+    rings = run.model.layers / run.pipeline
+    weights, gradients = _BF16 * parameters, _FP32 * parameters
+    if run.weight_shards == 1:
+        if run.state_shards < count:
+            # Scattered and gathered again, as one sum, in a tree that does not wait for every hop.
+            summed = weights if run.software.sums_in_16_bits else gradients
+            return 2 * collective(summed, count, apart, machine, rates)
+        return sum(collective(size, count, apart, machine, rates, rings) for size in (weights, gradients))
+    shards = min(count, shards)
+    gather, scatter = (collective(size, shards, apart, machine, rates, rings) for size in (weights, gradients))
+    # Gathered for each forward and each backward pass, or once; gradients are scattered once, or each time.
+    gathers = gather if run.kept_gathered else run.micro_batches * 2 * gather
+    scatter *= run.micro_batches if run.software.sums_each else 1.0
+    # Replicas add what is left of the gradients: scattered and gathered again.
+    return gathers + scatter + 2 * collective(gradients / shards, count // shards, apart * shards, machine, rates)

@@ -1,0 +1,1 @@
+"""Layouts searched, and the plan that comes of it."""

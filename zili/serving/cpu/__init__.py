@@ -1,0 +1,1 @@
+"""What a CPU reads and runs in a step of generation: packed weights, compiled kernels."""

@@ -1,0 +1,1 @@
+"""Answers held to a form: JSON schemas, expressions, calls of tools."""

@@ -1,0 +1,1 @@
+"""Tokens from a model: alone, or many answers at once."""
