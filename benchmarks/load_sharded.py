@@ -84,9 +84,10 @@ def _parts(folder: Path, table: dict[str, int]) -> Any:
     setup = set_up(_config(folder, table))
     import torch
 
+    from zili.objectives import objective_of
     from zili.parallel.model import ParallelModel
 
-    return setup, ParallelModel(setup.config, setup.world, torch.float32)
+    return setup, ParallelModel(setup.config, setup.world, torch.float32, objective_of(setup.config))
 
 
 def _load(folder: Path, table: dict[str, int]) -> tuple[float, float]:

@@ -23,7 +23,7 @@ FLOORS = {
     0: ("errors", "durable", "checksums", "user_cache", "plurals", "config", "chips"),
     1: ("ops", "data"),
     2: ("models",),
-    3: ("parallel",),
+    3: ("objectives", "parallel"),
     4: ("training", "planning"),
     5: ("rehearsal", "release", "evaluation", "serving", "diagnosis", "cloud"),
     6: ("cli",),

@@ -9,6 +9,7 @@ import torch
 from zili.config.model import ModelConfig, RotaryConfig
 from zili.data.tokenizer import Tokenizer
 from zili.models.decoder import Decoder
+from zili.objectives import learner
 from zili.release.native import write_native
 from zili.release.tensors import HeldTensors
 from zili.serving.generate.generation import Sampling, generate
@@ -45,7 +46,7 @@ def tokenizer() -> Tokenizer:
 def made(folder: Path, name: str) -> Decoder:
     """A Zili model folder, and its decoder."""
     torch.manual_seed(3)
-    decoder = Decoder(MODELS[name]).eval()
+    decoder = learner(MODELS[name]).eval()
     with torch.no_grad():
         for parameter_name, parameter in decoder.named_parameters():
             if parameter.ndim == 1:

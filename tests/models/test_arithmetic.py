@@ -20,6 +20,7 @@ from zili.models.arithmetic import (
     training_state_bytes,
 )
 from zili.models.decoder import Decoder
+from zili.objectives import learner
 
 # Index files' total_size over the stored bytes a parameter; 52B's less its 64 masked_bias scalars.
 PUBLISHED = {
@@ -83,7 +84,7 @@ def test_totals_are_the_published_ones(name):
 def test_counts_are_those_of_the_built_model(name):
     config = small(name)
     with torch.device("meta"):
-        decoder = Decoder(config)
+        decoder = learner(config)
     built = {name: tuple(tensor.shape) for name, tensor in decoder.named_tensors()}
     assert built == parameter_shapes(config)
     count = count_parameters(config)

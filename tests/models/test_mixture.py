@@ -8,8 +8,12 @@ import torch.nn.functional as F
 
 from zili.config.mixture import LatentConfig, MixtureConfig
 from zili.config.model import ModelConfig
+from zili.data.loader import Batch
 from zili.models.decoder import Decoder
 from zili.models.mixture import Mixture, Router
+from zili.models.outputs import Routing
+from zili.objectives import Alone, learner, of_text
+from zili.objectives.next_token import NextToken
 from zili.ops import IGNORE_INDEX, product, reference
 
 LATENT = LatentConfig(query_rank=20, key_value_rank=12, rope_head_dim=4, value_head_dim=6)
@@ -27,7 +31,7 @@ def config(mixture=None, **changes):
 def layer(mixture=None, seed=0):
     """One mixture whose every number is drawn."""
     torch.manual_seed(seed)
-    built = Mixture(config(mixture))
+    built = Mixture(config(mixture), 0)
     with torch.no_grad():
         for tensor in built.parameters():
             tensor.normal_(0.0, 0.5)
@@ -82,7 +86,7 @@ def test_routing_is_the_plain_loop(mixture):
     built, x = layer(mixture), torch.randn(2, 7, 16)
     expected, counts = written_out(built, x)
     torch.testing.assert_close(built(x).double(), expected, atol=1e-5, rtol=1e-5)
-    assert built.router(x)[2].tolist() == counts
+    assert noted(built, x).tolist() == counts
     assert sum(counts) == x.shape[0] * x.shape[1] * built.router.mixture.top_k
 
 
@@ -90,7 +94,7 @@ def test_routing_is_the_plain_loop(mixture):
 def test_a_bias_chooses_and_does_not_weigh():
     built, x = layer({**SIGMOID, "normalize": False, "shared_experts": 0}), torch.randn(1, 5, 16)
     built.router.expert_bias.copy_(torch.tensor([9.0, 0, 0, 9, 0, 0]))
-    routes, _, counts = built.router(x)
+    counts, (routes, _) = noted(built, x), built.router(x, Routing())
     assert counts.tolist() == [5, 0, 0, 5, 0, 0]
     scores = (x @ built.router.weight.T).sigmoid()
     torch.testing.assert_close(routes.weights, 2.8 * scores.gather(-1, routes.experts))
@@ -101,14 +105,16 @@ def test_an_expert_without_tokens(everyone):
     """All tokens go to the same two of six: nothing is dropped, and the others' gradients are zeros."""
     built, x = layer(SIGMOID), torch.randn(2, 8, 16, requires_grad=True)
     built.router.expert_bias.copy_(torch.tensor([0.0] * 6 if everyone else [0.0, 9, 0, 0, 9, 0]))
-    out = built(x)
+    routing = Routing()
+    out = built(x, routing)
     torch.testing.assert_close(out.double(), written_out(built, x)[0], atol=1e-5, rtol=1e-5)
     out.square().sum().backward()
-    assert built.router.load.sum() == 2 * 8 * 2
+    ((_, load, _),) = routing.figures
+    assert load.sum() == 2 * 8 * 2
     for stack in built.experts.parameters():
         touched = stack.grad.flatten(1).abs().sum(1) > 0
-        assert touched.tolist() == (built.router.load > 0).tolist()
-    assert everyone or built.router.load.tolist() == [0, 16, 0, 0, 16, 0]
+        assert touched.tolist() == (load > 0).tolist()
+    assert everyone or load.tolist() == [0, 16, 0, 0, 16, 0]
     assert x.grad.isfinite().all()
 
 
@@ -128,6 +134,19 @@ def test_the_grouped_product_is_the_reference(counts, dtype):
     tolerance = 1e-4 if dtype == torch.float32 else 0.15
     for expected, value in zip(*found, strict=True):
         torch.testing.assert_close(value, expected, atol=tolerance, rtol=tolerance / 10)
+
+
+def noted(built, x, padding=None):
+    """Tokens an expert, as the router tells them."""
+    routing = Routing(padding)
+    with torch.enable_grad():
+        built.router(x, routing)
+    ((_, tokens, _),) = routing.figures
+    return tokens
+
+
+def loss_of(built, x, padding=None):
+    return built.router(x, Routing(padding))[1]
 
 
 def balance_loss(router, x):
@@ -151,19 +170,19 @@ def test_balance_loss_is_the_formula(mixture):
     built, x = layer({**mixture, "balance_loss": 0.01}), torch.randn(3, 9, 16)
     expected = balance_loss(built.router, x)
     assert expected > 0.01 * 27 * 0.9  # one a token where the load is even
-    torch.testing.assert_close(built.router(x)[1], expected)
+    torch.testing.assert_close(loss_of(built, x), expected)
     # It is added to what is differentiated, whatever the output's gradient.
     (gradient,) = torch.autograd.grad(expected, built.router.weight)
     (built(x) * 0.0).sum().backward()
     torch.testing.assert_close(built.router.weight.grad, gradient)
     with torch.no_grad():
-        assert built.router(x)[1] == 0
+        assert loss_of(built, x) == 0
 
 
 def test_balance_loss_does_not_depend_on_how_the_batch_is_cut():
     built, x = layer({"balance_loss": 0.01}), torch.randn(4, 6, 16)
-    parts = sum(built.router(part)[1] for part in x.split(1))
-    torch.testing.assert_close(built.router(x)[1], parts)
+    parts = sum(loss_of(built, part) for part in x.split(1))
+    torch.testing.assert_close(loss_of(built, x), parts)
 
 
 PADDED = torch.tensor([9, 5, 1, 0])
@@ -179,7 +198,9 @@ def padded(mixture):
 @pytest.mark.parametrize("mixture", [{}, SIGMOID], ids=["softmax", "sigmoid"])
 def test_padding_counts_neither_in_the_load_nor_in_the_balance_loss(mixture):
     built, x, padding = padded(mixture)
-    routes, loss, counts = built.router(x, padding)
+    routing = Routing(padding)
+    routes, loss = built.router(x, routing)
+    ((_, counts, _),) = routing.figures
     rows = [row[None, :length] for row, length in zip(x, PADDED.tolist(), strict=True) if length]
     # A row without its padding, and as much of the loss as its positions are of all.
     expected = sum(balance_loss(built.router, row) * 9 / row.shape[1] for row in rows)
@@ -190,46 +211,46 @@ def test_padding_counts_neither_in_the_load_nor_in_the_balance_loss(mixture):
 
 def test_padding_changes_no_token_and_is_noted_nowhere():
     built, x, padding = padded(SIGMOID)
-    torch.testing.assert_close(built(x, padding), built(x), rtol=0, atol=0)
-    built.router.load.zero_()
-    (built(x, padding) * 0.0).sum().backward()
-    assert built.router.load.sum() == 15 * built.router.mixture.top_k
-    torch.testing.assert_close(built.router(x, torch.zeros(4, 9, dtype=torch.bool))[1], built.router(x)[1])
+    torch.testing.assert_close(built(x, Routing(padding)), built(x), rtol=0, atol=0)
+    assert noted(built, x, padding).sum() == 15 * built.router.mixture.top_k
+    torch.testing.assert_close(loss_of(built, x, torch.zeros(4, 9, dtype=torch.bool)), loss_of(built, x))
 
 
 def test_biases_move_by_the_rate_towards_the_mean_load():
-    router = Router(config({**SIGMOID, "bias_update_rate": 0.001}))
+    router = Router(config({**SIGMOID, "bias_update_rate": 0.001}), 0)
     router.expert_bias.copy_(torch.tensor([0.5, 0.5, 0.5, 0.5, 0.5, 0.5]))
     router.balance(torch.tensor([10.0, 4, 6, 6, 0, 10]))  # mean 6
     moved = router.expert_bias - 0.5
     torch.testing.assert_close(moved, torch.tensor([-1.0, 1, 0, 0, 1, -1]) * 0.001, atol=1e-7, rtol=0)
-    fixed = Router(config(SIGMOID))
+    fixed = Router(config(SIGMOID), 0)
     fixed.balance(torch.tensor([10.0, 4, 6, 6, 0, 10]))
     assert not fixed.expert_bias.any()
 
 
-def loads(decoder):
-    return torch.stack([router.load for _, router in decoder.routers()])
+def learned(model, inputs, labels, objective=None):
+    """Terms of labels `[B, S]`, or `[B, S, 2]`, and tokens an expert of each layer."""
+    objective, routing = objective or of_text(model.config), Routing()
+    batch = Batch(inputs, labels, torch.zeros_like(inputs))
+    terms = model(inputs, routing=routing, then=lambda outputs: objective.terms(outputs, batch, Alone()))
+    return terms, {figures.layer: figures.tokens.tolist() for figures in routing.figures}
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_tokens_are_counted_once_and_in_training_only(recompute):
-    decoder = Decoder(config({**SIGMOID, "balance_loss": 0.01}, mtp_layers=1))
+    decoder = learner(config({**SIGMOID, "balance_loss": 0.01}, mtp_layers=1))
     ids = torch.randint(72, (2, 9))
+    labels = torch.stack((ids[:, 1:-1], ids[:, 2:]), -1)
     decoder.recompute = recompute
-    decoder.train()
-    decoder(ids[:, :-2], labels=torch.stack((ids[:, 1:-1], ids[:, 2:]), -1)).backward()
-    assert loads(decoder).sum(1).tolist() == [2 * 7 * 2] * 3  # two layers, and that of multi-token prediction
+    terms, loads = learned(decoder, ids[:, :-2], labels)
+    assert [sum(load) for load in loads.values()] == [2 * 7 * 2] * 3  # two layers, and multi-token prediction's
+    terms.loss.backward()
     gradients = [parameter.grad.clone() for parameter in decoder.parameters()]
-    before = loads(decoder).clone()
     with torch.no_grad():
-        decoder(ids, labels=ids)
-        decoder.eval()(ids)
-    decoder.train()(ids)  # nothing is differentiated
-    assert torch.equal(loads(decoder), before)
-    plain = Decoder(decoder.config).train()
-    plain(ids[:, :-2], labels=torch.stack((ids[:, 1:-1], ids[:, 2:]), -1)).backward()
-    assert torch.equal(loads(plain), before)
+        assert learned(decoder, ids, ids, NextToken())[1] == {}
+    plain = learner(decoder.config)
+    terms, same = learned(plain, ids[:, :-2], labels)
+    terms.loss.backward()
+    assert same == loads
     for parameter, gradient in zip(plain.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
 
@@ -288,11 +309,11 @@ def test_latent_attention_is_its_formula():
 
 def test_multi_token_prediction_is_its_formula():
     """DeepSeek-V3, equations 21 to 25: in the gradient by its weight, and not in the loss that is returned."""
-    model = Decoder(config(mtp_layers=1, mtp_loss_weight=0.3, latent=LATENT, embedding_multiplier=2.0))
+    model = learner(config(mtp_layers=1, mtp_loss_weight=0.3, latent=LATENT, embedding_multiplier=2.0))
     ids = torch.randint(72, (2, 10), generator=torch.Generator().manual_seed(5))
     inputs, following, further = ids[:, :-2], ids[:, 1:-1], ids[:, 2:].clone()
     further[0, 3] = IGNORE_INDEX
-    loss = model(inputs, labels=torch.stack((following, further), -1))
+    terms, _ = learned(model, inputs, torch.stack((following, further), -1))
 
     hidden = model.hidden_states(inputs)
     main = F.cross_entropy(model.logits(hidden).flatten(0, 1), following.flatten(), reduction="sum")
@@ -306,14 +327,14 @@ def test_multi_token_prediction_is_its_formula():
     block = rms(part.block(joined @ part.projection.weight.T, *tables), part.norm)
     logits = (block @ model.head.weight.T).flatten(0, 1)
     second = F.cross_entropy(logits, further.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
-    torch.testing.assert_close(loss, main)
-    torch.testing.assert_close(model.next_loss, second.detach())
+    torch.testing.assert_close(terms.loss, main)
+    torch.testing.assert_close(terms.figures["next_loss"], second.detach())
     parameters = list(model.parameters())
     expected = torch.autograd.grad(main + 0.3 * second, parameters)
-    for value, gradient in zip(torch.autograd.grad(loss, parameters), expected, strict=True):
+    for value, gradient in zip(torch.autograd.grad(terms.loss, parameters), expected, strict=True):
         torch.testing.assert_close(value, gradient, atol=1e-4, rtol=1e-4)
     with torch.no_grad():
-        torch.testing.assert_close(model(inputs, labels=following), main.detach())
+        torch.testing.assert_close(learned(model, inputs, following, NextToken())[0].loss, main.detach())
 
 
 def rms(x, norm):
@@ -332,9 +353,8 @@ def test_the_balance_loss_counts_by_the_share_of_labels_that_count():
         ffn_hidden_size=16,
         mixture=MixtureConfig(experts=4, top_k=2, ffn_hidden_size=8, balance_loss=0.5),
     )
-    router = Router(config)
+    router = Router(config, 0)
     torch.nn.init.normal_(router.weight)
     x = torch.randn(2, 6, 16)
-    whole = router(x)[1]
-    router.share = 0.25
-    assert torch.allclose(router(x)[1], whole / 4)
+    whole = router(x, Routing())[1]
+    assert torch.allclose(router(x, Routing(weight=0.25))[1], whole / 4)

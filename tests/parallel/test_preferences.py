@@ -204,7 +204,7 @@ def _held_out(config: RunConfig) -> dict[str, float]:
     trainer.parallel.eval()
     for number in range(held_out._lines[0].count):
         batch = held_out.batch(number)
-        loss, _, _, accuracy = trainer.parallel.preferences(batch).tolist()
-        losses, right = losses + loss, right + accuracy
+        terms = trainer.parallel.evaluate(batch)
+        losses, right = losses + float(terms.loss), right + float(terms.figures["reward_accuracy"])
         count += len(held_out._lines[0].documents(number)) // 2
     return {**values, "by steps": losses / count, "accuracy by steps": right / count, "pairs by steps": count}

@@ -18,7 +18,7 @@ from zili.config.model import ModelConfig, RotaryConfig
 from zili.data.sentencepiece import Kind, Piece, definition
 from zili.data.tokenizer import Tokenizer
 from zili.errors import CheckpointError
-from zili.models.decoder import Decoder
+from zili.objectives import learner
 from zili.release import export_model, import_model
 from zili.release.companions import tokenizer_of
 from zili.release.gguf.file import open_gguf
@@ -47,7 +47,7 @@ TEXT = "The model 模型 trains 12345 steps.\n\n    return self.x  # 你好 <_us
 
 def run_of(tmp_path, config, tokenizer=None):
     torch.manual_seed(2)
-    decoder = Decoder(config).eval()
+    decoder = learner(config).eval()
     with torch.no_grad():
         for name, parameter in decoder.named_parameters():
             if parameter.ndim == 1:

@@ -18,7 +18,7 @@ from zili.config import build_config
 from zili.config.mixture import LatentConfig, MixtureConfig
 from zili.config.model import ModelConfig
 from zili.errors import CheckpointError
-from zili.models.decoder import Decoder
+from zili.objectives import learner, objective_of
 from zili.release import export_model, import_model, load_into, open_model
 from zili.release.tensors import Tensors
 
@@ -69,7 +69,7 @@ def test_parts_of_a_zili_folder_and_of_pickled_weights(publish, tmp_path):
 
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_checkpoint_in_pieces(tmp_path, shards):
-    decoder = Decoder(MIXTURE)
+    decoder = learner(MIXTURE)
     write_checkpoint(tmp_path / "step-00000003", decoder, shards)
     tensors = open_model(tmp_path).tensors
     check_parts(tensors)
@@ -140,7 +140,7 @@ def test_no_more_is_read_than_is_asked_for(publish, tmp_path, monkeypatch):
         reads.elements.clear()
         tensors.read(name, index)
         assert reads.elements == elements, name
-    write_checkpoint(tmp_path / "step-00000003", Decoder(MIXTURE))
+    write_checkpoint(tmp_path / "step-00000003", learner(MIXTURE))
     tensors = open_model(tmp_path).tensors
     reads.elements.clear()
     tensors.read("layers.1.feed_forward.experts.up", (slice(2, 4), slice(0, 16), slice(0, 8)))
@@ -148,14 +148,14 @@ def test_no_more_is_read_than_is_asked_for(publish, tmp_path, monkeypatch):
 
 
 def test_exporting_a_checkpoint_holds_one_expert_at_a_time(tmp_path, monkeypatch):
-    write_checkpoint(tmp_path / "step-00000003", Decoder(MIXTURE))
+    write_checkpoint(tmp_path / "step-00000003", learner(MIXTURE))
     reads = Reads(monkeypatch)
     export_model(tmp_path, tmp_path / "out")
     expert = 16 * 32
     experts = 3 * 8 * 3  # two layers and that of multi-token prediction, gate, up and down
     assert reads.elements.count(expert) >= experts
     assert max(reads.elements) <= max(64 * 32, 48 * 32, 32 * 64)
-    sizes = {name: tensor.numel() for name, tensor in Decoder(MIXTURE).named_tensors()}
+    sizes = {name: tensor.numel() for name, tensor in learner(MIXTURE).named_tensors()}
     used = sum(size for name, size in sizes.items() if not name.startswith("next_tokens."))
     # Each once to be written, and what is not for training alone once more on either side of the comparison.
     assert sum(reads.elements) == sum(sizes.values()) + 2 * used
@@ -163,7 +163,7 @@ def test_exporting_a_checkpoint_holds_one_expert_at_a_time(tmp_path, monkeypatch
 
 def test_a_checkpoint_that_lacks_a_piece(tmp_path):
     folder = tmp_path / "step-00000003"
-    write_checkpoint(folder, Decoder(MIXTURE))
+    write_checkpoint(folder, learner(MIXTURE))
     shard = folder / "shard-00002-model.safetensors"
     with safe_open(shard, framework="pt") as file:
         metadata, kept = file.metadata(), load_file(shard)
@@ -205,7 +205,7 @@ def build(tables, size):
         origin="test",
     )
     device = Device(chips.activate(chips.find_backend("cpu")))
-    return build_parts(config, World(lay_out(config, size), device), torch.float32)
+    return build_parts(config, World(lay_out(config, size), device), torch.float32, objective_of(config))
 
 
 LAYOUTS = (
@@ -237,7 +237,7 @@ def what_differs(rank, folders):
 
 
 def test_each_process_reads_its_own_part(tmp_path):
-    write_checkpoint(tmp_path / "step-00000003", Decoder(MIXTURE))
+    write_checkpoint(tmp_path / "step-00000003", learner(MIXTURE))
     export_model(tmp_path, tmp_path / "out")
     # A process for each rank: torch keeps meshes, and with them the rank that they were made for.
     with forks.context().Pool(2, maxtasksperchild=1) as pool:
@@ -246,8 +246,8 @@ def test_each_process_reads_its_own_part(tmp_path):
 
 
 def test_another_model_is_refused(tmp_path):
-    write_checkpoint(tmp_path / "step-00000003", Decoder(MIXTURE.model_copy(update={"mtp_layers": 0})))
+    write_checkpoint(tmp_path / "step-00000003", learner(MIXTURE.model_copy(update={"mtp_layers": 0})))
     with pytest.raises(CheckpointError, match=r"\d+ missing of \d+ tensors .*next_tokens"):
-        load_into([Decoder(MIXTURE)], tmp_path)
+        load_into([learner(MIXTURE)], tmp_path)
     with pytest.raises(CheckpointError, match=r"tensors of another shape .*head.weight is \(64, 32\), not \(72, 32\)"):
-        load_into([Decoder(MIXTURE.model_copy(update={"vocab_size": 72, "mtp_layers": 0}))], tmp_path)
+        load_into([learner(MIXTURE.model_copy(update={"vocab_size": 72, "mtp_layers": 0}))], tmp_path)

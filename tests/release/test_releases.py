@@ -17,7 +17,7 @@ from zili.config.mixture import MixtureConfig
 from zili.config.model import ModelConfig, RotaryConfig
 from zili.config.presets import load_preset, preset_names
 from zili.errors import CheckpointError
-from zili.models.decoder import Decoder
+from zili.objectives import learner
 from zili.release import export_model, import_model
 from zili.release.opening import LAYOUTS
 from zili.release.record import read_release
@@ -73,7 +73,7 @@ def run(tmp_path):
 
     def make(config, dtype=torch.float32):
         torch.manual_seed(1)
-        decoder = Decoder(config).eval()
+        decoder = learner(config).eval()
         with torch.no_grad():
             for name, parameter in decoder.named_parameters():
                 if parameter.ndim == 1:
@@ -157,7 +157,7 @@ def test_a_release_verifies_against_what_it_was_made_from(run, tmp_path):
     assert found["source"].endswith("likeliest ids equal")
     # Of another run, though of the same shape, it was not made.
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    other = Decoder(MODELS["telechat2"])
+    other = learner(MODELS["telechat2"])
     other.init_weights(5)
     write_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000003", other)
     with pytest.raises(CheckpointError, match=r"source: .* nats"):

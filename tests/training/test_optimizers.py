@@ -11,6 +11,7 @@ from zili.config import ModelConfig
 from zili.config.run import OptimizerConfig
 from zili.models.arithmetic import training_state_bytes
 from zili.models.decoder import Decoder
+from zili.objectives import learner
 from zili.training.muon import Muon
 from zili.training.optimizers import build_optimizers, set_learning_rate
 
@@ -21,7 +22,7 @@ MIXTURE = {"experts": 4, "top_k": 2, "ffn_hidden_size": 24, "bias": True, "scori
 
 
 def decoder(**changes: object) -> Decoder:
-    return Decoder(ModelConfig.model_validate({**SHAPE, "ffn_hidden_size": 48, **changes}))
+    return learner(ModelConfig.model_validate({**SHAPE, "ffn_hidden_size": 48, **changes}))
 
 
 def names_of(model: Decoder, group: dict[str, list[Tensor]]) -> set[str]:

@@ -47,9 +47,9 @@ class Batch(NamedTuple):
         """The same, `size` rows at a time."""
         return (self.rows(slice(start, start + size)) for start in range(0, len(self.input_ids), size))
 
-    def beside(self) -> dict[str, Tensor]:
-        """What a decoder is called with beside the ids."""
-        return {name: rows for name, rows in self._asdict().items() if name != "input_ids" and rows is not None}
+    def given(self) -> dict[str, Tensor]:
+        """Its tensors by name, without those that it does not have."""
+        return {name: rows for name, rows in self._asdict().items() if rows is not None}
 
     def rows(self, some: slice) -> Batch:
         """Some of its rows."""

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
-
-import torch
 
 from zili.data.packing import DialogueLoader
 from zili.data.store import TokenStore
 from zili.data.tokenizer import Tokenizer
 from zili.evaluation.bits_per_byte import expected_seconds, score_token_ids, stored_documents
-from zili.parallel.model import REWARDS
+from zili.objectives.next_token import NextToken
 from zili.training.callbacks import Callback
 from zili.training.trainer import Trainer
 
@@ -105,22 +104,20 @@ def _of_dialogues(loader: DialogueLoader, tokenizer: Tokenizer) -> Measure:
 
     def measure(trainer: Trainer) -> dict[str, float]:
         parallel, left = trainer.parallel, trainer.config.evaluation.max_bytes
-        total, count, scored, size = torch.zeros(4 if loader.pairs else 1), 0, 0, 0
+        objective = parallel.objective if loader.pairs else NextToken()
+        sums, count, scored, size = Counter[str](), 0.0, 0, 0
         parallel.eval()
         for batch, rows in loader.every_row(0, _rows_at_once(trainer, loader.sequence_length)):
             documents = [document for row in rows for document in row]
             size += sum(len(tokenizer.decode(store.document(document)).encode()) for document in documents)
             scored += len(documents)
-            if loader.pairs:
-                total += parallel.preferences(batch).cpu()
-                count += len(documents) // 2
-            else:
-                total += parallel.loss_sum(*batch[:2], document_ids=batch.document_ids).cpu()
-                count += int((batch.labels >= 0).sum())
+            terms = parallel.evaluate(batch, objective)
+            sums.update({name: float(total) for name, total in {"loss": terms.loss, **terms.figures}.items()})
+            count += float(terms.count)
             if size >= left:
                 break
         parallel.train()
-        means = dict(zip(("loss", *REWARDS), (total / max(count, 1)).tolist(), strict=False))
+        means = {name: total / max(count, 1) for name, total in sums.items()}
         return {**means, "documents": scored, "bytes": size}
 
     return measure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,8 @@ from zili.models.attention import attention_of
 from zili.models.cache import CacheEntry, KeyValueCache
 from zili.models.initialization import fill, initial_value
 from zili.models.layers import Embedding, Entrance, Linear, RMSNorm, local
-from zili.models.mixture import Mixture, Router, feed_forward_of
-from zili.models.preference import PreferenceLoss
+from zili.models.mixture import Router, feed_forward_of
+from zili.models.outputs import Outputs, Routing, logits, scaled
 from zili.models.recomputation import Recompute, recomputed
 from zili.models.rotary import Kept, rotary_tables
 
@@ -40,12 +41,12 @@ class Block(nn.Module):
         sin: Tensor,
         document_ids: Tensor | None = None,
         cache_entry: CacheEntry | None = None,
-        padding: Tensor | None = None,
+        routing: Routing | None = None,
     ) -> Tensor:
-        """`x [B, S, D]`, `cos, sin [S, d]`, `document_ids [B, T]`, `padding [B, T]` -> `[B, S, D]`."""
+        """`x [B, S, D]`, `cos, sin [S, d]`, `document_ids [B, T]` -> `[B, S, D]`."""
         branch = self._drop(self.attention(self.attention_norm(x), cos, sin, document_ids, cache_entry))
         normed, x = self.feed_forward_norm.after_adding(x, branch)
-        return x + self._drop(self.feed_forward(normed, padding))
+        return x + self._drop(self.feed_forward(normed, routing))
 
     def _drop(self, branch: Tensor) -> Tensor:
         return F.dropout(branch, self.dropout) if self.training and self.dropout else branch
@@ -54,10 +55,10 @@ class Block(nn.Module):
 class Blocks(nn.Module):
     """Blocks under their number in the whole model, which part of a model keeps: `layers.17` is the 18th everywhere."""
 
-    def __init__(self, config: ModelConfig, numbers: range) -> None:
+    def __init__(self, numbers: range, make: Callable[[int], nn.Module]) -> None:
         super().__init__()
         for number in numbers:
-            self.add_module(str(number), Block(config, number))
+            self.add_module(str(number), make(number))
 
     def items(self) -> Iterator[tuple[int, nn.Module]]:
         """Number and block, in order."""
@@ -73,29 +74,8 @@ class Blocks(nn.Module):
         return len(self._modules)
 
 
-class NextTokens(nn.Module):
-    """Multi-token prediction: one more block that predicts the token after the next (DeepSeek-V3, section 2.2).
-
-    It sees the hidden state of a position and the embedding of its next token. Embedding and output matrix are the
-    model's own.
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.embedding_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.hidden_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.projection = Linear(2 * config.hidden_size, config.hidden_size, bias=False)
-        self.block = Block(config, config.layers)
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-
-    def forward(self, hidden: Tensor, embedded: Tensor, run: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
-        """`hidden, embedded [B, S, D]` -> `[B, S, D]`; `run` calls the block as the model calls its own."""
-        joined = torch.cat((self.embedding_norm(embedded), self.hidden_norm(hidden)), -1)
-        return self.norm(run(self.block, self.projection(joined)))
-
-
 class Decoder(nn.Module):
-    """Token ids to logits, or to a loss.
+    """Token ids to hidden states, and to whatever the caller makes of them: logits, or a loss.
 
     Built on the `meta` device it has shapes only; built elsewhere its weights are those of seed 0 until
     `init_weights` or a checkpoint sets others. `recompute` is the trainer's switch: "full" keeps only each
@@ -103,6 +83,8 @@ class Decoder(nn.Module):
 
     `part` builds some consecutive layers: the part with the first layer has the embedding and takes ids, every other
     takes the hidden states of the part before it; the part with the last layer has norm and head.
+
+    A subclass may override `make_block` to have blocks of its own kind.
     """
 
     def __init__(self, config: ModelConfig, part: range | None = None) -> None:
@@ -120,23 +102,35 @@ class Decoder(nn.Module):
         # A tied output matrix is the embedding, and multi-token prediction embeds, so the last part may have it too.
         embeds = first or (last and bool(config.tied_embeddings or config.mtp_layers))
         self.embedding = Embedding(config.vocab_size, config.hidden_size) if embeds else None
-        self.layers = Blocks(config, part)
+        self.layers = Blocks(part, self.make_block)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps) if last else None
         self.gather = Entrance()
         """Before the output matrix, which is cut by rows of the vocabulary and so needs every token."""
         separate = last and not config.tied_embeddings
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False) if separate else None
-        self.next_tokens = NextTokens(config) if last and config.mtp_layers else None
+        self.beside: list[str] = []
+        """Names of the modules that an objective put here (`add_beside`)."""
         self.readout: Callable[[Tensor], Tensor] | None = None
         """The product with the output matrix, where that lies in another form for it; None: as it is."""
-        self.next_loss: Tensor | None = None
-        """Losses of multi-token prediction, summed since the trainer last took them, 0-d."""
-        self.preference: PreferenceLoss | None = None
-        """What becomes of losses where rows are pairs of answers; the trainer's to set."""
         if config.lora is not None:
             self._adapt(config.lora)
         if not next(self.parameters()).is_meta:
             self.init_weights(0)
+
+    def make_block(self, number: int) -> nn.Module:
+        """Layer `number` of the model, from 0. It is called as `Block.forward` is."""
+        return Block(self.config, number)
+
+    def add_beside(self, name: str, module: nn.Module) -> None:
+        """Put what an objective learns beside the model into this part, under `name`: its weights are cut, sharded,
+        saved and optimized with the others."""
+        self.add_module(name, module)
+        self.beside.append(name)
+
+    def units(self) -> Iterator[nn.Module]:
+        """Modules whose weights are used together: the blocks, and what an objective has beside them."""
+        yield from self.layers
+        yield from (self.get_submodule(name) for name in self.beside)
 
     def _adapt(self, lora: LoraConfig) -> None:
         """Adapters beside the matrices that have one; nothing else is trained."""
@@ -150,24 +144,17 @@ class Decoder(nn.Module):
         """Fill every parameter with its part of `initial_value(name, shape, config, seed)`."""
         for name, parameter in self.named_parameters():
             fill(parameter, initial_value(name, tuple(parameter.shape), self.config, seed))
-        for buffer in self.buffers():  # of routers: no bias, and nothing counted yet
+        for buffer in self.buffers():  # the routers' biases
             buffer.zero_()
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All that a checkpoint must hold of the model: parameters, and buffers that training moves."""
         yield from self.named_parameters()
-        for name, buffer in self.named_buffers():
-            if name.rpartition(".")[2] != "load":
-                yield name, buffer
+        yield from self.named_buffers()
 
-    def routers(self) -> Iterator[tuple[int, Router]]:
-        """Routers by their layer's number; that of multi-token prediction comes after the last layer."""
-        blocks = [*self.layers.items()]
-        if self.next_tokens is not None:
-            blocks.append((self.config.layers, self.next_tokens.block))
-        for number, block in blocks:
-            if isinstance(block.feed_forward, Mixture):
-                yield number, block.feed_forward.router
+    def routers(self) -> Iterator[Router]:
+        """The routers of this part, in the order of layers; multi-token prediction's comes last."""
+        return (module for module in self.modules() if isinstance(module, Router))
 
     @property
     def head_weight(self) -> Tensor:
@@ -182,52 +169,30 @@ class Decoder(nn.Module):
         inputs: Tensor,
         *,
         document_ids: Tensor | None = None,
-        labels: Tensor | None = None,
         cache: KeyValueCache | None = None,
-        reference: Tensor | None = None,
-        padding: Tensor | None = None,
-    ) -> Tensor:
-        """Logits `[B, S, V]` in fp32 for ids `inputs [B, S]`; with `labels [B, S]` the sum of their cross entropies.
+        routing: Routing | None = None,
+        then: Callable[[Outputs], Any] = logits,
+    ) -> Any:
+        """What `then` makes of the last layer's outputs: by default logits `[B, S, V]` in fp32 for ids `[B, S]`.
 
-        Labels are aligned with the inputs: `labels[:, i]` is the token after `inputs[:, i]`, and `IGNORE_INDEX` counts
-        nothing. The sum is a 0-d fp32 tensor. A part without the last layer returns hidden states `[B, S, D]`, for
-        the next part's `inputs`. Other arguments as for `hidden_states`.
-
-        Labels `[B, S, 2]` hold the token after the next as well. A model that predicts it in training adds that loss
-        to what is differentiated; the value returned is that of the next token alone.
-
-        With `reference [B, N]` documents are pairs of answers, and the sum is that of `preference`. `padding` `[B, S]`,
-        of whole rows as `document_ids`, is true where nothing is to count in the experts' load.
+        A part without the last layer returns hidden states `[B, S, D]`, for the next part's `inputs`. `routing` is for
+        the routers of a model that learns. Other arguments as for `hidden_states`.
         """
-        x, run = self._blocks(inputs, document_ids, cache, padding)
+        x, run = self._blocks(inputs, document_ids, cache, routing)
         if self.norm is None:
             return x
         hidden = self.norm(x[:, -inputs.shape[1] :] if cache is not None else x)
-        if labels is None:
-            return self.logits(self.gather(hidden))
-        if reference is not None:
-            return self._preference_sum(hidden, labels, document_ids, reference)
-        further = labels[..., 1] if labels.ndim == 3 else None
-        labels = labels[..., 0] if labels.ndim == 3 else labels
-        loss = self._cross_entropy(hidden, labels)
-        if self.next_tokens is None or further is None or not torch.is_grad_enabled():
-            return loss
-        assert self.embedding is not None
-        embedded = self._scaled(self.embedding(labels.clamp(min=0)), self.config.embedding_multiplier)
-        next_loss = self._cross_entropy(self.next_tokens(hidden, embedded, run), further)
-        self.next_loss = next_loss.detach() + (0.0 if self.next_loss is None else self.next_loss)
-        # Differentiated together, reported apart.
-        weighted = self.config.mtp_loss_weight * next_loss
-        return loss + (weighted - weighted.detach())
+        return then(Outputs(self, hidden, () if routing is None else tuple(routing.figures), run))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`hidden [..., D]`, as `hidden_states` returns it, to fp32 logits `[..., V]`."""
         product = ops.linear(hidden, local(self.head_weight)) if self.readout is None else self.readout(hidden)
-        return self._scaled(product.float(), self.config.logit_multiplier)
+        return scaled(product.float(), self.config.logit_multiplier)
 
-    @staticmethod
-    def _scaled(x: Tensor, multiplier: float) -> Tensor:
-        return x if multiplier == 1.0 else x * multiplier  # most models: no pass over [B, S, V] for nothing
+    def embed(self, ids: Tensor) -> Tensor:
+        """`ids [B, S]` -> `[B, S, D]`."""
+        assert self.embedding is not None, "only some parts have it"
+        return scaled(self.embedding(ids), self.config.embedding_multiplier)
 
     def hidden_states(
         self, inputs: Tensor, *, document_ids: Tensor | None = None, cache: KeyValueCache | None = None
@@ -247,7 +212,7 @@ class Decoder(nn.Module):
         return x if self.norm is None else self.norm(x[:, -inputs.shape[1] :] if cache is not None else x)
 
     def _blocks(
-        self, inputs: Tensor, document_ids: Tensor | None, cache: KeyValueCache | None, padding: Tensor | None = None
+        self, inputs: Tensor, document_ids: Tensor | None, cache: KeyValueCache | None, routing: Routing | None = None
     ) -> tuple[Tensor, Callable[[nn.Module, Tensor], Tensor]]:
         """What leaves the last block, and how another block of the same sequence is run."""
         start, inputs = (0, inputs) if cache is None else cache.extend(inputs)
@@ -258,38 +223,25 @@ class Decoder(nn.Module):
             positions = self.positions(length, inputs.device)
         rotary, head_dim = self.config.rotary, self.config.rotary_dim
         cos, sin = rotary_tables(rotary, head_dim, positions, length, self._frequencies)
-        x = inputs
-        if self.first:
-            assert self.embedding is not None
-            x = self._scaled(self.embedding(inputs), self.config.embedding_multiplier)
-            if torch.is_autocast_enabled(x.device.type):
-                x = x.float()  # products run in half precision, what they are added up in does not
+        x = self.embed(inputs) if self.first else inputs
+        if self.first and torch.is_autocast_enabled(x.device.type):
+            x = x.float()  # products run in half precision, what they are added up in does not
         for i, block in self.layers.items():
             entry = None if cache is None else cache.entry(i, start)
-            x = self._run(block, x, cos, sin, document_ids, entry, padding)
-        return x, lambda block, y: self._run(block, y, cos, sin, document_ids, None, padding)
+            x = self._run(block, x, cos, sin, document_ids, entry, routing)
+        return x, lambda block, y: self._run(block, y, cos, sin, document_ids, None, routing)
 
-    def _run(self, block: nn.Module, *arguments: Tensor | CacheEntry | None) -> Tensor:
+    def _run(self, block: nn.Module, *arguments: Tensor | CacheEntry | Routing | None) -> Tensor:
         if self.recompute != "none" and self.training and torch.is_grad_enabled():
             return recomputed(block, self.recompute, *arguments)
         return block(*arguments)
 
-    def _cross_entropy(self, hidden: Tensor, labels: Tensor, reduction: ops.Reduction = "sum") -> Tensor:
-        hidden = self.gather(hidden).flatten(0, 1)
-        weight, multiplier = local(self.head_weight), self.config.logit_multiplier
-        return ops.linear_cross_entropy(hidden, weight, labels.flatten(), multiplier, self.vocabulary, reduction)
-
-    def _preference_sum(self, hidden: Tensor, labels: Tensor, document_ids: Tensor | None, reference: Tensor) -> Tensor:
-        assert self.preference is not None and document_ids is not None
-        here = document_ids
-        if self.positions is not None:
-            here = document_ids[:, self.positions(document_ids.shape[1], document_ids.device)]
-        losses = self._cross_entropy(hidden, labels, "none").view(labels.shape)
-        return self.preference(losses, labels != ops.IGNORE_INDEX, here, document_ids, reference)
-
     def loss_sum(self, input_ids: Tensor, labels: Tensor, *, document_ids: Tensor | None = None) -> Tensor:
-        """Sum of cross entropies over `labels [B, S]` that are not `IGNORE_INDEX`: `forward` with labels."""
-        return self(input_ids, labels=labels, document_ids=document_ids)
+        """Sum of cross entropies over `labels [B, S]` that are not `IGNORE_INDEX`, 0-d fp32.
+
+        Labels are aligned with the inputs: `labels[:, i]` is the token after `input_ids[:, i]`.
+        """
+        return self(input_ids, document_ids=document_ids, then=lambda outputs: outputs.cross_entropy(labels))
 
     def new_cache(
         self,

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from zili import ops
 from zili.config.model import ModelConfig
 from zili.models.layers import Entrance, Linear
+from zili.models.outputs import Routing
 
 
 class FeedForward(nn.Module):
@@ -20,7 +21,7 @@ class FeedForward(nn.Module):
         self.up = Linear(hidden, ffn, bias=config.gate_up_bias)
         self.down = Linear(ffn, hidden, bias=config.ffn_down_bias)
 
-    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
-        """`padding` is for experts, who count tokens."""
+    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
+        """`routing` is for layers of experts."""
         x = self.enter(x)
         return self.down(ops.swiglu(self.gate(x), self.up(x)))

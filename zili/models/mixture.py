@@ -17,6 +17,7 @@ from zili.config.mixture import MixtureConfig
 from zili.config.model import ModelConfig
 from zili.models.feed_forward import FeedForward
 from zili.models.layers import Seam, local, lowered
+from zili.models.outputs import RouterFigures, Routing
 
 
 class Routes(NamedTuple):
@@ -37,29 +38,24 @@ class Router(nn.Module):
     DeepSeek-V3 section 2.1.2, which TeleChat3-105B-A4.7B follows.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         assert config.mixture is not None
+        self.layer = layer
         self.mixture: MixtureConfig = config.mixture
         experts = self.mixture.experts
         self.weight = nn.Parameter(torch.empty(experts, config.hidden_size))
         self.expert_bias: Tensor | None
-        self.load: Tensor
         self.register_buffer("expert_bias", torch.zeros(experts) if self.mixture.bias else None)
-        self.register_buffer("load", torch.zeros(experts), persistent=False)
-        """Tokens that went to each expert in training since `balance` last read it, `[E]`."""
         self.sequence = Seam()
         """Sums what the processes that share a sequence counted."""
         self.positions = Seam()
         """Of whole rows `[B, S]`, the positions whose tokens are here."""
-        self.share = 1.0
-        """Of the positions of a batch, those whose label counts. The balance loss is a sum over all, and the trainer
-        divides by the number of those alone."""
 
-    def forward(self, x: Tensor, padding: Tensor | None = None) -> tuple[Routes, Tensor, Tensor]:
-        """`x [B, S, D]` -> routes, the balance loss summed over tokens (0-d), and tokens an expert `[E]`.
+    def forward(self, x: Tensor, routing: Routing) -> tuple[Routes, Tensor]:
+        """`x [B, S, D]` -> routes, and the balance loss summed over tokens (0-d). Notes its figures in `routing`.
 
-        What is `padding`, given of whole rows, is routed and counts neither in the loss nor among the tokens. Every
+        What is padding is routed and counts neither in the loss nor among the tokens. Every
         token of a document counts, learned or not: questions go through the experts as answers do (as with the masks
         of transformers' load_balancing_loss_func and of Megatron-LM's MoELayer).
         """
@@ -75,27 +71,30 @@ class Router(nn.Module):
         chosen = F.one_hot(experts, self.mixture.experts).sum(2)
         routes = Routes(experts, weights * self.mixture.scale, chosen.sum((0, 1)))
         shares = scores / scores.sum(-1, keepdim=True)
-        if padding is not None:
-            filled = ~self.positions(padding)[..., None]
+        length = None
+        if routing.padding is not None:
+            length, filled = routing.padding.shape[1], ~self.positions(routing.padding)[..., None]
             chosen, shares = chosen * filled, shares * filled
         counts = chosen.sum(1).float()
-        length = None if padding is None else padding.shape[1]
-        return routes, self._balance_loss(shares.sum(1), counts, length), counts.sum(0)
+        loss = self._balance_loss(shares.sum(1), counts, length, routing.weight)
+        if torch.is_grad_enabled():
+            routing.figures.append(RouterFigures(self.layer, counts.sum(0), loss.detach()))
+        return routes, loss
 
-    def _balance_loss(self, shares: Tensor, counts: Tensor, length: int | None) -> Tensor:
+    def _balance_loss(self, shares: Tensor, counts: Tensor, length: int | None, weight: float) -> Tensor:
         """`E / (k T) counts . mean(share)` of each sequence of T tokens, times its positions, summed (DeepSeek-V3, eq.
         17 to 20).
 
         `shares, counts [B, E]`, sums over the tokens here. Of a sequence that processes share each adds its term.
-        `length`: positions, where some are padding; a row weighs the same however full it is.
+        `length`: positions, where some are padding; a row weighs the same however full it is. `weight`: `Routing`'s.
         """
         if not self.mixture.balance_loss or not torch.is_grad_enabled():
             return shares.new_zeros(())
         counts = self.sequence(counts)
         tokens = counts.sum(-1, keepdim=True).clamp(min=1) / self.mixture.top_k
         fractions = self.mixture.experts / self.mixture.top_k * counts / tokens
-        weights = 1.0 if length is None else length / tokens
-        return self.share * self.mixture.balance_loss * (fractions * shares * weights).sum()
+        fill = 1.0 if length is None else length / tokens
+        return weight * self.mixture.balance_loss * (fractions * shares * fill).sum()
 
     @torch.no_grad()
     def balance(self, load: Tensor) -> None:
@@ -104,23 +103,16 @@ class Router(nn.Module):
             self.expert_bias += self.mixture.bias_update_rate * torch.sign(load.mean() - load)
 
 
-class Noted(torch.autograd.Function):
-    """Passes `x` on. Backward, `loss` joins the sum that is differentiated, and `counts` are added to `load`.
-
-    Counted backward, since a forward pass may be for evaluation, or be done twice where activations are recomputed.
-    """
+class WithLoss(torch.autograd.Function):
+    """Passes `x` on; backward, `loss` (0-d) joins the sum that is differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, loss: Tensor, load: Tensor, counts: Tensor) -> Tensor:
-        ctx.load, ctx.counts = load, counts
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        if ctx.counts is not None:  # a pipeline that puts weight gradients off comes by twice
-            ctx.load += ctx.counts
-            ctx.counts = None
-        return grad, torch.ones((), device=grad.device), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, torch.ones((), device=grad.device)
 
 
 class Exchange(nn.Module):
@@ -157,21 +149,21 @@ class Experts(nn.Module):
 class Mixture(nn.Module):
     """`x [B, S, D]` -> `[B, S, D]`: the chosen experts' outputs, weighted, and the shared expert's."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         assert config.mixture is not None
         mixture = config.mixture
-        self.router = Router(config)
+        self.router = Router(config, layer)
         self.experts = Experts(mixture, config.hidden_size)
         self.shared: FeedForward | None = None
         if mixture.shared_experts:
             width = mixture.shared_experts * mixture.ffn_hidden_size
             self.shared = FeedForward(config.model_copy(update={"ffn_hidden_size": width}))
 
-    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
-        routes, loss, counts = self.router(x, padding)
-        if torch.is_grad_enabled():
-            x = Noted.apply(x, loss, self.router.load, counts)
+    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
+        routes, loss = self.router(x, routing or Routing())
+        if loss.requires_grad:
+            x = WithLoss.apply(x, loss)
         out = self._routed(x, routes)
         return out if self.shared is None else out + self.shared(x)
 
@@ -183,4 +175,4 @@ class Mixture(nn.Module):
 
 def feed_forward_of(config: ModelConfig, layer: int) -> nn.Module:
     """What layer `layer` has between its second norm and the residual."""
-    return Mixture(config) if config.has_experts(layer) else FeedForward(config)
+    return Mixture(config, layer) if config.has_experts(layer) else FeedForward(config)

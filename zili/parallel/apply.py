@@ -9,6 +9,7 @@ import torch
 from zili.config import RunConfig
 from zili.models.decoder import Decoder
 from zili.models.mixture import Mixture
+from zili.objectives import Objective, attach
 from zili.parallel.context import ContextPart, apply_context_parallel
 from zili.parallel.data import apply_sharding
 from zili.parallel.expert import apply_expert_parallel
@@ -27,26 +28,30 @@ def with_first_weights(part: Decoder, device_type: str, seed: int) -> None:
 
 
 def build_parts(
-    config: RunConfig, world: World, dtype: torch.dtype, materialize: Materialize = with_first_weights
+    config: RunConfig,
+    world: World,
+    dtype: torch.dtype,
+    objective: Objective,
+    materialize: Materialize = with_first_weights,
 ) -> list[Decoder]:
     """The stages this process has, their weights set: one, the whole model, where there is no pipeline.
 
     The order matters. Matrices are cut first, since everything after must see the parts; blocks are compiled before
     they are sharded, so that gathering stays outside of what is compiled; and memory is taken last, for what is left.
     """
-    parts = [_build(config, world, dtype, layers) for layers in _layers(config, world)]
+    parts = [_build(config, world, dtype, objective, layers) for layers in _layers(config, world)]
     for part in parts:
         materialize(part, world.device.type, config.seed)
     return parts
 
 
-def _build(config: RunConfig, world: World, dtype: torch.dtype, layers: range) -> Decoder:
+def _build(config: RunConfig, world: World, dtype: torch.dtype, objective: Objective, layers: range) -> Decoder:
     layout = world.layout
     with torch.device("meta"):
         part = Decoder(config.model, layers)
+        if part.norm is not None:
+            attach(objective, part)
     part.recompute = config.training.recompute
-    if config.preference is not None and part.next_tokens is not None:
-        part.next_tokens.requires_grad_(False)  # it has no part in what is preferred
     if layout.tensor > 1:
         apply_tensor_parallel(part, world)
     if config.model.mixture is not None and world.size > 1:

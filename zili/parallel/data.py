@@ -43,9 +43,9 @@ def apply_sharding(model: Decoder, world: World, dtype: torch.dtype) -> None:
     again = world.layout.pipeline == 1
     for experts in (module for module in model.modules() if isinstance(module, Experts)):
         _shard_experts(experts, world, mp_policy=_policy(experts, dtype), reshard_after_forward=again)
-    for block in [*model.layers, *([model.next_tokens] if model.next_tokens else [])]:
-        policy = _policy(block, dtype)
-        fully_shard(block, mesh=weights, mp_policy=policy, reshard_after_forward=again, ignored_params=whole)
+    for unit in model.units():
+        policy = _policy(unit, dtype)
+        fully_shard(unit, mesh=weights, mp_policy=policy, reshard_after_forward=again, ignored_params=whole)
     if dtype != torch.float32 and model.embedding is not None and model.head is not None:
         policy = _policy(model.embedding, torch.float32)
         fully_shard(model.embedding, mesh=weights, mp_policy=policy, reshard_after_forward=False)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,22 +15,22 @@ from torch.distributed.tensor import DTensor
 from zili.config import RunConfig
 from zili.data.loader import Batch
 from zili.models.decoder import Decoder
-from zili.models.preference import PreferenceLoss, pairs_in
-from zili.ops import IGNORE_INDEX
+from zili.models.outputs import Outputs, Routing
+from zili.objectives import Alone, Objective, Peers, Terms
+from zili.objectives.next_token import NextToken
+from zili.objectives.objective import Ask
 from zili.parallel.apply import Materialize, build_parts, with_first_weights
 from zili.parallel.context import ContextPart
 from zili.parallel.data import reduce_gradients, sum_gradients
-from zili.parallel.pipeline import Pipeline
+from zili.parallel.pipeline import Forward, Pipeline
 from zili.parallel.world import World
-
-REWARDS = ("reward_chosen", "reward_rejected", "reward_accuracy")
-"""Names of the figures of `PreferenceLoss`."""
 
 
 class ParallelModel:
     """This process's part of the model, and how its work joins that of the others.
 
-    Losses and gradients are sums over tokens; who divides by their number is the trainer, once, at the end.
+    It cuts batches, runs the parts and adds up. Losses and gradients are sums over targets; who divides by their number
+    is the trainer, once, at the end.
     """
 
     def __init__(
@@ -37,24 +38,24 @@ class ParallelModel:
         config: RunConfig,
         world: World,
         dtype: torch.dtype,
+        objective: Objective,
         materialize: Materialize = with_first_weights,
+        targets_a_position: float = 1.0,
     ) -> None:
+        """`targets_a_position`: the mean of the data, which the routers' balance loss is weighed by."""
         micro = config.training.micro_batch
         assert isinstance(micro, int), "the configuration is resolved"
         self.world = world
         self.micro_batch = micro
+        self.objective = objective
         self._dtype = dtype
         self._sums_each = config.parallel.reduce == "micro_batch"
-        self.parts: list[Decoder] = build_parts(config, world, dtype, materialize)
-        self._context = ContextPart(world) if world.layout.context > 1 else None
+        self._targets_a_position = targets_a_position
+        self.parts: list[Decoder] = build_parts(config, world, dtype, objective, materialize)
+        self._peers: Peers = ContextPart(world) if world.layout.context > 1 else Alone()
         self._pipeline = Pipeline(self.parts, config, world) if world.layout.pipeline > 1 else None
-        self._preference: PreferenceLoss | None = None
-        if config.preference is not None:
-            wanted = config.preference
-            total, sharers = (self._context.total, self._context.size) if self._context is not None else (None, 1)
-            self._preference = PreferenceLoss(wanted.beta, wanted.likelihood, total, sharers)
-            for part in self.parts:
-                part.preference = self._preference
+        self._loads: dict[int, Tensor] = {}
+        """Tokens that went to each expert `[E]`, by layer: this process's since `balance`."""
 
     @property
     def training(self) -> bool:
@@ -85,29 +86,42 @@ class ParallelModel:
         kind = self.world.device.type
         return nullcontext() if self._dtype == torch.float32 else torch.autocast(kind, dtype=self._dtype)
 
-    def accumulate(self, batch: Batch) -> Tensor:
-        """Backward over this process's rows in micro-batches; gradients are sums over the whole world's tokens.
+    def accumulate(self, batch: Batch) -> Terms:
+        """Backward over this process's rows in micro-batches; gradients are sums over the whole world's targets.
 
-        Returns this process's term of the sum of losses, 0-d fp32.
+        Returns this process's terms of the sums.
         """
-        own = self._own(batch)
+        sums = _Sums(self.objective, self.world.device.type)
+        forward, own = partial(self._forward, then=sums.add), self._own(self.objective.prepare(batch))
         if self._pipeline is not None:
             with self.autocast():
-                loss = self._pipeline.loss_sum(own, backward=True)
-            self._sum_gradients()
-            self._join_embeddings()
-            return self._once(loss)
-        total = torch.zeros((), device=self.world.device.type)
-        cuts = list(own.split(self.micro_batch))
-        for number, micro_batch in enumerate(cuts, 1):
-            last = number == len(cuts)
+                self._pipeline.step(own, forward, backward=True)
+        else:
+            self._one_by_one(list(own.split(self.micro_batch)), forward)
+        self._sum_gradients()
+        self._join_embeddings()
+        return sums.terms(self._once)
+
+    def _one_by_one(self, micro_batches: list[Batch], forward: Forward) -> None:
+        for number, micro_batch in enumerate(micro_batches, 1):
+            last = number == len(micro_batches)
             reduce_gradients(self.parts[0], now=last or self._sums_each, replicas=last)
             with self.autocast():
-                loss = self.parts[0](micro_batch.input_ids, **micro_batch.beside())
+                loss = forward(self.parts[0], micro_batch.input_ids, micro_batch)
             loss.backward()
-            total += loss.detach()
-        self._sum_gradients()
-        return self._once(total)
+
+    def _forward(self, part: Decoder, inputs: Tensor, batch: Batch, then: Ask) -> Tensor:
+        """The pass through one part: its hidden states, or what `then` makes of the last part's outputs."""
+        routing = Routing(batch.padding, self._targets_a_position)
+        out: Tensor = part(
+            inputs,
+            document_ids=batch.document_ids,
+            routing=routing,
+            then=lambda outputs: then(outputs, batch, self._peers),
+        )
+        for layer, tokens, _ in routing.figures:
+            self._loads[layer] = tokens + self._loads.get(layer, 0)
+        return out
 
     def _sum_gradients(self) -> None:
         if self.world.size > 1:
@@ -115,105 +129,73 @@ class ParallelModel:
                 sum_gradients(part, self.world, self._dtype)
 
     def loss_sum(self, input_ids: Tensor, labels: Tensor, *, document_ids: Tensor | None = None) -> Tensor:
-        """Sum of the losses of whole rows `[B, S]`, which every process gives alike: each computes its share.
-
-        B is a multiple of `rows_together`. Without gradients.
-        """
+        """Sum of the cross entropies of whole rows `[B, S]`, as `evaluate` takes them."""
         if document_ids is None:
             document_ids = torch.zeros_like(input_ids)
-        return self.world.sum(self._once(self._evaluated(Batch(input_ids, labels, document_ids))))
+        return self.evaluate(Batch(input_ids, labels, document_ids), NextToken()).loss
 
-    def preferences(self, batch: Batch) -> Tensor:
-        """Sums over the pairs of whole rows, `[4]`: losses, and the figures of `PreferenceLoss`.
+    def evaluate(self, batch: Batch, objective: Objective | None = None) -> Terms:
+        """Sums over whole rows, which every process gives alike: each computes its share. Without gradients.
 
-        Rows as for `loss_sum`; without gradients.
+        There is a multiple of `rows_together` of them. `objective`: another one than is learned.
         """
-        assert self._preference is not None
-        loss = self._evaluated(batch)
-        return self.world.sum(self._once(torch.stack((loss, *self.take_further().values()))))
+        objective = objective or self.objective
+        sums = _Sums(objective, self.world.device.type)
+        self._evaluate(objective.prepare(batch), sums.add)
+        return sums.terms(lambda term: self.world.sum(self._once(term)))
 
-    def log_probabilities(self, batch: Batch) -> Tensor:
-        """Of the labels of each document of whole rows, as `batch.reference` has them, `[B, N]`.
+    def row_values(self, batch: Batch, ask: Ask, width: int) -> Tensor:
+        """What `ask` says of each whole row, `[B, width]`, summed over the processes that share the row.
 
-        Rows as for `loss_sum`; without gradients.
+        Rows as for `evaluate`; without gradients.
         """
-        assert self._preference is not None and batch.reference is not None
         kept: list[Tensor] = []
-        self._preference.kept = kept
-        table = torch.zeros_like(batch.reference, device=self.world.device.type)
-        self._evaluated(batch)
-        self._preference.kept = self._preference.figures = None
+
+        def keep(outputs: Outputs, some: Batch, peers: Peers) -> Tensor:
+            kept.append(ask(outputs, some, peers))
+            return kept[-1].sum()
+
+        table = torch.zeros(len(batch.input_ids), width, device=self.world.device.type)
+        self._evaluate(batch, keep)
         if kept:  # the last stage's
             own = torch.cat(kept)
             at_once = len(table) if self._pipeline is None else self.rows_together
             for start in range(0, len(table), at_once):
                 mine = self.world.rows(min(at_once, len(table) - start))
-                width = mine.stop - mine.start
-                table[start + mine.start : start + mine.stop], own = own[:width], own[width:]
+                count = mine.stop - mine.start
+                table[start + mine.start : start + mine.stop], own = own[:count], own[count:]
         return self.world.sum(self._once(table))
 
     @torch.no_grad()
-    def _evaluated(self, whole: Batch) -> Tensor:
-        """This process's term of the sum of losses of whole rows, those of the same rows counted in each."""
+    def _evaluate(self, whole: Batch, then: Ask) -> None:
+        """This process's share of whole rows."""
+        forward = partial(self._forward, then=then)
         # A pipeline's messages have one size, that of a step.
         at_once = self.rows_together if self._pipeline is not None else len(whole.input_ids)
-        total = torch.zeros((), device=self.world.device.type)
         for some in whole.split(at_once):
             own = self._own(some.rows(self.world.rows(len(some.input_ids))))
             with self.autocast():
                 if self._pipeline is not None:
-                    total += self._pipeline.loss_sum(own, backward=False)
+                    self._pipeline.step(own, forward, backward=False)
                 else:
-                    total += self.parts[0](own.input_ids, **own.beside())
-        return total
+                    forward(self.parts[0], own.input_ids, own)
 
     @property
     def rows_together(self) -> int:
-        """`loss_sum` takes a multiple of so many rows."""
+        """`evaluate` takes a multiple of so many rows."""
         own = self.micro_batch * self._pipeline.micro_batches if self._pipeline is not None else 1
         return own * self.world.layout.data
 
     def _own(self, batch: Batch) -> Batch:
         """Ids and labels of the positions this process has, documents and padding of whole rows."""
-        inputs, labels, documents, reference, padding = batch
-        if self.parts[0].config.mtp_layers and self.training and reference is None:
-            labels = _with_next(labels, documents)
-        if self._context is not None:
-            inputs, labels = self._context.take(inputs), self._context.take(labels)
-        place = self.world.device.type
-        padding = padding if self.parts[0].config.mixture is not None else None  # for their routers alone
-        own = Batch(inputs, labels, documents, reference, padding)
-        return own.each(lambda rows: rows.to(place, non_blocking=True))
+        inputs, labels = self._peers.take(batch.input_ids), self._peers.take(batch.labels)
+        padding = batch.padding if self.parts[0].config.mixture is not None else None  # for their routers alone
+        own = batch._replace(input_ids=inputs, labels=labels, padding=padding)
+        return own.each(lambda rows: rows.to(self.world.device.type, non_blocking=True))
 
-    def _once(self, loss: Tensor) -> Tensor:
-        """Tensor-parallel processes compute the same losses: they count once, in a sum over the world."""
-        return loss / self.world.layout.tensor
-
-    def targets(self, batch: Batch) -> Tensor:
-        """This process's term of the number of losses that a batch's sum is of: labels that count, or pairs; 0-d."""
-        if batch.reference is None:
-            count = (batch.labels != IGNORE_INDEX).sum()
-        else:
-            count = pairs_in(batch.document_ids, batch.reference.shape[1]).sum()
-        layout = self.world.layout
-        sharers = layout.context * layout.tensor * layout.pipeline
-        return count.to(self.world.device.type, torch.float32) / sharers
-
-    def take_further(self) -> dict[str, Tensor]:
-        """This process's terms of other sums over targets since the last call, 0-d each: losses of multi-token
-        prediction, or the figures of `PreferenceLoss`. The same names on every process."""
-        zero = torch.zeros((), device=self.world.device.type)
-        sums: dict[str, Tensor] = {}
-        if self._preference is not None:
-            figures, self._preference.figures = self._preference.figures, None
-            sums = dict(zip(REWARDS, [zero] * len(REWARDS) if figures is None else figures, strict=True))
-        elif self.parts[0].config.mtp_layers:
-            sums = {"next_loss": zero}
-            for part in self.parts:
-                if part.next_loss is not None:
-                    sums["next_loss"] = sums["next_loss"] + part.next_loss
-                    part.next_loss = None
-        return {name: self._once(value) for name, value in sums.items()}
+    def _once(self, term: Tensor) -> Tensor:
+        """Tensor-parallel processes compute the same terms: they count once, in a sum over the world."""
+        return term / self.world.layout.tensor
 
     @torch.no_grad()
     def squared_gradient(self) -> Tensor:
@@ -271,17 +253,14 @@ class ParallelModel:
         config = self.parts[0].config
         if config.mixture is None:
             return None
-        routers = [pair for part in self.parts for pair in part.routers()]
         loads = torch.zeros(config.layers + config.mtp_layers, config.mixture.experts, device=self.world.device.type)
-        for number, router in routers:
-            loads[number] = router.load
-            router.load.zero_()
+        for layer, tokens in self._loads.items():
+            loads[layer] = tokens
+        self._loads = {}
         self.world.sum(loads)
-        for number, router in routers if config.lora is None else ():  # else they stay as they are
-            router.balance(loads[number])
-        # Multi-token prediction has no part in preferences.
-        numbers = range(config.layers + (0 if self._preference is not None else config.mtp_layers))
-        return torch.stack([loads[number] for number in numbers if config.has_experts(number)])
+        for router in (router for part in self.parts for router in part.routers() if config.lora is None):
+            router.balance(loads[router.layer])  # beside adapters they stay as they are
+        return torch.stack([loads[layer] for layer in range(len(loads)) if config.has_experts(layer)])
 
     @torch.no_grad()
     def scale_gradients(self, factor: Tensor) -> None:
@@ -290,16 +269,25 @@ class ParallelModel:
         torch._foreach_mul_(gradients, factor)
 
 
-def _with_next(labels: Tensor, document_ids: Tensor) -> Tensor:
-    """`labels [B, S]` with the token after each beside it, `[B, S, 2]`.
+class _Sums:
+    """Terms of a pass, added up as they come."""
 
-    None where that is another document's, nor after a token that is not learned: it is predicted from the label before
-    it, and there is none.
-    """
-    following = labels.roll(-1, 1)
-    following[:, -1] = IGNORE_INDEX
-    counted = (document_ids == document_ids.roll(-1, 1)) & (labels != IGNORE_INDEX)
-    return torch.stack((labels, following.where(counted, IGNORE_INDEX)), -1)
+    def __init__(self, objective: Objective, device: str) -> None:
+        zero = torch.zeros((), device=device)
+        self._objective = objective
+        self._sums = Terms(zero, dict.fromkeys(objective.figures, zero), zero)
+
+    def add(self, outputs: Outputs, batch: Batch, peers: Peers) -> Tensor:
+        """Ask the objective; returns what is to be differentiated."""
+        new, old = self._objective.terms(outputs, batch, peers), self._sums
+        figures = {name: total + new.figures[name].detach() for name, total in old.figures.items()}
+        self._sums = Terms(old.loss + new.loss.detach(), figures, old.count + new.count)
+        return new.loss
+
+    def terms(self, change: Callable[[Tensor], Tensor]) -> Terms:
+        """`change` of every sum."""
+        figures = {name: change(total) for name, total in self._sums.figures.items()}
+        return Terms(change(self._sums.loss), figures, change(self._sums.count))
 
 
 def plain(x: Tensor) -> Tensor:

@@ -38,12 +38,17 @@ _SCHEDULES: dict[Schedule, Callable[..., Any]] = {
     "zero_bubble": ScheduleInterleavedZeroBubble,
     "zbv": ScheduleZBVZeroBubble,
 }
+Forward = Callable[[Decoder, Tensor, Batch], Tensor]
+"""A part's forward pass: on its inputs, ids or hidden states, of some rows of a batch."""
 _FORWARD = ("F", "SEND_F", "RECV_F", "UNSHARD", "RESHARD")
 """Of what a schedule does, the work of a forward pass."""
 
 
 class Stage(PipelineStage):
     """A stage whose messages have memory from when they are asked for to when they are used, not for a whole run."""
+
+    forward: Forward
+    """Its forward pass, set by each step."""
 
     def __init__(self, *arguments: Any, sums_each: bool, **named: Any) -> None:
         """`sums_each`: gradients are summed over processes after each micro-batch, not once a step."""
@@ -86,6 +91,11 @@ class Stage(PipelineStage):
             if info.buffer is not None:
                 info.buffer = torch.empty_like(info.buffer, device="meta", requires_grad=False)
         return received
+
+    def forward_maybe_with_nosync(self, inputs: Tensor, **batch: Tensor) -> Tensor:
+        """Instead of a plain call of the module."""
+        assert isinstance(self.submod, Decoder)
+        return self.forward(self.submod, inputs, Batch(**batch))
 
     def forward_one_chunk(self, *arguments: Any, **named: Any) -> Any:
         """As torch's; without backward passes nothing is kept for them. What was to be sent is on its way by now."""
@@ -166,25 +176,25 @@ class Pipeline:
         self.has_last = config.parallel.stages - 1 in numbers
         # Every process meets the same refusal: agreed upon, it is said once.
         self._schedule = world.agree(lambda: _schedule(config.parallel.schedule, stages, self.micro_batches))
-        self._sends = _Sends(stages)
+        self._stages, self._sends = stages, _Sends(stages)
         if len(stages) > 1:
             self._schedule._comp_type_to_function_map.update({SEND_F: self._sends.send, SEND_B: self._sends.send})
 
-    def loss_sum(self, batch: Batch, *, backward: bool) -> Tensor:
-        """Sum of the losses of this process's rows, where the last stage is, else 0; a 0-d tensor.
+    def step(self, batch: Batch, forward: Forward, *, backward: bool) -> None:
+        """Run every micro-batch of this process's rows through the stages here, each by `forward`.
 
-        With `backward` the gradients of all micro-batches are computed and reduced.
+        With `backward` the gradients of all of them are computed and reduced.
         """
-        run = self._schedule.step if backward else self._schedule.eval
+        for stage in self._stages:
+            stage.forward = forward
+        step = self._schedule.step if backward else self._schedule.eval
         first = (batch.input_ids,) if self.has_first else ()
-        losses: list[Tensor] | None = [] if self.has_last else None
+        # torch wants something to compare the last stage's outputs with: they are losses already.
         target = batch.labels if self.has_last else None
+        losses: list[Tensor] | None = [] if self.has_last else None
         with nullcontext() if backward else _forward_alone(self._schedule):
-            run(*first, target=target, losses=losses, return_outputs=False, **batch.beside())
+            step(*first, target=target, losses=losses, return_outputs=False, **batch.given())
         self._sends.wait()
-        if not losses:
-            return torch.zeros((), device=batch.input_ids.device)
-        return torch.stack([loss.detach() for loss in losses]).sum()
 
 
 @contextmanager

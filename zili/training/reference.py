@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 from zili.data.packing import DialogueLoader
 from zili.durable import sync
 from zili.errors import CheckpointError
+from zili.objectives.preference import log_probabilities
 from zili.plurals import counted
 from zili.training.trainer import Trainer
 
@@ -62,7 +63,9 @@ def reference_of(trainer: Trainer, loaders: Iterable[DialogueLoader]) -> Table:
             for number, (store, _) in enumerate(loader.sources):
                 known = table.setdefault(store.identity(), np.zeros(len(store), np.float32))
                 for batch, documents in loader.every_row(number, rows):
-                    values = parallel.log_probabilities(batch).cpu().numpy()
+                    assert batch.reference is not None
+                    width = batch.reference.shape[1]
+                    values = parallel.row_values(batch, log_probabilities, width).cpu().numpy()
                     for row, here in zip(values, documents, strict=False):
                         known[here] = row[: len(here)]
     parallel.train()

@@ -23,6 +23,7 @@ from zili.data.prefetch import Prefetcher
 from zili.errors import CheckpointError, TrainingError
 from zili.models.arithmetic import training_flops_per_token
 from zili.models.decoder import Decoder
+from zili.objectives import Terms, objective_of
 from zili.parallel.apply import Materialize, with_first_weights
 from zili.parallel.layout import Layout
 from zili.parallel.model import ParallelModel
@@ -73,10 +74,8 @@ class Trainer:
         self._clock = RunClock(config, started)
         assert config.chip.precision != "auto", "the configuration is resolved"
         self._dtype = DTYPES[config.chip.precision]
-        self.parallel = ParallelModel(config, self.world, self._dtype, materialize)
-        if config.model.mixture is not None:
-            for _, router in (pair for part in self.parallel.parts for pair in part.routers()):
-                router.share = loader.learned_share
+        objective = objective_of(config)
+        self.parallel = ParallelModel(config, self.world, self._dtype, objective, materialize, loader.learned_share)
         fused = device.capability("fused_adamw").value
         self.optimizers = build_optimizers(list(self.parallel.named_parameters()), config.optimizer, self._dtype, fused)
         self.saver = Saver(
@@ -289,8 +288,7 @@ class Trainer:
         """
         share = learning_rate_share(self.step, self.config.training.steps, self.config.schedule)
         set_learning_rate(self.optimizers, share)
-        loss_sum = self.parallel.accumulate(batch)
-        loss, norm = self._average(loss_sum, batch)
+        loss, norm = self._average(self.parallel.accumulate(batch))
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -299,18 +297,17 @@ class Trainer:
         self._last = loss, norm
         return loss, norm
 
-    def _average(self, loss_sum: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _average(self, own: Terms) -> tuple[Tensor, Tensor]:
         """Divide summed loss and gradients by the number of targets, and clip: one small sum over the world.
 
         Dividing at the end, and not each micro-batch by its own count, is what makes a step independent of how the
         batch was cut.
         """
-        own = (loss_sum, self.parallel.targets(batch), self.parallel.squared_gradient())
-        further = self.parallel.take_further()
-        loss, count, squared, *others = self.world.sum(torch.stack((*own, *further.values())))
+        terms = (own.loss, own.count, self.parallel.squared_gradient(), *own.figures.values())
+        loss, count, squared, *others = self.world.sum(torch.stack(terms))
         count = count.clamp(min=1)
         norm = squared.sqrt() / count
-        self._further = {name: total / count for name, total in zip(further, others, strict=True)}
+        self._further = {name: total / count for name, total in zip(own.figures, others, strict=True)}
         limit = self.config.optimizer.clip or math.inf
         self.parallel.scale_gradients((limit / (norm + 1e-6)).clamp(max=1.0) / count)
         return loss / count, norm
@@ -389,6 +386,8 @@ def further_figures(loads: Tensor | None, means: dict[str, Tensor]) -> dict[str,
     """What only some runs have: means over targets, and how evenly experts were used, from tokens an expert `[L, E]`,
     in the least even layer."""
     figures = {name: float(mean) for name, mean in means.items()}
+    if loads is not None:
+        loads = loads[loads.sum(1) > 0]  # multi-token prediction's may have no part in what is learned
     if loads is not None and len(loads):
         shares = loads / loads.mean(1, keepdim=True)
         figures |= {"expert_load_max": float(shares.max()), "expert_load_min": float(shares.min())}
