@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from zili.data.packing import DialogueLoader
     from zili.data.store import TokenStore
     from zili.data.tokenizer import Tokenizer
+    from zili.models.decoder import Decoder
     from zili.parallel.world import World
     from zili.training.pacing import Pacer
     from zili.training.setup import Setup
@@ -203,6 +204,10 @@ def begin(trainer: Trainer, held_out: TokenStore | DialogueLoader | None = None)
     elif not resumed and isinstance(trainer.loader, DialogueLoader):
         seed = trainer.config.seed
         trainer.note(f"weights drawn from seed {seed}: no model is named to go on from (training.start_from)")
+    distill = trainer.config.objective.distill
+    if distill is not None and trainer.parallel.teacher is not None:
+        _fill(trainer, trainer.parallel.teacher.parts, distill.teacher)
+        trainer.note(f"teacher from {distill.teacher}")
     loaders = (trainer.loader, held_out)
     of_pairs = [loader for loader in loaders if isinstance(loader, DialogueLoader) and loader.pairs]
     if of_pairs:
@@ -210,6 +215,12 @@ def begin(trainer: Trainer, held_out: TokenStore | DialogueLoader | None = None)
 
 
 def _start_from(trainer: Trainer, folder: Path) -> None:
+    _fill(trainer, trainer.parallel.parts, folder)
+    trainer.note(f"weights from {folder}")
+
+
+def _fill(trainer: Trainer, parts: Sequence[Decoder], folder: Path) -> None:
+    """Read the weights of a model from a folder, the same for all processes."""
     from zili.parallel.machines import check_same
     from zili.release import identity, load_into
     from zili.training.checkpoints import find_checkpoint
@@ -217,9 +228,7 @@ def _start_from(trainer: Trainer, folder: Path) -> None:
     world = trainer.world
     check_same(world, f"files in {folder}", world.agree(lambda: identity(folder)))
     found = world.agree(lambda: find_checkpoint(folder, trainer.note, world))
-    parts = trainer.parallel.parts
     world.agree(lambda: load_into(parts, found or folder, hashed=found is not None))
-    trainer.note(f"weights from {folder}")
 
 
 def _open_held_out(launch: Launch) -> TokenStore | DialogueLoader | None:

@@ -54,6 +54,7 @@ def build_config(
     table["model"] = _with_preset(model, origin, shape_in)
     if isinstance(training, dict) and isinstance(model, dict) and "folder" in model and "scaled_to" not in model:
         training.setdefault("start_from", model["folder"])
+    _fill_in_teacher(table, origin, shape_in)
     try:
         return RunConfig.model_validate(table)
     except ValidationError as error:
@@ -76,7 +77,7 @@ def _with_preset(model: Any, origin: str, shape_in: ShapeIn) -> Any:
     if len(named) > 1 or not isinstance(model[named[0]], str):
         raise ConfigError(f"{origin}: give one of model.{', model.'.join(_WHOLE_SHAPES)}: a name in quotes")
     name = model[named[0]]
-    preset = load_preset(name) if named == ["preset"] else _shape_of(named[0], Path(name), origin, shape_in)
+    preset = load_preset(name) if named == ["preset"] else _shape_of(f"model.{named[0]}", Path(name), origin, shape_in)
     if "scaled_to" in model:
         preset = _scaled(preset, model["scaled_to"], origin)
     for table in ("rotary", "mixture", "latent"):
@@ -85,11 +86,19 @@ def _with_preset(model: Any, origin: str, shape_in: ShapeIn) -> Any:
     return {**preset, **own}
 
 
+def _fill_in_teacher(table: dict[str, Any], origin: str, shape_in: ShapeIn) -> None:
+    """The shape of `[objective.distill]`'s model, from its folder."""
+    objective = table.get("objective")
+    distill = objective.get("distill") if isinstance(objective, dict) else None
+    if isinstance(distill, dict) and isinstance(distill.get("teacher"), str) and "model" not in distill:
+        distill["model"] = _shape_of("objective.distill.teacher", Path(distill["teacher"]), origin, shape_in)
+
+
 def _shape_of(key: str, folder: Path, origin: str, shape_in: ShapeIn) -> dict[str, Any]:
     shape = shape_in(folder)
     if shape is None:
         raise ConfigError(
-            f"{origin}: model.{key} = {str(folder)!r} is no Zili model folder, run or checkpoint, and no published "
+            f"{origin}: {key} = {str(folder)!r} is no Zili model folder, run or checkpoint, and no published "
             "model; see `zili import`"
         )
     return shape.model_dump(mode="json", exclude_none=True)

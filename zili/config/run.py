@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from zili.config.model import ModelConfig
+from zili.config.objective import ObjectiveConfig
 from zili.config.parallel import ParallelConfig
 from zili.config.section import Section
 
@@ -186,6 +187,7 @@ class RunConfig(Section):
     training: TrainingConfig
     preference: PreferenceConfig | None = None
     """`[preference]` for stores of pairs (`zili dialogues`); None: every learned token is a target."""
+    objective: ObjectiveConfig = ObjectiveConfig()
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -213,8 +215,27 @@ class RunConfig(Section):
                 f"training.sequence_length ({training.sequence_length}) is longer than model.max_length "
                 f"({self.model.max_length})"
             )
+        self._check_teacher()
         if self.preference is not None and training.start_from is None:
             raise ValueError(
                 "preference: what is preferred is said of a model: name it, training.start_from or model.folder"
             )
         return self
+
+    def _check_teacher(self) -> None:
+        distill = self.objective.distill
+        if distill is None:
+            return
+        if self.preference is not None:
+            raise ValueError("objective.distill and preference are given: a run learns one of them")
+        teacher = distill.model
+        if teacher is not None and teacher.vocab_size != self.model.vocab_size:
+            raise ValueError(
+                f"objective.distill: the teacher has {teacher.vocab_size} tokens, the model {self.model.vocab_size}; "
+                "both must have one tokenizer's"
+            )
+        if teacher is not None and teacher.max_length < self.training.sequence_length:
+            raise ValueError(
+                f"training.sequence_length ({self.training.sequence_length}) is longer than the teacher's max_length "
+                f"({teacher.max_length})"
+            )

@@ -43,6 +43,9 @@ class Batch(NamedTuple):
     padding: Tensor | None = None
     """`[B, S]` bool, true where a row is only filled up: what is no token of any document. None: nowhere."""
 
+    teacher: Tensor | None = None
+    """`[B, S, D]`, where there is a teacher: its hidden states of these rows, kept until its head is asked."""
+
     def split(self, size: int) -> Iterator[Batch]:
         """The same, `size` rows at a time."""
         return (self.rows(slice(start, start + size)) for start in range(0, len(self.input_ids), size))

@@ -57,6 +57,9 @@ class Outputs:
     run: Callable[[nn.Module, Tensor], Tensor]
     """Runs another block on hidden states `[B, S, D]` of the same rows, as the decoder runs its own."""
 
+    teacher: Outputs | None = None
+    """What a model beside the one that learns computed for the same rows, if the objective has one."""
+
     @property
     def vocabulary(self) -> VocabularyPart:
         """Which rows of the output matrix are here, and sums and maxima over those that have the others."""

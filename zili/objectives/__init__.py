@@ -1,10 +1,11 @@
-"""What a model learns: the next token, tokens after it, preferences."""
+"""What a model learns: the next token, tokens after it, preferences, what a teacher says."""
 
 from __future__ import annotations
 
 from zili.config import RunConfig
 from zili.config.model import ModelConfig
 from zili.models.decoder import Decoder
+from zili.objectives.distillation import Distillation
 from zili.objectives.next_token import MultiToken, NextToken
 from zili.objectives.objective import Alone, Objective, Peers, Terms
 from zili.objectives.preference import Preference
@@ -14,6 +15,10 @@ __all__ = ["Alone", "Objective", "Peers", "Terms", "attach", "learner", "objecti
 
 def objective_of(config: RunConfig) -> Objective:
     """What a recipe says is learned."""
+    distill = config.objective.distill
+    if distill is not None:
+        assert distill.model is not None, "the configuration was loaded"
+        return Distillation(distill.model, distill.weight, distill.temperature)
     if config.preference is not None:
         return Preference(config.preference.beta, config.preference.likelihood)
     return of_text(config.model)

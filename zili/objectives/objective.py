@@ -61,6 +61,10 @@ class Objective:
     figures: tuple[str, ...] = ()
     """Names of `Terms.figures`: processes without the last layer must know them too."""
 
+    teacher: ModelConfig | None = None
+    """The shape of a model that is asked about the same rows and does not learn: `Outputs.teacher`. None: there is
+    none."""
+
     def modules(self, model: ModelConfig) -> dict[str, nn.Module]:
         """What is learned beside the decoder, by name: it is put into the part with the last layer, where it is cut,
         sharded, saved and optimized as the decoder's own. Built on the `meta` device."""

@@ -8,6 +8,7 @@ chunk's logits once more.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -24,15 +25,20 @@ _CHUNK_ELSEWHERE = 512 * 1024 * 1024
 """2 GB on an accelerator: each chunk reads and writes the whole weight gradient, so few, large ones. Not measured."""
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+OneChunk = Callable[[slice, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Summed loss of some rows, given which they are, `[n, D]`, and the output matrix `[V, D]`; and its gradient by their
+logits before any multiplier, `[n, V]` fp32."""
+
+
+class _ChunkedSum(torch.autograd.Function):
+    """A sum over rows of a loss of their logits."""
+
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
-        labels: Tensor,
-        multiplier: float,
-        vocabulary: VocabularyPart | None,
+        one_chunk: OneChunk,
         product: Product,
         needs_gradient: bool,
         elements: int,
@@ -43,12 +49,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight: Tensor | None = None
         learned = ctx.needs_input_grad[1]  # beside adapters the output matrix is not
         size = max(64, elements // len(weight))
-        one_chunk = _one_chunk if vocabulary is None else partial(_one_chunk_of_a_part, vocabulary)
 
         # In a function: what a chunk makes is given back before the next one's logits are there.
         def chunk(these: slice, grad_weight: Tensor | None) -> Tensor | None:
             rows = hidden[these]
-            loss, scores = one_chunk(rows, matrix, labels[these], multiplier, product)
+            loss, scores = one_chunk(these, rows, matrix)
             total.add_(loss)
             if grad_hidden is None:
                 return None
@@ -71,7 +76,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, None if grad_weight is None else grad_weight * grad, *(None,) * 6
+        return grad_hidden * grad, None if grad_weight is None else grad_weight * grad, *(None,) * 4
 
 
 class _ChunkedRowLosses(torch.autograd.Function):
@@ -94,7 +99,7 @@ class _ChunkedRowLosses(torch.autograd.Function):
 
         def chunk(these: slice) -> None:
             logits = product(hidden[these], matrix).float().mul_(multiplier)
-            mine, target = _targets_of_a_part(vocabulary, labels[these], len(matrix))
+            mine, target = targets_of_a_part(vocabulary, labels[these], len(matrix))
             top = vocabulary.max(logits.amax(1))
             wanted = logits.gather(1, target).squeeze(1).sub_(top) * mine
             total, wanted = vocabulary.sum(torch.stack((logits.sub_(top[:, None]).exp_().sum(1), wanted)))
@@ -119,7 +124,7 @@ class _ChunkedRowLosses(torch.autograd.Function):
         def chunk(these: slice) -> None:
             rows, by = hidden[these], grad[these, None]
             logits = ctx.product(rows, matrix).float().mul_(ctx.multiplier)
-            mine, target = _targets_of_a_part(ctx.vocabulary, labels[these], len(matrix))
+            mine, target = targets_of_a_part(ctx.vocabulary, labels[these], len(matrix))
             scores = logits.sub_(sums[these, None]).exp_().mul_(by).scatter_add_(1, target, -mine[:, None] * by)
             scores = scores.to(hidden.dtype)
             grad_hidden[these] = ctx.product(scores, matrix.t())
@@ -131,7 +136,7 @@ class _ChunkedRowLosses(torch.autograd.Function):
         return grad_hidden, grad_weight, *(None,) * 5
 
 
-def _targets_of_a_part(part: VocabularyPart, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def targets_of_a_part(part: VocabularyPart, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Which `labels [n]` are among the part's `size` tokens, `[n]` fp32, where `[n, 1]` (0: nowhere)."""
     target = labels - part.first
     mine = (labels != IGNORE_INDEX) & (target >= 0) & (target < size)
@@ -139,13 +144,13 @@ def _targets_of_a_part(part: VocabularyPart, labels: Tensor, size: int) -> tuple
 
 
 def _one_chunk(
-    rows: Tensor, matrix: Tensor, labels: Tensor, multiplier: float, product: Product
+    labels: Tensor, multiplier: float, product: Product, these: slice, rows: Tensor, matrix: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Summed loss of `rows [n, D]`, and its gradient by their logits before the multiplier, `[n, V]` fp32.
 
     Of the host alone: it looks at values twice, for which an accelerator would have to be waited for.
     """
-    logits = product(rows, matrix).float()
+    labels, logits = labels[these], product(rows, matrix).float()
     if multiplier != 1.0:
         logits.mul_(multiplier)
     counted = labels != IGNORE_INDEX
@@ -163,17 +168,23 @@ def _one_chunk(
 
 
 def _one_chunk_of_a_part(
-    part: VocabularyPart, rows: Tensor, matrix: Tensor, labels: Tensor, multiplier: float, product: Product
+    part: VocabularyPart,
+    labels: Tensor,
+    multiplier: float,
+    product: Product,
+    these: slice,
+    rows: Tensor,
+    matrix: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """`_one_chunk` where `matrix` is some rows of the whole output matrix; the gradient is by this part's logits.
 
     On any device: what happens depends on no value.
     """
-    logits = product(rows, matrix).float()
+    labels, logits = labels[these], product(rows, matrix).float()
     if multiplier != 1.0:
         logits.mul_(multiplier)
     counted = labels != IGNORE_INDEX
-    mine, target = _targets_of_a_part(part, labels, len(matrix))
+    mine, target = targets_of_a_part(part, labels, len(matrix))
     top = part.max(logits.amax(1))
     wanted = logits.gather(1, target).squeeze(1).sub_(top) * mine
     exponentials = logits.sub_(top[:, None]).exp_()
@@ -199,13 +210,27 @@ def chunked_linear_cross_entropy(
     `like`: as it runs there, whatever the device is, and without a look at values: for rehearsals.
     """
     on_host = hidden.device.type == "cpu" if like is None else like == "host"
-    elements = _CHUNK if on_host else _CHUNK_ELSEWHERE
+    elements = elements_at_once(on_host)
     if part is None and (reduction == "none" or like is not None or not on_host):
         part = Whole()
     # oneDNN's product knows fp32 alone; every other dtype goes torch's way.
     product = LIBRARIES[library() if hidden.dtype == torch.float32 else "plain"]
     if reduction == "none":
         return _ChunkedRowLosses.apply(hidden, weight, labels, multiplier, part, product, elements)
+    if part is None:
+        return chunked_sum(hidden, weight, partial(_one_chunk, labels, multiplier, product), product, elements)
+    one_chunk = partial(_one_chunk_of_a_part, part, labels, multiplier, product)
+    return chunked_sum(hidden, weight, one_chunk, product, elements)
+
+
+def elements_at_once(on_host: bool) -> int:
+    """How many logits are made at a time."""
+    return _CHUNK if on_host else _CHUNK_ELSEWHERE
+
+
+def chunked_sum(hidden: Tensor, weight: Tensor, one_chunk: OneChunk, product: Product, elements: int) -> Tensor:
+    """The sum over rows `hidden [N, D]` of a loss of their logits, 0-d fp32: `elements` logits at a time, and gradients
+    made with the loss."""
     # Asked here: inside an autograd function gradients are off, whether the caller wants them or not.
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _ChunkedCrossEntropy.apply(hidden, weight, labels, multiplier, part, product, needs_gradient, elements)
+    return _ChunkedSum.apply(hidden, weight, one_chunk, product, needs_gradient, elements)

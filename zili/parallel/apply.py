@@ -33,24 +33,31 @@ def build_parts(
     dtype: torch.dtype,
     objective: Objective,
     materialize: Materialize = with_first_weights,
+    *,
+    learns: bool = True,
 ) -> list[Decoder]:
-    """The stages this process has, their weights set: one, the whole model, where there is no pipeline.
+    """The stages this process has, their weights set: one, the whole model, where there is no pipeline. A model that
+    does not learn has no gradients.
 
     The order matters. Matrices are cut first, since everything after must see the parts; blocks are compiled before
     they are sharded, so that gathering stays outside of what is compiled; and memory is taken last, for what is left.
     """
-    parts = [_build(config, world, dtype, objective, layers) for layers in _layers(config, world)]
+    parts = [_build(config, world, dtype, objective, layers, learns) for layers in _layers(config, world)]
     for part in parts:
         materialize(part, world.device.type, config.seed)
     return parts
 
 
-def _build(config: RunConfig, world: World, dtype: torch.dtype, objective: Objective, layers: range) -> Decoder:
+def _build(
+    config: RunConfig, world: World, dtype: torch.dtype, objective: Objective, layers: range, learns: bool
+) -> Decoder:
     layout = world.layout
     with torch.device("meta"):
         part = Decoder(config.model, layers)
         if part.norm is not None:
             attach(objective, part)
+        if not learns:
+            part.requires_grad_(False)
     part.recompute = config.training.recompute
     if layout.tensor > 1:
         apply_tensor_parallel(part, world)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ from zili.parallel.apply import Materialize, build_parts, with_first_weights
 from zili.parallel.context import ContextPart
 from zili.parallel.data import reduce_gradients, sum_gradients
 from zili.parallel.pipeline import Forward, Pipeline
+from zili.parallel.teacher import Teacher
 from zili.parallel.world import World
 
 
@@ -54,6 +56,8 @@ class ParallelModel:
         self.parts: list[Decoder] = build_parts(config, world, dtype, objective, materialize)
         self._peers: Peers = ContextPart(world) if world.layout.context > 1 else Alone()
         self._pipeline = Pipeline(self.parts, config, world) if world.layout.pipeline > 1 else None
+        asked = objective.teacher
+        self.teacher = None if asked is None else Teacher(config, asked, world, dtype, materialize)
         self._loads: dict[int, Tensor] = {}
         """Tokens that went to each expert `[E]`, by layer: this process's since `balance`."""
 
@@ -95,7 +99,7 @@ class ParallelModel:
         forward, own = partial(self._forward, then=sums.add), self._own(self.objective.prepare(batch))
         if self._pipeline is not None:
             with self.autocast():
-                self._pipeline.step(own, forward, backward=True)
+                self._pipeline.step(self._with_teacher(own), forward, backward=True)
         else:
             self._one_by_one(list(own.split(self.micro_batch)), forward)
         self._sum_gradients()
@@ -107,7 +111,7 @@ class ParallelModel:
             last = number == len(micro_batches)
             reduce_gradients(self.parts[0], now=last or self._sums_each, replicas=last)
             with self.autocast():
-                loss = forward(self.parts[0], micro_batch.input_ids, micro_batch)
+                loss = forward(self.parts[0], micro_batch.input_ids, self._with_teacher(micro_batch))
             loss.backward()
 
     def _forward(self, part: Decoder, inputs: Tensor, batch: Batch, then: Ask) -> Tensor:
@@ -117,11 +121,20 @@ class ParallelModel:
             inputs,
             document_ids=batch.document_ids,
             routing=routing,
-            then=lambda outputs: then(outputs, batch, self._peers),
+            then=lambda outputs: then(self._beside_teacher(outputs, batch), batch, self._peers),
         )
         for layer, tokens, _ in routing.figures:
             self._loads[layer] = tokens + self._loads.get(layer, 0)
         return out
+
+    def _with_teacher(self, batch: Batch) -> Batch:
+        """`batch` with what the teacher, if there is one, makes of it: its head is asked later."""
+        return batch if self.teacher is None else batch._replace(teacher=self.teacher.hidden_states(batch))
+
+    def _beside_teacher(self, outputs: Outputs, batch: Batch) -> Outputs:
+        if self.teacher is None or batch.teacher is None:
+            return outputs
+        return replace(outputs, teacher=self.teacher.outputs(batch))
 
     def _sum_gradients(self) -> None:
         if self.world.size > 1:
@@ -141,7 +154,7 @@ class ParallelModel:
         """
         objective = objective or self.objective
         sums = _Sums(objective, self.world.device.type)
-        self._evaluate(objective.prepare(batch), sums.add)
+        self._evaluate(objective.prepare(batch), sums.add, teacher=objective.teacher is not None)
         return sums.terms(lambda term: self.world.sum(self._once(term)))
 
     def row_values(self, batch: Batch, ask: Ask, width: int) -> Tensor:
@@ -167,14 +180,15 @@ class ParallelModel:
         return self.world.sum(self._once(table))
 
     @torch.no_grad()
-    def _evaluate(self, whole: Batch, then: Ask) -> None:
-        """This process's share of whole rows."""
+    def _evaluate(self, whole: Batch, then: Ask, *, teacher: bool = False) -> None:
+        """This process's share of whole rows; whether the teacher is asked too."""
         forward = partial(self._forward, then=then)
         # A pipeline's messages have one size, that of a step.
         at_once = self.rows_together if self._pipeline is not None else len(whole.input_ids)
         for some in whole.split(at_once):
             own = self._own(some.rows(self.world.rows(len(some.input_ids))))
             with self.autocast():
+                own = self._with_teacher(own) if teacher else own
                 if self._pipeline is not None:
                     self._pipeline.step(own, forward, backward=False)
                 else:

@@ -1,0 +1,88 @@
+"""Learning from a teacher: its loss and gradient written out, and the same curve in every layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from many import curve_of, on_processes, open_trainer
+from tiny_models import BOUND, Kind, Layout, Row, Runs, slow
+
+import zili
+from zili.cli.launch import begin
+from zili.config import RunConfig
+from zili.errors import ConfigError
+
+WEIGHT, TEMPERATURE = 0.7, 2.0
+
+
+@pytest.fixture(scope="session")
+def taught(runs: Runs) -> dict[str, tuple[str, ...]]:
+    """Of each kind of teacher the overrides that name it; it has learned a little."""
+    found: dict[str, tuple[str, ...]] = {}
+    for kind in ("dense", "mixture"):
+        config = runs.recipe(kind, "training.steps=2", "model.embedding_multiplier=2.0", "model.logit_multiplier=1.5")
+        curve_of(config, 1)
+        table = f"{{teacher={str(config.folder)!r}, weight={WEIGHT}, temperature={TEMPERATURE}}}"
+        found[kind] = (f"objective.distill={table}",)
+    return found
+
+
+@pytest.mark.parametrize("teacher", ["dense", "mixture"])
+def test_loss_and_gradient_are_written_out(teacher: Kind, taught: dict[str, tuple[str, ...]], runs: Runs) -> None:
+    config = runs.recipe("dense", *taught[teacher], "optimizer.clip=0", "training.global_batch=4")
+    ((found, expected),) = on_processes(1, _both_ways, config)
+    assert found == pytest.approx(expected, rel=BOUND)
+
+
+def _both_ways(config: RunConfig) -> tuple[list[float], list[float]]:
+    """Loss, gradient norm, cross entropy and divergence of a batch: by the trainer, and with whole logits."""
+    trainer = open_trainer(config)
+    begin(trainer)
+    assert config.objective.distill is not None
+    teacher, batch = zili.load(config.objective.distill.teacher), trainer.loader.batch(0)
+    given = teacher(batch.input_ids, document_ids=batch.document_ids).detach() / TEMPERATURE
+    said = trainer.model(batch.input_ids, document_ids=batch.document_ids)
+    entropy = F.cross_entropy(said.flatten(0, 1), batch.labels.flatten())
+    soft = (said / TEMPERATURE).log_softmax(-1)
+    apart = F.kl_div(soft, given.log_softmax(-1), log_target=True, reduction="none").sum(-1).mean() * TEMPERATURE**2
+    loss = (1 - WEIGHT) * entropy + WEIGHT * apart
+    gradients = torch.autograd.grad(loss, list(trainer.model.parameters()))
+    norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
+    trained = [float(value) for value in trainer.train_step(batch)]
+    figures = [float(value) for value in trainer._further.values()]
+    return trained + figures, [float(value) for value in (loss, norm, entropy, apart)]
+
+
+@pytest.mark.parametrize(
+    ("layout", "teacher"),
+    [
+        (Layout("tensor=2 pipeline=2"), "dense"),
+        slow(Layout("shards=2"), "dense"),
+        slow(Layout("shards=2"), "mixture"),
+        slow(Layout("tensor=2"), "mixture"),
+        slow(Layout("context=2"), "dense"),
+        slow(Layout("tensor=2 context=2"), "mixture"),
+        slow(Layout("pipeline=2"), "mixture"),
+        slow(Layout("pipeline=2 schedule=zbv"), "dense"),
+        slow(Layout("shards=2 expert=2"), "mixture"),
+    ],
+)
+def test_a_layout_has_the_curve_of_one_process(
+    layout: Layout,
+    teacher: Kind,
+    taught: dict[str, tuple[str, ...]],
+    runs: Runs,
+    request: pytest.FixtureRequest,
+) -> None:
+    kind: Kind = "mixture" if "expert" in layout.text else "dense"
+    one, other = runs.alone(kind, *taught[teacher]), runs.on(layout, kind, *taught[teacher], steps=5)
+    Row.of(f"{layout}, {teacher} teacher", layout.world, kind, one, other, 2e-4, 2e-3).check(request)
+    assert one.losses[-1] < one.losses[0] - 0.1
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(taught: dict[str, tuple[str, ...]], runs: Runs) -> None:
+    with pytest.raises(ConfigError, match="the teacher has 304 tokens, the model 320"):
+        runs.recipe("dense", *taught["dense"], "model.vocab_size=320")
+    with pytest.raises(ConfigError, match=r"objective.distill.teacher = 'nowhere' is no Zili model folder"):
+        runs.recipe("dense", "objective.distill={teacher='nowhere'}")
