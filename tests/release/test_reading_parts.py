@@ -18,7 +18,7 @@ from zili.config import build_config
 from zili.config.mixture import LatentConfig, MixtureConfig
 from zili.config.model import ModelConfig
 from zili.errors import CheckpointError
-from zili.objectives import learner, objective_of
+from zili.objectives import learner
 from zili.release import export_model, import_model, load_into, open_model
 from zili.release.tensors import Tensors
 
@@ -205,7 +205,8 @@ def build(tables, size):
         origin="test",
     )
     device = Device(chips.activate(chips.find_backend("cpu")))
-    return build_parts(config, World(lay_out(config, size), device), torch.float32, objective_of(config))
+    make = partial(learner, config.model, None)
+    return build_parts(config, World(lay_out(config, size), device), torch.float32, make)
 
 
 LAYOUTS = (

@@ -83,6 +83,11 @@ class Outputs:
         found = ops.linear_cross_entropy(states, weight, labels.flatten(), multiplier, decoder.vocabulary, reduction)
         return found if reduction == "sum" else found.view(labels.shape)
 
+    def logsumexp(self, logits: Tensor) -> Tensor:
+        """Of `logits [B, S, V]` as `logits` gives them, over the whole vocabulary: `[B, S]`."""
+        top = self.vocabulary.max(logits.detach().amax(-1))
+        return self.vocabulary.sum((logits - top[..., None]).exp().sum(-1)).log() + top
+
     def embed(self, ids: Tensor) -> Tensor:
         """`ids [B, S]` -> `[B, S, D]`, as the model embeds what it is given."""
         return self.decoder.embed(ids)

@@ -10,7 +10,7 @@ from zili.objectives.next_token import MultiToken, NextToken
 from zili.objectives.objective import Alone, Objective, Peers, Terms
 from zili.objectives.preference import Preference
 
-__all__ = ["Alone", "Objective", "Peers", "Terms", "attach", "learner", "objective_of"]
+__all__ = ["Alone", "Objective", "Peers", "Terms", "learner", "objective_of"]
 
 
 def objective_of(config: RunConfig) -> Objective:
@@ -29,20 +29,28 @@ def of_text(model: ModelConfig) -> Objective:
     return MultiToken(model.mtp_loss_weight) if model.mtp_layers else NextToken()
 
 
-def attach(objective: Objective, part: Decoder) -> None:
-    """Give the part with the last layer what the objective learns beside it. What else the model has there, a block for
+def learner(
+    model: ModelConfig,
+    objective: Objective | None = None,
+    layers: range | None = None,
+    decoder: type[Decoder] = Decoder,
+) -> Decoder:
+    """A decoder, or some layers of it, with what the objective (by default that of plain text) has beside it.
+
+    On the `meta` device it has shapes only; elsewhere its weights are those of seed 0.
+    """
+    part = decoder(model, layers)
+    if part.norm is not None:
+        _attach(objective or of_text(model), part)
+    if not next(part.parameters()).is_meta:
+        part.init_weights(0)
+    return part
+
+
+def _attach(objective: Objective, part: Decoder) -> None:
+    """Give the part with the last layer what is learned beside it. What else the model has there, a block for
     multi-token prediction, is kept as it is."""
     published, own = of_text(part.config).modules(part.config), objective.modules(part.config)
     for name, module in {**published, **own}.items():
         kept = name not in own or (name in published and part.config.lora is not None)
         part.add_beside(name, module.requires_grad_(not kept))
-
-
-def learner(model: ModelConfig, objective: Objective | None = None) -> Decoder:
-    """A whole decoder that learns in one process: with what the objective, by default that of plain text, has beside
-    it, and the weights of seed 0. On the `meta` device it has shapes only."""
-    decoder = Decoder(model)
-    attach(objective or of_text(model), decoder)
-    if not decoder.head_weight.is_meta:
-        decoder.init_weights(0)
-    return decoder

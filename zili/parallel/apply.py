@@ -9,7 +9,6 @@ import torch
 from zili.config import RunConfig
 from zili.models.decoder import Decoder
 from zili.models.mixture import Mixture
-from zili.objectives import Objective, attach
 from zili.parallel.context import ContextPart, apply_context_parallel
 from zili.parallel.data import apply_sharding
 from zili.parallel.expert import apply_expert_parallel
@@ -31,33 +30,29 @@ def build_parts(
     config: RunConfig,
     world: World,
     dtype: torch.dtype,
-    objective: Objective,
+    make: Callable[[range], Decoder],
     materialize: Materialize = with_first_weights,
-    *,
-    learns: bool = True,
 ) -> list[Decoder]:
-    """The stages this process has, their weights set: one, the whole model, where there is no pipeline. A model that
-    does not learn has no gradients.
+    """The stages this process has, their weights set: one, the whole model, where there is no pipeline.
 
-    The order matters. Matrices are cut first, since everything after must see the parts; blocks are compiled before
-    they are sharded, so that gathering stays outside of what is compiled; and memory is taken last, for what is left.
+    `make` builds the part of the model with some layers. The order of what follows matters. Matrices are cut first,
+    since everything after must see the parts; blocks are compiled before they are sharded, so that gathering stays
+    outside of what is compiled; and memory is taken last, for what is left.
     """
-    parts = [_build(config, world, dtype, objective, layers, learns) for layers in _layers(config, world)]
+    ranges = stage_ranges(config.parallel, config.model.layers)
+    parts = []
+    for number in stages_of(config.parallel, world.pipeline_rank):
+        with torch.device("meta"):
+            parts.append(make(ranges[number]))
+        _apply(parts[-1], config, world, dtype)
     for part in parts:
         materialize(part, world.device.type, config.seed)
     return parts
 
 
-def _build(
-    config: RunConfig, world: World, dtype: torch.dtype, objective: Objective, layers: range, learns: bool
-) -> Decoder:
+def _apply(part: Decoder, config: RunConfig, world: World, dtype: torch.dtype) -> None:
+    """Every dimension, on a part that is still on the meta device."""
     layout = world.layout
-    with torch.device("meta"):
-        part = Decoder(config.model, layers)
-        if part.norm is not None:
-            attach(objective, part)
-        if not learns:
-            part.requires_grad_(False)
     part.recompute = config.training.recompute
     if layout.tensor > 1:
         apply_tensor_parallel(part, world)
@@ -69,7 +64,6 @@ def _build(
         _compile(part)
     if world.sharded:
         apply_sharding(part, world, dtype)
-    return part
 
 
 def _compile(part: Decoder) -> None:
@@ -80,8 +74,3 @@ def _compile(part: Decoder) -> None:
             mixture.forward = torch.compiler.disable(mixture.forward)  # type: ignore[method-assign]
         # One graph serves every block of the same shape, so the first costs the time of all.
         block.compile(dynamic=False)
-
-
-def _layers(config: RunConfig, world: World) -> list[range]:
-    ranges = stage_ranges(config.parallel, config.model.layers)
-    return [ranges[number] for number in stages_of(config.parallel, world.pipeline_rank)]

@@ -17,7 +17,7 @@ from zili.config import RunConfig
 from zili.data.loader import Batch
 from zili.models.decoder import Decoder
 from zili.models.outputs import Outputs, Routing
-from zili.objectives import Alone, Objective, Peers, Terms
+from zili.objectives import Alone, Objective, Peers, Terms, learner
 from zili.objectives.next_token import NextToken
 from zili.objectives.objective import Ask
 from zili.parallel.apply import Materialize, build_parts, with_first_weights
@@ -42,9 +42,12 @@ class ParallelModel:
         dtype: torch.dtype,
         objective: Objective,
         materialize: Materialize = with_first_weights,
+        *,
         targets_a_position: float = 1.0,
+        decoder: type[Decoder] = Decoder,
     ) -> None:
-        """`targets_a_position`: the mean of the data, which the routers' balance loss is weighed by."""
+        """`targets_a_position`: the mean of the data, which the routers' balance loss is weighed by. `decoder`: the
+        kind of model."""
         micro = config.training.micro_batch
         assert isinstance(micro, int), "the configuration is resolved"
         self.world = world
@@ -53,7 +56,9 @@ class ParallelModel:
         self._dtype = dtype
         self._sums_each = config.parallel.reduce == "micro_batch"
         self._targets_a_position = targets_a_position
-        self.parts: list[Decoder] = build_parts(config, world, dtype, objective, materialize)
+        self.parts = build_parts(
+            config, world, dtype, lambda layers: learner(config.model, objective, layers, decoder), materialize
+        )
         self._peers: Peers = ContextPart(world) if world.layout.context > 1 else Alone()
         self._pipeline = Pipeline(self.parts, config, world) if world.layout.pipeline > 1 else None
         asked = objective.teacher

@@ -11,7 +11,6 @@ from zili.data.loader import Batch
 from zili.models.decoder import Decoder
 from zili.models.layers import lowered
 from zili.models.outputs import Outputs, Routing
-from zili.objectives.next_token import NextToken
 from zili.parallel.apply import Materialize, build_parts
 from zili.parallel.pipeline import Pipeline
 from zili.parallel.world import World
@@ -36,7 +35,9 @@ class Teacher:
         self, config: RunConfig, model: ModelConfig, world: World, dtype: torch.dtype, materialize: Materialize
     ) -> None:
         config = as_run(config, model)
-        self.parts = build_parts(config, world, dtype, NextToken(), materialize, learns=False)
+        self.parts = build_parts(
+            config, world, dtype, lambda layers: Decoder(config.model, layers).requires_grad_(False), materialize
+        )
         self._pipeline = Pipeline(self.parts, config, world) if world.layout.pipeline > 1 else None
         for part in self.parts:
             part.eval()

@@ -93,7 +93,9 @@ def open_checkpoint(folder: Path, *, hashed: bool = False) -> tuple[ModelConfig,
         raise CheckpointError(f"{folder} holds no checkpoint; give a run folder or a step-... folder")
     config = ModelConfig.model_validate(read_state(found).config["model"])
     tensors = CheckpointTensors(found)
-    check_tensors(tensors.describe(), parameter_shapes(config), found)
+    described, shapes = tensors.describe(), parameter_shapes(config)
+    # What an objective learned beside the model stays where it is.
+    check_tensors({name: tensor for name, tensor in described.items() if name in shapes}, shapes, found)
     if config.lora is None:
         return config, tensors, found
     return config.model_copy(update={"lora": None}), MergedTensors(tensors, config.lora), found

@@ -179,8 +179,9 @@ def generator_key(name: str, rank: int) -> str:
     return f"rng.{name}" if rank == 0 else f"rng.{name}.{rank}"
 
 
-def load_model(path: Path) -> Decoder:
-    """The decoder of a checkpoint, in eval mode on the CPU. `path`: a checkpoint, or a run folder holding some.
+def load_model(path: Path, decoder: type[Decoder] = Decoder) -> Decoder:
+    """The decoder of a checkpoint, in eval mode on the CPU. `path`: a checkpoint, or a run folder holding some;
+    `decoder`: the kind that it was trained as.
 
     Raises:
         CheckpointError: no sound checkpoint there.
@@ -190,7 +191,7 @@ def load_model(path: Path) -> Decoder:
         raise CheckpointError(f"{path} holds no checkpoint; give a run folder or a step-... folder")
     config = ModelConfig.model_validate(read_state(found).config["model"])
     with torch.device("meta"):
-        model = Decoder(config)
+        model = decoder(config)
     model.to_empty(device="cpu")
     tensors, metadata = model_tensors(model.named_tensors()), _metadata(found)
     # What an objective learned beside the decoder stays where it is.

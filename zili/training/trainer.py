@@ -23,7 +23,7 @@ from zili.data.prefetch import Prefetcher
 from zili.errors import CheckpointError, TrainingError
 from zili.models.arithmetic import training_flops_per_token
 from zili.models.decoder import Decoder
-from zili.objectives import Terms, objective_of
+from zili.objectives import Objective, Terms, objective_of
 from zili.parallel.apply import Materialize, with_first_weights
 from zili.parallel.layout import Layout
 from zili.parallel.model import ParallelModel
@@ -60,9 +60,12 @@ class Trainer:
         world: World | None = None,
         materialize: Materialize = with_first_weights,
         started: float | None = None,
+        objective: Objective | None = None,
+        decoder: type[Decoder] = Decoder,
     ) -> None:
         """`materialize` gives weights to a model that has shapes only; a rehearsal has no memory for them. `started`:
-        what `time.monotonic` said when `training.hours` began; now, if not given."""
+        what `time.monotonic` said when `training.hours` began; now, if not given. `objective`: what is learned in place
+        of what the configuration says. `decoder`: the kind of model."""
         self.config = config
         self.loader = loader
         self.device = device
@@ -74,8 +77,15 @@ class Trainer:
         self._clock = RunClock(config, started)
         assert config.chip.precision != "auto", "the configuration is resolved"
         self._dtype = DTYPES[config.chip.precision]
-        objective = objective_of(config)
-        self.parallel = ParallelModel(config, self.world, self._dtype, objective, materialize, loader.learned_share)
+        self.parallel = ParallelModel(
+            config,
+            self.world,
+            self._dtype,
+            objective or objective_of(config),
+            materialize,
+            targets_a_position=loader.learned_share,
+            decoder=decoder,
+        )
         fused = device.capability("fused_adamw").value
         self.optimizers = build_optimizers(list(self.parallel.named_parameters()), config.optimizer, self._dtype, fused)
         self.saver = Saver(
