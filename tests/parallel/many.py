@@ -23,6 +23,7 @@ import torch
 from zili.chips import find_backend
 from zili.chips.device import Device
 from zili.config import RunConfig
+from zili.objectives import Objective
 from zili.parallel.layout import Layout
 from zili.parallel.world import World, join
 from zili.training.callbacks import Callback, StepRecord
@@ -155,7 +156,7 @@ def world_here(size: int) -> World:
     return World(Layout(shards=size), device)
 
 
-def open_trainer(config: RunConfig, callbacks: Sequence[Callback] = ()) -> Trainer:
+def open_trainer(config: RunConfig, callbacks: Sequence[Callback] = (), objective: Objective | None = None) -> Trainer:
     """The trainer of `config` on a process of its world."""
     from zili.cli.launch import prepare_launch
 
@@ -163,7 +164,8 @@ def open_trainer(config: RunConfig, callbacks: Sequence[Callback] = ()) -> Train
         launch = prepare_launch(config)
     resolved = launch.setup.config
     assert resolved.chip.precision != "auto"
-    trainer = Trainer(resolved, launch.loader, launch.setup.device, callbacks, launch.setup.world)
+    given = (resolved, launch.loader, launch.setup.device, callbacks, launch.setup.world)
+    trainer = Trainer(*given, objective=objective)
     trainer.matmul_peak = PEAK  # 0.3 s to measure
     return trainer
 

@@ -98,6 +98,8 @@ class Decoder(nn.Module):
         self._frequencies: Kept = {}
         self.vocabulary: ops.VocabularyPart | None = None
         """Which rows of the output matrix this process has; None: all of them."""
+        self.tokens: Callable[[Tensor], Tensor] | None = None
+        """Between matrices this process has some of the tokens of rows `[B, S, ...]`: which; None: all of them."""
         self.first = first
         # A tied output matrix is the embedding, and multi-token prediction embeds, so the last part may have it too.
         embeds = first or (last and bool(config.tied_embeddings or config.mtp_layers))

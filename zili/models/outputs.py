@@ -65,6 +65,14 @@ class Outputs:
         """Which rows of the output matrix are here, and sums and maxima over those that have the others."""
         return self.decoder.vocabulary or Whole()
 
+    def take(self, rows: Tensor) -> Tensor:
+        """`rows`, such as labels, `[B, S, ...]` -> those of the tokens in `hidden`: where processes share them, fewer."""
+        return rows if self.decoder.tokens is None else self.decoder.tokens(rows)
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over the processes that share the tokens of `take`. On each the gradient is that of its own term."""
+        return self.vocabulary.sum(x)
+
     def logits(self, hidden: Tensor | None = None) -> Tensor:
         """fp32 logits `[B, S, V]` of `hidden`, by default the model's own; of the part of the vocabulary that is here.
 

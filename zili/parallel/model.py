@@ -299,6 +299,11 @@ class _Sums:
     def add(self, outputs: Outputs, batch: Batch, peers: Peers) -> Tensor:
         """Ask the objective; returns what is to be differentiated."""
         new, old = self._objective.terms(outputs, batch, peers), self._sums
+        if new.figures.keys() != old.figures.keys():
+            raise TypeError(
+                f"{type(self._objective).__name__}: terms gives the figures {sorted(new.figures)}, and `figures` names "
+                f"{sorted(old.figures)}; they must be the same"
+            )
         figures = {name: total + new.figures[name].detach() for name, total in old.figures.items()}
         self._sums = Terms(old.loss + new.loss.detach(), figures, old.count + new.count)
         return new.loss

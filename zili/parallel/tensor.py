@@ -96,4 +96,5 @@ def apply_tensor_parallel(model: Decoder, world: World) -> None:
     if model.embedding is not None:
         model.embedding.first_row = first
     if model.norm is not None:
+        model.tokens = lambda rows: rows.chunk(mesh.size(), _SEQUENCE)[mesh.get_local_rank()]
         model.vocabulary = VocabularyRows(first, peers.group)
