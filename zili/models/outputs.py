@@ -66,7 +66,7 @@ class Outputs:
         return self.decoder.vocabulary or Whole()
 
     def take(self, rows: Tensor) -> Tensor:
-        """`rows`, such as labels, `[B, S, ...]` -> those of the tokens in `hidden`: where processes share them, fewer."""
+        """Of `rows [B, S, ...]`, such as labels, those of the tokens in `hidden`: where processes share them, fewer."""
         return rows if self.decoder.tokens is None else self.decoder.tokens(rows)
 
     def total(self, x: Tensor) -> Tensor:
