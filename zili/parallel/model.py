@@ -77,6 +77,11 @@ class ParallelModel:
     def eval(self) -> None:
         self.train(False)
 
+    @property
+    def held(self) -> list[Decoder]:
+        """Every part of a model that is here: the stages, and a teacher's."""
+        return [*self.parts, *(self.teacher.parts if self.teacher is not None else ())]
+
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All that a checkpoint must hold of the stages here."""
         for part in self.parts:

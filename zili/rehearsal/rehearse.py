@@ -154,7 +154,7 @@ def _shortened(config: RunConfig, layout: Layout, micro_batches: int | None) -> 
 def _step(trainer: Trainer, recorder: Recorder, all_rows: int, on_host: bool) -> None:
     """A step of the rows in `trainer`'s batch; the others of its `all_rows` take their memory too."""
     trainer.parallel.train()
-    for part in trainer.parallel.parts:
+    for part in trainer.parallel.held:
         for module in part.modules():
             if isinstance(module, Experts) and isinstance(module.exchange, ProcessExchange):
                 module.exchange.sizes = evenly
@@ -166,7 +166,7 @@ def _step(trainer: Trainer, recorder: Recorder, all_rows: int, on_host: bool) ->
         batch = batch._replace(reference=torch.zeros(rows, 2))
     others = [torch.zeros(all_rows - rows, *part.shape[1:], dtype=part.dtype) for part in batch if part is not None]
     recorder.is_for(recording.BATCH, (part for part in (*batch, *others) if part is not None))
-    recorder.is_for(recording.WEIGHTS, (tensor for part in trainer.parallel.parts for tensor in _held(part)))
+    recorder.is_for(recording.WEIGHTS, (tensor for part in trainer.parallel.held for tensor in _held(part)))
     recorder.is_for(recording.OPTIMIZER, _state(trainer))
     asynchronous = on_host and trainer.config.checkpoint.asynchronous
     copies = [torch.empty_like(plain(tensor)) for tensor in trainer.saved_tensors().values()] if asynchronous else []
