@@ -21,6 +21,7 @@ from zili.parallel.context import ContextPart
 from zili.parallel.data import reduce_gradients, sum_gradients
 from zili.parallel.pipeline import Pipeline
 from zili.parallel.world import World
+from zili.torch_private import foreach_multiply
 
 REWARDS = ("reward_chosen", "reward_rejected", "reward_accuracy")
 """Names of the figures of `PreferenceLoss`."""
@@ -287,7 +288,7 @@ class ParallelModel:
     def scale_gradients(self, factor: Tensor) -> None:
         """Multiply every gradient by `factor`, 0-d."""
         gradients = [plain(parameter.grad) for parameter in self.parameters() if parameter.grad is not None]
-        torch._foreach_mul_(gradients, factor)
+        foreach_multiply(gradients, factor)
 
 
 def _with_next(labels: Tensor, document_ids: Tensor) -> Tensor:
