@@ -190,7 +190,25 @@ def torch_names(source: Source) -> Iterator[tuple[int, str]]:
                 yield node.lineno, ".".join([known[first], *rest])
 
 
-RULES = [unknown_rooms, upward_imports, circles, vendor_names, torch_on_loading, private_names_of_torch]
+def unchecked_copies(package: Path) -> list[str]:
+    """pydantic's ways to a configuration past its validators; `Section.changed` is the checked one."""
+    return [
+        f"{source.where}:{node.lineno} {node.attr}"
+        for source in sources(package)
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.Attribute) and node.attr in ("model_copy", "model_construct")
+    ]
+
+
+RULES = [
+    unchecked_copies,
+    unknown_rooms,
+    upward_imports,
+    circles,
+    vendor_names,
+    torch_on_loading,
+    private_names_of_torch,
+]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -230,6 +248,7 @@ PLANTED = [
     (vendor_names, {"training__x": "from zili.chips.ascend import ASCEND"}),
     (vendor_names, {"ops__registry": "x.mlu()"}),
     (torch_on_loading, {"config__x": "import torch"}),
+    (unchecked_copies, {"training__x": "config.model_copy(update={})"}),
     (private_names_of_torch, {"models__x": "import torch\ntorch._C._current_autograd_node()"}),
     (private_names_of_torch, {"models__x": "from torch.utils._pytree import tree_leaves"}),
     (private_names_of_torch, {"models__x": "from torch import distributed as dist\ndist._x"}),

@@ -166,7 +166,7 @@ class Mixture(nn.Module):
         self.shared: FeedForward | None = None
         if mixture.shared_experts:
             width = mixture.shared_experts * mixture.ffn_hidden_size
-            self.shared = FeedForward(config.model_copy(update={"ffn_hidden_size": width}))
+            self.shared = FeedForward(config.changed(ffn_hidden_size=width))
 
     def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
         routes, loss, counts = self.router(x, padding)

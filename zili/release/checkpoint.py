@@ -96,7 +96,7 @@ def open_checkpoint(folder: Path, *, hashed: bool = False) -> tuple[ModelConfig,
     check_tensors(tensors.describe(), parameter_shapes(config), found)
     if config.lora is None:
         return config, tensors, found
-    return config.model_copy(update={"lora": None}), MergedTensors(tensors, config.lora), found
+    return config.changed(lora=None), MergedTensors(tensors, config.lora), found
 
 
 class MergedTensors(Tensors):
