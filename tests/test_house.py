@@ -6,6 +6,7 @@ The checker reads source only. Planted violations at the end show that it can fa
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -16,11 +17,12 @@ from pathlib import Path
 import pytest
 
 import zili
+from zili.torch_private import IN_PLACE
 
 PACKAGE = Path(zili.__file__).parent
 
 FLOORS = {
-    0: ("errors", "durable", "checksums", "user_cache", "plurals", "config", "chips"),
+    0: ("errors", "durable", "checksums", "user_cache", "plurals", "torch_private", "config", "chips"),
     1: ("ops", "data"),
     2: ("models",),
     3: ("objectives", "parallel"),
@@ -32,9 +34,12 @@ FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 ENTRANCES = ("__init__", "__main__")
 """Files of the package itself; they open the house and stand on no floor."""
 
-WITHOUT_TORCH = ("errors", "config", "chips", "planning", "cloud")
+WITHOUT_TORCH = ("errors", "torch_private", "config", "chips", "planning", "cloud")
 VENDORS = {"ascend", "cambricon", "nvidia"}
 VENDOR_WORDS = VENDORS | {"npu", "mlu", "cuda", "nccl", "hccl", "cncl", "torch_npu", "torch_mlu"}
+
+
+USED_IN_PLACE = {private.path.replace(":", ".") for private in IN_PLACE}
 
 
 class Source:
@@ -156,7 +161,57 @@ def torch_on_loading(package: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("rule", [unknown_rooms, upward_imports, circles, vendor_names, torch_on_loading])
+def private_names_of_torch(package: Path) -> list[str]:
+    """Private names of torch outside of `torch_private`, but for those that it lists as used in their place."""
+    return [
+        f"{source.where}:{line} {name}"
+        for source in sources(package)
+        if source.room != "torch_private"
+        for line, name in torch_names(source)
+        if re.search(r"\._[a-z]", name, re.IGNORECASE)
+        and not any(path == name or path.startswith(f"{name}.") for path in USED_IN_PLACE)
+    ]
+
+
+def torch_names(source: Source) -> Iterator[tuple[int, str]]:
+    """(line, full dotted name) of all that is imported from torch, and of attributes of it."""
+    known = {}
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for (line, name), alias in zip(source.imports(node), node.names, strict=True):
+                if name.partition(".")[0] == "torch":
+                    yield line, name
+                    bare = isinstance(node, ast.Import) and alias.asname is None
+                    known[alias.asname or alias.name.partition(".")[0]] = "torch" if bare else name
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Attribute):
+            first, *rest = ast.unparse(node).split(".")
+            if first in known:
+                yield node.lineno, ".".join([known[first], *rest])
+
+
+def unchecked_copies(package: Path) -> list[str]:
+    """pydantic's ways to a configuration past its validators; `Section.changed` is the checked one."""
+    return [
+        f"{source.where}:{node.lineno} {node.attr}"
+        for source in sources(package)
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.Attribute) and node.attr in ("model_copy", "model_construct")
+    ]
+
+
+RULES = [
+    unchecked_copies,
+    unknown_rooms,
+    upward_imports,
+    circles,
+    vendor_names,
+    torch_on_loading,
+    private_names_of_torch,
+]
+
+
+@pytest.mark.parametrize("rule", RULES)
 def test_the_house_keeps_its_rules(rule):
     violations = rule(PACKAGE)
     assert not violations, "\n" + "\n".join(violations)
@@ -193,6 +248,10 @@ PLANTED = [
     (vendor_names, {"training__x": "from zili.chips.ascend import ASCEND"}),
     (vendor_names, {"ops__registry": "x.mlu()"}),
     (torch_on_loading, {"config__x": "import torch"}),
+    (unchecked_copies, {"training__x": "config.model_copy(update={})"}),
+    (private_names_of_torch, {"models__x": "import torch\ntorch._C._current_autograd_node()"}),
+    (private_names_of_torch, {"models__x": "from torch.utils._pytree import tree_leaves"}),
+    (private_names_of_torch, {"models__x": "from torch import distributed as dist\ndist._x"}),
 ]
 
 

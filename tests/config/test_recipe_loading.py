@@ -307,3 +307,31 @@ def test_none_unsets_what_a_preset_has_and_is_a_word_where_it_is_one() -> None:
     assert built(text=text).model.mixture is not None
     assert built("model.mixture=none", text=text).model.mixture is None
     assert built("training.recompute=full", "training.recompute=none").training.recompute == "none"
+
+
+def test_a_changed_copy_is_one_that_a_recipe_could_say() -> None:
+    config = built("training.global_batch=8", "schedule.warmup_steps=4")
+    longer = config.changed(training={"steps": 20, "micro_batch": 2}, seed=3)
+    assert longer == built(
+        *("training.global_batch=8", "schedule.warmup_steps=4"),
+        *("training.steps=20", "training.micro_batch=2", "seed=3"),
+    )
+    assert config == built("training.global_batch=8", "schedule.warmup_steps=4") and longer.model is config.model
+    assert longer.training.model_fields_set == config.training.model_fields_set | {"micro_batch"}
+    assert config.chip.changed(operations={"linear": "reference"}).operations == {"linear": "reference"}
+    assert config.model.changed(mixture={"experts": 4, "top_k": 2, "ffn_hidden_size": 8}).mixture is not None
+
+
+@pytest.mark.parametrize(
+    ("updates", "said"),
+    [
+        ({"training": {"steps": 2}}, r"warmup_steps \(4\) leaves none of training.steps \(2\)"),
+        ({"training": {"micro_batch": 3}}, r"global_batch \(8\) is not a multiple of training.micro_batch \(3\)"),
+        ({"training": {"stepz": 2}}, "stepz: Extra inputs"),
+        ({"seed": -1}, "seed: Input should be greater than or equal to 0"),
+        ({"model": {"kv_heads": 7}}, r"heads \(2\) is not a multiple of kv_heads \(7\)"),
+    ],
+)
+def test_a_change_that_no_recipe_could_say_is_refused(updates: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        built("training.global_batch=8", "schedule.warmup_steps=4").changed(**updates)

@@ -1,12 +1,14 @@
 """Every faster version of an operation against its plain PyTorch form, values and gradients."""
 
+import inspect
+
 import pytest
 import torch
 from torch import Tensor
 
 from zili import ops
 from zili.errors import ChipError, ConfigError
-from zili.ops import product, reference
+from zili.ops import product, reference, registry
 from zili.ops.blocked_attention import BLOCK, blocked_attention
 from zili.ops.chunked_cross_entropy import chunked_linear_cross_entropy
 from zili.ops.versions import Version
@@ -214,3 +216,19 @@ def test_a_wrong_version_is_neither_taken_for_its_reason_nor_at_its_name(reason,
 def test_places_of_another_version_may_be_of_32_bits():
     rows, places, weights = torch.randn(6, 4), torch.randperm(6), torch.rand(3, 2)
     assert torch.equal(reference.unpermute(rows, places, weights), reference.unpermute(rows, places.int(), weights))
+
+
+@pytest.mark.parametrize("name", registry.OPERATIONS)
+def test_an_operation_has_the_signature_and_the_words_of_its_reference(name):
+    public, declared = getattr(ops, name), getattr(reference, name)
+    assert inspect.signature(public) == inspect.signature(declared) and public.__doc__ == declared.__doc__
+
+
+@pytest.mark.parametrize("vendor", [None, "zili.ops.ascend", "zili.ops.nvidia"])
+def test_a_version_takes_what_its_operation_declares(vendor):
+    for version in ops.versions(vendor):
+        declared = inspect.signature(registry.OPERATIONS[version.operation]).parameters.values()
+        own = inspect.signature(version.function).parameters.values()
+        first = [(one.name, one.kind, one.default) for one in own][: len(declared)]
+        assert first == [(one.name, one.kind, one.default) for one in declared], version
+        assert all(one.default is not one.empty for one in list(own)[len(declared) :]), version

@@ -120,7 +120,9 @@ def _import_plugin(torch: Any, backend: Backend) -> None:
     if backend.plugin is None:
         return
     # All plugins share one place in torch, PrivateUse1; the second one would fail with a message about renaming.
-    taken = torch._C._get_privateuse1_backend_name()
+    from zili.torch_private import privateuse1_name
+
+    taken = privateuse1_name()
     if taken not in ("privateuseone", backend.device_type):
         raise _occupied(backend, taken)
     try:

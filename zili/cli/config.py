@@ -45,9 +45,8 @@ def show(
 def _laid_out(config: RunConfig, chips: int) -> tuple[RunConfig, list[str]]:
     layout = lay_out(config, chips)
     found = {"shards": layout.shards, "stages_per_process": config.parallel.stages_each}
-    parallel = config.parallel.model_copy(update=found)
     line = f'{counted(chips, "chip")}: {layout}; what is left to "auto" is chosen on them'
-    return config.model_copy(update={"parallel": parallel}), [line, *_unknown_chips(config)]
+    return config.changed(parallel=found), [line, *_unknown_chips(config)]
 
 
 def _unknown_chips(config: RunConfig) -> list[str]:

@@ -255,8 +255,7 @@ def _open_held_out(launch: Launch) -> TokenStore | DialogueLoader | None:
 
 def keep_length(recipe: RunConfig, config: RunConfig) -> None:
     """Write `recipe` into its run folder with the length that the run `config` has found for itself."""
-    training = recipe.training.model_copy(update={"steps": config.training.steps})
-    found = recipe.model_copy(update={"training": training, "schedule": config.schedule})
+    found = recipe.changed(training={"steps": config.training.steps}, schedule=config.schedule)
     write_whole(recipe.folder / RECIPE_FILE, dump_recipe(found))
 
 

@@ -160,8 +160,7 @@ def _config(
         training = config.training
         a_step = training.global_batch * training.sequence_length
         if tokens:
-            steps = {"steps": max(1, ceil(tokens / a_step))}
-            config = config.model_copy(update={"training": training.model_copy(update=steps)})
+            config = config.changed(training={"steps": max(1, ceil(tokens / a_step))})
         return _in_bf16(config), tokens or float(training.steps * a_step), False
     table = load_preset(model)
     length = sequence or min(4096, int(table.get("max_length", 4096)))
@@ -190,9 +189,8 @@ def _in_bf16(config: RunConfig) -> RunConfig:
     """`config` with nothing left open that a plan needs."""
     if config.chip.precision == "fp32":
         raise ConfigError("a plan is for products in bf16, and chip.precision is fp32")
-    chip = config.chip.model_copy(update={"precision": "bf16"})
     fixed = {"micro_batch": 1} if config.training.micro_batch == "auto" else {}
-    return config.model_copy(update={"chip": chip, "training": config.training.model_copy(update=fixed)})
+    return config.changed(chip={"precision": "bf16"}, training=fixed)
 
 
 def _laid_out(config: RunConfig, text: str | None) -> RunConfig:

@@ -30,14 +30,13 @@ def scaled_down(model: ModelConfig, hidden_size: int) -> ModelConfig:
         "vocab_size": min(model.vocab_size, _VOCABULARY),
     }
     if model.latent is not None:
-        latent, turned = model.latent, max(2, head // 4 * 2)
-        ranks = {"query_rank": shrunk(latent.query_rank), "key_value_rank": shrunk(latent.key_value_rank)}
+        turned = max(2, head // 4 * 2)
+        ranks = {"query_rank": shrunk(model.latent.query_rank), "key_value_rank": shrunk(model.latent.key_value_rank)}
         changes["head_dim"] = head + turned
-        changes["latent"] = latent.model_copy(update={**ranks, "rope_head_dim": turned, "value_head_dim": head})
+        changes["latent"] = {**ranks, "rope_head_dim": turned, "value_head_dim": head}
     if model.mixture is not None:
         mixture = model.mixture
         cut = {"experts": min(mixture.experts, _EXPERTS), "top_k": min(mixture.top_k, _TOP_K)}
         sizes = {"ffn_hidden_size": shrunk(mixture.ffn_hidden_size), "dense_layers": min(mixture.dense_layers, 1)}
-        changes["mixture"] = mixture.model_copy(update={**cut, **sizes})
-    # Validated again: a copy would take what does not fit together.
-    return ModelConfig.model_validate(model.model_copy(update=changes).model_dump())
+        changes["mixture"] = {**cut, **sizes}
+    return model.changed(**changes)

@@ -29,20 +29,19 @@ def align(recipe: RunConfig, build: Build, steps: int) -> Alignment:
     In one process, whatever the recipe's layout, without recomputation, and blocks run eagerly. A vendor's operations,
     which the CPU does not have, are compared with this house's references on the inputs of each call.
     """
-    chip = recipe.chip.model_copy(update={"compile": False})
     # Recomputed blocks run in autograd's threads, where operations could not be told their modules.
-    training = recipe.training.model_copy(update={"recompute": "none"})
-    eager = recipe.model_copy(update={"chip": chip, "training": training, "parallel": ParallelConfig()})
+    training = {"recompute": "none"}
+    eager = recipe.changed(chip={"compile": False}, training=training, parallel=ParallelConfig())
     plain = dict.fromkeys(registry.OPERATIONS, registry.REFERENCE)
     # fp32 is what a chip is held against, unless the recipe names another precision for both.
     precision = "fp32" if eager.chip.precision == "auto" else eager.chip.precision
-    on_cpu = eager.chip.model_copy(update={"name": "cpu", "operations": plain, "precision": precision})
+    on_cpu = eager.changed(chip={"name": "cpu", "operations": plain, "precision": precision})
     # The chip first: autograd makes a queue for each device that is there at its first backward pass, none later.
     trainer = build(eager)
     if trainer.device.type == "cpu":
         raise ConfigError("the CPU would be compared with itself; name a chip with --set chip.name=NAME")
     versions = {name: registry.active(name) for name in registry.OPERATIONS}
-    reference = _losses(build(eager.model_copy(update={"chip": on_cpu})), steps)
+    reference = _losses(build(on_cpu), steps)
     shadow = Shadow(trainer.model, trainer.device.type)
     everywhere = {version.function for version in ops.versions()}
     vendors = {version.function for version in ops.versions(trainer.device.backend.operations)} - everywhere

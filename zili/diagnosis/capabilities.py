@@ -22,6 +22,7 @@ from zili.ops.examples import example
 from zili.ops.yardstick import Distance, compared, distance, first_line
 from zili.parallel.layout import Layout
 from zili.parallel.world import World
+from zili.torch_private import dispatch_key_for_device, has_kernel
 
 AREA = "capabilities"
 # The second name is the one before torch 2.13: with an older torch a chip can be examined too.
@@ -131,8 +132,8 @@ def _grouped_matmul(device: Device) -> Seen:
     found = compared(product.grouped, reference.grouped_matmul, *inputs, device.torch)
     largest = max(measured.ulps for measured in found.values())
     seen = f"{largest:.2g} ulp in {str(dtype).removeprefix('torch.')}"
-    key = torch._C._dispatch_key_for_device(device.type)
-    if device.type != "cpu" and not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_grouped_mm", key):
+    key = dispatch_key_for_device(device.type)
+    if device.type != "cpu" and not has_kernel("aten::_grouped_mm", key):
         seen += ", by torch's stand-in for a kernel, which makes the host wait"
     return Seen(not _problem(found), _problem(found) or seen)
 

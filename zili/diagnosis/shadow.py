@@ -17,12 +17,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
 
 from zili.ops.grouped_heads import scaled_dot_product_attention
 from zili.ops.registry import OPERATIONS
 from zili.ops.yardstick import Distance, compared, distance, on_cpu
+from zili.torch_private import (
+    DispatchKey,
+    ExcludeDispatchKeys,
+    TorchDispatchMode,
+    arguments_by_name,
+    current_autograd_node,
+    disable_current_modes,
+    get_sequence_nr,
+    tree_leaves,
+)
 
 _OPTIMIZER = "the optimizer"
 _WITHOUT_NUMBERS = (
@@ -117,13 +125,13 @@ class Shadow(TorchDispatchMode):
 
     def _mark(self) -> None:
         # Autograd numbers its nodes in the order of the forward pass: from here on they belong to this module.
-        self._begun.append((torch.autograd._get_sequence_nr(), self._inside[-1] if self._inside else "the loss"))
+        self._begun.append((get_sequence_nr(), self._inside[-1] if self._inside else "the loss"))
 
     def _place(self) -> tuple[str, str]:
         """Way and module of the operation that runs now."""
         if self._optimizing:
             return "optimizer", _OPTIMIZER
-        node = torch._C._current_autograd_node()
+        node = current_autograd_node()
         if node is None:
             return "forward", self._inside[-1] if self._inside else "the loss"
         # Marks are in the order of time, so their numbers ascend.
@@ -173,7 +181,7 @@ class Shadow(TorchDispatchMode):
         for found, cpus, right in results:
             self._judge(function, found, cpus, right)
         if _is_attention(function):
-            self._judge_gradients(function, _by_name(function, arguments, keywords))
+            self._judge_gradients(function, arguments_by_name(function, arguments, keywords))
         return out
 
     def _judge_gradients(self, function: Any, given: dict[str, Any]) -> None:
@@ -187,8 +195,8 @@ class Shadow(TorchDispatchMode):
             return _attention(function, query, key, value, **own)[0]
 
         # Below autograd, where operations are seen, nothing is differentiated unless it is asked for.
-        above = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
-        with _disable_current_modes(), above, torch.enable_grad():
+        above = ExcludeDispatchKeys(DispatchKey.AutogradFunctionality, False)
+        with disable_current_modes(), above, torch.enable_grad():
             reached = compared(attention, attention, on_cpu(inputs), {}, place.device)
         for way, measured in reached.items():
             if way.startswith("backward"):
@@ -206,7 +214,7 @@ class Shadow(TorchDispatchMode):
             lowered = torch.is_autocast_enabled(place.type)
             # Where the chip lowers what it is given, the CPU does too; fp64 is left as it is by both.
             cpus = torch.autocast("cpu", torch.get_autocast_dtype(place.type), lowered)
-            with _disable_current_modes(), torch.enable_grad(), cpus:
+            with disable_current_modes(), torch.enable_grad(), cpus:
                 host, host_keywords = on_cpu((arguments, keywords))
                 reached = compared(version, reference, host, host_keywords, place)
             _, module = self._place()
@@ -252,16 +260,12 @@ def _is_random(function: Any, arguments: Any, keywords: Any) -> bool:
         return False
     if not _is_attention(function):
         return True
-    return bool(_by_name(function, arguments, keywords).get("dropout_p", 0.0))
-
-
-def _by_name(function: Any, arguments: Any, keywords: Any) -> dict[str, Any]:
-    return dict(zip((given.name for given in function._schema.arguments), arguments, strict=False)) | keywords
+    return bool(arguments_by_name(function, arguments, keywords).get("dropout_p", 0.0))
 
 
 def _attention(function: Any, *arguments: Any, **keywords: Any) -> tuple[Tensor]:
     """What each of torch's fused attentions computes."""
-    given = _by_name(function, arguments, keywords)
+    given = arguments_by_name(function, arguments, keywords)
     query, key, value = given["query"], given["key"], given["value"]
     bias = given.get("attn_bias", given.get("attn_mask"))
     causal = bool(given.get("is_causal"))

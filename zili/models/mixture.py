@@ -158,7 +158,7 @@ class Mixture(nn.Module):
         self.shared: FeedForward | None = None
         if mixture.shared_experts:
             width = mixture.shared_experts * mixture.ffn_hidden_size
-            self.shared = FeedForward(config.model_copy(update={"ffn_hidden_size": width}))
+            self.shared = FeedForward(config.changed(ffn_hidden_size=width))
 
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
         routes, loss = self.router(x, routing or Routing())

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
     SAC_IGNORED_OPS,
@@ -13,6 +12,8 @@ from torch.utils.checkpoint import (
     checkpoint,
     create_selective_checkpoint_contexts,
 )
+
+from zili.torch_private import OpOverload, profiler_enter, profiler_exit
 
 Recompute = Literal["none", "selective", "full"]
 """full: only a block's input is kept. selective: products and attention are kept, the rest is computed again."""
@@ -32,9 +33,7 @@ _KEPT_BY_NAME = ("attention", "grouped_matmul")
 # Torch wants no more calls of an operation when a block is recomputed than there were at first. FSDP2's hooks inside it
 # mark for profilers what they do, and that is another time: the first weights asked for in a backward pass are taken
 # for a model's, and a pipeline's are there already at its second micro-batch.
-SAC_IGNORED_OPS.update(
-    (torch.ops.profiler._record_function_enter_new.default, torch.ops.profiler._record_function_exit._RecordFunction)
-)
+SAC_IGNORED_OPS.update((profiler_enter, profiler_exit))
 
 
 def recomputed(block: nn.Module, how: Recompute, *arguments: Any) -> Tensor:
@@ -46,6 +45,6 @@ def recomputed(block: nn.Module, how: Recompute, *arguments: Any) -> Tensor:
 
 
 def _policy(context: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
-    name = operation.name().split(".")[0] if isinstance(operation, torch._ops.OpOverload) else ""
+    name = operation.name().split(".")[0] if isinstance(operation, OpOverload) else ""
     kept = name in _KEPT or any(part in name for part in _KEPT_BY_NAME)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

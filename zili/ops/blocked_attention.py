@@ -16,6 +16,7 @@ from torch import Tensor
 
 from zili.ops import reference
 from zili.ops.product import LIBRARIES, Product, library, weight_gradient
+from zili.torch_private import softmax_backward
 
 BLOCK = 128
 
@@ -102,7 +103,7 @@ def _backward(
         probabilities = _probabilities(tile, query[at][rows], key[at][keys], product)
         grad_value[at][keys] += weight_gradient(probabilities, grad[at][rows], product)
         upstream = product(grad[at][rows], value[at][keys])
-        scores = torch._softmax_backward_data(upstream, probabilities, -1, torch.float32)
+        scores = softmax_backward(upstream, probabilities, -1, torch.float32)
         grad_query[at][rows] = product(scores, key[at][keys].t())
         grad_key[at][keys] += weight_gradient(scores, query[at][rows], product)
     return grad_query, grad_key, grad_value

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zili import torch_private
 from zili.ops.reference import grouped_matmul
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -25,7 +26,7 @@ def plain(a: Tensor, b: Tensor) -> Tensor:
 
 def onednn(a: Tensor, b: Tensor) -> Tensor:
     """The same through oneDNN; fp32 on the CPU, any strides."""
-    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return torch_private.onednn_product(a, b, None, "none", [], "")
 
 
 LIBRARIES: dict[str, Product] = {"plain": plain, "onednn": onednn}

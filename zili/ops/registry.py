@@ -7,12 +7,13 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from zili.errors import ChipError, ConfigError
-from zili.ops import grouped_heads, product, reference
+from zili.ops import grouped_heads, product
 from zili.ops.blocked_attention import blocked_attention
 from zili.ops.chunked_cross_entropy import chunked_linear_cross_entropy
 from zili.ops.examples import Example, example, examples, run
@@ -55,18 +56,27 @@ VERSIONS = (
         reason="logits are never whole in memory",
     ),
 )
-OPERATIONS: Mapping[str, Callable[..., Any]] = {
-    name: getattr(reference, name)
-    for name in (
-        *("linear", "rms_norm", "add_rms_norm", "rotate", "swiglu", "attention"),
-        *("grouped_matmul", "permute", "unpermute", "linear_cross_entropy"),
-    )
-}
-"""The reference of every operation, by name."""
+OPERATIONS: dict[str, Callable[..., Any]] = {}
+"""The reference of every operation, by name, in the order in which `zili.ops` declares them."""
 OF_EXPERTS = ("grouped_matmul", "permute", "unpermute")
 """Operations that only a mixture of experts needs."""
-_active: dict[str, Callable[..., Any]] = dict(OPERATIONS)
-_names: dict[str, str] = dict.fromkeys(OPERATIONS, REFERENCE)
+_active: dict[str, Callable[..., Any]] = {}
+_names: dict[str, str] = {}
+Inputs = ParamSpec("Inputs")
+Output = TypeVar("Output")
+
+
+def operation(reference: Callable[Inputs, Output]) -> Callable[Inputs, Output]:
+    """The operation that `reference` declares: its signature and its words, and the version that is chosen for it."""
+    name = reference.__name__
+    OPERATIONS[name] = _active[name] = reference
+    _names[name] = REFERENCE
+
+    @wraps(reference)
+    def run_chosen(*arguments: Inputs.args, **keywords: Inputs.kwargs) -> Output:
+        return _active[name](*arguments, **keywords)
+
+    return run_chosen
 
 
 def active(operation: str) -> Callable[..., Any]:

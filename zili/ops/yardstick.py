@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from zili.torch_private import tree_flatten, tree_map, tree_unflatten
 
 _TIMES_THE_CPUS = 4.0
 _ULPS_MORE = 4.0

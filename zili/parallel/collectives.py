@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as funcol
 from torch import Tensor
+
+from zili.torch_private import functional_collectives as funcol
 
 
 class Peers(NamedTuple):

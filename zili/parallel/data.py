@@ -24,6 +24,7 @@ from zili.models.layers import local
 from zili.models.mixture import Experts
 from zili.parallel.cuts import stays_fp32
 from zili.parallel.world import World
+from zili.torch_private import foreach_copy
 
 _BUCKET = 64 << 20
 """Bytes of gradients that are summed by one call."""
@@ -131,4 +132,4 @@ def _sum(tensors: list[Tensor], mesh: DeviceMesh) -> None:
     for dimension in (dimension for dimension in range(mesh.ndim) if mesh.size(dimension) > 1):
         dist.all_reduce(together, group=mesh.get_group(dimension))
     parts = together.split([tensor.numel() for tensor in tensors])
-    torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
+    foreach_copy(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])

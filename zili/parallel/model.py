@@ -26,6 +26,7 @@ from zili.parallel.data import reduce_gradients, sum_gradients
 from zili.parallel.pipeline import Forward, Pipeline
 from zili.parallel.teacher import Teacher
 from zili.parallel.world import World
+from zili.torch_private import foreach_multiply
 
 
 class ParallelModel:
@@ -290,7 +291,7 @@ class ParallelModel:
     def scale_gradients(self, factor: Tensor) -> None:
         """Multiply every gradient by `factor`, 0-d."""
         gradients = [plain(parameter.grad) for parameter in self.parameters() if parameter.grad is not None]
-        torch._foreach_mul_(gradients, factor)
+        foreach_multiply(gradients, factor)
 
 
 class _Sums:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, schedules
-from torch.distributed.pipelining._backward import stage_backward
 from torch.distributed.pipelining.schedules import (
     SEND_B,
     SEND_F,
@@ -31,6 +30,7 @@ from zili.models.decoder import Decoder
 from zili.parallel.data import reduce_gradients
 from zili.parallel.layout import Layout, stages_of
 from zili.parallel.world import World
+from zili.torch_private import stage_backward
 
 _SCHEDULES: dict[Schedule, Callable[..., Any]] = {
     "1f1b": lambda stages, *rest, **more: Schedule1F1B(stages[0], *rest, **more),

@@ -13,7 +13,6 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 
 import torch.distributed as dist
-import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
@@ -23,6 +22,7 @@ from zili.models.mixture import Experts
 from zili.parallel.collectives import AllSum, Peers, gather, scatter_sum
 from zili.parallel.cuts import cut_of
 from zili.parallel.world import World
+from zili.torch_private import functional_collectives as funcol
 
 _SEQUENCE = 1
 """Dimension of the tokens in `[B, S, D]`."""

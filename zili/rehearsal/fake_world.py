@@ -10,11 +10,9 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.pipelining import schedules
 from torch.distributed.pipelining.stage import InferenceMode
 from torch.distributed.tensor import placement_types
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from zili.chips.activation import Activation
 from zili.chips.backend import Backend
@@ -22,6 +20,7 @@ from zili.chips.catalog import Chip
 from zili.chips.device import Device
 from zili.models.decoder import Decoder
 from zili.parallel.world import World
+from zili.torch_private import FakeStore, FakeTensorMode, exchange_of_cuts
 
 Result = TypeVar("Result")
 _ENDLESS = 1 << 60
@@ -105,7 +104,7 @@ def _held_until_waited_for(messages: list[dist.P2POp], desc: str | None = None) 
 def _exchanged(x: torch.Tensor, gather_dim: int, shard_dim: int, mesh: Any, mesh_dim: int) -> torch.Tensor:
     """torch's exchange of one cut dimension for another, as any device but the host has it."""
     group = mesh.get_group(mesh_dim).group_name
-    return torch.ops._dtensor.shard_dim_alltoall(x, gather_dim, shard_dim, group)
+    return exchange_of_cuts(x, gather_dim, shard_dim, group)
 
 
 def _all_static(schedule: Any, stages: list[Any], has_backward: bool, p2p_done: bool) -> None:

@@ -14,10 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import (
     flop_registry,
     register_flop_formula,
@@ -40,6 +37,15 @@ from zili.planning.exact.memory import (
     WEIGHTS,
 )
 from zili.planning.exact.messages import Message
+from zili.torch_private import (
+    ShardingPropagator,
+    TorchDispatchMode,
+    arguments_by_name,
+    current_autograd_node,
+    resolve_process_group,
+    tree_leaves,
+    wait_tensor,
+)
 
 PARTS = {
     WEIGHTS: "this process's part of weights and buffers, fp32",
@@ -211,7 +217,7 @@ class Recorder(TorchDispatchMode):
     def _phase(self) -> str:
         if self._optimizing:
             return "optimizer"
-        return "forward" if torch._C._current_autograd_node() is None else "backward"
+        return "forward" if current_autograd_node() is None else "backward"
 
     def _part(self) -> str:
         if self._in_loss:
@@ -230,7 +236,7 @@ class Recorder(TorchDispatchMode):
         if function.namespace in _MESSAGE_SPACES:
             self._note_message(function, arguments)
         # What was waited for is the very tensor that was given; a fake one would be another.
-        waits = function is torch.ops._c10d_functional.wait_tensor.default
+        waits = function is wait_tensor
         out = arguments[0] if waits else function(*arguments, **keywords)
         self.operations[str(function)] += 1
         if (formula := flop_registry.get(function._overloadpacket)) is not None:
@@ -246,7 +252,7 @@ class Recorder(TorchDispatchMode):
     def _note_sharding(self, function: Any, arguments: Any, keywords: Any) -> None:
         """What FSDP2 allocates is known when it is used: gathered weights, gradients that are cut and sent."""
         name = function._schema.name
-        given = dict(zip((each.name for each in function._schema.arguments), arguments, strict=False)) | keywords
+        given = arguments_by_name(function, arguments, keywords)
         if name == "fsdp::all_gather_copy_in":
             self.is_for(GATHERED, [given["all_gather_output"]])
         elif name == "fsdp::split_with_sizes_copy":
@@ -274,13 +280,8 @@ class Recorder(TorchDispatchMode):
 
 def _group(function: Any, arguments: Any) -> dist.ProcessGroup:
     """The process group among an operation's arguments: itself, or its name."""
-    for given, argument in zip(function._schema.arguments, arguments, strict=False):
-        if given.name == "group_name":
-            return argument if isinstance(argument, dist.ProcessGroup) else _named(argument)
-        if given.name == "process_group":
-            return dist.ProcessGroup.unbox(argument)
-    raise AssertionError(f"{function} names no process group")
-
-
-def _named(name: Any) -> dist.ProcessGroup:
-    return dist.distributed_c10d._resolve_process_group(name)
+    given = arguments_by_name(function, arguments, {})
+    if "process_group" in given:
+        return dist.ProcessGroup.unbox(given["process_group"])
+    group = given["group_name"]
+    return group if isinstance(group, dist.ProcessGroup) else resolve_process_group(group)

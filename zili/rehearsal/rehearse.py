@@ -140,15 +140,14 @@ def _eagerly(config: RunConfig, device: RehearsedDevice, on_host: bool) -> RunCo
     precision = config.chip.precision
     if precision == "auto":
         precision = "bf16" if device.capability("bf16").value and not on_host else "fp32"
-    chip = config.chip.model_copy(update={"compile": False, "operations": versions, "precision": precision})
-    return config.model_copy(update={"chip": chip})
+    return config.changed(chip={"compile": False, "operations": versions, "precision": precision})
 
 
 def _shortened(config: RunConfig, layout: Layout, micro_batches: int | None) -> RunConfig:
     """`config` with so many micro-batches in its global batch, or as many as memory depends on."""
     job = Job(config, layout)
     batch = min(job.micro_batches, micro_batches or enough(job)) * job.micro_batch * layout.data
-    return config.model_copy(update={"training": config.training.model_copy(update={"global_batch": batch})})
+    return config.changed(training={"global_batch": batch})
 
 
 def _step(trainer: Trainer, recorder: Recorder, all_rows: int, on_host: bool) -> None:

@@ -98,7 +98,7 @@ def open_checkpoint(folder: Path, *, hashed: bool = False) -> tuple[ModelConfig,
     check_tensors({name: tensor for name, tensor in described.items() if name in shapes}, shapes, found)
     if config.lora is None:
         return config, tensors, found
-    return config.model_copy(update={"lora": None}), MergedTensors(tensors, config.lora), found
+    return config.changed(lora=None), MergedTensors(tensors, config.lora), found
 
 
 class MergedTensors(Tensors):

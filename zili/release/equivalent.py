@@ -46,7 +46,7 @@ class _Rewriting:
     exact: bool = True
 
     def change(self, note: str, **fields: Any) -> None:
-        self.config = ModelConfig(**{**dict(self.config), **fields})
+        self.config = self.config.changed(**fields)
         self.notes.append(note)
 
 
@@ -65,7 +65,7 @@ def llama_equivalent(config: ModelConfig, tensors: Tensors, *, own_yarn: bool = 
         factor = scaling(rotary, config.rotary_dim, 1).magnitude
         rewriting.change(
             f"TeleChat3's YaRN is YaRN with attention_factor {factor:.6g}",
-            rotary=rotary.model_copy(update={"rule": "yarn", "attention_factor": factor}),
+            rotary={"rule": "yarn", "attention_factor": factor},
         )
     return _end(rewriting, tensors)
 
@@ -81,7 +81,7 @@ def telechat2_equivalent(config: ModelConfig, tensors: Tensors) -> Equivalent:
     mixture = config.mixture
     if mixture is not None and not mixture.dense_layers:
         # No layer has it; the layout has one number for both.
-        rewriting.config = rewriting.config.model_copy(update={"ffn_hidden_size": mixture.ffn_hidden_size})
+        rewriting.config = rewriting.config.changed(ffn_hidden_size=mixture.ffn_hidden_size)
     rotary = config.rotary
     if rotary.rule == "tele_flm_ntk" or _base_moved(rotary, config.rotary_dim):
         _settle_ntk(rewriting, keep_tables=True)
@@ -94,7 +94,7 @@ def telechat2_equivalent(config: ModelConfig, tensors: Tensors) -> Equivalent:
             training_length=now.max_length,
             half_tables=rotary.rule == "telechat_ntk" and rotary.half_tables,
         )
-        rewriting.config = now.model_copy(update={"rotary": own})
+        rewriting.config = now.changed(rotary=own)
     return _end(rewriting, tensors)
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from zili.checksums import SUMS_FILE
 from zili.config.model import ModelConfig
@@ -30,6 +29,7 @@ from zili.release.layouts.telechat2 import TeleChat2
 from zili.release.layouts.telechat52 import TeleChat52
 from zili.release.native import MODEL_FILE, Origin, is_native, read_model_file, read_native
 from zili.release.tensors import Index, Tensors, open_tensors
+from zili.torch_private import compute_local_shape_and_global_offset
 
 LAYOUTS: tuple[Layout, ...] = (TeleChat2(), Llama(), TeleChat3(), TeleFLM(), TeleChat52(), DeepSeek())
 """In the order `export_model` tries them for a model that was never published."""

@@ -105,7 +105,7 @@ def log_probabilities(model: OpenModel, rows: list[list[int]]) -> list[Tensor]:
 def _part(config: ModelConfig, layers: range) -> Decoder:
     # What only training uses is not read.
     with torch.device("meta"):
-        part = Decoder(config.model_copy(update={"mtp_layers": 0}), layers)
+        part = Decoder(config.changed(mtp_layers=0), layers)
     part.to_empty(device="cpu")
     for buffer in part.buffers():
         buffer.zero_()

@@ -9,14 +9,21 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from math import sqrt
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
 from torch.optim import Optimizer
-from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, DEFAULT_NS_STEPS, EPS, _adjust_lr
+
+from zili.torch_private import StridedShard
+
+_COEFFICIENTS, _STEPS = (3.4445, -4.7750, 2.0315), 5
+"""Jordan's of the iteration, as `torch.optim.Muon` has them by default."""
+_LEAST_NORM = 1e-7
+_ADAMW_SIZE = 0.2
+"""Root mean square of AdamW's updates (Liu et al. 2025, eq. 4)."""
 
 
 class Muon(Optimizer):
@@ -53,7 +60,7 @@ class Muon(Optimizer):
                 for parameter, update in zip(
                     parameters, _orthogonalized(parameters, updates, self._dtype), strict=True
                 ):
-                    rate = _adjust_lr(group["lr"], "match_rms_adamw", parameter.shape[-2:])
+                    rate = group["lr"] * (_ADAMW_SIZE * sqrt(max(parameter.shape[-2:])))
                     own = _plain(parameter)
                     own.mul_(1 - group["lr"] * group["weight_decay"])
                     own.add_(update, alpha=-rate)
@@ -101,8 +108,8 @@ def _distributed(own: Tensor, mesh: Any, placements: tuple[Placement, ...], shap
 
 
 def _one_further(placement: Placement) -> Placement:
-    if isinstance(placement, _StridedShard):
-        return _StridedShard(placement.dim + 1, split_factor=placement.split_factor)
+    if isinstance(placement, StridedShard):
+        return StridedShard(placement.dim + 1, split_factor=placement.split_factor)
     return Shard(placement.dim + 1) if isinstance(placement, Shard) else Replicate()
 
 
@@ -121,8 +128,9 @@ def orthogonal(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.to(dtype, copy=True)
     x = x.T if tall else x
-    x.div_(x.norm().clamp(min=EPS))
-    for _ in range(DEFAULT_NS_STEPS):
+    x.div_(x.norm().clamp(min=_LEAST_NORM))
+    a, b, c = _COEFFICIENTS
+    for _ in range(_STEPS):
         gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=DEFAULT_B, alpha=DEFAULT_C), x, beta=DEFAULT_A)
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.T if tall else x

@@ -9,6 +9,7 @@ from torch.optim import AdamW, Optimizer
 
 from zili.config.run import OptimizerConfig
 from zili.models.arithmetic import is_hidden_matrix
+from zili.torch_private import fused_devices
 from zili.training.muon import Muon
 
 BASE_RATE = "base_lr"
@@ -71,5 +72,5 @@ def _adamw(parameters: list[nn.Parameter], config: OptimizerConfig, fused: bool)
 
 def _fused_everywhere(parameters: list[nn.Parameter]) -> bool:
     # The list that torch itself keeps of devices with a fused kernel; a device without one takes the foreach loop.
-    supported = torch.utils._foreach_utils._get_fused_kernels_supported_devices()
+    supported = fused_devices()
     return all(p.device.type in supported and p.is_floating_point() for p in parameters)

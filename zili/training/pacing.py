@@ -87,11 +87,9 @@ class Pacer(Callback):
         config = trainer.config
         start = decay_start(steps, config.schedule)
         self.settled = trainer.step >= start
-        schedule = config.schedule
-        if self.settled and schedule.kind == "wsd":
-            schedule = schedule.model_copy(update={"decay_start": trainer.step})
-        training = config.training.model_copy(update={"steps": steps})
-        trainer.config = config.model_copy(update={"training": training, "schedule": schedule})
+        decays = self.settled and config.schedule.kind == "wsd"
+        schedule = {"decay_start": trainer.step} if decays else {}
+        trainer.config = config.changed(training={"steps": steps}, schedule=schedule)
         if self.settled:
             self._keep(trainer.config)
             trainer.note(f"step {trainer.step}: step {steps:,} will be the last, which is what fits the time")

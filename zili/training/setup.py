@@ -103,8 +103,8 @@ def resolve(config: RunConfig, layout: Layout, device: Device) -> tuple[RunConfi
     timings = Timings.of(device, precision)
     previous = _on_this_chip(state, device, precision)
     compiled, why_compiled = _compile(config, layout, device, state, precision, timings)
-    chip = config.chip.model_copy(update={"name": device.backend.name, "precision": precision, "compile": compiled})
-    config, fitted = _fitted(config.model_copy(update={"chip": chip}), layout, device, previous)
+    chip = {"name": device.backend.name, "precision": precision, "compile": compiled}
+    config, fitted = _fitted(config.changed(chip=chip), layout, device, previous)
     choices = [
         Choice("chip.precision", precision, why_precision),
         Choice("chip.compile", str(compiled).lower(), why_compiled),
@@ -129,10 +129,8 @@ def resolve(config: RunConfig, layout: Layout, device: Device) -> tuple[RunConfi
     ]
     if timings.problem is not None:
         choices.append(Choice("timings", "this run's own", timings.problem))
-    parallel = config.parallel.model_copy(
-        update={"shards": layout.shards, "stages_per_process": config.parallel.stages_each}
-    )
-    return config.model_copy(update={"parallel": parallel}), choices
+    parallel = {"shards": layout.shards, "stages_per_process": config.parallel.stages_each}
+    return config.changed(parallel=parallel), choices
 
 
 def _fallbacks(model: ModelConfig, layout: Layout, device: Device, precision: Precision) -> list[Choice]:
@@ -285,8 +283,7 @@ def _sizes(config: RunConfig, layout: Layout) -> list[int]:
 
 
 def _with(config: RunConfig, micro_batch: int) -> RunConfig:
-    training = config.training.model_copy(update={"micro_batch": micro_batch})
-    return config.model_copy(update={"training": training})
+    return config.changed(training={"micro_batch": micro_batch})
 
 
 def _kept_job(config: RunConfig, layout: Layout, device: Device, previous: RunState | None) -> Job | None:

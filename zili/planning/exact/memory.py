@@ -104,8 +104,7 @@ def with_reduce(job: Job, room: float) -> Job:
 
 def reducing(job: Job, when: str) -> Job:
     """`job` with that `parallel.reduce`."""
-    parallel = job.config.parallel.model_copy(update={"reduce": when})
-    return replace(job, config=job.config.model_copy(update={"parallel": parallel}))
+    return replace(job, config=job.config.changed(parallel={"reduce": when}))
 
 
 class _Ledger:

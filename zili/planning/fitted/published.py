@@ -177,7 +177,7 @@ def _model(reader: _Reader) -> ModelConfig:
     if mixture is not None:
         return gated
     # Two matrices instead of three: the same products as a gated layer of two thirds the width.
-    plain = gated.model_copy(update={"ffn_hidden_size": round(width * 2 / 3)})
+    plain = gated.changed(ffn_hidden_size=round(width * 2 / 3))
     total = reader.number("params_total_B")
     if total is None:
         return plain if width == 4 * hidden else gated

@@ -83,6 +83,5 @@ def left_open(config: RunConfig, tokens: float, step_seconds: float, interval: f
 def filled(config: RunConfig, found: list[Filled]) -> RunConfig:
     """`config` with these settings."""
     for one in found:
-        section = getattr(config, one.table).model_copy(update={one.key: one.value})
-        config = config.model_copy(update={one.table: section})
+        config = config.changed(**{one.table: {one.key: one.value}})
     return config

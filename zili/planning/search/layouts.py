@@ -282,8 +282,7 @@ class _Option:
         reduce: Literal["step", "micro_batch"] = "micro_batch" if self.sums_each else "step"
         parallel = ParallelConfig(**sizes, schedule=run.schedule, stages_per_process=stages, reduce=reduce)
         chosen = {"micro_batch": run.micro_batch, "recompute": run.recompute}
-        training = config.training.model_copy(update=chosen)
-        config = config.model_copy(update={"parallel": parallel, "training": training})
+        config = config.changed(parallel=parallel, training=chosen)
         return Candidate(config, layout, self.time, machine)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from zili import torch_private
 from zili.chips.cpu import bf16_units
 from zili.models.attention import Attention
 from zili.models.decoder import Block, Decoder
@@ -18,7 +19,6 @@ from zili.models.layers import Linear
 from zili.serving.cpu.kernels import Kernels
 from zili.serving.generate.slots import SlotEntry
 
-_product = torch.ops.mkldnn._linear_pointwise
 _ROWS = 512
 """Rows of a product that oneDNN lays the blocks out for. They do as well for few, but not those for 1 for many."""
 
@@ -29,15 +29,15 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """`weight [O, I]`, `bias [O]`."""
         super().__init__()
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
+        self._weight = torch_private.onednn_layout(weight.detach(), _ROWS)
         self._bias = None if bias is None else bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
-        return _product(x, self._weight, self._bias, "none", [], "")
+        return torch_private.onednn_product(x, self._weight, self._bias, "none", [], "")
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
         """The product plus `other [..., O]`, without a pass of its own."""
-        return _product.binary(x, other, self._weight, self._bias, "add")
+        return torch_private.onednn_product.binary(x, other, self._weight, self._bias, "add")
 
 
 class CompiledLinear(nn.Module):
@@ -162,4 +162,4 @@ def _compiles(weight: Tensor, kernels: Kernels) -> bool:
 
 def _has_bfloat16(weight: Tensor) -> bool:
     """Whether oneDNN takes the numbers of `weight`, which are bfloat16: in some CPUs by fp32's instructions."""
-    return weight.dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.bfloat16 and bool(torch_private.onednn_has_bf16())
