@@ -41,8 +41,8 @@ def greedy(place: Place, ids: list[int], count: int) -> list[int]:
 
 
 def prompt_of(place: Place, messages: list[Any]) -> list[int]:
-    assert place.served.template is not None
-    return place.served.template.render(place.served.tokenizer, messages, add_generation_prompt=True).ids
+    assert place.served.dialect is not None
+    return place.served.dialect.render(messages, add_generation_prompt=True).ids
 
 
 def test_chat_says_what_the_model_says(place: Place) -> None:

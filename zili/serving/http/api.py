@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 import zili
-from zili.data.chat import ChatTemplate
+from zili.data.dialect import Dialect
 from zili.data.tokenizer import Tokenizer
 from zili.errors import ConfigError
 from zili.serving.forms.guides import Form, TooManyForms
@@ -70,7 +70,8 @@ class Served:
 
     engine: Engine
     tokenizer: Tokenizer
-    template: ChatTemplate | None
+    dialect: Dialect | None
+    """How it is spoken to; None: it completes texts alone."""
     name: str
     keys: Keys = field(default_factory=Keys)
     """Whoever asks names one of them; none: anyone may ask."""
@@ -155,7 +156,7 @@ class _Api:
         self.served, self._intake = served, intake
         self.tokenizer, self.engine = served.tokenizer, served.engine
         self.metrics = Metrics(served.engine, served.name)
-        self._prompts = Prompts(served.tokenizer, served.template, served.engine.context)
+        self._prompts = Prompts(served.tokenizer, served.dialect, served.engine.context)
         self._beginner = Beginner(served.engine, served.tokenizer, served.limits, self.metrics, self._prompts)
         # A few, since each compiles in a process that takes a CPU.
         self._compiling = ThreadPoolExecutor(2, "zili-forms")
@@ -233,8 +234,8 @@ class _Api:
             return None
         if self._forming >= _MOST_FORMING:
             raise busy(f"{self._forming} forms wait to be compiled already")
-        tagged = self._prompts.manners.calls == "tagged"
-        compile_ = partial(self._forms.asked, ready.form, tagged=tagged, thinking=ready.thinking)
+        style = self._prompts.call_style
+        compile_ = partial(self._forms.asked, ready.form, style=style, thinking=ready.thinking)
         self._forming += 1
         try:
             # It takes seconds, in which the others go on.

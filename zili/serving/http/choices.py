@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from zili.data.reply import Reply
 from zili.data.tokenizer import Tokenizer
 from zili.serving.generate.engine import Token
 from zili.serving.http import wording
-from zili.serving.http.arguments import Parameters
 from zili.serving.http.delivery import Whole
 from zili.serving.http.prompts import Ready
 from zili.serving.http.protocol import ChatRequest, CompletionRequest
-from zili.serving.http.reply import Reply
 from zili.serving.http.streaming import Said, Stream
 
 Choice = dict[str, Any]
@@ -34,8 +33,8 @@ class ChatChoices:
     def __init__(self, asked: ChatRequest, answers: int, tokenizer: Tokenizer, *, thinking: bool) -> None:
         """`thinking`: the prompt has opened the answers' thoughts."""
         self._asked = asked
-        tools, read = bool(asked.offered), Parameters(asked.offered).read
-        self._replies = [Reply(thinking=thinking, tools=tools, read=read) for _ in range(answers)]
+        tools = asked.offered
+        self._replies = [Reply(thinking=thinking, tools=tools) for _ in range(answers)]
         self._tellers = [wording.Told(tokenizer, skip_special=asked.skip_special_tokens) for _ in range(answers)]
 
     def whole(self, answers: list[Whole]) -> list[Choice]:

@@ -7,9 +7,9 @@ import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from zili.data.reply import Call, Parts
 from zili.data.tokenizer import Tokenizer
 from zili.serving.generate.engine import Token
-from zili.serving.http.reply import Call, Parts
 from zili.serving.http.streaming import Stream
 
 
