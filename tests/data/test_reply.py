@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zili.data.reply import Call, Reply, read_call
-from zili.serving.http.streaming import StopText
 
 HERMES = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "天"}}\n</tool_call>'
 CODER = "<tool_call>add<param_key>a</param_key><param_value>1</param_value><param_key>b</param_key><param_value>天</param_value></tool_call>"  # noqa: E501
@@ -123,23 +122,3 @@ def test_a_text_between_tags_is_one_though_it_looks_like_a_number(schema: Any, t
     reply = Reply(tools=[tool])
     parts = reply.push(f"<tool_call>f<param_key>a</param_key><param_value>{text}</param_value></tool_call>")
     assert json.loads(parts.calls[0].arguments) == {"a": value}
-
-
-@given(st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.text("ab", max_size=30), st.data())
-def test_a_stop_ends_where_it_begins_however_the_text_is_cut(stops: list[str], text: str, data: st.DataObject) -> None:
-    ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
-    expected = text[: min(ends)[1]] if ends else text  # the stop that is whole first, of several the longest
-    stop, said, rest = StopText(stops), "", text
-    while rest and not stop.stopped:
-        size = data.draw(st.integers(1, 5))
-        said, rest = said + stop.push(rest[:size]), rest[size:]
-        assert expected.startswith(said)
-    assert said + stop.finish() == expected and stop.stopped == bool(ends)
-
-
-def test_a_stop_that_the_text_keeps_resembling_costs_no_more() -> None:
-    began = time.thread_time()
-    stop = StopText(["a" * 1000 + str(number) for number in range(16)])
-    for _ in range(2000):
-        stop.push("a")
-    assert not stop.stopped and time.thread_time() - began < 1.0

@@ -59,7 +59,7 @@ TAGGED = CallStyle("tagged", lambda tool: f"{CALL}{tool}", CALLED, tagged=True, 
 CALL_STYLES = {style.name: style for style in (HERMES, TAGGED)}
 
 
-@dataclass
+@dataclass(slots=True)
 class Parts:
     """What has come anew."""
 

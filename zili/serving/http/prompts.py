@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from zili.data.dialect import NOT_OPTIONS, Dialect
 from zili.data.faithful import check_told
+from zili.data.reply import Reply
 from zili.data.tokenizer import Tokenizer
 from zili.errors import DataError
 from zili.serving.forms.form_process import LONGEST
@@ -36,6 +38,8 @@ class Ready:
     bias: dict[int, float]
     thinking: bool = False
     """Whether the prompt opens the answer's thoughts."""
+    reply: Callable[[], Reply] | None = None
+    """Makes what takes each answer apart; None: it is text as it is."""
     unsaid: Sequence[int] = ()
     """Tokens that each text of a completion was put after."""
 
@@ -62,7 +66,8 @@ class Prompts:
             raise Refusal(400, "the model has no chat template: use /v1/completions", param="messages")
         prompt = self._rendered(asked, self._dialect)
         thinking = bool(self._dialect.opening(prompt))
-        return Ready([prompt], asked.n, _form(asked), self._bias(asked.logit_bias), thinking)
+        reply = partial(self._dialect.reply, opened=thinking, tools=asked.offered)
+        return Ready([prompt], asked.n, _form(asked), self._bias(asked.logit_bias), thinking, reply)
 
     def texts(self, asked: CompletionRequest) -> Ready:
         """The prompts of a completion."""
