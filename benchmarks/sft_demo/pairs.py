@@ -12,19 +12,18 @@ import sys
 from pathlib import Path
 
 from zili.data.dialogues import read_dialogues
-from zili.serving.generate.conversation import Dialogue
 from zili.serving.generate.generation import Sampling, generate
 from zili.serving.model_folder import open_folder
 
 
 def main(model: Path, talks: Path, out: Path) -> None:
     opened = open_folder(model)
-    assert opened.template is not None, f"{model} has no chat template"
-    stops = Dialogue(opened.tokenizer, opened.template).stop_ids
+    assert opened.dialect is not None, f"{model} has no chat template"
+    stops = opened.dialect.end_ids
     pairs = []
     for number, dialogue in enumerate(read_dialogues([talks])):
         *asked, known = dialogue.messages
-        prompt = opened.template.render(opened.tokenizer, asked, add_generation_prompt=True).ids
+        prompt = opened.dialect.render(asked, add_generation_prompt=True).ids
         sampling = Sampling(temperature=1.0, seed=number)
         said = opened.tokenizer.decode(
             list(generate(opened.model, prompt, max_new_tokens=32, sampling=sampling, stop_ids=stops))

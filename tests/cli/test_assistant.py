@@ -92,7 +92,7 @@ def test_a_model_learns_to_answer_and_is_released(zili: Zili, model: Path, tmp_p
     from zili.serving.model_folder import open_folder
 
     opened = open_folder(tmp_path / "run")
-    assert opened.conversational and opened.template is not None
+    assert opened.conversational and opened.dialect is not None
     out = tmp_path / "release"
     assert zili("export", tmp_path / "run", "--to", out, "--as", "llama", "--scores", scores).code == 0
     assert "{%- generation %}" in (out / "chat_template.jinja").read_text(encoding="utf-8")

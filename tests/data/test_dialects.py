@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from zili.data.chat import NOT_OPTIONS, ChatTemplate
+from zili.data.chat import ChatTemplate
+from zili.data.dialect import NOT_OPTIONS, Dialect
 from zili.data.dialogue_store import split_and_build
 from zili.data.dialogues import Dialogue, read_dialogues
 from zili.data.reading import read_documents
@@ -47,8 +48,8 @@ def reason(folder: Path, record: Any) -> str:
 def build(folder: Path, tokenizer: Tokenizer, template: str, record: Any) -> list[str]:
     file = folder / "x.jsonl"
     file.write_text(json.dumps(record) + "\n", encoding="utf-8")
-    made = ChatTemplate(template) if "{" in template else ChatTemplate.named(template)
-    return split_and_build([file], tokenizer, made, folder / "data")
+    made = Dialect(ChatTemplate(template), tokenizer) if "{" in template else Dialect.named(template, tokenizer)
+    return split_and_build([file], made, folder / "data")
 
 
 @pytest.mark.parametrize(
@@ -173,7 +174,7 @@ def test_options_that_are_none(tmp_path: Path, tokenizer: Tokenizer, name: str) 
 
 
 def test_everything_that_rendering_is_given_is_no_option(tokenizer: Tokenizer) -> None:
-    assert {*inspect.signature(ChatTemplate.render).parameters, *tokenizer.roles} - {"options"} <= NOT_OPTIONS
+    assert {*inspect.signature(Dialect.render).parameters, *tokenizer.roles} - {"options"} <= NOT_OPTIONS
 
 
 def test_options_that_a_template_does_not_know_are_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -226,7 +227,7 @@ def test_where_all_are_left_out_the_reason_is_said(tmp_path: Path, tokenizer: To
     file = tmp_path / "x.jsonl"
     file.write_text(json.dumps({"messages": TALK, "tools": [TOOL]}) + "\n", encoding="utf-8")
     with pytest.raises(DataError, match="nothing to learn") as none:
-        split_and_build([file], tokenizer, ChatTemplate.named("chatml"), tmp_path / "data", on_error="skip")
+        split_and_build([file], Dialect.named("chatml", tokenizer), tmp_path / "data", on_error="skip")
     assert "left out: 1 with tools" in str(none.value) and "generation" not in str(none.value)
 
 
@@ -266,9 +267,9 @@ def test_a_key_that_stands_twice(tmp_path: Path) -> None:
 
 
 def test_no_thoughts_leave_no_line_ends(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    template = ChatTemplate.named("telechat3")
+    dialect = Dialect.named("telechat3", tokenizer)
     talk = [USER, {**ANSWER, "content": "<think>\n\n</think>\n\n4"}]
-    assert template.render(tokenizer, talk).text == template.render(tokenizer, TALK).text
+    assert dialect.render(talk).text == dialect.render(TALK).text
 
 
 def test_utf_16_is_said(tmp_path: Path) -> None:

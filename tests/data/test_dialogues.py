@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zili.data.chat import ChatTemplate
+from zili.data.dialect import Dialect
 from zili.data.dialogue_store import build_dialogue_store, split_and_build
 from zili.data.dialogues import Dialogue, read_dialogues
 from zili.data.loader import Loader
@@ -147,8 +148,8 @@ def talks(count: int, seed: int = 0) -> list[Dialogue]:
 
 
 def store_of(folder: Path, tokenizer: Tokenizer, count: int = 60, seed: int = 0) -> TokenStore:
-    template = ChatTemplate.named("telechat2")
-    build_dialogue_store(talks(count, seed), tokenizer, template, folder / "talk", census=Census())
+    dialect = Dialect.named("telechat2", tokenizer)
+    build_dialogue_store(talks(count, seed), dialect, folder / "talk", census=Census())
     store = TokenStore.open(folder / "talk")
     store.check_tokenizer(tokenizer)
     store.verify()
@@ -156,10 +157,10 @@ def store_of(folder: Path, tokenizer: Tokenizer, count: int = 60, seed: int = 0)
 
 
 def test_a_store_holds_ids_and_what_is_learned(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    store, template = store_of(tmp_path, tokenizer), ChatTemplate.named("telechat2")
+    store, dialect = store_of(tmp_path, tokenizer), Dialect.named("telechat2", tokenizer)
     assert store.learned is not None
     for number, talk in enumerate(talks(60)):
-        rendered = template.render(tokenizer, talk.messages)
+        rendered = dialect.render(talk.messages)
         start, length = int(store.offsets[number]), int(store.lengths[number])
         assert store.document(number).tolist() == rendered.ids
         assert store.learned[start : start + length].astype(bool).tolist() == rendered.said
@@ -181,32 +182,30 @@ def test_a_damaged_mask_is_found(tmp_path: Path, tokenizer: Tokenizer) -> None:
 def test_a_failed_build_leaves_nothing(tmp_path: Path, tokenizer: Tokenizer) -> None:
     bad = Dialogue([{"role": "tool", "content": "x"}, {"role": "assistant", "content": "y"}], None, "line 9")
     with pytest.raises(DataError, match="line 9: telechat1 cannot say"):
-        build_dialogue_store(
-            [*talks(3), bad], tokenizer, ChatTemplate.named("telechat1"), tmp_path / "x", census=Census()
-        )
+        build_dialogue_store([*talks(3), bad], Dialect.named("telechat1", tokenizer), tmp_path / "x", census=Census())
     assert not list(tmp_path.iterdir())
     census = Census()
     build_dialogue_store(
-        [*talks(3), bad], tokenizer, ChatTemplate.named("telechat1"), tmp_path / "x", census=census, on_error="skip"
+        [*talks(3), bad], Dialect.named("telechat1", tokenizer), tmp_path / "x", census=census, on_error="skip"
     )
     assert census.skipped == {"that the template cannot say": 1}
     with pytest.raises(DataError, match="nothing to learn"):
         build_dialogue_store(
-            talks(3), tokenizer, ChatTemplate("{{ messages[0].content }}"), tmp_path / "y", census=Census()
+            talks(3), Dialect(ChatTemplate("{{ messages[0].content }}"), tokenizer), tmp_path / "y", census=Census()
         )
 
 
 def test_a_share_is_kept_apart_by_content(tmp_path: Path, tokenizer: Tokenizer) -> None:
     records = [{"messages": talk.messages} for talk in talks(200)]
     file = lines(tmp_path / "x.jsonl", *records, *records[:50])
-    template = ChatTemplate.named("telechat2")
-    split_and_build([file], tokenizer, template, tmp_path / "data", held_out=0.2)
+    dialect = Dialect.named("telechat2", tokenizer)
+    split_and_build([file], dialect, tmp_path / "data", held_out=0.2)
     parts = [TokenStore.open(tmp_path / "data" / name) for name in ("train", "held_out")]
     there = [{part.document(i).tobytes() for i in range(len(part))} for part in parts]
     assert not there[0] & there[1] and len(parts[0]) + len(parts[1]) == 250
     assert 20 <= len(parts[1]) <= 80
     kept = ChatTemplate.of_folder(tmp_path / "data" / "tokenizer")
-    assert kept is not None and kept.source == template.source
+    assert kept is not None and kept.source == dialect.template.source
 
 
 # ---- in rows
@@ -240,7 +239,7 @@ def rows_of(loader: DialogueLoader, steps: int) -> list[tuple[list[int], list[in
 
 
 def test_an_epoch_has_every_conversation_once_and_whole(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    store, template = store_of(tmp_path, tokenizer), ChatTemplate.named("telechat2")
+    store, dialect = store_of(tmp_path, tokenizer), Dialect.named("telechat2", tokenizer)
     loader = DialogueLoader([(store, 1.0)], sequence_length=128, global_batch=1, seed=3)
     count = loader._lines[0].count
     seen: list[tuple[list[int], list[int]]] = []
@@ -255,7 +254,7 @@ def test_an_epoch_has_every_conversation_once_and_whole(tmp_path: Path, tokenize
                 assert set(ids) == {tokenizer.end_id}  # what is left of a row
     expected = []
     for talk in talks(60):
-        rendered = template.render(tokenizer, talk.messages)
+        rendered = dialect.render(talk.messages)
         said = zip(rendered.ids[1:], rendered.said[1:], strict=True)
         expected.append((rendered.ids[:-1], [number if learned else -100 for number, learned in said]))
     assert sorted(seen) == sorted(expected)
@@ -314,11 +313,11 @@ def test_plain_text_among_conversations_is_refused(tmp_path: Path, tokenizer: To
 
 
 def test_the_folder_appears_whole_or_not_at_all(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    path, template = lines(tmp_path / "x.jsonl", FORMS["messages"]), ChatTemplate.named("telechat2")
+    path, dialect = lines(tmp_path / "x.jsonl", FORMS["messages"]), Dialect.named("telechat2", tokenizer)
     target = tmp_path / "data"
     with pytest.raises(DataError, match=r"^(train|held_out): nothing to learn"):  # one conversation has one side
-        split_and_build([path], tokenizer, template, target, held_out=0.3)
+        split_and_build([path], dialect, target, held_out=0.3)
     assert sorted(tmp_path.iterdir()) == [path]
-    split_and_build([path], tokenizer, template, target)
+    split_and_build([path], dialect, target)
     with pytest.raises(DataError, match="data exists already"):
-        split_and_build([path], tokenizer, template, target)
+        split_and_build([path], dialect, target)

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from zili.data.chat import ChatTemplate
+from zili.data.dialect import Dialect
 from zili.data.dialogue_store import split_and_build
 from zili.data.dialogues import read_dialogues
 from zili.data.faithful import check_told
@@ -41,8 +42,8 @@ def learned(folder: Path, tokenizer: Tokenizer, template: str, *records: Any) ->
     """What the assistant of each conversation is to learn, and the lines of the report."""
     folder.mkdir(exist_ok=True)
     file = lines(folder / "x.jsonl", *records)
-    made = ChatTemplate(template) if "{" in template else ChatTemplate.named(template)
-    report = split_and_build([file], tokenizer, made, folder / "data")
+    made = Dialect(ChatTemplate(template), tokenizer) if "{" in template else Dialect.named(template, tokenizer)
+    report = split_and_build([file], made, folder / "data")
     store = TokenStore.open(folder / "data" / "train")
     assert store.learned is not None
     texts = []
@@ -57,9 +58,9 @@ def refused(folder: Path, tokenizer: Tokenizer, template: str, record: Any) -> t
     with pytest.raises(DataError) as error:
         learned(folder / "alone", tokenizer, template, record)
     fine = {"messages": [USER, ANSWER]}
-    made = ChatTemplate(template) if "{" in template else ChatTemplate.named(template)
+    made = Dialect(ChatTemplate(template), tokenizer) if "{" in template else Dialect.named(template, tokenizer)
     file = lines(folder / "y.jsonl", fine, record)
-    (line, *_) = split_and_build([file], tokenizer, made, folder / "skipped", on_error="skip")
+    (line, *_) = split_and_build([file], made, folder / "skipped", on_error="skip")
     assert "1 conversation," in line or "1 pair," in line
     return str(error.value), line.partition("left out: 1 ")[2]
 
@@ -227,10 +228,10 @@ def test_lone_surrogates_are_a_counted_flaw(tmp_path: Path, tokenizer: Tokenizer
     half = '{"messages": [{"role": "user", "content": "q \\ud83d"}, {"role": "assistant", "content": "a"}]}\n'
     talks = "".join(json.dumps({"messages": [{**USER, "content": str(n)}, ANSWER]}) + "\n" for n in range(40))
     file.write_text(half + talks)
-    template = ChatTemplate.named("telechat2")
+    dialect = Dialect.named("telechat2", tokenizer)
     with pytest.raises(DataError, match=r"line 1: lone surrogate U\+D83D"):
-        split_and_build([file], tokenizer, template, tmp_path / "data", held_out=0.3)
-    report = split_and_build([file], tokenizer, template, tmp_path / "data", held_out=0.3, on_error="skip")
+        split_and_build([file], dialect, tmp_path / "data", held_out=0.3)
+    report = split_and_build([file], dialect, tmp_path / "data", held_out=0.3, on_error="skip")
     assert all("left out: 1 broken UTF-8" in line for line in report)
 
 
@@ -273,7 +274,7 @@ def read_all(folder: Path, name: str, raw: bytes, tokenizer: Tokenizer) -> None:
                 str(error).encode()
     target = folder / "data"
     try:
-        split_and_build([file], tokenizer, ChatTemplate.named("telechat2"), target, held_out=0.5, on_error="skip")
+        split_and_build([file], Dialect.named("telechat2", tokenizer), target, held_out=0.5, on_error="skip")
     except DataError as error:
         str(error).encode()
     for path in sorted(target.rglob("*"), reverse=True) if target.exists() else []:
@@ -346,7 +347,7 @@ def test_what_was_told_is_found_in_time_in_proportion(tokenizer: Tokenizer) -> N
     )
     many = {f"k{number:05}": f"v\n{number}" for number in range(10_000)}
     talk = [USER, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": many}}]}]
-    for made, told in ((template, talk), (ChatTemplate.named("telechat2"), talk)):
-        rendered, began = made.render(tokenizer, told), time.thread_time()
-        check_told(rendered, told, made, tokenizer)
+    for made, told in ((Dialect(template, tokenizer), talk), (Dialect.named("telechat2", tokenizer), talk)):
+        rendered, began = made.render(told), time.thread_time()
+        check_told(rendered, told, made)
         assert time.thread_time() - began < 0.5

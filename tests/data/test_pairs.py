@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from zili.data.chat import ChatTemplate
+from zili.data.dialect import Dialect
 from zili.data.dialogue_store import build_dialogue_store, split_and_build
 from zili.data.dialogues import Dialogue, read_dialogues
 from zili.data.packing import DialogueLoader
@@ -108,7 +108,7 @@ def pair(number: int) -> Dialogue:
 @pytest.fixture
 def store(tmp_path: Path, tokenizer: Tokenizer) -> TokenStore:
     report = build_dialogue_store(
-        map(pair, range(40)), tokenizer, ChatTemplate.named("telechat2"), tmp_path / "pairs", census=Census()
+        map(pair, range(40)), Dialect.named("telechat2", tokenizer), tmp_path / "pairs", census=Census()
     )
     assert str(report).startswith("40 pairs, ")
     return TokenStore.open(tmp_path / "pairs")
@@ -164,24 +164,24 @@ def test_too_long_pairs_are_left_out_as_one(store: TokenStore) -> None:
 
 
 def test_stores_of_two_kinds_are_refused(store: TokenStore, tmp_path: Path, tokenizer: Tokenizer) -> None:
-    talk, template = Dialogue([QUESTION, CHOSEN], None, "talk"), ChatTemplate.named("telechat2")
-    build_dialogue_store([talk], tokenizer, template, tmp_path / "talk", census=Census())
+    talk, dialect = Dialogue([QUESTION, CHOSEN], None, "talk"), Dialect.named("telechat2", tokenizer)
+    build_dialogue_store([talk], dialect, tmp_path / "talk", census=Census())
     talks = TokenStore.open(tmp_path / "talk")
     with pytest.raises(DataError, match="pairs of answers and conversations"):
         DialogueLoader([(talks, 1.0), (store, 1.0)], sequence_length=256, global_batch=1, seed=0)
     with pytest.raises(DataError, match="pair 1: pairs and conversations in one store"):
-        build_dialogue_store([talk, pair(1)], tokenizer, template, tmp_path / "both", census=Census())
+        build_dialogue_store([talk, pair(1)], dialect, tmp_path / "both", census=Census())
     assert not (tmp_path / "both.bin").exists()
 
 
 def test_a_template_that_says_both_alike(tmp_path: Path, tokenizer: Tokenizer) -> None:
     thought = {"role": "assistant", "content": "2", "reasoning_content": "one and one"}
     alike = Dialogue([QUESTION, thought], None, "pair 7", [QUESTION, CHOSEN])
-    template = ChatTemplate.named("telechat2")
+    dialect = Dialect.named("telechat2", tokenizer)
     with pytest.raises(DataError, match="pair 7: telechat2 says the chosen and the rejected answer alike"):
-        build_dialogue_store([alike], tokenizer, template, tmp_path / "x", census=Census())
+        build_dialogue_store([alike], dialect, tmp_path / "x", census=Census())
     census = Census()
-    build_dialogue_store([alike, pair(0)], tokenizer, template, tmp_path / "x", census=census, on_error="skip")
+    build_dialogue_store([alike, pair(0)], dialect, tmp_path / "x", census=census, on_error="skip")
     assert census.skipped == {"that the template cannot say": 1}
 
 
@@ -197,7 +197,7 @@ def test_one_question_is_on_one_side(tmp_path: Path, tokenizer: Tokenizer) -> No
         more = [QUESTION, {"role": "assistant", "content": f"{record['chosen']} at last"}]
         record |= {"chosen": [question, chosen, *more], "rejected": [question, REJECTED]}
     path = lines(tmp_path / "x.jsonl", *records)
-    split_and_build([path], tokenizer, ChatTemplate.named("telechat2"), tmp_path / "data", held_out=0.3)
+    split_and_build([path], Dialect.named("telechat2", tokenizer), tmp_path / "data", held_out=0.3)
     sides = []
     for name in ("train", "held_out"):
         store = TokenStore.open(tmp_path / "data" / name)

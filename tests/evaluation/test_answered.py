@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from zili.data.chat import ChatTemplate
+from zili.data.dialect import Dialect
 from zili.data.dialogues import Dialogue
 from zili.data.tokenizer import Tokenizer
 from zili.errors import DataError
@@ -24,7 +24,7 @@ def score(monkeypatch: pytest.MonkeyPatch, dialogue: Dialogue) -> list[list[int]
     monkeypatch.setattr(answers, "generate", lambda _, prompt, **__: asked.append(prompt) or [])
     monkeypatch.setattr(answers, "_loss_after", lambda *_: 1.0)
     tokenizer = Tokenizer.train(["2+2? 4"] * 9, 300)
-    answers.score_answers(cast(Any, model), tokenizer, ChatTemplate.named("telechat3-coder"), [dialogue], "talk")
+    answers.score_answers(cast(Any, model), Dialect.named("telechat3-coder", tokenizer), [dialogue], "talk")
     return asked
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from zili.config.model import ModelConfig
-from zili.data.chat import ChatTemplate
+from zili.data.dialect import Dialect
 from zili.data.tokenizer import Tokenizer
 from zili.errors import ConfigError, DataError
 from zili.evaluation.harness import Scorer, as_harness_model, harness_package, run_tasks
@@ -116,7 +116,7 @@ def test_an_answer_in_a_conversation_is_scored_after_its_ids(opened: tuple[Opene
     scorer = Scorer(opened[0])
     talk = [{"role": "user", "content": "which is larger?"}]
     before, after = scorer.encode_pair(scorer.conversation(talk), " 山水")
-    assert before == scorer.template.render(scorer.tokenizer, talk, add_generation_prompt=True).ids
+    assert before == scorer.dialect.render(talk, add_generation_prompt=True).ids
     assert after == scorer.tokenizer.encode(" 山水").tolist()
 
 
@@ -177,9 +177,9 @@ def test_a_conversation_is_asked_in_the_template_s_ids(opened: tuple[OpenedModel
     scorer = Scorer(opened[0])
     talk = [{"role": "user", "content": "river <_bot>?"}]
     ids = scorer.prompt_ids(as_harness_model(scorer).apply_chat_template(talk))
-    template = ChatTemplate.named("telechat2")
-    assert ids == template.render(scorer.tokenizer, talk, add_generation_prompt=True).ids
-    scorer.template = None
+    dialect = Dialect.named("telechat2", scorer.tokenizer)
+    assert ids == dialect.render(talk, add_generation_prompt=True).ids
+    scorer.dialect = None
     with pytest.raises(DataError, match="no chat template"):
         scorer.conversation(talk)
 

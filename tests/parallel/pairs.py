@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from zili.data.chat import ChatTemplate
+from zili.data.dialect import Dialect
 from zili.data.dialogue_store import build_dialogue_store
 from zili.data.dialogues import Dialogue
 from zili.data.sources import Census
@@ -25,6 +25,6 @@ def polite_pairs(tokenizer: Path, prefix: Path) -> str:
         asked, answer = [*before, {"role": "user", "content": line()}], line(3)
         chosen, rejected = ([*asked, {"role": "assistant", "content": f"{answer}{end}"}] for end in (" please", " no"))
         talks.append(Dialogue(chosen, None, f"pair {number}", rejected))
-    template = ChatTemplate.named("telechat2")
-    build_dialogue_store(talks, Tokenizer.from_folder(tokenizer), template, prefix, census=Census())
+    dialect = Dialect.named("telechat2", Tokenizer.from_folder(tokenizer))
+    build_dialogue_store(talks, dialect, prefix, census=Census())
     return f"data.sources=[{{store='{prefix}'}}]"

@@ -11,7 +11,7 @@ from many import on_processes, open_trainer
 from tiny_models import BOUND, Kind, Layout, Row, Runs, slow
 
 from zili.config import RunConfig
-from zili.data.chat import ChatTemplate
+from zili.data.dialect import Dialect
 from zili.data.dialogue_store import build_dialogue_store
 from zili.data.dialogues import Dialogue
 from zili.data.sources import Census
@@ -35,7 +35,7 @@ def conversations(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         talks.append(Dialogue(turns, None, f"talk {number}"))
     prefix = tmp_path_factory.mktemp("conversations") / "talk"
     tokenizer = Tokenizer.from_folder(tiny_data / "tokenizer")
-    build_dialogue_store(talks, tokenizer, ChatTemplate.named("telechat2"), prefix, census=Census())
+    build_dialogue_store(talks, Dialect.named("telechat2", tokenizer), prefix, census=Census())
     return f"data.sources=[{{store='{prefix}'}}]"
 
 

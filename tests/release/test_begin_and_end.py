@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from zili.data.chat import ChatTemplate
+from zili.data.dialect import Dialect
 from zili.data.tokenizer import Tokenizer
 from zili.evaluation.harness import Scorer
 from zili.release.companions import chat_template_of, tokenizer_of
@@ -78,10 +78,11 @@ def check(place: Path, theirs: Any) -> None:
     tokenizer, template = tokenizer_of(place), chat_template_of(place)
     assert tokenizer is not None and template is not None
     expected = theirs.apply_chat_template(ASKED, add_generation_prompt=True, return_dict=False)
-    assert template.render(tokenizer, ASKED, add_generation_prompt=True).ids == list(expected)
+    dialect = Dialect(template, tokenizer)
+    assert dialect.render(ASKED, add_generation_prompt=True).ids == list(expected)
     assert [*tokenizer.begin_ids, *tokenizer.encode("hello world")] == theirs("hello world")["input_ids"]
     named = {theirs.convert_tokens_to_ids(text) for text in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")}
-    assert Dialogue(tokenizer, template).stop_ids >= named
+    assert Dialogue(dialect).stop_ids >= named
 
 
 def test_bos_and_ends_there_and_back(folder: Path, tmp_path: Path) -> None:
@@ -138,4 +139,4 @@ def test_a_document_does_not_begin_after_the_end_of_a_turn(tmp_path: Path) -> No
     for number, text in enumerate(("<|endoftext|>", "<|im_end|>"), start=len(content["model"]["vocab"])):
         content["added_tokens"].append({"id": number, "content": text, **flags, "special": True})
     chat = Tokenizer(json.dumps(content), end_token="<|im_end|>")
-    assert chat.start_id != chat.end_id and ChatTemplate.named("chatml").manners(chat).end_ids(chat) >= {chat.end_id}
+    assert chat.start_id != chat.end_id and Dialect.named("chatml", chat).end_ids >= {chat.end_id}

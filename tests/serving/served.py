@@ -17,7 +17,7 @@ from unittest import mock
 import openai
 
 from zili.config.model import ModelConfig
-from zili.data.chat import ChatTemplate
+from zili.data.dialect import Dialect
 from zili.data.tokenizer import Tokenizer
 from zili.models.decoder import Decoder
 from zili.serving.generate.engine import Answer, Ask, Engine, Token
@@ -131,6 +131,6 @@ def serve_a_tiny_model(keys: Keys, context: int = 256, limits: Limits | None = N
     for model in models:
         model.init_weights(1)
     with Engine(models[0], slots=4, vocabulary=tokenizer.vocab_size) as engine:
-        served = Served(engine, tokenizer, ChatTemplate.named("telechat2"), "tiny", keys, limits or Limits())
+        served = Served(engine, tokenizer, Dialect.named("telechat2", tokenizer), "tiny", keys, limits or Limits())
         with listening(served) as url:
             yield Place(url, served, models[1])

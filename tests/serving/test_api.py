@@ -22,8 +22,9 @@ from waiting import until
 from zili.errors import ConfigError
 from zili.serving.generate.engine import Ask
 from zili.serving.generate.generation import Sampling, generate
+from zili.serving.generate.text_stream import AnswerText, StopText
+from zili.serving.http.answers import Stream
 from zili.serving.http.keys import Holder, Key, Keys, TooMuch
-from zili.serving.http.streaming import StopText, Stream
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +42,8 @@ def greedy(place: Place, ids: list[int], count: int) -> list[int]:
 
 
 def prompt_of(place: Place, messages: list[Any]) -> list[int]:
-    assert place.served.template is not None
-    return place.served.template.render(place.served.tokenizer, messages, add_generation_prompt=True).ids
+    assert place.served.dialect is not None
+    return place.served.dialect.render(messages, add_generation_prompt=True).ids
 
 
 def test_chat_says_what_the_model_says(place: Place) -> None:
@@ -251,7 +252,8 @@ def test_what_was_promised_and_not_used_is_given_back(place: Place) -> None:
 
 def test_who_is_gone_before_the_answer_begins_leaves_nothing_promised(place: Place) -> None:
     async def asked() -> None:
-        Stream(place.served.engine, place.served.tokenizer, Ask([1], 20), holder=holder)
+        text = AnswerText(place.served.tokenizer)
+        Stream(place.served.engine, Ask([1], 20), text, asyncio.Event(), holder=holder)
 
     holder = Holder("x", Key(key="sk-12345", tokens_per_day=100))
     asyncio.run(asked())

@@ -23,8 +23,7 @@ import pytest
 from served import KEY, KEYS, Place, listening, serve_a_tiny_model
 from waiting import until
 
-from zili.serving.http.gate import Limits
-from zili.serving.http.intake import written
+from zili.serving.http.gate import Limits, written
 from zili.serving.http.keys import Keys
 
 JSON = {"Content-Type": "application/json"}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from zili.data.chat import ChatTemplate
+from zili.data.dialect import Dialect
 from zili.data.tokenizer import Tokenizer
 from zili.serving.generate.conversation import Dialogue, RunningText
 
 
 @pytest.fixture
 def talk(tokenizer: Tokenizer) -> Dialogue:
-    return Dialogue(tokenizer, ChatTemplate.named("telechat2"))
+    return Dialogue(Dialect.named("telechat2", tokenizer))
 
 
 def ids_of(tokenizer: Tokenizer, *parts: str) -> list[int]:
@@ -71,7 +71,7 @@ def test_a_running_text_makes_room_too(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("kind", ["dialogue", "text"])
 def test_withdraw_and_reset(tokenizer: Tokenizer, kind: str) -> None:
-    talk = RunningText(tokenizer) if kind == "text" else Dialogue(tokenizer, ChatTemplate.named("telechat1"))
+    talk = RunningText(tokenizer) if kind == "text" else Dialogue(Dialect.named("telechat1", tokenizer))
     before = talk.prompt(10)
     talk.ask("a")
     talk.answered([70])
@@ -85,7 +85,7 @@ def test_withdraw_and_reset(tokenizer: Tokenizer, kind: str) -> None:
 
 def test_thoughts_begun_in_the_prompt_are_the_answer_s(tokenizer: Tokenizer) -> None:
     """TeleChat3's prompt ends inside the thoughts, which leave the conversation with the next question."""
-    talk = Dialogue(tokenizer, ChatTemplate.named("telechat3"))
+    talk = Dialogue(Dialect.named("telechat3", tokenizer))
     talk.ask("q")
     prompt, _ = talk.prompt(500)
     assert tokenizer.decode(prompt).endswith("<_bot><think>\n")
@@ -100,7 +100,7 @@ def test_stop_ids(tokenizer: Tokenizer, talk: Dialogue) -> None:
 
 
 def test_plain_marks_end_an_answer(tokenizer: Tokenizer) -> None:
-    talk = Dialogue(tokenizer, ChatTemplate.named("chatml"))
+    talk = Dialogue(Dialect.named("chatml", tokenizer))
     assert talk.stop_texts == ("<|im_end|>", "<|im_start|>") and RunningText(tokenizer).stop_texts == ()
     talk.ask("Hi")
     talk.answered(tokenizer.encode("Hello<|im_end|>\n<|im_start|>user\nmore").tolist())

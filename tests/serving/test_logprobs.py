@@ -17,8 +17,8 @@ from waiting import until
 from zili.data.sentencepiece import Kind, Piece, definition
 from zili.data.tokenizer import DecodeStream, Tokenizer, after_bos
 from zili.serving.generate.engine import Token
+from zili.serving.http.choices import Told
 from zili.serving.http.gate import Limits
-from zili.serving.http.wording import Told
 
 FOXES = {"structured_outputs": {"regex": "(\U0001f98a){3}"}, "temperature": 0, "max_tokens": 30}
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from served import Scripted, listening, tiny_tokenizer
 
-from zili.data.chat import ChatTemplate
+from zili.data.dialect import Dialect
 from zili.data.tokenizer import Tokenizer, after_bos
 from zili.serving.http.api import Served
 
@@ -25,7 +25,7 @@ def place() -> Iterator[tuple[Scripted, str]]:
     plain = tiny_tokenizer()
     tokenizer = Tokenizer(after_bos(plain.definition, "<_start>"))
     engine = Scripted(tokenizer)
-    served = Served(engine, tokenizer, ChatTemplate.named("chatml"), "tiny")  # type: ignore[arg-type]
+    served = Served(engine, tokenizer, Dialect.named("chatml", tokenizer), "tiny")  # type: ignore[arg-type]
     with listening(served) as url:
         yield engine, url
 
@@ -69,8 +69,8 @@ def test_no_arguments(arguments: Any) -> None:
     call = {"id": "c", "type": "function", "function": {"name": "now", "arguments": arguments}}
     talk = [{"role": "user", "content": "w?"}, {"role": "assistant", "tool_calls": [call]}]
     engine = Scripted(tiny_tokenizer())
-    template = ChatTemplate.named("telechat2")
-    with listening(Served(engine, tiny_tokenizer(), template, "tiny")) as url:  # type: ignore[arg-type]
+    dialect = Dialect.named("telechat2", tiny_tokenizer())
+    with listening(Served(engine, tiny_tokenizer(), dialect, "tiny")) as url:  # type: ignore[arg-type]
         told = ask((engine, url), messages=[*talk, {"role": "tool", "tool_call_id": "c", "content": "5"}])
     assert told[0] == 200 and '{"name": "now", "arguments": {}}' in engine.prompts[-1]
 

@@ -17,7 +17,7 @@ from served import KEY, KEYS, Place, Scripted, listening, serve_a_tiny_model, ti
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from zili.data.chat import ChatTemplate
+from zili.data.dialect import Dialect
 from zili.serving.http.api import Served
 from zili.serving.http.protocol import BaseModel, ChatRequest, CompletionRequest, TokenizeRequest
 
@@ -115,9 +115,9 @@ def test_an_answer_goes_on(place: Place) -> None:
     asked = [*ASKED, {"role": "assistant", "content": "It is wh"}]
     body: dict[str, Any] = {"messages": asked, "max_tokens": 6, "temperature": 0, "ignore_eos": True}
     status, answer = place.post("/v1/chat/completions", {**body, "continue_final_message": True})
-    template, tokenizer = place.served.template, place.served.tokenizer
-    assert status == 200 and template is not None
-    open_turn = template.render(tokenizer, ASKED, add_generation_prompt=True).ids
+    dialect, tokenizer = place.served.dialect, place.served.tokenizer
+    assert status == 200 and dialect is not None
+    open_turn = dialect.render(ASKED, add_generation_prompt=True).ids
     ids = [*open_turn, *tokenizer.encode("It is wh").tolist()]
     _, plain = place.post("/v1/completions", {**body, "messages": None, "prompt": ids})
     assert answer["choices"][0]["message"]["content"] == plain["choices"][0]["text"]
@@ -125,7 +125,7 @@ def test_an_answer_goes_on(place: Place) -> None:
     both = {"continue_final_message": True, "add_generation_prompt": True}
     assert place.post("/v1/chat/completions", {**body, **both})[0] == 400
     _, closed = place.post("/v1/chat/completions", {**body, "messages": ASKED, "add_generation_prompt": False})
-    assert closed["usage"]["prompt_tokens"] == len(template.render(tokenizer, ASKED).ids)
+    assert closed["usage"]["prompt_tokens"] == len(dialect.render(ASKED).ids)
 
 
 def test_tokens_by_their_names(place: Place) -> None:
@@ -261,7 +261,7 @@ def test_a_beginning_is_put_before_a_prompt_unless_it_is_not_asked_for() -> None
     tokenizer = tiny_tokenizer()
     tokenizer.begin_ids = (tokenizer.special_id("<_start>"),)
     engine = Scripted(tokenizer)
-    served = Served(engine, tokenizer, ChatTemplate.named("telechat1"), "tiny")  # type: ignore[arg-type]
+    served = Served(engine, tokenizer, Dialect.named("telechat1", tokenizer), "tiny")  # type: ignore[arg-type]
     with listening(served) as url:
         place = Place(url, served, None)  # type: ignore[arg-type]
         for more in ({}, {"add_special_tokens": False}):
@@ -291,7 +291,7 @@ def test_fields_that_change_nothing(place: Place) -> None:
 
 def test_tools_that_a_template_cannot_tell() -> None:
     tokenizer = tiny_tokenizer()
-    served = Served(Scripted(tokenizer), tokenizer, ChatTemplate.named("telechat1"), "tiny")  # type: ignore[arg-type]
+    served = Served(Scripted(tokenizer), tokenizer, Dialect.named("telechat1", tokenizer), "tiny")  # type: ignore[arg-type]
     tool = {"type": "function", "function": {"name": "add"}}
     with listening(served) as url:
         place = Place(url, served, None)  # type: ignore[arg-type]
@@ -326,7 +326,7 @@ def test_a_model_by_its_name(place: Place) -> None:
 def test_who_may_ask_from_another_page() -> None:
     tokenizer = tiny_tokenizer()
     page = "https://chat.example.org"
-    served = Served(Scripted(tokenizer), tokenizer, ChatTemplate.named("telechat2"), "tiny", KEYS, origins=[page])  # type: ignore[arg-type]
+    served = Served(Scripted(tokenizer), tokenizer, Dialect.named("telechat2", tokenizer), "tiny", KEYS, origins=[page])  # type: ignore[arg-type]
     with listening(served) as url:
         asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
         for origin, may in ((page, True), ("https://evil.example", False)):

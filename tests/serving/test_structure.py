@@ -15,6 +15,7 @@ import torch
 from served import KEYS, Place, serve_a_tiny_model, tiny_tokenizer
 from waiting import until
 
+from zili.data import reply
 from zili.data.tokenizer import Tokenizer
 from zili.errors import ConfigError
 from zili.serving.forms import guides
@@ -60,8 +61,8 @@ TAGGED = (
     '<tool_call>weather<param_key>city</param_key><param_value>Xi\'an < "3"</param_value>'
     "<param_key>days</param_key><param_value>3</param_value></tool_call>"
 )
-one, several = calls(TOOLS, several=False, tagged=False), calls(TOOLS, several=True, tagged=False)
-tagged = calls(TOOLS, several=False, tagged=True)
+one, several = calls(TOOLS, several=False, style=reply.HERMES), calls(TOOLS, several=True, style=reply.HERMES)
+tagged = calls(TOOLS, several=False, style=reply.TAGGED)
 WORDS = {
     "type": "object",
     "properties": {
@@ -72,7 +73,7 @@ WORDS = {
     },
     "required": ["unit", "code", "either"],
 }
-words = calls([{"function": {"name": "w", "parameters": WORDS}}], several=False, tagged=True)
+words = calls([{"function": {"name": "w", "parameters": WORDS}}], several=False, style=reply.TAGGED)
 
 
 def tagged_call(**given: str) -> str:

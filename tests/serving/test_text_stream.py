@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zili.data.tokenizer import Tokenizer
-from zili.serving.generate.text_stream import stream_text, visible
+from zili.serving.generate.text_stream import StopText, stream_text, visible
 
 
 def from_list(ids: Iterable[int]) -> Iterator[int]:
@@ -51,3 +52,23 @@ def test_the_reason_is_passed_on(tokenizer: Tokenizer) -> None:
 def test_control_characters_are_shown_not_obeyed() -> None:
     assert visible("a\tb\nc 中") == "a\tb\nc 中"
     assert visible("\x1b[2J\x07\r\x7f\x9b\u202e") == "␛[2J␇␍␡\ufffd\ufffd"
+
+
+@given(st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.text("ab", max_size=30), st.data())
+def test_a_stop_ends_where_it_begins_however_the_text_is_cut(stops: list[str], text: str, data: st.DataObject) -> None:
+    ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+    expected = text[: min(ends)[1]] if ends else text  # the stop that is whole first, of several the longest
+    stop, said, rest = StopText(stops), "", text
+    while rest and not stop.stopped:
+        size = data.draw(st.integers(1, 5))
+        said, rest = said + stop.push(rest[:size]), rest[size:]
+        assert expected.startswith(said)
+    assert said + stop.finish() == expected and stop.stopped == bool(ends)
+
+
+def test_a_stop_that_the_text_keeps_resembling_costs_no_more() -> None:
+    began = time.thread_time()
+    stop = StopText(["a" * 1000 + str(number) for number in range(16)])
+    for _ in range(2000):
+        stop.push("a")
+    assert not stop.stopped and time.thread_time() - began < 1.0

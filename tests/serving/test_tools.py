@@ -11,6 +11,7 @@ import pytest
 from served import Scripted, listening, tiny_tokenizer
 
 from zili.data.chat import ChatTemplate
+from zili.data.dialect import Dialect
 from zili.serving.http.api import Served
 
 ADD: Any = {
@@ -29,7 +30,7 @@ ASKED: Any = [{"role": "user", "content": "1 + 1?"}]
 def scripted(request: pytest.FixtureRequest) -> Iterator[tuple[Scripted, openai.OpenAI, str]]:
     tokenizer = tiny_tokenizer()
     engine = Scripted(tokenizer)
-    served = Served(engine, tokenizer, ChatTemplate.named(request.param), "tiny")  # type: ignore[arg-type]
+    served = Served(engine, tokenizer, Dialect.named(request.param, tokenizer), "tiny")  # type: ignore[arg-type]
     with listening(served) as url:
         # A prompt of TeleChat3's ends with <think>.
         engine.text = SAID.removeprefix("<think>") if request.param == "telechat3" else SAID
@@ -91,7 +92,7 @@ def prompt_of(template: str, messages: Any) -> str:
     """What a model is asked. Raises BadRequestError."""
     tokenizer = tiny_tokenizer()
     engine = Scripted(tokenizer)
-    made = ChatTemplate(template) if "{" in template else ChatTemplate.named(template)
+    made = Dialect(ChatTemplate(template), tokenizer) if "{" in template else Dialect.named(template, tokenizer)
     with listening(Served(engine, tokenizer, made, "tiny")) as url:  # type: ignore[arg-type]
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         client.chat.completions.create(model="tiny", messages=messages)

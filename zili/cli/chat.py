@@ -43,18 +43,16 @@ def chat(
     from zili.serving.place import open_device
 
     device = open_device(chip)
-    from zili.data.chat import ChatTemplate
     from zili.serving.generate.conversation import Conversation, Dialogue, RunningText
     from zili.serving.generate.generation import Sampling
     from zili.serving.generate.terminal import Chat, piped_lines, typed_lines, write_note, write_output
     from zili.serving.model_folder import demo_file, open_folder
 
-    opened = open_folder(demo_file() if path is None else path, device=device)
-    talks = mode is Mode.chat or (mode is Mode.auto and (opened.conversational or template is not None))
-    chosen = ChatTemplate.named(template) if template else opened.template
+    opened = open_folder(demo_file() if path is None else path, device=device, template=template)
+    talks = mode is Mode.chat or (mode is Mode.auto and opened.conversational)
     conversation: Conversation = RunningText(opened.tokenizer)
-    if talks and chosen is not None:
-        conversation = Dialogue(opened.tokenizer, chosen, system, {"enable_thinking": thinking})
+    if talks and opened.dialect is not None:
+        conversation = Dialogue(opened.dialect, system, {"enable_thinking": thinking})
     elif mode is Mode.chat:
         write_note("The model has no chat template and its tokenizer no marks of one: the text is continued as it is.")
     terminal = Chat(

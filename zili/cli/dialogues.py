@@ -33,15 +33,15 @@ def dialogues(
     """
     present(files)
     model_at(model)
-    from zili.data.chat import ChatTemplate, template_for
+    from zili.data.dialect import find_dialect
     from zili.data.dialogue_store import split_and_build
     from zili.release.companions import chat_template_of
     from zili.serving.model_folder import find_tokenizer
 
     tokenizer, place = find_tokenizer(model)
-    chosen = ChatTemplate.named(template) if template else chat_template_of(place) or template_for(tokenizer)
-    if chosen is None:
+    dialect = find_dialect(tokenizer, chat_template_of(place), template)
+    if dialect is None:
         raise DataError(f"{model} has no chat template, nor special tokens of one that is known; give --template")
-    for report in split_and_build(files, tokenizer, chosen, to, held_out=held_out, on_error=on_error.value):
+    for report in split_and_build(files, dialect, to, held_out=held_out, on_error=on_error.value):
         typer.echo(report)
     typer.echo(f'data.sources = [{{ store = "{to}/train" }}], data.tokenizer = "{to}/tokenizer"')

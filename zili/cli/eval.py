@@ -138,15 +138,13 @@ def _text(path: Path, read: _Read, length: int | None, batch_size: int, device: 
 def _answers(
     path: Path, places: list[Path], template: str | None, longest: int, device: Any, as_json: bool, out: Path | None
 ) -> None:
-    from zili.data.chat import ChatTemplate
     from zili.data.dialogues import read_dialogues
     from zili.durable import write_whole
     from zili.evaluation.answers import score_answers
     from zili.serving.model_folder import open_folder
 
-    opened = open_folder(path, device=device)
-    chosen = ChatTemplate.named(template) if template else opened.template
-    if chosen is None:
+    opened = open_folder(path, device=device, template=template)
+    if opened.dialect is None:
         raise DataError(f"{path} has no chat template, nor special tokens of one that is known; give --template")
     files = [file for place in places for file in (sorted(place.glob("*.json*")) if place.is_dir() else [place])]
     scores = []
@@ -156,8 +154,7 @@ def _answers(
             scores.append(
                 score_answers(
                     opened.model,
-                    opened.tokenizer,
-                    chosen,
+                    opened.dialect,
                     read_dialogues([file]),
                     file.stem,
                     max_new_tokens=longest,
@@ -200,14 +197,11 @@ class _Asked:
 
 
 def _tasks(path: Path, asked: _Asked, device: Any, as_json: bool, out: Path | None) -> None:
-    from zili.data.chat import ChatTemplate
     from zili.durable import write_whole
     from zili.evaluation.harness import Scorer, run_tasks
     from zili.serving.model_folder import open_folder
 
-    scorer = Scorer(open_folder(path, device=device), asked.batch_size)
-    if asked.template:
-        scorer.template = ChatTemplate.named(asked.template)
+    scorer = Scorer(open_folder(path, device=device, template=asked.template), asked.batch_size)
     with working("loading tasks") as status:
         scores = run_tasks(
             scorer,

@@ -131,18 +131,15 @@ def _answer(
         from zili.serving.generate.room import room_for
 
         dtype = dtype_named(offer.dtype or "float32")
-        opened = open_folder(place, device=device, dtype=dtype)
+        opened = open_folder(place, device=device, dtype=dtype, template=template)
         room = room_for(opened.model.config, offer.slots, offer.context, dtype, device)
         typer.echo(room.said(offer.slots), err=True)  # the first line of output is the address
         vocabulary = opened.tokenizer.vocab_size
         return opened, Engine(opened.model, slots=room.slots, context=room.context, vocabulary=vocabulary)
 
     opened, running = prepared(prepare)
-    from zili.data.chat import ChatTemplate
-
-    chosen = ChatTemplate.named(template) if template else opened.template
     with running:
-        served = Served(running, opened.tokenizer, chosen, offer.name, known, Limits(**limits), *names)
+        served = Served(running, opened.tokenizer, opened.dialect, offer.name, known, Limits(**limits), *names)
         listen(served, offer.host, offer.port, typer.echo)
 
 

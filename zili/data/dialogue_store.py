@@ -14,13 +14,12 @@ from itertools import takewhile, zip_longest
 from pathlib import Path
 
 from zili.data.building import StoreWriter
-from zili.data.chat import ChatTemplate, Rendered
+from zili.data.dialect import Dialect, Rendered
 from zili.data.dialogues import Dialogue, read_dialogues
 from zili.data.faithful import to_learn
 from zili.data.reading import OnError
 from zili.data.sources import Census
 from zili.data.split import Split
-from zili.data.tokenizer import Tokenizer
 from zili.durable import whole_folder
 from zili.errors import DataError
 from zili.plurals import counted
@@ -61,8 +60,7 @@ class DialogueReport:
 
 def build_dialogue_store(
     dialogues: Iterable[Dialogue],
-    tokenizer: Tokenizer,
-    template: ChatTemplate,
+    dialect: Dialect,
     prefix: str | Path,
     *,
     census: Census,
@@ -79,13 +77,13 @@ def build_dialogue_store(
     started = time.perf_counter()
     learned = longest = number = thoughtless = 0
     pairs = False
-    with StoreWriter(Path(prefix), tokenizer, masked=True) as writer:
+    with StoreWriter(Path(prefix), dialect.tokenizer, masked=True) as writer:
         for dialogue in dialogues:
             if number and pairs != (dialogue.rejected is not None):
                 raise DataError(f"{dialogue.place}: pairs and conversations in one store; make a store of each.")
             pairs = dialogue.rejected is not None
             try:
-                documents, dropped = _rendered(dialogue, tokenizer, template)
+                documents, dropped = _rendered(dialogue, dialect)
             except DataError as error:
                 if on_error == "raise":
                     raise DataError(f"{dialogue.place}: {error}") from error
@@ -101,7 +99,7 @@ def build_dialogue_store(
                 progress(number)
         if not learned:
             raise DataError(
-                f"{Path(prefix).name}: nothing to learn: no conversation came here that {template.name} can say whole; "
+                f"{Path(prefix).name}: nothing to learn: no conversation came here that {dialect.name} can say whole; "
                 f"left out: {census.left_out}."
             )
         writer.finish(0, census, split, pairs=pairs)
@@ -109,13 +107,13 @@ def build_dialogue_store(
     return DialogueReport(number, pairs, writer.tokens, learned, longest, seconds, census.left_out, thoughtless)
 
 
-def _rendered(dialogue: Dialogue, tokenizer: Tokenizer, template: ChatTemplate) -> tuple[list[Rendered], int]:
+def _rendered(dialogue: Dialogue, dialect: Dialect) -> tuple[list[Rendered], int]:
     """The documents of a conversation or a pair, and how many answers in them are not learned for want of thoughts."""
     talks = [dialogue.messages, *([] if dialogue.rejected is None else [dialogue.rejected])]
-    made = [template.render(tokenizer, talk, tools=dialogue.tools, **dialogue.options) for talk in talks]
+    made = [dialect.render(talk, tools=dialogue.tools, **dialogue.options) for talk in talks]
     if len(made) == 2 and made[0].ids == made[1].ids:
-        raise DataError(f"{template.name} says the chosen and the rejected answer alike")
-    checked = [to_learn(one, talk, dialogue, template, tokenizer) for one, talk in zip(made, talks, strict=True)]
+        raise DataError(f"{dialect.name} says the chosen and the rejected answer alike")
+    checked = [to_learn(one, talk, dialogue, dialect) for one, talk in zip(made, talks, strict=True)]
     documents = [one.rendered for one in checked]
     if len(documents) == 1:
         return documents, checked[0].thoughtless
@@ -138,8 +136,7 @@ def _learned_from(apart: int, document: Rendered) -> Rendered:
 
 def split_and_build(
     files: Sequence[Path],
-    tokenizer: Tokenizer,
-    template: ChatTemplate,
+    dialect: Dialect,
     folder: Path,
     *,
     held_out: float = 0.0,
@@ -158,17 +155,15 @@ def split_and_build(
         for name in ("train", "held_out") if split else ("train",):
             census = Census()
             chosen = (
-                _counting(dialogue, template, unread)
+                _counting(dialogue, dialect, unread)
                 for dialogue in read_dialogues(files, on_error=on_error, census=census)
                 if split is None or split.holds_out(_said(dialogue)) == (name == "held_out")
             )
             rule = f"{name}: {split.rule}" if split else "all conversations"
-            report = build_dialogue_store(
-                chosen, tokenizer, template, aside / name, census=census, on_error=on_error, split=rule
-            )
+            report = build_dialogue_store(chosen, dialect, aside / name, census=census, on_error=on_error, split=rule)
             lines.append(f"{folder / name}: {report}")
-        tokenizer.save(aside / "tokenizer")
-        (aside / "tokenizer" / "chat_template.jinja").write_text(template.source, encoding="utf-8")
+        dialect.tokenizer.save(aside / "tokenizer")
+        (aside / "tokenizer" / "chat_template.jinja").write_text(dialect.template.source, encoding="utf-8")
     # Every reading is of all conversations, whichever side they are on; a side has its own options.
     if unused := census.unused + unread:
         told = sorted(unused.most_common(_TOLD_NAMES))
@@ -177,9 +172,9 @@ def split_and_build(
     return lines
 
 
-def _counting(dialogue: Dialogue, template: ChatTemplate, unread: Counter[str]) -> Dialogue:
+def _counting(dialogue: Dialogue, dialect: Dialect, unread: Counter[str]) -> Dialogue:
     """`dialogue`, after counting its options that the template does not look up."""
-    unread.update(f"chat_template_kwargs.{name}" for name in dialogue.options if name not in template.asks_for)
+    unread.update(f"chat_template_kwargs.{name}" for name in dialogue.options if name not in dialect.template.asks_for)
     return dialogue
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from zili.data.chat import NOT_OPTIONS
+from zili.data.dialect import NOT_OPTIONS
 from zili.data.fields import Fields, Unfit, check_sound
 from zili.data.reading import Flaw, OnError, Wanted, read_files, records
 from zili.data.sources import JSON_SUFFIXES, LINE_SUFFIXES, TABLE_SUFFIXES, Census, Source, SourceFile

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from zili.data.chat import ChatTemplate, Rendered
+from zili.data.dialect import Dialect, Rendered
 from zili.data.dialogues import Dialogue
-from zili.data.manners import CALL, CALLED, THINK, THOUGHT, Manners, read_arguments, split_thoughts
+from zili.data.manners import Manners
+from zili.data.reply import CALL, CALLED, THINK, THOUGHT, read_arguments, split_thoughts
 from zili.data.tokenizer import Tokenizer
 from zili.errors import DataError
 
@@ -47,9 +48,7 @@ class Learned:
     """Earlier answers that are not learned, since the template drops their thoughts."""
 
 
-def to_learn(
-    rendered: Rendered, messages: Messages, dialogue: Dialogue, template: ChatTemplate, of: Tokenizer
-) -> Learned:
+def to_learn(rendered: Rendered, messages: Messages, dialogue: Dialogue, dialect: Dialect) -> Learned:
     """`rendered`, one of `dialogue`'s conversations of `messages`, with the answers masked that are not to be learned.
 
     Raises:
@@ -58,20 +57,20 @@ def to_learn(
     if not any(rendered.said):
         raise Unsaid(
             "with nothing to learn",
-            f"nothing to learn: {template.name} marks nothing that the assistant says ({{% generation %}} does)",
+            f"nothing to learn: {dialect.name} marks nothing that the assistant says ({{% generation %}} does)",
         )
-    manners = template.manners(of)
-    _check_kinds(messages, dialogue.tools, manners, template.name)
-    _check_spelled(messages, manners, of)
-    _check_tools(dialogue.tools or [], rendered.text, template.name)
+    manners = dialect.manners
+    _check_kinds(messages, dialogue.tools, manners, dialect.name)
+    _check_spelled(messages, manners, dialect.tokenizer)
+    _check_tools(dialogue.tools or [], rendered.text, dialect.name)
     if not manners.names_calls:
-        _check_results(messages, template.name)
-    _check_turns(messages, rendered, template.name)
+        _check_results(messages, dialect.name)
+    _check_turns(messages, rendered, dialect.name)
     answers = [message for message in messages if message["role"] == "assistant"]
-    return _masked(rendered, answers, manners, template.name)
+    return _masked(rendered, answers, manners, dialect.name)
 
 
-def check_told(rendered: Rendered, messages: Messages, template: ChatTemplate, of: Tokenizer) -> None:
+def check_told(rendered: Rendered, messages: Messages, dialect: Dialect) -> None:
     """Compare a conversation to be answered: what others said and which tools were called, with the first of their
     arguments. Earlier thoughts, what was said beside a call, and all calls where it writes none, are the template's to
     drop. It takes time in proportion to the text.
@@ -79,7 +78,7 @@ def check_told(rendered: Rendered, messages: Messages, template: ChatTemplate, o
     Raises:
         Unsaid: some of it is not in `rendered`.
     """
-    calls, text, place = template.manners(of).calls is not None, rendered.text, 0
+    calls, text, place = dialect.manners.calls is not None, rendered.text, 0
     known = {True: [*_SPELLINGS], False: [*_SPELLINGS]}
     for number, message in enumerate(messages, start=1):
         answers, began = message["role"] == "assistant", place
@@ -89,7 +88,7 @@ def check_told(rendered: Rendered, messages: Messages, template: ChatTemplate, o
             end = _end_of(given, text, began, known[answers]) if end < 0 else end  # in an order of its own
             if end < 0 and not _holds(text, given):
                 reason = "with text that the template leaves out"
-                raise Unsaid(reason, f"{template.name} leaves out of turn {number}: {given[:60]!r}")
+                raise Unsaid(reason, f"{dialect.name} leaves out of turn {number}: {given[:60]!r}")
             place = max(place, end)
 
 

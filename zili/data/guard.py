@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from zili.data.manners import Manners, marks_in
+from zili.data.manners import Mark
 from zili.data.tokenizer import Tokenizer
 from zili.errors import DataError
 
@@ -41,12 +41,14 @@ class Piece:
 class Guard:
     """For one template and one tokenizer."""
 
-    def __init__(self, tokenizer: Tokenizer, manners: Manners, source: str, name: str) -> None:
-        self.manners, self._name = manners, name
-        self._plain = manners.plain(tokenizer)
-        marks = {mark.text for mark in manners.marks}
+    def __init__(self, tokenizer: Tokenizer, marks: Collection[Mark], source: str, name: str) -> None:
+        """`marks`: of turns, all that the template of this `source` has."""
+        self._name = name
+        # No token sets these apart from text: whoever writes one could speak for another.
+        self._plain = [mark for mark in marks if mark.text not in tokenizer.added_tokens]
+        marked = {mark.text for mark in marks}
         # Tokens that are not special are text, but for those that the template itself writes.
-        written = {text for text in tokenizer.added_tokens if text and (text in marks or text in source)}
+        written = {text for text in tokenizer.added_tokens if text and (text in marked or text in source)}
         roles = {text: tokenizer.token_id(text) for text in tokenizer.roles.values() if text}
         self._ids = {text: number for text, number in roles.items() if number is not None}
         self._ids |= {text: tokenizer.added_tokens[text] for text in written | set(tokenizer.special_tokens) if text}
@@ -80,7 +82,7 @@ class Guard:
         if not text.isascii() and (found := _SURROGATE.search(text)):
             code = f"U+{ord(found[0]):04X}"
             raise DataError(f"text with a lone surrogate, {code} at character {found.start()}, cannot be encoded")
-        if self._plain and (mark := marks_in(text, self._plain)) is not None:
+        if self._plain and (mark := _mark_in(text, self._plain)) is not None:
             raise MarkSpoken(
                 f"a text holds {mark!r}, with which {self._name} marks turns: the tokenizer has no token of that "
                 "name, so that the model could not tell the two apart. Change the text, or take another template"
@@ -118,6 +120,11 @@ def any_of(words: Collection[str]) -> str:
     if not branches or (len(branches) == 1 and "" not in words):
         return "".join(branches)
     return f"(?:{'|'.join(branches)})" + ("?" if "" in words else "")
+
+
+def _mark_in(text: str, marks: Collection[Mark]) -> str | None:
+    """The first of some marks that a text holds."""
+    return next((mark.text for mark in marks if re.search(mark.pattern(), text)), None)
 
 
 class MarkSpoken(DataError):

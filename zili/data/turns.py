@@ -9,7 +9,7 @@ from itertools import zip_longest
 from math import nan
 from typing import Any
 
-from zili.data.chat import ROLES
+from zili.data.dialect import ROLES
 from zili.data.fields import Fields, Unfit, check_sound
 
 _ROLES = {role: role for role in ROLES} | {

@@ -9,13 +9,11 @@ from typing import Any
 
 import torch
 
-from zili.data.chat import ChatTemplate
+from zili.data.dialect import Dialect
 from zili.data.dialogues import Dialogue
-from zili.data.tokenizer import Tokenizer
 from zili.errors import DataError
 from zili.models.decoder import Decoder
 from zili.ops import IGNORE_INDEX
-from zili.serving.generate.conversation import Dialogue as Spoken
 from zili.serving.generate.generation import Sampling, generate
 
 _GREEDY = Sampling(temperature=0)
@@ -50,8 +48,7 @@ class AnswerScore:
 @torch.no_grad()
 def score_answers(
     model: Decoder,
-    tokenizer: Tokenizer,
-    template: ChatTemplate,
+    dialect: Dialect,
     dialogues: Iterable[Dialogue],
     name: str,
     *,
@@ -65,25 +62,20 @@ def score_answers(
     """
     answered = exact = left_out = tokens = 0
     loss = 0.0
-    spoken = Spoken(tokenizer, template)
-    stops = spoken.stop_ids
     for dialogue in dialogues:
         if dialogue.messages[-1].get("tool_calls"):
             raise DataError(f"{dialogue.place}: its last answer calls a tool; texts alone are compared here")
         known = str(dialogue.messages[-1]["content"]).strip()
-        ids = tokenizer.encode(known).tolist()
+        ids = dialect.tokenizer.encode(known).tolist()
         turns = dialogue.messages[:-1]
         given = {"tools": dialogue.tools, "add_generation_prompt": True, **dialogue.options}
-        asked = template.render(tokenizer, turns, **given).ids
+        asked = dialect.render(turns, **given).ids
         if len(asked) + len(ids) > model.config.max_length:
             left_out += 1
             continue
         answered += 1
-        said = generate(model, asked, max_new_tokens=max_new_tokens, sampling=_GREEDY, stop_ids=stops)
-        text = tokenizer.decode(list(said))
-        for end in spoken.stop_texts:
-            text = text.partition(end)[0]
-        exact += text.strip() == known
+        said = generate(model, asked, max_new_tokens=max_new_tokens, sampling=_GREEDY, stop_ids=dialect.end_ids)
+        exact += dialect.answer_text(said).strip() == known
         loss, tokens = loss + _loss_after(model, asked, ids), tokens + len(ids)
         if progress is not None:
             progress(answered)

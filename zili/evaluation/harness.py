@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from zili.data.chat import ChatTemplate
+from zili.data.dialect import Dialect
 from zili.data.tokenizer import Tokenizer
 from zili.errors import ConfigError, DataError
 from zili.models.decoder import Decoder
@@ -53,7 +53,7 @@ class Scorer:
     def __init__(self, opened: OpenedModel, batch_size: int = 8) -> None:
         self.model: Decoder = opened.model
         self.tokenizer: Tokenizer = opened.tokenizer
-        self.template: ChatTemplate | None = opened.template
+        self.dialect: Dialect | None = opened.dialect
         self.batch_size = batch_size
         self.counted = Counted()
         self._device = opened.model.head_weight.device
@@ -132,11 +132,10 @@ class Scorer:
         room = self.model.config.max_length - min(max_new_tokens, self.model.config.max_length // 2)
         self.counted.shortened += len(ids) > room
         taken: list[int] = []
-        spoken = self.template if context.startswith(_CONVERSATION) else None
+        spoken = self.dialect if context.startswith(_CONVERSATION) else None
         stops = self.tokenizer.end_ids
         if spoken is not None:
-            manners = spoken.manners(self.tokenizer)
-            stops, until = manners.end_ids(self.tokenizer), [*until, *manners.end_texts(self.tokenizer)]
+            stops, until = spoken.end_ids, [*until, *spoken.end_texts]
         for token in generate(
             self.model,
             ids[-room:],
@@ -155,14 +154,14 @@ class Scorer:
     def prompt_ids(self, context: str) -> list[int]:
         """A text's ids at the beginning of a document; a conversation's, where `conversation` wrote it."""
         if context.startswith(_CONVERSATION):
-            assert self.template is not None
+            assert self.dialect is not None
             messages = json.loads(context[len(_CONVERSATION) :])
-            return self.template.render(self.tokenizer, messages, add_generation_prompt=True).ids
+            return self.dialect.render(messages, add_generation_prompt=True).ids
         return [self.tokenizer.start_id, *self.tokenizer.encode(context).tolist()]
 
     def conversation(self, messages: Sequence[dict[str, str]]) -> str:
         """Messages as a context that `prompt_ids` knows again: ids are made of them, and no text spells a mark."""
-        if self.template is None:
+        if self.dialect is None:
             raise DataError("the model has no chat template, nor special tokens of one that is known; leave out --chat")
         return _CONVERSATION + json.dumps(list(messages), ensure_ascii=False)
 
@@ -209,7 +208,7 @@ def as_harness_model(scorer: Scorer, progress: Callable[[str], None] | None = No
             return scorer.conversation(chat_history)
 
         def chat_template(self, chat_template: bool | str = False) -> str:
-            return scorer.template.source if scorer.template else ""
+            return scorer.dialect.template.source if scorer.dialect else ""
 
     return ZiliModel()
 

@@ -18,13 +18,11 @@ from zili.parallel.world import World
 
 def as_run(config: RunConfig, teacher: ModelConfig) -> RunConfig:
     """A run of the teacher alone, laid out as `config` is."""
-    return config.model_copy(
-        update={
-            "model": teacher.model_copy(update={"mtp_layers": 0, "lora": None}),
-            "training": config.training.model_copy(update={"recompute": "none"}),
-            "parallel": config.parallel.model_copy(update={"stage_layers": None}),
-            "objective": config.objective.model_copy(update={"distill": None}),
-        }
+    return config.changed(
+        model=teacher.changed(mtp_layers=0, lora=None),
+        training={"recompute": "none"},
+        parallel={"stage_layers": None},
+        objective={"distill": None},
     )
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from zili.data.chat import ChatTemplate
-from zili.data.manners import Manners
+from zili.data.manners import Manners, find_manners
+from zili.data.reply import CALL_STYLES
 from zili.errors import CheckpointError, ConfigError
 from zili.release.trust import foreign_code
 
@@ -71,9 +72,10 @@ def to_vllm(folder: Path, offer: Offer, *, chip: str, key: str | None, trust: bo
     if trust or ("auto_map" in config and not foreign):
         arguments.append("--trust-remote-code")
     template = ChatTemplate.of_folder(folder)
-    manners = template.manners() if template is not None else Manners()
-    if manners.calls == "hermes":
-        arguments += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    manners = find_manners(template.write) if template is not None else Manners()
+    style = CALL_STYLES.get(manners.calls or "")
+    if style is not None and style.vllm_parser is not None:
+        arguments += ["--enable-auto-tool-choice", "--tool-call-parser", style.vllm_parser]
     if manners.reasons:
         arguments += ["--reasoning-parser", "deepseek_r1"]
     environment = {"VLLM_NO_USAGE_STATS": "1"}

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import zili
-from zili.data.chat import ChatTemplate, template_for
+from zili.data.dialect import Dialect, find_dialect
 from zili.data.tokenizer import Tokenizer
 from zili.errors import CheckpointError, DataError
 from zili.models.decoder import Decoder
@@ -28,18 +28,26 @@ class OpenedModel:
     tokenizer: Tokenizer
     training_length: int
     """Tokens a sample in training had, or what can be assumed."""
-    template: ChatTemplate | None
-    """How it is spoken to: its own template, or the one that its tokenizer's special tokens are those of."""
+    dialect: Dialect | None
+    """How it is spoken to; None: it has no template, nor the special tokens of one that is known."""
     conversational: bool
     """Whether it may have learned to answer: false for a run of ours that has read plain text only."""
 
 
-def open_folder(path: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> OpenedModel:
+def open_folder(
+    path: Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    template: str | None = None,
+) -> OpenedModel:
     """A run, a checkpoint of it, a Zili model folder or a Hugging Face folder, with its tokenizer; weights in `dtype`.
+
+    `template`: the name of one, or a file, to take in place of the model's own.
 
     Raises:
         CheckpointError: no model there, or a tokenizer that makes more tokens of texts than the model knows.
-        DataError: no tokenizer.
+        DataError: no tokenizer, or no such template.
     """
     tokenizer, place = find_tokenizer(path)
     own = chat_template_of(place)
@@ -51,8 +59,8 @@ def open_folder(path: Path, *, device: str | torch.device = "cpu", dtype: torch.
         model,
         tokenizer,
         training_length=length or min(model.config.max_length, LONGEST_DEFAULT),
-        template=own or template_for(tokenizer),
-        conversational=recipe is None or own is not None,
+        dialect=find_dialect(tokenizer, own, template),
+        conversational=recipe is None or own is not None or template is not None,
     )
 
 

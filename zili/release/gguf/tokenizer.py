@@ -11,6 +11,7 @@ import json
 from typing import Any
 
 from zili.data.chat import ChatTemplate
+from zili.data.dialect import Dialect
 from zili.data.sentencepiece import SPACE, Kind, Piece, definition
 from zili.data.tokenizer import SPLIT, Tokenizer, after_bos
 from zili.errors import CheckpointError
@@ -169,7 +170,7 @@ def write_tokenizer(writer: Any, tokenizer: Tokenizer, vocabulary: int, template
 
 def _other_ends(tokenizer: Tokenizer, template: ChatTemplate | None) -> list[int]:
     """Besides the end token: first the one that the template ends a turn with."""
-    marks = template.manners(tokenizer).ends[:1] if template else ()
+    marks = Dialect(template, tokenizer).manners.ends[:1] if template else ()
     turns = [tokenizer.token_id(mark.text) for mark in marks]
     ends = dict.fromkeys([*(number for number in turns if number is not None), *sorted(tokenizer.end_ids)])
     return [number for number in ends if number != tokenizer.end_id]

@@ -123,9 +123,9 @@ class _Answers:
 def _compiled(asked: dict[str, Any], info: xgrammar.TokenizerInfo) -> xgrammar.CompiledGrammar:
     import xgrammar
 
-    from zili.data.manners import THOUGHT
+    from zili.data.reply import THOUGHT
 
-    parts = asked["parts"] if "parts" in asked else [_part(asked["request"], tagged=asked["tagged"])]
+    parts = asked["parts"] if "parts" in asked else [_part(asked["request"], asked["calls"])]
     if len(json.dumps(parts)) > LONGEST:
         raise ConfigError(f"the form is longer than {LONGEST:,} characters")
     thoughts = {"type": "tag", "begin": "", "content": {"type": "any_text"}, "end": THOUGHT}
@@ -137,11 +137,12 @@ def _compiled(asked: dict[str, Any], info: xgrammar.TokenizerInfo) -> xgrammar.C
         raise ConfigError(f"the form cannot be compiled: {_first_line(error)}") from error
 
 
-def _part(request: dict[str, Any], *, tagged: bool) -> Any:
+def _part(request: dict[str, Any], style: str) -> Any:
+    from zili.data.reply import CALL_STYLES
     from zili.serving.http.protocol import ChatRequest
 
     turn = {"role": "user", "content": "."}
-    return ChatRequest.model_validate({**request, "messages": [turn]}).form_with_calls(tagged=tagged)
+    return ChatRequest.model_validate({**request, "messages": [turn]}).form_with_calls(CALL_STYLES[style])
 
 
 @contextmanager

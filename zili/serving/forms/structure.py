@@ -4,11 +4,10 @@ that may come next (Dong et al. 2024).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from typing import Any
 
-from zili.data.manners import ANSWER_TAGS, CALL, CALLED, KEY, KEY_END, VALUE, VALUE_END
+from zili.data.reply import ANSWER_TAGS, KEY, KEY_END, VALUE, VALUE_END, CallStyle
 from zili.data.tokenizer import Tokenizer
 from zili.errors import ConfigError
 from zili.serving.forms import patterns
@@ -35,9 +34,9 @@ class Forms:
         """Parts in a row; with `thinking` after the thoughts that the prompt has opened."""
         return self._processes.form({"parts": parts, "thinking": thinking})
 
-    def asked(self, request: dict[str, Any], *, tagged: bool, thinking: bool) -> Form:
+    def asked(self, request: dict[str, Any], *, style: CallStyle, thinking: bool) -> Form:
         """What a request's `formed` says, written down where it may take as long as it likes."""
-        return self._processes.form({"request": request, "tagged": tagged, "thinking": thinking})
+        return self._processes.form({"request": request, "calls": style.name, "thinking": thinking})
 
 
 def schema(given: dict[str, Any] | bool) -> Part:
@@ -68,21 +67,21 @@ def one_of(texts: Collection[str]) -> Part:
     return {"type": "or", "elements": [{"type": "const_string", "value": text} for text in texts]}
 
 
-def calls(tools: list[dict[str, Any]], *, several: bool, tagged: bool) -> Part:
-    """At least one call of `tools`, as a chat template has them called: `tagged` as TeleChat3-Coder's, or Hermes'."""
-    made = [(_tagged if tagged else _hermes)(tool["function"]) for tool in tools]
+def calls(tools: list[dict[str, Any]], *, several: bool, style: CallStyle) -> Part:
+    """At least one call of `tools`, as a chat template has them called."""
+    made = [_call(tool["function"], style) for tool in tools]
     if several:
         return {"type": "tags_with_separator", "tags": made, "separator": "\n", "at_least_one": True}
     return {"type": "or", "elements": made}
 
 
-def _hermes(function: dict[str, Any]) -> Part:
-    begin = f'{CALL}\n{{"name": {json.dumps(function["name"])}, "arguments": '
-    return {"type": "tag", "begin": begin, "content": _json(_arguments(function)), "end": f"}}\n{CALLED}"}
-
-
-def _tagged(function: dict[str, Any]) -> Part:
+def _call(function: dict[str, Any], style: CallStyle) -> Part:
     wanted = _arguments(function)
+    inside = _tagged(function, wanted) if style.tagged else _json(wanted)
+    return {"type": "tag", "begin": style.begin(function["name"]), "content": inside, "end": style.end}
+
+
+def _tagged(function: dict[str, Any], wanted: dict[str, Any]) -> Part:
     unsaid = set(wanted) & {"anyOf", "$ref", "patternProperties", "minProperties", "maxProperties"}
     if unsaid:
         raise _unkept(function, f"{min(unsaid)} cannot be kept in calls by tags")
@@ -94,12 +93,11 @@ def _tagged(function: dict[str, Any]) -> Part:
         begin = f"{KEY}{name}{KEY_END}{VALUE}"
         part = {"type": "tag", "begin": begin, "content": _untagged(value, named), "end": VALUE_END}
         parts.append(part if name in wanted.get("required", ()) else {"type": "optional", "content": part})
-    inside = {"type": "sequence", "elements": parts} if parts else {"type": "const_string", "value": ""}
-    return {"type": "tag", "begin": f"{CALL}{function['name']}", "content": inside, "end": CALLED}
+    return {"type": "sequence", "elements": parts} if parts else {"type": "const_string", "value": ""}
 
 
 def _untagged(value: dict[str, Any], named: dict[str, Any]) -> Part:
-    """An argument between tags: JSON, but that a text has no quotes (`zili.serving.http.arguments` reads it)."""
+    """An argument between tags: JSON, but that a text has no quotes (`zili.data.reply` reads it)."""
     if value == {"type": "string"}:
         return {"type": "any_text"}
     if value.get("type") == "string":

@@ -6,18 +6,20 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from zili.data.chat import ChatTemplate
-from zili.data.manners import Manners
+from zili.data.dialect import Dialect
 from zili.data.tokenizer import Tokenizer
 
 
 class Conversation(Protocol):
     """What a terminal or a server asks of one. When the context is full the oldest turns are left out, whole."""
 
-    tokenizer: Tokenizer
     greeting: str
     new: str
     """What is said when it begins anew."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's."""
 
     @property
     def goes_on(self) -> bool:
@@ -54,8 +56,7 @@ class Conversation(Protocol):
 class Dialogue:
     """Turns of a user and an assistant, in the words of a chat template."""
 
-    tokenizer: Tokenizer
-    template: ChatTemplate
+    dialect: Dialect
     system: str = ""
     options: dict[str, Any] = field(default_factory=dict)
     """The template's own, such as enable_thinking."""
@@ -67,26 +68,26 @@ class Dialogue:
     """What of an answer the prompt has said already, such as `<think>`."""
 
     @property
+    def tokenizer(self) -> Tokenizer:
+        return self.dialect.tokenizer
+
+    @property
     def goes_on(self) -> bool:
         return False
 
     @property
     def stop_ids(self) -> Set[int]:
-        return self.template.manners(self.tokenizer).end_ids(self.tokenizer)
+        return self.dialect.end_ids
 
     @property
     def stop_texts(self) -> Sequence[str]:
-        return self.template.manners(self.tokenizer).end_texts(self.tokenizer)
+        return self.dialect.end_texts
 
     def ask(self, text: str) -> None:
         self.turns.append([{"role": "user", "content": text}])
 
     def answered(self, ids: Sequence[int]) -> None:
-        stops = self.stop_ids
-        kept = [number for number in ids if number not in stops]
-        said = self._opening + self.tokenizer.decode(kept)
-        for text in self.stop_texts:
-            said = said.partition(text)[0]
+        said = self._opening + self.dialect.answer_text(ids)
         self.turns[-1].append({"role": "assistant", "content": said})
 
     def withdraw(self) -> None:
@@ -97,18 +98,16 @@ class Dialogue:
 
     def prompt(self, room: int) -> tuple[list[int], int]:
         dropped = 0
-        while len(ids := self._rendered(True)) > room and len(self.turns) > 1:
+        while len(ids := self._rendered()) > room and len(self.turns) > 1:
             self.turns.pop(0)
             dropped += 1
-        self._opening = Manners.opening(self.tokenizer.decode(ids[len(self._rendered(False)) :]))
+        self._opening = self.dialect.opening(ids)
         return ids, dropped
 
-    def _rendered(self, add_generation_prompt: bool) -> list[int]:
+    def _rendered(self) -> list[int]:
         system = [{"role": "system", "content": self.system}] if self.system else []
         messages = [*system, *(message for turn in self.turns for message in turn)]
-        return self.template.render(
-            self.tokenizer, messages, add_generation_prompt=add_generation_prompt, **self.options
-        ).ids
+        return self.dialect.render(messages, add_generation_prompt=True, **self.options).ids
 
 
 @dataclass

@@ -7,12 +7,10 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from zili.data.tokenizer import DecodeStream
 from zili.errors import ZiliError
 from zili.serving.generate.conversation import Conversation
 from zili.serving.generate.generation import DEFAULT_SAMPLING, CausalModel, Sampling, generate
-from zili.serving.generate.text_stream import visible
-from zili.serving.http.streaming import StopText
+from zili.serving.generate.text_stream import AnswerText, visible
 
 HELP = """/reset  forget the conversation and start anew
 /exit   leave (or Ctrl-D)
@@ -94,15 +92,14 @@ class Chat:
             vocabulary=self.conversation.tokenizer.vocab_size,
         )
         before = prompt if self.conversation.goes_on else ()
-        text = DecodeStream(self.conversation.tokenizer, before=before)
-        stop = StopText(self.conversation.stop_texts)
+        text = AnswerText(self.conversation.tokenizer, self.conversation.stop_texts, before=before)
         for token in tokens:
             taken.append(token)
-            self.write(stop.push(text.push(token)))
-            if stop.stopped:
+            self.write(text.push(token))
+            if text.stopped:
                 self.write("\n")
                 return
-        self.write(stop.push(text.finish()) + stop.finish() + "\n")
+        self.write(text.finish() + "\n")
         if len(taken) == self.max_new_tokens:
             self.note(f"Cut after {len(taken)} tokens; --max-new-tokens allows more.")
         elif len(prompt) + len(taken) >= limit:

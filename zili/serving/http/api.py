@@ -3,40 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 import zili
-from zili.data.chat import ChatTemplate
+from zili.data.dialect import Dialect
 from zili.data.tokenizer import Tokenizer
 from zili.errors import ConfigError
 from zili.serving.forms.guides import Form, TooManyForms
 from zili.serving.forms.structure import Forms
 from zili.serving.generate.engine import Engine
-from zili.serving.http import wording
-from zili.serving.http.beginning import Asked, Beginner
-from zili.serving.http.choices import ChatChoices, Choices, CompletionChoices
-from zili.serving.http.delivery import events, whole
-from zili.serving.http.gate import Gate, Limits
-from zili.serving.http.intake import Aside, Intake
+from zili.serving.http.answers import Answers, Asked, Beginner, Piece, refusal_of
+from zili.serving.http.choices import ChatChoices, Choices, CompletionChoices, usage
+from zili.serving.http.gate import Aside, Gate, Intake, Limits
 from zili.serving.http.keys import Keys
 from zili.serving.http.metrics import CONTENT_TYPE, Metrics
 from zili.serving.http.prompts import Prompts, Ready
 from zili.serving.http.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from zili.serving.http.refusal import ErrorBody, Refusal, busy
-from zili.serving.http.streaming import Said, Stream
 
 T = TypeVar("T")
 
@@ -70,7 +68,8 @@ class Served:
 
     engine: Engine
     tokenizer: Tokenizer
-    template: ChatTemplate | None
+    dialect: Dialect | None
+    """How it is spoken to; None: it completes texts alone."""
     name: str
     keys: Keys = field(default_factory=Keys)
     """Whoever asks names one of them; none: anyone may ask."""
@@ -84,6 +83,20 @@ class Served:
 
 def make_app(served: Served) -> FastAPI:
     """The application; the engine is closed by whoever opened it."""
+    app = _bare_app()
+    app.add_middleware(Gate, keys=served.keys, limits=served.limits, hosts=served.hosts)
+    if served.origins:  # outside the gate: before it asks with a key a browser asks without whether it may
+        methods = ["GET", "POST"]
+        app.add_middleware(CORSMiddleware, allow_origins=served.origins, allow_methods=methods, allow_headers=["*"])
+    app.state.intake = Intake()
+    app.router.route_class = Aside
+    _add_routes(app, _Api(served, app.state.intake))
+    app.mount("/page", StaticFiles(directory=_PAGE))
+    return app
+
+
+def _bare_app() -> FastAPI:
+    """Without routes; whatever fails in it is answered as a `Refusal`."""
     app = FastAPI(
         title="Zili",
         version=zili.__version__,
@@ -95,14 +108,10 @@ def make_app(served: Served) -> FastAPI:
     app.exception_handler(Refusal)(_refused)
     app.exception_handler(HTTPException)(_no_route)
     app.exception_handler(Exception)(_failed)
-    app.add_middleware(Gate, keys=served.keys, limits=served.limits, hosts=served.hosts)
-    if served.origins:  # outside the gate: before it asks with a key a browser asks without whether it may
-        methods = ["GET", "POST"]
-        app.add_middleware(CORSMiddleware, allow_origins=served.origins, allow_methods=methods, allow_headers=["*"])
-    app.state.intake = Intake()
-    app.router.route_class = Aside
-    api = _Api(served, app.state.intake)
+    return app
 
+
+def _add_routes(app: FastAPI, api: _Api) -> None:
     @app.get("/health", response_class=JSONResponse)
     async def health() -> dict[str, str]:
         return {"status": "ok"}
@@ -122,9 +131,6 @@ def make_app(served: Served) -> FastAPI:
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(_PAGE / "index.html", headers=_HEADERS)
-
-    app.mount("/page", StaticFiles(directory=_PAGE))
-    return app
 
 
 async def _refused(_: Request, error: Exception) -> Response:
@@ -148,6 +154,44 @@ def _field_of(form: dict[str, Any], message: str) -> str:
     return "structured_outputs" if form.get("structured_outputs") else "response_format"
 
 
+@dataclass(frozen=True)
+class Telling:
+    """One request's answers, and how they are put."""
+
+    asked: Asked
+    ready: Ready
+    answers: Answers
+    choices: Choices
+    head: dict[str, Any]
+    """What the answer, or each event of it, begins with."""
+
+    def whole(self, answers: Sequence[Piece]) -> dict[str, Any]:
+        """All of it, from whole answers."""
+        told = [self.choices.whole(index, answer) for index, answer in enumerate(answers)]
+        return {**self.head, "choices": told, "usage": self._usage()}
+
+    async def events(self, request: Request, seconds: float) -> AsyncIterator[str]:
+        """A server-sent event for each piece."""
+        so_far: dict[str, Any] = {"usage": None} if self.asked.with_usage else {}
+        try:
+            async with aclosing(self.answers.pieces(request, seconds)) as pieces:
+                async for index, piece in pieces:
+                    so_far |= {"usage": self._usage()} if self.asked.with_usage_so_far else {}
+                    yield _event({**self.head, "choices": [self.choices.piece(index, piece)], **so_far})
+            if self.asked.with_usage:
+                yield _event({**self.head, "choices": [], "usage": self._usage()})
+            yield "data: [DONE]\n\n"
+        except Exception as error:  # the status was sent long ago
+            yield _event(refusal_of(error).body())
+
+    def _usage(self) -> dict[str, Any]:
+        return usage(self.answers.streams, self.ready.given)
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
 class _Api:
     """The routes."""
 
@@ -155,7 +199,7 @@ class _Api:
         self.served, self._intake = served, intake
         self.tokenizer, self.engine = served.tokenizer, served.engine
         self.metrics = Metrics(served.engine, served.name)
-        self._prompts = Prompts(served.tokenizer, served.template, served.engine.context)
+        self._prompts = Prompts(served.tokenizer, served.dialect, served.engine.context)
         self._beginner = Beginner(served.engine, served.tokenizer, served.limits, self.metrics, self._prompts)
         # A few, since each compiles in a process that takes a CPU.
         self._compiling = ThreadPoolExecutor(2, "zili-forms")
@@ -187,10 +231,11 @@ class _Api:
         """The next turn of a conversation."""
         self._check(asked, asked.n)
         ready = await self._aside(request, self._prompts.conversation, asked)
-        streams = await self._begun(request, asked, ready)
-        choices = ChatChoices(asked, len(streams), self.tokenizer, thinking=ready.thinking)
+        answers = await self._begun(request, asked, ready)
+        choices = ChatChoices(asked, len(answers.streams), self.tokenizer)
         kind = "chat.completion.chunk" if asked.stream else "chat.completion"
-        return await self._told(request, asked, ready, streams, choices, self._head("chatcmpl", kind, asked))
+        head = self._head("chatcmpl", kind, asked)
+        return await self._told(request, Telling(asked, ready, answers, choices, head))
 
     async def complete(self, asked: CompletionRequest, request: Request) -> Any:
         """What follows a text."""
@@ -198,9 +243,10 @@ class _Api:
         if asked.stream and asked.echo:
             raise Refusal(400, "echo is not streamed", param="echo")
         ready = await self._aside(request, self._prompts.texts, asked)
-        streams = await self._begun(request, asked, ready)
-        choices = CompletionChoices(asked, streams, ready, self.tokenizer)
-        return await self._told(request, asked, ready, streams, choices, self._head("cmpl", "text_completion", asked))
+        answers = await self._begun(request, asked, ready)
+        choices = CompletionChoices(asked, answers.streams, ready, self.tokenizer)
+        head = self._head("cmpl", "text_completion", asked)
+        return await self._told(request, Telling(asked, ready, answers, choices, head))
 
     # ---- what is asked
 
@@ -223,18 +269,18 @@ class _Api:
             raise Refusal(400, message, param="min_tokens")
         self._prompts.known(asked.stop_token_ids, "stop_token_ids")
 
-    async def _begun(self, request: Request, asked: Asked, ready: Ready) -> list[Stream]:
+    async def _begun(self, request: Request, asked: Asked, ready: Ready) -> Answers:
         guide = await self._guide(ready)
         self._beginner.check_room(asked, ready, request.state.held)
-        return self._beginner.streams(asked, ready, guide, getattr(request.state, "holder", None))
+        return self._beginner.begin(asked, ready, guide, getattr(request.state, "holder", None))
 
     async def _guide(self, ready: Ready) -> Form | None:
         if ready.form is None:
             return None
         if self._forming >= _MOST_FORMING:
             raise busy(f"{self._forming} forms wait to be compiled already")
-        tagged = self._prompts.manners.calls == "tagged"
-        compile_ = partial(self._forms.asked, ready.form, tagged=tagged, thinking=ready.thinking)
+        style = self._prompts.call_style
+        compile_ = partial(self._forms.asked, ready.form, style=style, thinking=ready.thinking)
         self._forming += 1
         try:
             # It takes seconds, in which the others go on.
@@ -252,29 +298,15 @@ class _Api:
         made = f"{kind}-{asked.request_id or uuid.uuid4().hex}"
         return {"id": made, "object": name, "created": int(time.time()), "model": self.served.name}
 
-    async def _told(
-        self,
-        request: Request,
-        asked: Asked,
-        ready: Ready,
-        streams: list[Stream],
-        choices: Choices,
-        head: dict[str, Any],
-    ) -> Any:
+    async def _told(self, request: Request, telling: Telling) -> Any:
         """Whole, or as it comes."""
-        if not asked.stream:
-            answers = await whole(streams, request, self.served.limits.answer_seconds)
-            told = await self._aside(request, choices.whole, answers)
-            return {**head, "choices": told, "usage": wording.usage(streams, ready.given)}
-
-        def usage() -> dict[str, Any]:
-            return wording.usage(streams, ready.given)
-
-        def chunk(index: int, said: Said, first: bool) -> dict[str, Any]:
-            so_far = {"usage": usage() if asked.with_usage_so_far else None} if asked.with_usage else {}
-            return {**head, "choices": [choices.piece(index, said, first)], **so_far}
-
-        def last() -> dict[str, Any]:
-            return {**head, "choices": [], "usage": usage()}
-
-        return events(streams, request, self.served.limits.answer_seconds, chunk, last if asked.with_usage else None)
+        if telling.asked.stream:
+            # nginx keeps pieces back until it has many, unless it is asked not to.
+            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+            events = telling.events(request, self.served.limits.answer_seconds)
+            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+        try:
+            answers = await telling.answers.whole(request, self.served.limits.answer_seconds)
+        except Exception as error:
+            raise refusal_of(error) from error
+        return await self._aside(request, telling.whole, answers)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from zili.data.chat import NOT_OPTIONS, ChatTemplate
+from zili.data.dialect import NOT_OPTIONS, Dialect
 from zili.data.faithful import check_told
-from zili.data.manners import Manners
+from zili.data.reply import Reply
 from zili.data.tokenizer import Tokenizer
 from zili.errors import DataError
 from zili.serving.forms.form_process import LONGEST
@@ -37,6 +38,8 @@ class Ready:
     bias: dict[int, float]
     thinking: bool = False
     """Whether the prompt opens the answer's thoughts."""
+    reply: Callable[[], Reply] | None = None
+    """Makes what takes each answer apart; None: it is text as it is."""
     unsaid: Sequence[int] = ()
     """Tokens that each text of a completion was put after."""
 
@@ -49,19 +52,22 @@ class Ready:
 class Prompts:
     """Makes one model's prompts. Its methods take longer for larger requests, and raise Refusal."""
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None, context: int) -> None:
-        self._tokenizer, self._template, self._context = tokenizer, template, context
-        self.manners = (template or ChatTemplate.named("chatml")).manners(tokenizer)
-        self.end_ids = self.manners.end_ids(tokenizer)
-        self.end_texts = self.manners.end_texts(tokenizer) if template else ()
+    def __init__(self, tokenizer: Tokenizer, dialect: Dialect | None, context: int) -> None:
+        self._tokenizer, self._dialect, self._context = tokenizer, dialect, context
+        # Whatever a model without a template was trained on, marks of turns end its answers.
+        known = dialect or Dialect.named("chatml", tokenizer)
+        self.end_ids, self.call_style = known.end_ids, known.call_style
+        self.end_texts = dialect.end_texts if dialect else ()
         """Texts that end an answer of a chat."""
 
     def conversation(self, asked: ChatRequest) -> Ready:
         """The prompt of a chat."""
-        prompt = self._rendered(asked)
-        # Some templates open an answer's thoughts themselves.
-        thinking = bool(Manners.opening(self._tokenizer.decode(prompt[-16:])))
-        return Ready([prompt], asked.n, _form(asked), self._bias(asked.logit_bias), thinking)
+        if self._dialect is None:
+            raise Refusal(400, "the model has no chat template: use /v1/completions", param="messages")
+        prompt = self._rendered(asked, self._dialect)
+        thinking = bool(self._dialect.opening(prompt))
+        reply = partial(self._dialect.reply, opened=thinking, tools=asked.offered)
+        return Ready([prompt], asked.n, _form(asked), self._bias(asked.logit_bias), thinking, reply)
 
     def texts(self, asked: CompletionRequest) -> Ready:
         """The prompts of a completion."""
@@ -82,22 +88,21 @@ class Prompts:
         if beyond is not None:
             raise Refusal(400, f"token {beyond}: the tokenizer has {self._tokenizer.vocab_size}", param=param)
 
-    def _rendered(self, asked: ChatRequest) -> list[int]:
-        if self._template is None:
-            raise Refusal(400, "the model has no chat template: use /v1/completions", param="messages")
-        if asked.offered and not self.manners.tools:
+    def _rendered(self, asked: ChatRequest, dialect: Dialect) -> list[int]:
+        if asked.offered and not dialect.manners.tools:
             raise Refusal(400, "tools: the chat template of this model has no place for them", param="tools")
         try:
             turns = [message.plain() for message in asked.messages]
-            options = self._options(asked, self._template)
+            options = self._options(asked, dialect)
             self._check_fit([turns, options])
-            rendered = self._template.render(self._tokenizer, turns, **options)
-            check_told(rendered, turns, self._template, self._tokenizer)
+            rendered = dialect.render(turns, **options)
+            check_told(rendered, turns, dialect)
             return rendered.ids
         except (DataError, TypeError) as error:
             raise Refusal(400, str(error), param="messages") from error
 
-    def _options(self, asked: ChatRequest, template: ChatTemplate) -> dict[str, Any]:
+    @staticmethod
+    def _options(asked: ChatRequest, dialect: Dialect) -> dict[str, Any]:
         if taken := _TAKEN & asked.chat_template_kwargs.keys():
             message = f"chat_template_kwargs: {min(taken)} is not one of the template's own"
             raise Refusal(400, message, param="chat_template_kwargs")
@@ -106,18 +111,9 @@ class Prompts:
             "add_generation_prompt": not asked.continue_final_message if begin is None else begin,
             "continue_final_message": asked.continue_final_message,
             "tools": asked.offered or None,
-            **self._effort(asked.reasoning_effort, template),
+            **_effort(asked.reasoning_effort, dialect),
             **asked.chat_template_kwargs,
         }
-
-    def _effort(self, effort: str | None, template: ChatTemplate) -> dict[str, str]:
-        """The template's option, where it has one."""
-        word = "reasoning_effort"
-        if effort is not None and word in template.source:
-            return {word: effort}
-        if effort not in (None, "medium", *(() if self.manners.thinks else ("none",))):
-            raise Refusal(400, f"{word}: the chat template of this model knows none", param=word)
-        return {}
 
     def _ids(self, prompt: str | list[int], *, begin: bool) -> tuple[Sequence[int], list[int]]:
         """What is put before a prompt, and its own ids."""
@@ -152,6 +148,16 @@ class Prompts:
         if any(not 0 <= token < self._tokenizer.vocab_size for token in bias):
             raise Refusal(400, f"a token is beyond {self._tokenizer.vocab_size}", param="logit_bias")
         return bias
+
+
+def _effort(effort: str | None, dialect: Dialect) -> dict[str, str]:
+    """The template's option, where it has one."""
+    word = "reasoning_effort"
+    if effort is not None and word in dialect.template.source:
+        return {word: effort}
+    if effort not in (None, "medium", *(() if dialect.manners.thinks else ("none",))):
+        raise Refusal(400, f"{word}: the chat template of this model knows none", param=word)
+    return {}
 
 
 def _form(asked: ChatRequest | CompletionRequest) -> dict[str, Any] | None:

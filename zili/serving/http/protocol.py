@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, GetJson
 from pydantic import BaseModel as _BaseModel
 from pydantic_core import from_json
 
+from zili.data.reply import CallStyle
 from zili.serving.forms import structure
 from zili.serving.generate.generation import Sampling
 from zili.serving.http.refusal import Refusal
@@ -341,12 +342,12 @@ class ChatRequest(_Asked):
     def formed(self) -> dict[str, Any] | None:
         return self._of_form() if self.offered and self.tool_choice != "auto" else super().formed
 
-    def form_with_calls(self, *, tagged: bool) -> structure.Part | None:
-        """What the answer must look like, calls of tools included; `tagged` as of `structure.calls`."""
+    def form_with_calls(self, style: CallStyle) -> structure.Part | None:
+        """What the answer must look like, calls of tools in a style included."""
         if not self.offered or (self.tool_choice == "auto" and self.form is None):
             return self.form
         several = self.parallel_tool_calls and not isinstance(self.tool_choice, OneTool)
-        calls = structure.calls(self.offered, several=several, tagged=tagged)
+        calls = structure.calls(self.offered, several=several, style=style)
         return {"type": "or", "elements": [calls, self.form]} if self.tool_choice == "auto" else calls
 
     @property

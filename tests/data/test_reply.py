@@ -10,13 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zili.serving.http.arguments import Parameters
-from zili.serving.http.reply import Call, Reply, read_call
-from zili.serving.http.streaming import StopText
+from zili.data.reply import Call, Reply, read_call
 
 HERMES = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "天"}}\n</tool_call>'
 CODER = "<tool_call>add<param_key>a</param_key><param_value>1</param_value><param_key>b</param_key><param_value>天</param_value></tool_call>"  # noqa: E501
 ADD = Call("add", json.dumps({"a": 1, "b": "天"}, ensure_ascii=False))
+TOOLS = [{"function": {"name": "any"}}]
 CASES = [
     ("hello", {}, "", "hello", []),
     ("<think>hm</think>hello", {}, "hm", "hello", []),
@@ -24,13 +23,13 @@ CASES = [
     ("hm</think>hello", {"thinking": True}, "hm", "hello", []),
     ("</think>hello", {"thinking": True}, "", "hello", []),
     ("say <think> and </think>", {}, "", "say <think> and </think>", []),
-    (f"Let me see. {HERMES}", {"tools": True}, "", "Let me see. ", [ADD]),
-    (f"{CODER}{HERMES} done", {"tools": True}, "", " done", [ADD, ADD]),
+    (f"Let me see. {HERMES}", {"tools": TOOLS}, "", "Let me see. ", [ADD]),
+    (f"{CODER}{HERMES} done", {"tools": TOOLS}, "", " done", [ADD, ADD]),
     (HERMES, {}, "", HERMES, []),
-    ("<tool_call>what?</tool_call>x", {"tools": True}, "", "<tool_call>what?</tool_call>x", []),
-    ('<tool_call>{"name": "add"', {"tools": True}, "", '<tool_call>{"name": "add"', []),
-    ("a < b <tool", {"tools": True}, "", "a < b <tool", []),
-    (f"hm {HERMES}</think>{HERMES}", {"thinking": True, "tools": True}, f"hm {HERMES}", "", [ADD]),
+    ("<tool_call>what?</tool_call>x", {"tools": TOOLS}, "", "<tool_call>what?</tool_call>x", []),
+    ('<tool_call>{"name": "add"', {"tools": TOOLS}, "", '<tool_call>{"name": "add"', []),
+    ("a < b <tool", {"tools": TOOLS}, "", "a < b <tool", []),
+    (f"hm {HERMES}</think>{HERMES}", {"thinking": True, "tools": TOOLS}, f"hm {HERMES}", "", [ADD]),
 ]
 
 
@@ -38,9 +37,9 @@ CASES = [
 @given(cuts=st.lists(st.integers(1, 9), max_size=60))
 @settings(max_examples=40)
 def test_parts_do_not_depend_on_where_it_is_cut(
-    text: str, options: dict[str, bool], reasoning: str, content: str, calls: list[Call], cuts: list[int]
+    text: str, options: dict[str, Any], reasoning: str, content: str, calls: list[Call], cuts: list[int]
 ) -> None:
-    reply = Reply(**{"thinking": False, "tools": False, **options})
+    reply = Reply(**options)
     found, rest = [], text
     for cut in cuts:
         found.append(reply.push(rest[:cut]))
@@ -90,7 +89,7 @@ def test_reading_a_call_takes_time_in_proportion(text: str) -> None:
     """Twenty-two of these parameters took minutes."""
     began = time.thread_time()
     assert read_call(text) is None
-    reply = Reply(thinking=False, tools=True)
+    reply = Reply(tools=TOOLS)
     for place in range(0, len(text), 4):
         reply.push(("<tool_call>" if place == 0 else "") + text[place : place + 4])
     assert reply.finish().content.startswith("<tool_call>")
@@ -120,26 +119,6 @@ READ: list[tuple[Any, str, Any]] = [
 @pytest.mark.parametrize(("schema", "text", "value"), READ)
 def test_a_text_between_tags_is_one_though_it_looks_like_a_number(schema: Any, text: str, value: Any) -> None:
     tool = {"function": {"name": "f", "parameters": {"properties": {"a": schema}}}}
-    reply = Reply(thinking=False, tools=True, read=Parameters([tool]).read)
+    reply = Reply(tools=[tool])
     parts = reply.push(f"<tool_call>f<param_key>a</param_key><param_value>{text}</param_value></tool_call>")
     assert json.loads(parts.calls[0].arguments) == {"a": value}
-
-
-@given(st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.text("ab", max_size=30), st.data())
-def test_a_stop_ends_where_it_begins_however_the_text_is_cut(stops: list[str], text: str, data: st.DataObject) -> None:
-    ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
-    expected = text[: min(ends)[1]] if ends else text  # the stop that is whole first, of several the longest
-    stop, said, rest = StopText(stops), "", text
-    while rest and not stop.stopped:
-        size = data.draw(st.integers(1, 5))
-        said, rest = said + stop.push(rest[:size]), rest[size:]
-        assert expected.startswith(said)
-    assert said + stop.finish() == expected and stop.stopped == bool(ends)
-
-
-def test_a_stop_that_the_text_keeps_resembling_costs_no_more() -> None:
-    began = time.thread_time()
-    stop = StopText(["a" * 1000 + str(number) for number in range(16)])
-    for _ in range(2000):
-        stop.push("a")
-    assert not stop.stopped and time.thread_time() - began < 1.0
