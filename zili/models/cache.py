@@ -221,8 +221,9 @@ class _Run(NamedTuple):
     tokens: int
     slots: slice
     longest: int
-    visible: Tensor
-    """`[tokens, 1, 1, longest]`, added to scores: 0 where a key is of a token's sequence, else minus infinity."""
+    visible: Tensor | None
+    """`[tokens, 1, 1, longest]`, added to scores: 0 where a key is of a token's sequence, else minus infinity; None:
+    all keys are."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """`query [tokens, H, d]`, `key, value [slots, K, T, d]` -> `[tokens, H, d_v]`."""
@@ -285,10 +286,12 @@ def _runs(singles: list[Piece], like: Tensor) -> Iterator[_Run]:
         if stop < len(singles) and singles[stop].slot == singles[stop - 1].slot + 1:
             continue
         run = singles[start:stop]
-        longest = max(piece.end for piece in run)
-        ends = torch.tensor([piece.end for piece in run], device=like.device)
-        hidden = torch.arange(longest, device=like.device) >= ends[:, None]
-        yield _Run(len(run), slice(run[0].slot, run[-1].slot + 1), longest, _added(hidden, like)[:, None, None])
+        ends, slots = [piece.end for piece in run], slice(run[0].slot, run[-1].slot + 1)
+        visible = None
+        if min(ends) < (longest := max(ends)):
+            places = torch.arange(longest, device=like.device)
+            visible = _added(places >= torch.tensor(ends, device=like.device)[:, None], like)[:, None, None]
+        yield _Run(len(run), slots, longest, visible)
         start = stop
 
 
