@@ -17,7 +17,8 @@ from fastapi import Request
 from zili.data.reply import Parts, Reply
 from zili.data.tokenizer import Tokenizer
 from zili.errors import ConfigError
-from zili.serving.generate.engine import Ask, Engine, Guide, Token
+from zili.serving.generate.engine import Engine
+from zili.serving.generate.generation import Ask, Guide, Token
 from zili.serving.generate.text_stream import AnswerText
 from zili.serving.http.gate import Budget, Limits, too_much
 from zili.serving.http.keys import Holder, TooMuch

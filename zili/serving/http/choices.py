@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from zili.data.reply import Call, Parts
 from zili.data.tokenizer import Tokenizer
-from zili.serving.generate.engine import Token
+from zili.serving.generate.generation import Token
 from zili.serving.http.answers import Piece, Stream
 from zili.serving.http.prompts import Ready
 from zili.serving.http.protocol import ChatRequest, CompletionRequest
