@@ -67,7 +67,8 @@ def dump_recipe(config: RunConfig) -> str:
     """The resolved configuration as TOML that `load_recipe` reads back to an equal one."""
     import tomli_w  # reading goes without: a chip is examined with what its vendor's environment has
 
-    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+    tables = config.model_dump(mode="json", exclude_none=True)
+    return tomli_w.dumps({name: table for name, table in tables.items() if table != {}})
 
 
 def _with_preset(model: Any, origin: str, shape_in: ShapeIn) -> Any:

@@ -38,6 +38,8 @@ class StepTime:
     optimizer: float
     waiting: float
     """For the slowest of many."""
+    teacher: float = 0.0
+    """A second model's answers."""
 
     @property
     def total(self) -> float:

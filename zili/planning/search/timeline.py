@@ -34,10 +34,12 @@ def timeline(job: Job, machine: Machine, rates: Rates, micro_batches: int) -> li
 
 
 def played_through(job: Job, time: StepTime, machine: Machine, rates: Rates) -> StepTime:
-    """`time`, with what its processes wait for one another as their schedule has it.
+    """`time`, with what its processes wait for one another as their schedule has it, and what a teacher takes.
 
     Long steps are played with few micro-batches and with more, and what each more takes is gone on with.
     """
+    if job.teacher is not None:
+        time = replace(time, teacher=_answers(job.teacher, machine, rates))
     count, pipeline = int(job.run.micro_batches), job.run.pipeline
     if pipeline == 1 or count < pipeline:
         return time
@@ -53,3 +55,10 @@ def played_through(job: Job, time: StepTime, machine: Machine, rates: Rates) -> 
         short, long = seconds(few), seconds(more)
         whole = long + (count - more) * (long - short) / (more - few)
     return replace(time, bubble=max(0.0, whole - busy))
+
+
+def _answers(teacher: Job, machine: Machine, rates: Rates) -> float:
+    """Seconds of a step's forward passes of a teacher, one micro-batch after another through its pipeline."""
+    known, run = micro_batch_time(teacher.run, machine, rates), teacher.run
+    passes = run.micro_batches + run.pipeline - 1
+    return known.forward * passes / run.pipeline + run.micro_batches * sum(known.head) / 3
