@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -62,6 +63,18 @@ MODELS: dict[Kind, dict[str, Any]] = {
     "tele-flm-1t": {"preset": "tele-flm-1t", "scaled_to": 64, "vocab_size": 304, "init_std": 0.06},
     "zili-1t-a32b": {"preset": "zili-1t-a32b", "scaled_to": 64, "vocab_size": 304, "init_std": 0.06},
 }
+
+
+def taught_by(kind: Kind, **changes: Any) -> str:
+    """An override: a teacher of that kind, of which the shape alone is needed."""
+    return f"objective.distill={{teacher = 'nowhere', model = {_inline({**MODELS[kind], **changes})}}}"
+
+
+def _inline(value: Any) -> str:
+    """TOML on one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_inline(part)}" for key, part in value.items()) + "}"
+    return json.dumps(value)
 
 
 def tiny_recipe(kind: Kind, data: Path, folder: Path, *overrides: str) -> RunConfig:

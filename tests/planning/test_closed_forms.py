@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from many import on_processes
-from tiny_models import Kind, Layout, slow, tiny_recipe
+from tiny_models import Kind, Layout, slow, taught_by, tiny_recipe
 from torch.utils.flop_counter import FlopCounterMode
 
 from zili import chips
@@ -55,6 +55,10 @@ CASES: list[Any] = [
         ("model.lora={rank=4, matrices=['value', 'down']}", "training.recompute=full", *PAIRS),
     ),
     slow("tele-flm-1t", 4, "shards=2 tensor=2", ()),
+    ("dense", 4, "shards=2 tensor=2", ("chip.precision=bf16", taught_by("mixture"))),
+    slow("mixture", 4, "shards=2 context=2 expert=2", (taught_by("mixture", hidden_size=128),)),
+    ("dense", 8, "pipeline=2 shards=2 tensor=2", ("training.recompute=full", taught_by("mixture", layers=5))),
+    slow("dense", 4, "pipeline=2 shards=2 schedule=zbv", ("chip.precision=bf16", taught_by("dense"))),
     ("zili-1t-a32b", 8, "pipeline=2 shards=2 tensor=2 expert=4", ("training.recompute=full",)),
 ]
 

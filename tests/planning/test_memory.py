@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 from many import on_processes
-from tiny_models import slow, tiny_recipe
+from tiny_models import slow, taught_by, tiny_recipe
 
 from zili import chips
 from zili.config import RunConfig
@@ -124,6 +124,9 @@ LOGITS = ("model.vocab_size=131072", "training.micro_batch=4", "training.sequenc
 PAIRS = ("preference.beta=0.1", "training.start_from=nothing", "model.mtp_layers=1")
 NARROW = "model.mixture={experts=6, top_k=2, ffn_hidden_size=250, shared_experts=0, dense_layers=1}"
 REPEATED = ("chip.capabilities.grouped_heads_attention=false", "model.kv_heads=1", "model.hidden_size=256")
+_TEACHER = taught_by(
+    "dense", vocab_size=4096, hidden_size=1024, head_dim=64, ffn_hidden_size=2048, kv_heads=8, max_length=8192
+)
 FEATURES = {
     "adapters": Case(("model.lora.rank=8",), 1, 0),
     "adapters in a pipeline": Case(("model.lora.rank=8", "parallel.pipeline=2"), 2, 1),
@@ -133,6 +136,8 @@ FEATURES = {
     "pairs, and a loss that is not theirs": Case(PAIRS, 1, 0),
     "Muon": Case(("optimizer.name=muon",), 4, 0),
     "experts of a width that is not aligned": Case((NARROW,), 4, 0),
+    "a teacher": Case((_TEACHER,), 4, 0),
+    "a teacher in a pipeline": Case((_TEACHER, "parallel.pipeline=2", "parallel.shards=2"), 4, 1),
     "heads that are repeated": Case((*REPEATED, "training.micro_batch=16"), 1, 0),
     "gradients summed after each": Case(("parallel.reduce=micro_batch",), 2, 0),
     "the same in a pipeline": Case(("parallel.reduce=micro_batch", "parallel.pipeline=2", "parallel.shards=2"), 4, 1),

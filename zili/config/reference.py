@@ -27,26 +27,33 @@ GGUF file. A new run has its shape and begins with its weights, unless `training
 
 def reference() -> str:
     """Every key of a recipe with its type, default and meaning."""
-    return _INTRODUCTION + "".join(_table(name, section) for name, section in _sections("", RunConfig))
+    return _INTRODUCTION + "".join(_sections("", RunConfig, {}))
 
 
-def _sections(name: str, section: type[Section]) -> Iterator[tuple[str, type[Section]]]:
-    yield name, section
+def _sections(name: str, section: type[Section], described: dict[type[Section], str]) -> Iterator[str]:
+    """A table and those below it; one of a kind that was described already is not described again."""
+    heading = f"`[{name}]`" if name else "Top level"
+    if section in described:
+        yield f"\n## {heading}\n\nThe same keys as {described[section]}, and the same tables below it.\n"
+        return
+    described[section] = heading
+    yield _table(heading, section)
     for key, field in section.model_fields.items():
         inner = _section(field.annotation)
         if inner is not None:
             many = get_origin(field.annotation) is tuple
-            yield from _sections(f"{name}.{key}".lstrip(".") + ("[]" if many else ""), inner)
+            yield from _sections(f"{name}.{key}".lstrip(".") + ("[]" if many else ""), inner, described)
 
 
-def _table(name: str, section: type[Section]) -> str:
-    heading = f"`[{name}]`" if name else "Top level"
+def _table(heading: str, section: type[Section]) -> str:
     rows = [
         f"| `{key}` | {_type(field.annotation)} | {_default(field)} | {_meaning(field)} |\n"
         for key, field in section.model_fields.items()
         if _section(field.annotation) is None or get_origin(field.annotation) is tuple
     ]
     about = inspect.getdoc(section) or ""
+    if not rows:
+        return f"\n## {heading}\n\n{about}\n"
     return (
         f"\n## {heading}\n\n{about}\n\n| key | type | default | meaning |\n| --- | --- | --- | --- |\n{''.join(rows)}"
     )

@@ -222,6 +222,18 @@ class RunConfig(Section):
             )
         return self
 
+    def of_teacher(self, teacher: ModelConfig) -> RunConfig:
+        """A run of a teacher alone, laid out as this one is. It only answers: nothing is balanced or recomputed."""
+        model = teacher.changed(mtp_layers=0, lora=None)
+        if model.mixture is not None:
+            model = model.changed(mixture={"balance_loss": 0.0})
+        return self.changed(
+            model=model,
+            training={"recompute": "none"},
+            parallel={"stage_layers": None},
+            objective={"distill": None},
+        )
+
     def _check_teacher(self) -> None:
         distill = self.objective.distill
         if distill is None:

@@ -46,11 +46,12 @@ def linear_distillation(
         logits = product(rows, own).float() * student.multiplier
         wanted = product(teacher.hidden[these], matrix).float() * (teacher.multiplier / temperature)
         counted = (labels[these] != IGNORE_INDEX).float()
-        plain, soft, given = (_log_softmax(x, part) for x in (logits, logits / temperature, wanted))
+        plain, soft, given = _log_softmax(part, logits, temperature, wanted)
         mine, target = targets_of_a_part(part, labels[these], len(own))
-        said = -part.sum(plain.gather(1, target).squeeze(1) * mine)
         probabilities = given.exp()
-        apart = temperature**2 * part.sum((probabilities * (given - soft)).sum(1))
+        terms = (plain.gather(1, target).squeeze(1) * -mine, (probabilities * (given - soft)).sum(1))
+        said, apart = part.sum(torch.stack(terms)).unbind()
+        apart = temperature**2 * apart
         sums.add_(torch.stack(((said * counted).sum(), (apart * counted).sum())))
         by_labels = plain.exp_().scatter_add_(1, target, -mine[:, None])
         gradient = by_labels.mul_(1 - weight).add_(soft.exp_().sub_(probabilities), alpha=weight * temperature)
@@ -66,7 +67,11 @@ _ALIVE = 6
 """Tensors of a chunk's logits at once, where cross entropy alone has one."""
 
 
-def _log_softmax(logits: Tensor, part: VocabularyPart) -> Tensor:
-    """Of rows of which `part` is here, `[n, V]`."""
-    shifted = logits - part.max(logits.amax(1))[:, None]
-    return shifted - part.sum(shifted.exp().sum(1)).log()[:, None]
+def _log_softmax(part: VocabularyPart, logits: Tensor, temperature: float, wanted: Tensor) -> list[Tensor]:
+    """Log-probabilities by `logits`, by the same at `temperature`, and by `wanted`: `[n, V]` each, of which `part` is
+    here. There is one message for all maxima and one for all sums, since small messages cost their latency."""
+    top, other = part.max(torch.stack((logits.amax(1), wanted.amax(1)))).unbind()
+    plain = logits - top[:, None]
+    shifted = [plain, plain / temperature, wanted - other[:, None]]
+    sums = part.sum(torch.stack([x.exp().sum(1) for x in shifted]))
+    return [x.sub_(total.log()[:, None]) for x, total in zip(shifted, sums, strict=True)]

@@ -138,6 +138,11 @@ class ParallelModel:
             self._loads[layer] = tokens + self._loads.get(layer, 0)
         return out
 
+    def ask_teacher(self, batch: Batch) -> None:
+        """A pass of the teacher on this process's rows, after which its weights are as every later step finds them."""
+        with self.autocast():
+            self._with_teacher(self._own(batch))
+
     def _with_teacher(self, batch: Batch) -> Batch:
         """`batch` with what the teacher, if there is one, makes of it: its head is asked later."""
         return batch if self.teacher is None else batch._replace(teacher=self.teacher.hidden_states(batch))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from zili.config import RunConfig
 from zili.config.model import ModelConfig
@@ -16,23 +17,13 @@ from zili.parallel.pipeline import Pipeline
 from zili.parallel.world import World
 
 
-def as_run(config: RunConfig, teacher: ModelConfig) -> RunConfig:
-    """A run of the teacher alone, laid out as `config` is."""
-    return config.changed(
-        model=teacher.changed(mtp_layers=0, lora=None),
-        training={"recompute": "none"},
-        parallel={"stage_layers": None},
-        objective={"distill": None},
-    )
-
-
 class Teacher:
     """This process's part of it. Its weights are whatever `materialize` gives, until they are read from a folder."""
 
     def __init__(
         self, config: RunConfig, model: ModelConfig, world: World, dtype: torch.dtype, materialize: Materialize
     ) -> None:
-        config = as_run(config, model)
+        config = config.of_teacher(model)
         self.parts = build_parts(
             config, world, dtype, lambda layers: Decoder(config.model, layers).requires_grad_(False), materialize
         )
@@ -41,13 +32,12 @@ class Teacher:
             part.eval()
 
     def outputs(self, batch: Batch) -> Outputs:
-        """What `hidden_states` kept of these rows in `batch`, and the head, on the process with the last layer.
-
-        The head's weights are together outside of a forward pass too: they were gathered for the pass that made the
-        hidden states, and nothing gives them back (`reshard_after_forward=False`, and no backward pass).
-        """
+        """What `hidden_states` kept of these rows in `batch`, and the head, on the process with the last layer."""
         assert batch.teacher is not None
-        return Outputs(self.parts[-1], batch.teacher, (), lambda block, x: block(x))
+        last = self.parts[-1]
+        if isinstance(last, FSDPModule):
+            last.unshard()  # its head is used outside of its forward pass; a pipeline's pass has given it back
+        return Outputs(last, batch.teacher, (), lambda block, x: block(x))
 
     @torch.no_grad()
     def hidden_states(self, batch: Batch) -> Tensor | None:

@@ -170,6 +170,7 @@ def _step(trainer: Trainer, recorder: Recorder, all_rows: int, on_host: bool) ->
     asynchronous = on_host and trainer.config.checkpoint.asynchronous
     copies = [torch.empty_like(plain(tensor)) for tensor in trainer.saved_tensors().values()] if asynchronous else []
     recorder.is_for(recording.CHECKPOINT, copies)
+    trainer.parallel.ask_teacher(batch)
     with recorder.recording():
         trainer.train_step(batch)
 

@@ -17,8 +17,8 @@ _BEFORE = {
 
 
 def of_matrices(job: Job) -> bool:
-    """Whether those of matrices are: beside adapters they stay as they are."""
-    return job.model.lora is None
+    """Whether those of matrices are: beside adapters they stay as they are, and a teacher's do always."""
+    return job.learns and job.model.lora is None
 
 
 def of_input(job: Job, layer: int, matrix: str = "") -> bool:
@@ -26,6 +26,8 @@ def of_input(job: Job, layer: int, matrix: str = "") -> bool:
 
     Beside adapters it is not before the first of them. Stages that are sent their input are always asked for it.
     """
+    if not job.learns:
+        return False
     if of_matrices(job) or not any(layer in stage and stage.start == 0 for stage in job.stages):
         return True
     if any(adapted(job.shapes(before)) for before in range(layer)):

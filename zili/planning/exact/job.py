@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from zili.config import RunConfig
@@ -26,6 +26,16 @@ class Job:
     """Whether its attention takes fewer heads of keys and values than of queries: else they are repeated."""
     on_host: bool = False
     """Whether the chip is the host itself, whose memory is a checkpoint's too."""
+    learns: bool = True
+    """Whether its weights have gradients: a teacher's have none."""
+
+    @cached_property
+    def teacher(self) -> Job | None:
+        """The same step of the model that is asked beside this one, if there is one."""
+        distill = self.config.objective.distill
+        if distill is None or distill.model is None:
+            return None
+        return replace(self, config=self.config.of_teacher(distill.model), learns=False)
 
     @property
     def model(self) -> ModelConfig:

@@ -154,6 +154,8 @@ class _Step:
         """Of each stage the message of its last sum, which FSDP2 keeps until the next one inside a pipeline."""
         self._summed = dict.fromkeys(range(len(job.stages)), False)
         self._late = 0.0
+        self._stays = 0.0
+        """Bytes of a teacher's weights that stay gathered, since nothing gives them back."""
         self._kept = [self._kept_of(place) for place in range(len(job.stages))]
 
     @property
@@ -197,6 +199,8 @@ class _Step:
         self.live[WEIGHTS], self.live[OPTIMIZER] = self.held.weights, self.held.moments
         rows = job.micro_batches * job.micro_batch * job.sequence / job.layout.context
         self.live[BATCH] = rows * 2 * _INT64 + job.micro_batches * job.micro_batch * job.sequence * _INT32
+        if job.teacher is not None:
+            self._ask(job.teacher)
         if job.on_host and job.config.checkpoint.asynchronous:
             # The save before may still be written while the step goes on.
             self.live[CHECKPOINT] = self.held.weights + self.held.moments
@@ -205,6 +209,22 @@ class _Step:
         else:
             self._one_after_another()
         self.at()
+
+    def _ask(self, teacher: Job) -> None:
+        """A teacher: its weights, those that stay gathered, and its hidden states until its head is asked."""
+        held = Held(teacher, {})
+        self.live[WEIGHTS] += held.weights
+        if not self.alone:
+            if self.pipelined:
+                # FSDP2 keeps what arrived for the last two layers beside the weights that it was copied into.
+                arrived = sorted(layer.gathered for stage in held.stages for layer in stage)[-2:]
+                self.at((GATHERED, held.gathered + sum(arrived)))
+            # A pipeline's pass gives all back, and the head is asked for once more.
+            self._stays = sum(end.gathered for end in (held.ends[-1:] if self.pipelined else held.ends))
+            self._stays *= teacher.has_last or not self.pipelined
+        if teacher.has_last:
+            kept = teacher.micro_batches if self.pipelined else 1
+            self.live[BATCH] += kept * teacher.own_tokens * teacher.model.hidden_size * teacher.product_bytes
 
     # ---- without a pipeline
 
@@ -216,7 +236,7 @@ class _Step:
         for number in sorted({0, min(1, job.micro_batches - 1), job.micro_batches - 1}):
             summed = not self.alone and (job.sums_each or number == job.micro_batches - 1)
             if not self.alone:
-                self.live[GATHERED] = end.gathered
+                self.live[GATHERED] = end.gathered + self._stays
             self._forward(0, ends_here=True)
             self._backward(0, summed=summed)
             self._summed[0] = True
@@ -230,7 +250,7 @@ class _Step:
         plan = Plan(job.config.parallel.schedule, job.layout.pipeline, len(job.stages), count)
         home = {number: place for place, number in enumerate(job.stage_numbers)}
         if job.lowered or not job.whole:
-            self.live[GATHERED] = self.held.gathered
+            self.live[GATHERED] = self.held.gathered + self._stays
         # Of every stage the gradient that it sent last is still there.
         sent = sum(number > 0 and number - 1 not in home for number in home)
         for action, unused in zip(actions(plan)[job.place], asked_for(plan)[job.place], strict=True):
@@ -461,7 +481,7 @@ class _Step:
         if new and (self.alone or job.adds_up):
             self.live[GRADIENTS] += FP32 * end.learned
         if summed and not self.pipelined:
-            self.live[GATHERED] = 0.0
+            self.live[GATHERED] = self._stays
         for group in end.groups if summed else ():
             self._sum(group, new)
 

@@ -16,6 +16,8 @@ _INT64 = 8
 _LOGITS = {False: 512 * 1024 * 1024, True: 4 * 1024 * 1024}
 """Elements of logits at a time, elsewhere and on the host (`zili.ops.chunked_cross_entropy`), and at least 64 rows."""
 _LEAST_ROWS = 64
+_ALIVE = 6
+"""Beside a teacher a sixth of them (`zili.ops.distillation`)."""
 _BUCKET = 64 << 20
 """Bytes of gradients that are summed by one call (`zili.parallel.data`)."""
 
@@ -35,8 +37,11 @@ class Message:
 def messages(job: Job) -> Counter[Message]:
     """All of a step, by kind and size, of a process at the job's place; experts equally loaded."""
     found: Counter[Message] = Counter()
-    for part in (_blocks, _ends, _stages, _weights, _whole_gradients, _figures):
-        for message, times in part(job):
+    parts = [(part, job) for part in (_blocks, _ends, _stages, _weights, _whole_gradients, _figures)]
+    if job.teacher is not None:
+        parts += [(part, job.teacher) for part in (_blocks, _ends, _stages, _weights)]
+    for part, whose in parts:
+        for message, times in part(whose):
             if message.processes > 1 and times:
                 found[_named(message, job)] += times
     return found
@@ -122,20 +127,23 @@ def _ends(job: Job) -> Some:
         return
     losses = job.micro_batches * (1 + predicts)
     yield _tensor(job, "all_gather", tokens), losses
-    yield _tensor(job, "reduce_scatter", tokens), losses
+    yield _tensor(job, "reduce_scatter", tokens), losses * job.learns
     if job.config.preference is not None:  # log-probabilities and lengths of a pair's answers
         pairs = 2 * job.micro_batch * 2 * _FP32
         yield Message("all_reduce", "context", job.layout.context, pairs), losses
     at_once = rows_at_once(job)
-    for start in range(0, job.tokens, at_once):
+    # Of each row a maximum, then its sum and the label's logit; `zili.ops.distillation` has its own.
+    values = (2, 3, 2) if job.teacher is not None else (1, 2)
+    for start in range(0, job.tokens if job.learns else 0, at_once):
         rows = min(at_once, job.tokens - start)
-        yield _tensor(job, "all_reduce", rows * _FP32), losses
-        yield _tensor(job, "all_reduce", 2 * rows * _FP32), losses
+        for each in values:
+            yield _tensor(job, "all_reduce", each * rows * _FP32), losses
 
 
 def rows_at_once(job: Job) -> int:
     """Of logits: the loss is computed so many tokens at a time."""
-    return max(_LEAST_ROWS, _LOGITS[job.on_host] // (job.model.vocab_size // job.layout.tensor))
+    elements = _LOGITS[job.on_host] // (_ALIVE if job.teacher is not None else 1)
+    return max(_LEAST_ROWS, elements // (job.model.vocab_size // job.layout.tensor))
 
 
 def _stages(job: Job) -> Some:
@@ -146,7 +154,9 @@ def _stages(job: Job) -> Some:
     for number in numbers:
         for other in (number - 1, number + 1):
             if 0 <= other <= last and other not in numbers:
-                for kind in ("send", "receive"):
+                # Forward one way and back the other; a teacher's goes forward alone.
+                kinds = ("send", "receive") if job.learns else ("send" if other > number else "receive",)
+                for kind in kinds:
                     yield Message(kind, "pipeline", job.layout.pipeline, size), job.micro_batches
     shared = job.model.tied_embeddings or job.model.mtp_layers
     if shared and gradients.of_matrices(job) and job.layout.pipeline > 1 and (job.has_first or job.has_last):
@@ -164,6 +174,8 @@ def _weights(job: Job) -> Some:
         size = group.pieces(shards) * shards
         # A pipeline gathers once a step; else a block lets go after each forward pass.
         gathers = 1 if layout.pipeline > 1 else job.micro_batches * (1 if group.stays else 2)
+        if not job.learns and layout.pipeline == 1:  # nothing gives back what stays
+            gathers = 0 if group.stays else job.micro_batches
         if layout.pipeline > 1 or group.used:
             yield Message("all_gather", mesh, shards, size * (_FP32 if group.in_fp32 else job.product_bytes)), gathers
         learned = group.pieces(shards, learned=True) * shards
@@ -204,6 +216,8 @@ def _figures(job: Job) -> Some:
     """Sums over the world: loss, targets, norm; and what experts were given."""
     world = job.layout.world
     further = 3 if job.config.preference is not None else bool(job.model.mtp_layers)
+    if job.teacher is not None:
+        further = 2
     yield Message("all_reduce", "world", world, (3 + further) * _FP32), 1
     mixture = job.model.mixture
     if mixture is not None:

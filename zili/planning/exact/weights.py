@@ -129,7 +129,7 @@ def _around_whole(job: Job, parameters: list[Parameter], stays: bool = False, us
 
 
 def _parameter(job: Job, name: str, shape: Shape) -> Parameter:
-    learned = job.model.lora is None or is_adapter(name)
+    learned = job.learns and (job.model.lora is None or is_adapter(name))
     if job.config.preference is not None and name.startswith("next_tokens."):
         learned = False
     if ".experts." in name:

@@ -38,7 +38,14 @@ def flops(job: Job) -> dict[str, int]:
             joined = 2 * job.own_tokens * 2 * job.model.hidden_size**2
             forward += joined
             backward += both * joined
+    forward += _asked(job.teacher) if job.teacher is not None else 0
     return {"forward": job.micro_batches * forward, "backward": job.micro_batches * backward}
+
+
+def _asked(teacher: Job) -> int:
+    """Of a micro-batch, what a teacher's answer takes."""
+    layers = sum(_products(teacher, layer)[0] + _attention(teacher) for layer in teacher.layers)
+    return layers + (_logits(teacher) if teacher.has_last else 0)
 
 
 def _products(job: Job, layer: int) -> tuple[int, int]:
