@@ -61,7 +61,7 @@ def chips(
         module = plugin or f"torch_{new_name}"
         for path in write_skeleton(new_name, where, device_type or new_name, collectives or f"{new_name}ccl", module):
             typer.echo(path)
-        typer.echo(f"Next: pip install --editable {where}, then zili chips {new_name}; docs/extending/chip.md has the way")
+        typer.echo(f"Next: pip install --editable {where}, then zili chips {new_name} (docs/extending/chip.md)")
         return
     if as_json:
         typer.echo(json.dumps(_as_data(name), indent=2, ensure_ascii=False))
