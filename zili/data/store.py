@@ -78,7 +78,7 @@ class TokenStore:
         self.tokens = tokens
         """All ids `[T]`, document after document."""
         self.learned = learned
-        """Of dialogues, which tokens the assistant says `[T]` uint8; None: every one is learned."""
+        """Which tokens the assistant says in dialogues, `[T]` uint8; None: every token is learned."""
         self.lengths = index.lengths
         """Tokens of each document `[N]`."""
         self.offsets = index.offsets

@@ -85,7 +85,7 @@ def _answered(turn: Fields, role: str, text: Any, learned: int) -> dict[str, Any
 
 
 def thoughts_of(fields: Fields) -> str | None:
-    """By any of the names for them.
+    """The value under any of its names.
 
     Raises: Unfit.
     """

@@ -154,7 +154,7 @@ class _Documents(NamedTuple):
 
     of: ref[Tensor]
     ends: list[list[int]]
-    """Of each row, ascending; the last is the row's length."""
+    """Ends of each row's documents, ascending; the last is the row's length."""
 
 
 _last_seen: _Documents | None = None

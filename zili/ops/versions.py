@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 EAGER = "eager"
-"""That blocks run eagerly: what a version needs that gains nothing where torch.compile fuses the plain form."""
+"""A condition of a version: blocks run eagerly. It gains nothing where torch.compile fuses the plain form."""
 
 
 @dataclass(frozen=True)

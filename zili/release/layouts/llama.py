@@ -108,10 +108,10 @@ class Llama(Layout):
             "use_cache": True,
         }
 
-    def losses(self, config: ModelConfig) -> list[str]:
+    def unsupported(self, config: ModelConfig) -> list[str]:
         if config.rotary.rule not in self.rotary_rules:
             return [f"its name stands for no rotary.rule = {config.rotary.rule!r}"]
-        return super().losses(config)
+        return super().unsupported(config)
 
     def body(self, config: ModelConfig, prefix: str) -> list[Rule]:
         rules = [same(f"{prefix}embed_tokens.weight", "embedding.weight")]

@@ -25,7 +25,7 @@ class StepRecord:
     """Before clipping."""
     step_seconds: float
     data_seconds: float
-    """Of the step, what was spent waiting for data."""
+    """Seconds of the step that were spent waiting for data."""
     tokens_per_second: float
     matmul_share: float
     """Model FLOP/s over the matmul peak measured at start."""
