@@ -1,13 +1,20 @@
+import gzip
+import hashlib
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import zstandard
 
-from zili.data import Tokenizer, prepare, read_documents
+from zili.data import Document, Tokenizer, prepare, read_documents
 from zili.data.prepare import Prepared
+from zili.data.spool import Spool
 from zili.errors import DataError
 
 
@@ -143,14 +150,56 @@ prepare([{str(corpus)!r}], {str(corpus.parent / "data")!r}, vocab_size=300, prog
     assert not any("partial" in name for name in listing())
 
 
-def test_text_that_changes_while_it_is_read(corpus: Path) -> None:
+def test_text_that_changes_once_it_was_read_is_as_it_was(corpus: Path) -> None:
     def meddle(stage: str, done: int, total: int | None) -> None:
         if stage == "tokenizer":
             (corpus / "000.txt").write_text("meanwhile")
 
-    with pytest.raises(DataError, match="changed while it was being read"):
-        run(corpus, progress=meddle)
-    assert not (corpus.parent / "data").exists()
+    wanted = prepare([corpus], corpus.parent / "before", vocab_size=300, held_out_fraction=0.2)
+    done = run(corpus, progress=meddle)
+    assert done.train.identity() == wanted.train.identity() and done.held_out.identity() == wanted.held_out.identity()
+    assert "changed" in run(corpus).lines[0]
+
+
+OPENED: Counter[str] = Counter()
+sys.addaudithook(lambda event, given: OPENED.update([str(given[0])]) if event == "open" else None)
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_each_source_is_opened_once(corpus: Path, make_texts: Callable, few: bool) -> None:
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in make_texts(30, seed=3)).encode()
+    (corpus / "a.jsonl").write_bytes(lines)
+    (corpus / "b.jsonl.gz").write_bytes(gzip.compress(lines) + gzip.compress(lines))
+    (corpus / "c.jsonl.zst").write_bytes(zstandard.compress(lines))
+    (corpus / "binary.txt").write_bytes(b"\0" * 20_000)
+    pq.write_table(pa.table({"text": make_texts(30, seed=4), "other": list(range(30))}), corpus / "d.parquet")
+    whole = corpus.parent / "whole.txt"
+    whole.write_bytes(lines)
+    sources = [whole] if few else [corpus]
+    OPENED.clear()
+    done = prepare(sources, corpus.parent / "data", vocab_size=300, held_out_fraction=0.2)
+    files = [whole] if few else sorted(corpus.iterdir())
+    assert {OPENED[str(file)] for file in files} == {1}
+    recorded = {source.name.rpartition("/")[2]: source.sha256 for source in done.train.manifest.sources}
+    assert recorded == {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    assert not (done.folder / "spool").exists()
+    OPENED.clear()
+    assert prepare(sources, corpus.parent / "data", vocab_size=300, held_out_fraction=0.2).reused
+    assert {OPENED[str(file)] for file in files} == {1}
+
+
+def test_a_spool_gives_back_what_went_by(tmp_path: Path) -> None:
+    documents = [Document("", "a"), Document("naïve\r\n自立\u2028", "b:1"), Document("x" * 100_000, "文")]
+    spool = Spool(tmp_path / "spool")
+    assert list(spool.keeping(documents)) == list(spool) == list(spool) == documents
+    spool.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refused_text_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        prepare([tmp_path / "none"], tmp_path / "runs" / "deep" / "data")
+    assert not list(tmp_path.iterdir())
 
 
 def test_somebody_elses_folder_is_left_alone(corpus: Path) -> None:

@@ -22,8 +22,8 @@ pytest.importorskip("vllm", reason="vLLM is not here: `make test-interop` instal
 from small_models import STEPS, made, prompts
 
 from zili.release import export_model
-from zili.serving.generate.engine import Ask, Engine
-from zili.serving.generate.generation import Sampling
+from zili.serving.generate.engine import Engine
+from zili.serving.generate.generation import Ask, Sampling
 
 SECONDS_TO_START = 300
 

@@ -15,8 +15,8 @@ from zili.errors import CheckpointError, ConfigError, DataError
 from zili.release import export_model, import_model
 from zili.release.companions import tokenizer_of
 from zili.release.tensors import open_tensors
-from zili.serving.generate.engine import Ask, Engine
-from zili.serving.generate.generation import generate
+from zili.serving.generate.engine import Engine
+from zili.serving.generate.generation import Ask, generate
 from zili.serving.model_folder import open_folder
 
 

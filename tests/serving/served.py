@@ -20,7 +20,8 @@ from zili.config.model import ModelConfig
 from zili.data.dialect import Dialect
 from zili.data.tokenizer import Tokenizer
 from zili.models.decoder import Decoder
-from zili.serving.generate.engine import Answer, Ask, Engine, Token
+from zili.serving.generate.engine import Answer, Engine
+from zili.serving.generate.generation import Ask, Token
 from zili.serving.http.api import Served
 from zili.serving.http.gate import Limits
 from zili.serving.http.keys import Holder, Key, Keys

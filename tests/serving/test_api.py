@@ -20,8 +20,7 @@ from served import KEY, KEYS, Place, serve_a_tiny_model, slowed
 from waiting import until
 
 from zili.errors import ConfigError
-from zili.serving.generate.engine import Ask
-from zili.serving.generate.generation import Sampling, generate
+from zili.serving.generate.generation import Ask, Sampling, generate
 from zili.serving.generate.text_stream import AnswerText, StopText
 from zili.serving.http.answers import Stream
 from zili.serving.http.keys import Holder, Key, Keys, TooMuch

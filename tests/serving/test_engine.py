@@ -13,10 +13,10 @@ import torch
 
 from zili.config.model import ModelConfig
 from zili.errors import CheckpointError, ConfigError
+from zili.models.cache import served_length
 from zili.models.decoder import Decoder
-from zili.serving.generate.engine import Ask, Engine
-from zili.serving.generate.generation import Sampling, generate
-from zili.serving.generate.slots import served_length
+from zili.serving.generate.engine import Engine
+from zili.serving.generate.generation import Ask, Sampling, generate
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "layers": 2, "heads": 4, "ffn_hidden_size": 48, "max_length": 128}
 MIXTURE = {"experts": 4, "top_k": 2, "ffn_hidden_size": 16, "shared_experts": 1, "dense_layers": 1}

@@ -10,7 +10,9 @@ from itertools import islice
 import pytest
 import torch
 
+from zili.config.model import ModelConfig, RotaryConfig
 from zili.errors import CheckpointError, ConfigError
+from zili.models.cache import served_length
 from zili.models.decoder import Decoder
 from zili.serving.generate import generation
 from zili.serving.generate.generation import Sampling, draw, generate
@@ -42,6 +44,20 @@ def test_greedy_equals_full_forward_passes(model: Decoder, chunk: int, monkeypat
     found, reason = drained(generate(model, PROMPT, max_new_tokens=20, sampling=GREEDY))
     assert found == slow_greedy(model, PROMPT, 20)
     assert reason == "length"
+
+
+@pytest.mark.parametrize("chunk", [3, 512])
+@pytest.mark.parametrize("rule", ["telechat_ntk", "tele_flm_ntk"])
+def test_tables_that_stretch_are_those_of_a_full_pass(
+    shape: ModelConfig, rule: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Past the length that it was trained for each token is computed with all before it; the engine stops there."""
+    monkeypatch.setattr(generation, "PREFILL_CHUNK", chunk)
+    stretching = RotaryConfig(rule=rule, original_length=4, training_length=8 if rule == "telechat_ntk" else None)
+    model = Decoder(shape.model_copy(update={"rotary": stretching})).eval()
+    found, _ = drained(generate(model, PROMPT, max_new_tokens=30, sampling=GREEDY))
+    assert found == slow_greedy(model, PROMPT, 30)
+    assert served_length(model.config, 64) < len(PROMPT) + 30
 
 
 def test_the_seed_decides(model: Decoder) -> None:

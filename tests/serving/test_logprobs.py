@@ -16,7 +16,7 @@ from waiting import until
 
 from zili.data.sentencepiece import Kind, Piece, definition
 from zili.data.tokenizer import DecodeStream, Tokenizer, after_bos
-from zili.serving.generate.engine import Token
+from zili.serving.generate.generation import Token
 from zili.serving.http.choices import Told
 from zili.serving.http.gate import Limits
 

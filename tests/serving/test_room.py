@@ -9,9 +9,9 @@ import torch
 from served import tiny_shape
 
 from zili.errors import ConfigError
+from zili.models.cache import KeyValueCache, bytes_a_token
 from zili.serving.generate import room
 from zili.serving.generate.room import room_for
-from zili.serving.generate.slots import SlotCache, bytes_a_token
 
 CPU = torch.device("cpu")
 
@@ -26,7 +26,7 @@ def resident() -> int:
 def test_room_is_taken_as_it_is_used(dtype: torch.dtype) -> None:
     shape = tiny_shape(4096)
     before = resident()
-    cache = SlotCache(shape, 256, 4096, dtype=dtype, device=CPU)
+    cache = KeyValueCache(shape, 256, 4096, dtype=dtype, device=CPU)
     whole = cache.keys.nbytes + cache.values.nbytes
     assert whole == bytes_a_token(shape, dtype) * 256 * 4096 > 60e6
     assert cache.keys.dtype == dtype and not cache.keys[0, 0, 0, 0].any()

@@ -6,8 +6,9 @@ import heapq
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -16,6 +17,7 @@ from zili.data.encoding import Engine
 from zili.data.reading import Document, OnError, read_documents
 from zili.data.sources import Census, Source, fingerprint, standard_library_files
 from zili.data.split import Split, content_key, cut
+from zili.data.spool import Spool
 from zili.data.store import TokenStore
 from zili.data.tokenizer import Tokenizer
 from zili.durable import sync, sync_tree
@@ -23,6 +25,7 @@ from zili.errors import DataError
 from zili.plurals import counted
 
 _MARK = "prepared.json"  # written last: a folder without it is not whole
+_SPOOL = "spool"  # the documents as they were read, until they are encoded
 _SCHEME = 1  # raise when the same settings come to give other files
 _FEW = 20  # documents below which text is cut into pieces, so that some can be held out
 _PIECE = (500, 20_000)  # characters: bounds of a piece
@@ -65,7 +68,7 @@ class Prepared:
 class _Plan:
     """What the first reading learned: how to cut and split, and text for the tokenizer."""
 
-    census: Census = field(default_factory=lambda: Census(hashes=False))
+    census: Census = field(default_factory=Census)
     documents: int = 0
     piece: int | None = None
     """Characters of a piece when documents are few."""
@@ -111,14 +114,16 @@ def prepare(
     if paths is None:
         paths, on_error = standard_library_files(), "skip"
     asked = tokenizer.sha256 if tokenizer else f"{vocab_size} tokens from {tokenizer_bytes} bytes"
-    settings = Settings(fingerprint(paths), asked, held_out_fraction, text_field, on_error)
+    # Of a folder that is there the text is compared first; else the one reading below tells what it was.
+    sources = fingerprint(paths) if _is_there(folder) else ""
+    settings = Settings(sources, asked, held_out_fraction, text_field, on_error)
     why = _stale(folder, settings)
     if why is None:
         return _open(folder, reused=True, lines=[f"data: {folder} holds this text already; reused"])
     if not rebuild:
         _keep_what_was_learned(folder, settings)
     job = _Preparation(paths, settings, engine, progress or (lambda stage, done, total: None))
-    lines = _made(folder, lambda aside: job.run(aside, tokenizer, vocab_size, tokenizer_bytes), settings)
+    lines = _made(folder, lambda aside: job.run(aside, tokenizer, vocab_size, tokenizer_bytes))
     return _open(folder, reused=False, lines=[why, *lines])
 
 
@@ -131,26 +136,34 @@ def _keep_what_was_learned(folder: Path, settings: Settings) -> None:
         )
 
 
-def _made(folder: Path, fill: Callable[[Path], list[str]], settings: Settings) -> list[str]:
+def _made(folder: Path, fill: Callable[[Path], list[str]]) -> list[str]:
     """Build `folder` beside itself by `fill`, whose lines are returned, and put it in its place."""
     aside = folder.with_name(folder.name + ".partial")
+    new = [parent for parent in aside.parents if not parent.exists()]
     shutil.rmtree(aside, ignore_errors=True)  # of a preparation that was killed
     try:
         aside.mkdir(parents=True)
         lines = fill(aside)
-        (aside / _MARK).write_text(json.dumps(asdict(settings), indent=1) + "\n", encoding="utf-8")
         sync_tree(aside)
         _swap(aside, folder)
     except OSError as error:
         raise DataError(f"{error.filename or aside}: {error.strerror}. Nothing was kept; run again.") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        with suppress(OSError):  # the folder is in them
+            for parent in new:
+                parent.rmdir()
     return lines
+
+
+def _is_there(folder: Path) -> bool:
+    """Whether there is more than an empty folder."""
+    return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
 
 
 def _stale(folder: Path, settings: Settings) -> str | None:
     """Why `folder` must be built, or None when it can be used as it is."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not _is_there(folder):
         return f"data: building {folder}"
     mark = folder / _MARK
     if not mark.is_file():
@@ -195,7 +208,7 @@ def _swap(aside: Path, folder: Path) -> None:
 
 
 class _Preparation:
-    """The two readings of a text: one to learn what it is, one to encode it."""
+    """One reading of a text, to learn what it is, and another look at what was read, to encode it."""
 
     def __init__(self, paths: Sequence[Source], settings: Settings, engine: Engine, progress: Progress) -> None:
         self._paths = paths
@@ -205,21 +218,32 @@ class _Preparation:
 
     def run(self, folder: Path, tokenizer: Tokenizer | None, vocab_size: int, sample_bytes: int) -> list[str]:
         """Fill `folder`; returns the report's lines."""
-        plan = self._scan(sample_bytes)
+        spool = Spool(folder / _SPOOL)
+        plan = self._scan(spool, sample_bytes)
         lines = _describe(plan)
         if tokenizer is None:
             tokenizer, line = self._train_tokenizer(plan, vocab_size)
             lines.append(line)
         tokenizer.save(folder / "tokenizer")
-        train, held_out = self._build(folder, plan, tokenizer)
+        train, held_out = self._build(folder, spool, plan, tokenizer)
+        spool.remove()
+        settings = replace(self._settings, sources=plan.census.fingerprint())
+        (folder / _MARK).write_text(json.dumps(asdict(settings), indent=1) + "\n", encoding="utf-8")
         return [*lines, train.encoder, f"train: {train}", f"held out: {held_out}"]
 
-    def _scan(self, sample_bytes: int) -> _Plan:
-        plan = self._learn(_Plan(), sample_bytes)
+    def _scan(self, spool: Spool, sample_bytes: int) -> _Plan:
+        plan = _Plan()
+        documents = read_documents(
+            self._paths,
+            text_field=self._settings.text_field,
+            on_error=self._settings.on_error,  # type: ignore[arg-type]
+            census=plan.census,
+        )
+        plan = self._learn(plan, spool.keeping(documents), sample_bytes)
         if plan.documents < _FEW:
             low, high = _PIECE
-            piece = min(high, max(low, plan.census.text_bytes // 200))
-            plan = self._learn(_Plan(piece=piece), sample_bytes)
+            plan = _Plan(plan.census, piece=min(high, max(low, plan.census.text_bytes // 200)))
+            plan = self._learn(plan, _pieces(spool, plan), sample_bytes)
         if not plan.sample:
             raise DataError(
                 f"{plan.census.text_bytes} bytes of text in {plan.documents} documents leave none to train "
@@ -227,11 +251,11 @@ class _Preparation:
             )
         return plan
 
-    def _learn(self, plan: _Plan, sample_bytes: int) -> _Plan:
+    def _learn(self, plan: _Plan, documents: Iterable[Document], sample_bytes: int) -> _Plan:
         fraction = self._settings.held_out_fraction
         threshold, smallest = Split.of(fraction).threshold, None
         kept = _Sample(sample_bytes)
-        for document in self._documents(plan, plan.census):
+        for document in documents:
             key = content_key(document.text)
             smallest = key if smallest is None else min(smallest, key)
             plan.documents += 1
@@ -242,18 +266,6 @@ class _Preparation:
         plan.split = Split.of(fraction, smallest)
         plan.sample = kept.texts(plan.split.threshold)
         return plan
-
-    def _documents(self, plan: _Plan, census: Census) -> Iterator[Document]:
-        documents = read_documents(
-            self._paths,
-            text_field=self._settings.text_field,
-            on_error=self._settings.on_error,  # type: ignore[arg-type]
-            census=census,
-        )
-        if plan.piece is None:
-            return documents
-        pieces = ((piece, document.source) for document in documents for piece in cut(document.text, plan.piece))
-        return (Document(piece, source) for piece, source in pieces if piece.strip())
 
     def _train_tokenizer(self, plan: _Plan, vocab_size: int) -> tuple[Tokenizer, str]:
         size = sum(len(text.encode()) for text in plan.sample)
@@ -267,32 +279,37 @@ class _Preparation:
             got += f" ({vocab_size:,} asked, the text has no more)"
         return tokenizer, f"tokenizer: {got}, learned from {size / 1e6:.3g} MB in {seconds:.1f} s"
 
-    def _build(self, folder: Path, plan: _Plan, tokenizer: Tokenizer) -> tuple[BuildReport, BuildReport]:
+    def _build(self, folder: Path, spool: Spool, plan: _Plan, tokenizer: Tokenizer) -> tuple[BuildReport, BuildReport]:
         split, total, text = plan.split, plan.census.text_bytes, folder / "held_out.jsonl"
         assert split is not None
-        census = Census()
         with text.open("w", encoding="utf-8", newline="\n") as stream:
             train = build_store(
-                _divert(self._documents(plan, census), split, stream),
+                _divert(_pieces(spool, plan), split, stream),
                 tokenizer,
                 folder / "train",
-                census=census,
+                census=plan.census,
                 split=f"not those {split.rule}",
                 engine=self._engine,
                 progress=lambda done: self._progress("encode", done, total),
             )
-        if census.fingerprint() != self._settings.sources:
-            raise DataError("the text changed while it was being read. Run again once it is at rest.")
         held_out = build_store(
             read_documents([text]),
             tokenizer,
             folder / "held_out",
-            census=census,
+            census=plan.census,
             split=split.rule,
             engine=self._engine,
         )
         self._progress("encode", total, total)
         return train, held_out
+
+
+def _pieces(documents: Iterable[Document], plan: _Plan) -> Iterator[Document]:
+    """The documents, cut where the plan cuts them."""
+    for document in documents:
+        for piece in (document.text,) if plan.piece is None else cut(document.text, plan.piece):
+            if piece.strip():
+                yield Document(piece, document.source)
 
 
 def _divert(documents: Iterator[Document], split: Split, stream: TextIO) -> Iterator[Document]:

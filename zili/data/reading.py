@@ -6,7 +6,7 @@ import codecs
 import difflib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BufferedReader
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -16,11 +16,11 @@ from zili.data.sources import (
     READABLE,
     TABLE_SUFFIXES,
     Census,
+    Content,
     FileRecord,
     Source,
     SourceFile,
     list_files,
-    measure,
     printable,
     size_of,
 )
@@ -100,14 +100,14 @@ def read_files(
     """
     paths = list(paths)
     for file in list_files(paths, census):
-        size, sha256 = measure(file.path) if census.hashes else (size_of(file.path), "")
-        before = census.documents
-        for item in read(file):
+        content, before = Content(), census.documents
+        for item in read(replace(file, content=content) if census.hashes else file):
             if isinstance(item, Flaw):
                 _refuse_or_count(item, file, on_error, census)
             else:
                 census.documents += 1
                 yield item
+        size, sha256 = content.measured(file.path) if census.hashes else (size_of(file.path), "")
         census.files.append(FileRecord(file.name, size, sha256, census.documents - before))
     if not census.documents:
         given = ", ".join(printable(str(path.path if isinstance(path, SourceFile) else path)) for path in paths[:3])
@@ -136,7 +136,8 @@ def _reader(file: SourceFile) -> Reader:
 
 def _read_text(file: SourceFile, text_field: str) -> Iterator[Document | Flaw]:
     try:
-        raw = file.path.read_bytes()
+        with file.open() as stream:
+            raw = stream.read()
     except OSError as error:
         yield Flaw("damaged file", f"{file.shown}: cannot be read ({error.strerror}).")
         return
@@ -185,7 +186,7 @@ def _lines(file: SourceFile) -> Iterator[tuple[int, bytes | Flaw]]:
         # Arrow's decompressor: python-zstandard and a bare zlib object take a cut-off stream for a whole one. From a
         # file that is open already, since Arrow takes no name that is not UTF-8.
         packed = {".gz": "gzip", ".zst": "zstd"}.get(file.path.suffix.lower())
-        with file.path.open("rb") as raw, pa.input_stream(raw, compression=packed) as stream:
+        with file.open() as raw, pa.input_stream(raw, compression=packed) as stream:
             for number, line in enumerate(BufferedReader(stream, 1 << 20), start=1):
                 if line.strip():
                     yield number, line
@@ -263,7 +264,7 @@ def _read_table(file: SourceFile, text_field: str) -> Iterator[Document | Flaw]:
 
     row = 0
     try:
-        with pq.ParquetFile(file.path) as table:
+        with file.open_anywhere() as stream, pq.ParquetFile(stream) as table:
             names = table.schema_arrow.names
             if names.count(text_field) != 1:
                 said = f"it has {text_field!r} twice" if text_field in names else _no_field(text_field, names)
@@ -282,7 +283,7 @@ def _rows(file: SourceFile) -> Iterator[tuple[str, dict[str, Any] | Flaw]]:
 
     row = 0
     try:
-        with pq.ParquetFile(file.path) as table:
+        with file.open_anywhere() as stream, pq.ParquetFile(stream) as table:
             if len(set(table.schema_arrow.names)) < len(table.schema_arrow.names):
                 raise ValueError("two of its columns have one name")
             for batch in table.iter_batches(batch_size=256):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import sys
 import sysconfig
@@ -10,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from zili.errors import DataError
 
@@ -29,9 +31,55 @@ JSON_SUFFIXES = tuple(f".json{packed}" for packed in _PACKED)
 TABLE_SUFFIXES = (".parquet",)
 READABLE = ".txt .md .rst .py and other source, .jsonl .ndjson .json [.gz|.zst], .parquet"
 
+_AT_ONCE = 1 << 20
+"""Bytes read at a time."""
+
 # `test` and its like: half the library, repetitive, in places deliberately ill-encoded, and absent from some
 # distributions' Python. Left out, so that two machines with one Python release train on the same text.
 _NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
+
+
+class Content:
+    """Size and sha256 of a file, noted while it is read, so that nothing has to read it once more."""
+
+    def __init__(self) -> None:
+        self._digest, self._size, self._whole = hashlib.sha256(), 0, False
+
+    def add(self, piece: bytes | memoryview) -> None:
+        """What was read next; nothing: that was all."""
+        self._digest.update(piece)
+        self._size += len(piece)
+        self._whole = self._whole or not piece
+
+    def measured(self, path: Path) -> tuple[int, str]:
+        """Bytes and sha256 of the file, which is read again only where a reader stopped before its end."""
+        return (self._size, self._digest.hexdigest()) if self._whole else measure(path)
+
+
+class _Noted(io.RawIOBase):
+    """A file whose content is noted as it goes by."""
+
+    def __init__(self, stream: io.FileIO, content: Content) -> None:
+        self._stream, self._content = stream, content
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)
+        count = self._stream.readinto(view)
+        self._content.add(view[:count])
+        return count
+
+    def readall(self) -> bytes:
+        found = self._stream.readall()
+        self._content.add(found)
+        self._content.add(b"")
+        return found
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +90,31 @@ class SourceFile:
     name: str
     explicit: bool = False
     """Given by its own path, not found in a folder: it is read whatever its suffix says."""
+    content: Content | None = field(default=None, compare=False)
+    """Takes size and hash of what is read; None: nobody wants them."""
+
+    def open(self) -> BinaryIO:
+        """To be read from beginning to end."""
+        stream = self._opened()
+        return io.BufferedReader(stream if self.content is None else _Noted(stream, self.content), _AT_ONCE)
+
+    def open_anywhere(self) -> BinaryIO:
+        """To be read in any order, and so hashed before."""
+        stream = io.BufferedReader(self._opened(), _AT_ONCE)
+        if self.content is not None:
+            while piece := stream.read(_AT_ONCE):
+                self.content.add(piece)
+            self.content.add(b"")
+            stream.seek(0)
+        return stream
+
+    def _opened(self) -> io.FileIO:
+        try:
+            return self.path.open("rb", 0)
+        except OSError as error:
+            if self.content is not None:  # a file that cannot be hashed cannot be left out either
+                _refuse(error)
+            raise
 
     @property
     def shown(self) -> str:
@@ -64,7 +137,7 @@ class Census:
     """What a reading met: documents, UTF-8 bytes of text, files, and everything it left out by reason."""
 
     hashes: bool = True
-    """Hash the files; False for a reading whose files are known, since hashing reads each once more."""
+    """Hash the files as they are read; False where nobody asks."""
     documents: int = 0
     text_bytes: int = 0
     files: list[FileRecord] = field(default_factory=list)

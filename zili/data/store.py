@@ -135,7 +135,7 @@ class TokenStore:
         return (self.document(index) for index in range(len(self)))
 
     def identity(self) -> str:
-        """sha256 of what the store holds, the same wherever it lies."""
+        """sha256 of what the store holds; it does not depend on the store's path."""
         suffixes = [".bin", ".idx", *((MASK,) if MASK in self.manifest.files else ())]
         return ":".join(self.manifest.files[suffix]["sha256"] for suffix in suffixes)
 

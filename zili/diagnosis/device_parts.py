@@ -137,7 +137,7 @@ def _precision(device: Device) -> str:
 
 
 def memory(chip: str, note: Note) -> None:
-    """The allocator's peak during a step, beside what a rehearsal says of it."""
+    """Compares the allocator's peak during a step with the rehearsed one."""
     device = _opened(chip)
     if device.memory() is None:
         note(Finding("peak memory", "all", Severity.FALLBACK, f"{device.name()} does not say how much is allocated"))

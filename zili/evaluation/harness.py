@@ -20,6 +20,7 @@ from zili.data.tokenizer import Tokenizer
 from zili.errors import ConfigError, DataError
 from zili.models.decoder import Decoder
 from zili.serving.generate.generation import Sampling, generate
+from zili.serving.generate.text_stream import AnswerText
 from zili.serving.model_folder import OpenedModel
 
 _NEEDS = "tasks need the package lm-eval: pip install 'zili[eval]'"
@@ -131,11 +132,10 @@ class Scorer:
         ids = self.prompt_ids(context)
         room = self.model.config.max_length - min(max_new_tokens, self.model.config.max_length // 2)
         self.counted.shortened += len(ids) > room
-        taken: list[int] = []
         spoken = self.dialect if context.startswith(_CONVERSATION) else None
-        stops = self.tokenizer.end_ids
-        if spoken is not None:
-            stops, until = spoken.end_ids, [*until, *spoken.end_texts]
+        stops = spoken.end_ids if spoken else self.tokenizer.end_ids
+        ends = [text for text in (*until, *(spoken.end_texts if spoken else ())) if text]
+        text, said = AnswerText(self.tokenizer, ends, skip_special=False), ""
         for token in generate(
             self.model,
             ids[-room:],
@@ -144,12 +144,10 @@ class Scorer:
             stop_ids=stops,
             vocabulary=self.tokenizer.vocab_size,
         ):
-            taken.append(token)
-            said = self.tokenizer.decode(taken)
-            found = [said.index(text) for text in until if text and text in said]
-            if found:
-                return said[: min(found)]
-        return self.tokenizer.decode([token for token in taken if token not in stops])
+            said += text.push(token)
+            if text.stopped:
+                return said
+        return said + text.finish()
 
     def prompt_ids(self, context: str) -> list[int]:
         """A text's ids at the beginning of a document; a conversation's, where `conversation` wrote it."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from zili.config.mixture import LoraConfig
 from zili.config.model import ModelConfig
@@ -38,6 +39,50 @@ def _adapters(lora: LoraConfig, shapes: dict[str, Shape]) -> dict[str, Shape]:
 def is_adapter(name: str) -> bool:
     """Whether a parameter of that name belongs to an adapter of low rank."""
     return name.rpartition(".")[2] in ("lora_a", "lora_b")
+
+
+def is_learned(config: ModelConfig, name: str) -> bool:
+    """Whether a parameter of that name has a gradient: beside adapters nothing else has."""
+    return config.lora is None or is_adapter(name)
+
+
+class Matrix(NamedTuple):
+    """A weight of a block that tokens are multiplied by."""
+
+    name: str
+    """Inside the block."""
+    outputs: int
+    inputs: int
+    experts: int
+    """How many experts have one; 0: all tokens go through it."""
+    learned: bool
+
+    @property
+    def size(self) -> int:
+        """Parameters in it, in all experts' together."""
+        return self.outputs * self.inputs * max(1, self.experts)
+
+    def met(self, config: ModelConfig) -> int:
+        """Parameters in it that one token goes through."""
+        chosen = config.mixture.top_k if config.mixture is not None and self.experts else 1
+        return self.outputs * self.inputs * chosen
+
+
+@lru_cache(maxsize=1024)
+def matrices(config: ModelConfig, number: int) -> tuple[Matrix, ...]:
+    """Matrices of block `number`: every count of parameters and FLOPs, whole or by place in a pipeline, is of these."""
+    return tuple(
+        Matrix(name, shape[-2], shape[-1], shape[0] if len(shape) == 3 else 0, is_learned(config, name))
+        for name, shape in layer_shapes(config, number).items()
+        if len(shape) >= 2
+    )
+
+
+@lru_cache(maxsize=1024)
+def kinds_of_layers(config: ModelConfig) -> tuple[tuple[int, int], ...]:
+    """A layer of each kind, and how many there are of it."""
+    dense = config.layers if config.mixture is None else min(config.mixture.dense_layers, config.layers)
+    return tuple((layer, times) for layer, times in ((0, dense), (config.layers - 1, config.layers - dense)) if times)
 
 
 def _prefixed(prefix: str, shapes: dict[str, Shape]) -> dict[str, Shape]:
@@ -147,9 +192,9 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
 
     def of(*prefixes: str) -> int:
         return sum(
-            prod(shape)
-            for i in range(config.layers)
-            for name, shape in layer_shapes(config, i).items()
+            times * prod(shape)
+            for layer, times in kinds_of_layers(config)
+            for name, shape in layer_shapes(config, layer).items()
             if name.startswith(prefixes)
         )
 
@@ -174,15 +219,11 @@ def is_hidden_matrix(name: str, shape: Shape) -> bool:
 
 def block_matrices(config: ModelConfig, *, active: bool = False) -> int:
     """Parameters in the matrices of all blocks, experts' stacks included; `active`: of those one token goes through."""
-    total = 0
-    for i in range(config.layers):
-        for shape in layer_shapes(config, i).values():
-            size = prod(shape) if len(shape) >= 2 else 0
-            if active and len(shape) == 3:
-                assert config.mixture is not None
-                size = size * config.mixture.top_k // config.mixture.experts
-            total += size
-    return total
+    return sum(
+        times * (matrix.met(config) if active else matrix.size)
+        for layer, times in kinds_of_layers(config)
+        for matrix in matrices(config, layer)
+    )
 
 
 def matmul_parameters(config: ModelConfig) -> int:
@@ -243,7 +284,7 @@ def training_state_bytes(
         name: shape
         for name, shape in parameter_shapes(config).items()
         # A router's bias is moved by the load, not by an optimizer.
-        if (not name.endswith(".expert_bias") if config.lora is None else is_adapter(name))
+        if is_learned(config, name) and not name.endswith(".expert_bias")
     }
     elements = sum(map(prod, trained.values()))
     moments = 2 * elements

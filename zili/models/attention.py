@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -52,11 +54,9 @@ class Attention(nn.Module):
         query = ops.rotate(self._heads(self.query(x)), cos, sin)
         key = ops.rotate(self._heads(self.key(x)), cos, sin)
         value = self._heads(self.value(x))
-        if cache_entry is not None:
-            key, value = cache_entry.append(key, value)
         dropout = self.dropout if self.training else 0.0
-        attended = self.core(query, key, value, document_ids, dropout)
-        return self.output(attended.flatten(-2))
+        attend = self.core if cache_entry is None else partial(cache_entry.attend, self.core)
+        return self.output(attend(query, key, value, document_ids, dropout).flatten(-2))
 
     def _heads(self, x: Tensor) -> Tensor:
         # The number of heads is what is left: a tensor-parallel rank holds only some of them.
@@ -108,10 +108,9 @@ class LatentAttention(nn.Module):
         plain, value = key_value.split((self.plain_dim, self.value_dim), -1)
         turned = ops.rotate(shared[:, :, None], cos, sin).expand(-1, -1, plain.shape[2], -1)
         key = torch.cat((plain, turned), -1)
-        if cache_entry is not None:
-            key, value = cache_entry.append(key, value)
         dropout = self.dropout if self.training else 0.0
-        return self.output(self.core(query, key, value, document_ids, dropout).flatten(-2))
+        attend = self.core if cache_entry is None else partial(cache_entry.attend, self.core)
+        return self.output(attend(query, key, value, document_ids, dropout).flatten(-2))
 
 
 def attention_of(config: ModelConfig) -> nn.Module:

@@ -13,7 +13,7 @@ from zili import ops
 from zili.config.mixture import LoraConfig
 from zili.config.model import ModelConfig
 from zili.models.attention import attention_of
-from zili.models.cache import CacheEntry, KeyValueCache
+from zili.models.cache import AttentionKernels, CacheEntry, KeyValueCache
 from zili.models.initialization import fill, initial_value
 from zili.models.layers import Embedding, Entrance, Linear, RMSNorm, local
 from zili.models.mixture import Router, feed_forward_of
@@ -208,7 +208,7 @@ class Decoder(nn.Module):
                 some of a row's positions.
             cache: tokens seen before; the new ones are added to it. Equals the pass without a cache over all
                 tokens, whatever the rotary rule; see `KeyValueCache` for the price and for the published
-                code's different behaviour.
+                code's different behaviour. `inputs` may also be the row `[1, N]` that the cache has laid.
         """
         x, _ = self._blocks(inputs, document_ids, cache)
         return x if self.norm is None else self.norm(x[:, -inputs.shape[1] :] if cache is not None else x)
@@ -217,19 +217,20 @@ class Decoder(nn.Module):
         self, inputs: Tensor, document_ids: Tensor | None, cache: KeyValueCache | None, routing: Routing | None = None
     ) -> tuple[Tensor, Callable[[nn.Module, Tensor], Tensor]]:
         """What leaves the last block, and how another block of the same sequence is run."""
-        start, inputs = (0, inputs) if cache is None else cache.extend(inputs)
-        length = start + inputs.shape[1] if document_ids is None else document_ids.shape[1]
-        if self.positions is None:
-            positions = torch.arange(start, length, device=inputs.device)
-        else:
+        length = inputs.shape[1] if document_ids is None else document_ids.shape[1]
+        if cache is not None:
+            inputs, positions, length = cache.extend(inputs)
+        elif self.positions is not None:
             positions = self.positions(length, inputs.device)
+        else:
+            positions = torch.arange(length, device=inputs.device)
         rotary, head_dim = self.config.rotary, self.config.rotary_dim
         cos, sin = rotary_tables(rotary, head_dim, positions, length, self._frequencies)
         x = self.embed(inputs) if self.first else inputs
         if self.first and torch.is_autocast_enabled(x.device.type):
             x = x.float()  # products run in half precision, what they are added up in does not
         for i, block in self.layers.items():
-            entry = None if cache is None else cache.entry(i, start)
+            entry = None if cache is None else cache.entry(i)
             x = self._run(block, x, cos, sin, document_ids, entry, routing)
         return x, lambda block, y: self._run(block, y, cos, sin, document_ids, None, routing)
 
@@ -247,14 +248,14 @@ class Decoder(nn.Module):
 
     def new_cache(
         self,
-        batch: int,
+        slots: int,
         max_length: int,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
         *,
         exact: bool = True,
+        kernels: AttentionKernels | None = None,
     ) -> KeyValueCache:
-        """An empty cache; dtype and device default to the weights', `exact` is `KeyValueCache`'s."""
+        """An empty cache beside the weights, in their dtype; the rest is `KeyValueCache`'s."""
         weight = next(self.parameters())
-        place = weight.device if device is None else torch.device(device)
-        return KeyValueCache(self.config, batch, max_length, dtype=dtype or weight.dtype, device=place, exact=exact)
+        return KeyValueCache(
+            self.config, slots, max_length, dtype=weight.dtype, device=weight.device, exact=exact, kernels=kernels
+        )

@@ -205,7 +205,7 @@ class World:
 
 
 def _said(failure: Exception | None, rank: int) -> tuple[str, str] | None:
-    """What the others are told: the class of the error and its text."""
+    """What the other processes get of an error: its class and its text."""
     if failure is None:
         return None
     if isinstance(failure, ZiliError):

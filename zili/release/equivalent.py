@@ -31,7 +31,7 @@ class Equivalent:
     tensors: Tensors
     """Under Zili's names."""
     notes: tuple[str, ...]
-    """What was said differently, for the release's record."""
+    """Lines for the release's record: what the layout says in other words."""
     exact: bool
     """Whether logits differ by no more than the order of fp32 additions makes them."""
 

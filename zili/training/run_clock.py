@@ -24,7 +24,7 @@ _MARGIN, _MOST_MARGIN = 0.02, 30.0
 
 
 class RunClock:
-    """The first process's; the others are told what it finds due."""
+    """The first process's clock; it tells the others what is due."""
 
     def __init__(
         self, config: RunConfig, started: float | None = None, clock: Callable[[], float] = time.monotonic

@@ -52,8 +52,8 @@ def attention_and_gradients(vendor: str | None, takes_groups: bool | None) -> li
     """Of eight query heads and two of keys and values; by itself, in a slot of the engine, and as align repeats it."""
     from zili import ops
     from zili.diagnosis import shadow
+    from zili.models.cache import _Longer
     from zili.ops import reference
-    from zili.serving.generate.slots import _Longer
 
     device = torch.device("cpu") if vendor is None else chips.activate(find_backend(vendor)).device
     lacking = None if takes_groups is None else {} if takes_groups else {"grouped_heads_attention": "a test"}

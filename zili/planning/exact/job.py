@@ -9,6 +9,7 @@ from zili.config import RunConfig
 from zili.config.model import ModelConfig
 from zili.models.arithmetic import Shape, layer_shapes
 from zili.parallel.layout import Layout, stage_ranges, stages_of
+from zili.planning.run import Run, Software
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,29 @@ class Job:
         if distill is None or distill.model is None:
             return None
         return replace(self, config=self.config.of_teacher(distill.model), learns=False)
+
+    @cached_property
+    def run(self) -> Run:
+        """It by its sizes alone, in this house's software: what the model of time takes."""
+        layout, parallel, training = self.layout, self.config.parallel, self.config.training
+        return Run(
+            model=self.model,
+            sequence=self.sequence,
+            global_batch=training.global_batch,
+            micro_batch=self.micro_batch,
+            data=layout.data,
+            tensor=layout.tensor,
+            context=layout.context,
+            pipeline=layout.pipeline,
+            virtual=parallel.stages_each,
+            expert=layout.expert,
+            weight_shards=layout.weight_shards,
+            state_shards=layout.weight_shards,
+            kept_gathered=layout.pipeline > 1,
+            recompute=training.recompute,
+            schedule=parallel.schedule,
+            software=Software(sums_each=parallel.reduce == "micro_batch"),
+        )
 
     @property
     def model(self) -> ModelConfig:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
-from zili.models.arithmetic import Shape, is_adapter, parameter_shapes
+from zili.models.arithmetic import Shape, is_learned, parameter_shapes
 from zili.parallel.cuts import cut_of, stays_fp32
 from zili.planning.exact.job import Job
 
@@ -129,7 +129,7 @@ def _around_whole(job: Job, parameters: list[Parameter], stays: bool = False, us
 
 
 def _parameter(job: Job, name: str, shape: Shape) -> Parameter:
-    learned = job.learns and (job.model.lora is None or is_adapter(name))
+    learned = job.learns and is_learned(job.model, name)
     if job.config.preference is not None and name.startswith("next_tokens."):
         learned = False
     if ".experts." in name:

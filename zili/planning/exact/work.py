@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from math import prod
 
-from zili.models.arithmetic import is_adapter
+from zili.models.arithmetic import is_adapter, matrices
 from zili.parallel.cuts import cut_of
 from zili.planning.exact import gradients
 from zili.planning.exact.job import Job
@@ -52,18 +52,11 @@ def _products(job: Job, layer: int) -> tuple[int, int]:
     """Matrix products of a layer, forward and backward. Cut or whole, a matrix meets each token once among the
     processes."""
     forward = backward = 0
-    for name, shape in job.shapes(layer).items():
-        if len(shape) < 2:
-            continue
-        size = prod(shape)
-        if len(shape) == 3:
-            assert job.model.mixture is not None
-            size = prod(shape[1:]) * job.model.mixture.top_k
-        size *= _times(job, name)
+    for matrix in matrices(job.model, layer):
+        name, size = matrix.name, matrix.met(job.model) * _times(job, matrix.name)
         forward += size
-        of_weight = gradients.of_matrices(job) or is_adapter(name)
         of_input = name.endswith("lora_b") or gradients.of_input(job, layer, gradients.matrix_of(name))
-        backward += size * (of_weight + of_input)
+        backward += size * (matrix.learned + of_input)
     return 2 * job.own_tokens * forward, 2 * job.own_tokens * backward
 
 

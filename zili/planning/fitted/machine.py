@@ -10,7 +10,7 @@ from typing import Any
 from zili.chips import find_backend
 from zili.chips.catalog import Chip, identify
 from zili.errors import ChipError, ConfigError
-from zili.planning.fitted.run import Precision
+from zili.planning.run import Precision
 
 # Where the catalog has no figure, what is usual among the chips that have one.
 _FLOPS_A_BYTE = 250

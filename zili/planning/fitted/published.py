@@ -18,7 +18,7 @@ from zili.config.model import ModelConfig
 from zili.errors import ChipError
 from zili.models.arithmetic import count_parameters
 from zili.planning.fitted.machine import Machine, machine
-from zili.planning.fitted.run import Precision, Recompute, Run, Software
+from zili.planning.run import Precision, Recompute, Run, Software
 
 Cells = Mapping[str, str | None]
 

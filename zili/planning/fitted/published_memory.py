@@ -6,8 +6,9 @@ by schedule (Narayanan et al. 2021). What a device reports beside what tensors a
 
 from __future__ import annotations
 
-from zili.planning.fitted.run import Run
-from zili.planning.fitted.step_time import expert_shards, kinds_of_layers, local_parameters
+from zili.models.arithmetic import kinds_of_layers
+from zili.planning.fitted.step_time import expert_shards, local_parameters
+from zili.planning.run import Run
 
 _GIB = 2**30
 CONTEXT = 1.5

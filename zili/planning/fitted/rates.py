@@ -10,7 +10,7 @@ from math import exp
 from typing import Any
 
 from zili.planning.fitted.machine import Machine
-from zili.planning.fitted.run import Precision, Run
+from zili.planning.run import Precision, Run
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from math import ceil, log2
 from typing import NamedTuple
 
 from zili.config.model import ModelConfig
-from zili.models.arithmetic import is_adapter, layer_shapes
+from zili.models.arithmetic import Matrix, kinds_of_layers, matrices
 from zili.parallel.cuts import cut_of
 from zili.planning.fitted.machine import Machine, share_sent
 from zili.planning.fitted.rates import Rates
-from zili.planning.fitted.run import Run
+from zili.planning.run import Run
 
 _BF16, _FP32 = 2, 4
 _STATE_BYTES = 30
@@ -64,38 +64,15 @@ class Phase(NamedTuple):
         return Phase(*(factor * mine for mine in self))
 
 
-class Matrix(NamedTuple):
-    """A weight that tokens are multiplied by."""
-
-    outputs: int
-    inputs: int
-    cut: int | None
-    """In which dimension tensor-parallel processes cut it."""
-    experts: int = 0
-    """How many experts have one; 0: all tokens go through it."""
-    learned: bool = True
-    """Whether it has a gradient: beside adapters nothing else has."""
-
-
 @lru_cache(maxsize=1024)
-def matrices(model: ModelConfig, layer: int) -> tuple[Matrix, ...]:
-    """Matrices of a layer."""
-    found = []
-    for name, shape in layer_shapes(model, layer).items():
-        module, _, key = name.rpartition(".")
-        learned = model.lora is None or is_adapter(name)
-        if len(shape) == 2:
-            found.append(Matrix(shape[0], shape[1], cut_of(f"layers.{layer}.{module}", key), learned=learned))
-        elif len(shape) == 3:
-            found.append(Matrix(shape[1], shape[2], None, shape[0], learned))
-    return tuple(found)
+def cut_matrices(model: ModelConfig, layer: int) -> tuple[tuple[Matrix, int | None], ...]:
+    """Matrices of a layer, and in which dimension tensor-parallel processes cut each; None: not."""
+    return tuple((matrix, _cut_of(matrix)) for matrix in matrices(model, layer))
 
 
-@lru_cache(maxsize=1024)
-def kinds_of_layers(model: ModelConfig) -> tuple[tuple[int, int], ...]:
-    """A layer of each kind, and how many there are of it."""
-    dense = model.layers if model.mixture is None else min(model.mixture.dense_layers, model.layers)
-    return tuple((layer, times) for layer, times in ((0, dense), (model.layers - 1, model.layers - dense)) if times)
+def _cut_of(matrix: Matrix) -> int | None:
+    module, _, key = f"block.{matrix.name}".rpartition(".")
+    return None if matrix.experts else cut_of(module, key)
 
 
 def collective(size: float, count: int, apart: int, machine: Machine, rates: Rates, messages: float = 0.0) -> float:
@@ -120,7 +97,7 @@ def all_to_all(size: float, count: int, machine: Machine, rates: Rates) -> float
     return inside + size * (count - inner) / count / (machine.network * rates.network)
 
 
-class Work(NamedTuple):
+class MicroBatchTime(NamedTuple):
     """Forward and backward of a micro-batch in all layers, and at the head, whichever process does them.
 
     It depends on the model, micro-batch, tensor, context, expert, recompute, precision and software alone.
@@ -134,7 +111,7 @@ class Work(NamedTuple):
     """Of products that give gradients of weights: as long as a forward pass's, but beside adapters."""
 
 
-def work(run: Run, machine: Machine, rates: Rates) -> Work:
+def micro_batch_time(run: Run, machine: Machine, rates: Rates) -> MicroBatchTime:
     """What one micro-batch of `run` takes."""
     layers, ahead = Phase(), Phase()
     for layer, times in kinds_of_layers(run.model):
@@ -149,7 +126,7 @@ def work(run: Run, machine: Machine, rates: Rates) -> Work:
         times * _slow(run, rates) * _products(run, layer, machine, rates, learned=True)
         for layer, times in kinds_of_layers(run.model)
     )
-    return Work(layers, head, sum(ahead), learning)
+    return MicroBatchTime(layers, head, sum(ahead), learning)
 
 
 class _Share(NamedTuple):
@@ -171,7 +148,7 @@ class StepTimes:
 
     def __init__(self, machine: Machine, rates: Rates) -> None:
         self._machine, self._rates = machine, rates
-        self._works: dict[tuple[object, ...], Work] = {}
+        self._micro_batches: dict[tuple[object, ...], MicroBatchTime] = {}
         self._shares: dict[tuple[object, ...], _Share] = {}
         self._traffic: dict[tuple[object, ...], tuple[float, float]] = {}
 
@@ -190,9 +167,9 @@ class StepTimes:
         kind = (run.micro_batch, run.tensor, run.context, run.expert, run.recompute)
         key = (*kind, run.pipeline, run.data)
         if key not in self._shares:
-            if kind not in self._works:
-                self._works[kind] = work(run, self._machine, self._rates)
-            layers, head, *_ = self._works[kind]
+            if kind not in self._micro_batches:
+                self._micro_batches[kind] = micro_batch_time(run, self._machine, self._rates)
+            layers, head, *_ = self._micro_batches[kind]
             busiest = _busiest(run, layers, head)
             parts, longest = busiest.by(run.micro_batches), sum(busiest)
             self._shares[key] = _Share(parts, sum(parts), longest, sum(layers) + sum(head) - longest)
@@ -263,7 +240,7 @@ def _products(run: Run, layer: int, machine: Machine, rates: Rates, learned: boo
     model, own = run.model, run.rows / run.tensor
     rate, memory = rates.product_rate(machine, run.precision), machine.memory * rates.memory
     seconds = moved = 0.0
-    for matrix in matrices(model, layer):
+    for matrix, cut in cut_matrices(model, layer):
         if learned and not matrix.learned:
             continue
         rows, outputs, inputs = run.rows, float(matrix.outputs), float(matrix.inputs)
@@ -275,9 +252,9 @@ def _products(run: Run, layer: int, machine: Machine, rates: Rates, learned: boo
             seconds += 2 * rows * outputs * inputs / (rate * reached)
             moved += rows * (outputs + inputs) + here * outputs * inputs
             continue
-        if matrix.cut == 0:
+        if cut == 0:
             outputs /= run.tensor
-        elif matrix.cut == 1:
+        elif cut == 1:
             inputs /= run.tensor
         else:
             rows = own
@@ -370,12 +347,11 @@ def local_parameters(model: ModelConfig, tensor: int, pipeline: int, expert: int
     """Parameters of one process if nothing else were cut: of all but experts, and of experts."""
     plain = experts = 0.0
     for layer, times in kinds_of_layers(model):
-        for matrix in matrices(model, layer):
-            size = matrix.outputs * matrix.inputs * times
+        for matrix, cut in cut_matrices(model, layer):
             if matrix.experts:
-                experts += size * matrix.experts / expert
+                experts += times * matrix.size / expert
             else:
-                plain += size / (tensor if matrix.cut is not None else 1)
+                plain += times * matrix.size / (tensor if cut is not None else 1)
     ends = model.vocab_size * model.hidden_size / tensor * (1 if pipeline > 1 or model.tied_embeddings else 2)
     return plain / pipeline + ends, experts / pipeline
 

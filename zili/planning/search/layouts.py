@@ -19,9 +19,9 @@ from zili.planning.exact.layer_memory import kept_bytes
 from zili.planning.exact.memory import Bytes, Peaks, with_reduce
 from zili.planning.fitted.machine import Machine
 from zili.planning.fitted.rates import Rates
-from zili.planning.fitted.run import Recompute, Run, Software
 from zili.planning.fitted.step_time import StepTime, StepTimes, local_parameters, step_time
-from zili.planning.search.timeline import played_through, run_of
+from zili.planning.run import Recompute, Run, Software
+from zili.planning.search.timeline import played_through
 from zili.plurals import counted
 
 _MOST_CONTEXT, _MOST_MICRO, _MOST_VIRTUAL, _MOST_TENSOR = 8, 4, 6, 16
@@ -44,16 +44,23 @@ nobody had fitted (docs/planning.md)."""
 class Candidate:
     """A layout, with what it takes."""
 
-    config: RunConfig
-    """The recipe with it."""
-    layout: Layout
+    job: Job
     time: StepTime
     machine: Machine
     """What it runs on."""
 
-    @cached_property
+    @property
+    def config(self) -> RunConfig:
+        """The recipe with it."""
+        return self.job.config
+
+    @property
+    def layout(self) -> Layout:
+        return self.job.layout
+
+    @property
     def run(self) -> Run:
-        return run_of(self.config, self.layout)
+        return self.job.run
 
     @property
     def text(self) -> str:
@@ -66,7 +73,7 @@ class Candidate:
 
     @cached_property
     def _peaks(self) -> Peaks:
-        return Peaks(job_on(self.config, self.layout, self.machine))
+        return Peaks(self.job)
 
     @property
     def memory(self) -> Bytes:
@@ -103,9 +110,9 @@ def predicted(config: RunConfig, world: int, machine: Machine, rates: Rates) -> 
     """
     layout = lay_out(config, world)
     room = float("inf") if machine.capacity is None else usable(machine)
-    config = with_reduce(job_on(config, layout, machine), room).config
-    time = step_time(run_of(config, layout), machine, rates)
-    return Candidate(config, layout, played_through(config, layout, time, machine, rates), machine)
+    job = with_reduce(job_on(config, layout, machine), room)
+    time = step_time(job.run, machine, rates)
+    return Candidate(job, played_through(job, time, machine, rates), machine)
 
 
 @dataclass(frozen=True)
@@ -174,9 +181,7 @@ class _Room:
 
     def played(self, candidate: Candidate) -> Candidate:
         """With the time of its pipeline played through."""
-        layout = candidate.layout
-        time = played_through(candidate.config, layout, candidate.time, self.machine, self.rates)
-        return replace(candidate, time=time)
+        return replace(candidate, time=played_through(candidate.job, candidate.time, self.machine, self.rates))
 
     def may_have(self, option: _Option) -> bool:
         """Whether it may fit: one that shares weights more widely, and is else the same, did not fail to."""
@@ -226,8 +231,7 @@ class _Room:
         run = option.run
         key = (run.tensor, run.context, run.expert, run.micro_batch, run.recompute)
         if key not in self._kept:
-            candidate = option.candidate(self.config, self.machine)
-            self._kept[key] = kept_bytes(job_on(candidate.config, candidate.layout, self.machine))
+            self._kept[key] = kept_bytes(option.candidate(self.config, self.machine).job)
         return self._kept[key]
 
 
@@ -283,7 +287,7 @@ class _Option:
         parallel = ParallelConfig(**sizes, schedule=run.schedule, stages_per_process=stages, reduce=reduce)
         chosen = {"micro_batch": run.micro_batch, "recompute": run.recompute}
         config = config.changed(parallel=parallel, training=chosen)
-        return Candidate(config, layout, self.time, machine)
+        return Candidate(job_on(config, layout, machine), self.time, machine)
 
 
 @lru_cache(maxsize=4096)

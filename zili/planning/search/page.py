@@ -115,7 +115,7 @@ def _timeline(candidate: Candidate, machine: Machine, rates: Rates) -> str:
         return ""
     # As many micro-batches as show every phase; the rest only lengthens the middle.
     count = int(min(run.micro_batches, 3 * run.pipeline))
-    spans = timeline(candidate.config, candidate.layout, machine, rates, count)
+    spans = timeline(candidate.job, machine, rates, count)
     end = makespan(spans)
     busy = sum(span.end - span.start for queue in spans for span in queue) / end / run.pipeline
     rows = "".join(_row(queue, index, end, run.pipeline) for index, queue in enumerate(spans))

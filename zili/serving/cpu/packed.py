@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from zili import torch_private
 from zili.chips.cpu import bf16_units
 from zili.models.attention import Attention
+from zili.models.cache import CacheEntry
 from zili.models.decoder import Block, Decoder
 from zili.models.feed_forward import FeedForward
 from zili.models.layers import Linear
 from zili.serving.cpu.kernels import Kernels
-from zili.serving.generate.slots import SlotEntry
 
 _ROWS = 512
 """Rows of a product that oneDNN lays the blocks out for. They do as well for few, but not those for 1 for many."""
@@ -65,7 +65,7 @@ class PackedBlock(nn.Module):
         super().__init__()
         attention, feed_forward = plain.attention, plain.feed_forward
         assert isinstance(attention, Attention) and isinstance(feed_forward, FeedForward)
-        self._kernels, self._core, self._head_dim = kernels, attention.core, attention.head_dim
+        self._kernels, self._head_dim = kernels, attention.head_dim
         self._heads = attention.query.out_features // attention.head_dim
         norms = (plain.attention_norm, plain.feed_forward_norm)
         self._norms = [(norm.weight.detach().float(), norm.eps) for norm in norms]
@@ -80,7 +80,7 @@ class PackedBlock(nn.Module):
         cos: Tensor,
         sin: Tensor,
         document_ids: Tensor | None,
-        cache_entry: SlotEntry,
+        cache_entry: CacheEntry,
         padding: Tensor | None = None,
     ) -> Tensor:
         """As `Block.forward`; there are no experts here that would have to know of padding."""
@@ -88,7 +88,7 @@ class PackedBlock(nn.Module):
         keys, values = cache_entry.kept
         self._kernels.place(joined, cos, sin, cache_entry.rows, keys, values)
         query = joined.unflatten(-1, (-1, self._head_dim))[:, :, : self._heads]
-        x = self._output.plus(self._core(query, keys, values, document_ids, 0.0).flatten(-2), x)
+        x = self._output.plus(cache_entry.attend_laid(query).flatten(-2), x)
         joined = self._wide(self._kernels.norm(x, *self._norms[1]))
         return self._down.plus(self._kernels.swiglu(joined), x)
 

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from zili.data.tokenizer import Tokenizer
-from zili.serving.generate.generation import DEFAULT_SAMPLING, CausalModel, Sampling, StopReason, generate
+from zili.models.decoder import Decoder
+from zili.serving.generate.generation import DEFAULT_SAMPLING, FinishReason, Sampling, generate
 from zili.serving.generate.text_stream import stream_text
 
 
@@ -19,20 +20,20 @@ class Sample:
     text: str
     temperature: float
     seed: int
-    ended: StopReason
+    ended: FinishReason
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def continue_text(
-    model: CausalModel,
+    model: Decoder,
     tokenizer: Tokenizer,
     prompt: str,
     *,
     max_new_tokens: int,
     sampling: Sampling = DEFAULT_SAMPLING,
-) -> Generator[str, None, StopReason]:
+) -> Generator[str, None, FinishReason]:
     """Stream the text that follows `prompt` at the start of a document, up to a token that ends it.
 
     The prompt stands after the token that a document begins after: BOS, or the end of the one before it in training.
@@ -52,7 +53,7 @@ def continue_text(
 
 
 def sample_text(
-    model: CausalModel,
+    model: Decoder,
     tokenizer: Tokenizer,
     prompt: str,
     *,

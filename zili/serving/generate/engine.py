@@ -1,84 +1,25 @@
 """Many conversations at once with one model: continuous batching (Yu et al. 2022, Orca).
 
-Each step is one forward pass over what every running sequence has next: a token of those that answer, a piece of the
-prompt of those that begin (chunked prefill). Sequences come and go between steps. One that ends leaves its keys in its
-slot; who comes next with the same beginning goes on from there, or from a copy of another's.
+Each step is one forward pass over what every running sequence has next (`Steps`). Sequences come and go between steps.
+One that ends leaves its keys in its slot; who comes next with the same beginning goes on from there, or from a copy of
+another's.
 """
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
-
-import torch
-from torch import Tensor
+from collections.abc import Callable, Sequence
 
 from zili.errors import ConfigError
+from zili.models.cache import served_length
 from zili.models.decoder import Decoder
 from zili.serving.cpu.kernels import compiled
 from zili.serving.cpu.packed import pack
-from zili.serving.generate.generation import DEFAULT_SAMPLING, Sampling, check_known, draw
-from zili.serving.generate.slots import Piece, SlotCache, serve_from, served_length
+from zili.serving.generate.generation import ActiveSequence, Ask, FinishReason, Scores, Steps, Token
 
 _GUIDES_SECONDS = 0.001
 """After which guides that were not ready are asked again."""
-FinishReason = Literal["stop", "length", "context", "cancelled"]
-
-
-class Guide(Protocol):
-    """What one answer may say next."""
-
-    @property
-    def ready(self) -> bool:
-        """Whether `allowed` does not wait: the others' answers go on until it is."""
-
-    def allowed(self, scores: Tensor) -> Tensor:
-        """`scores [V]`, minus infinity where a token may not come. Raises ZiliError, none may."""
-
-    def accept(self, token: int) -> None:
-        """It has come."""
-
-    def close(self) -> None:
-        """The answer has ended."""
-
-
-class Token(NamedTuple):
-    """One token of an answer, or of a prompt whose log-probabilities were asked for."""
-
-    id: int
-    log_probability: float | None
-    """Under the model itself: before temperature and cuts. None where none was asked for, and of a first token."""
-    likeliest: dict[int, float]
-    """The most probable tokens in its place, as many as were asked for."""
-
-
-@dataclass(frozen=True)
-class Ask:
-    """What is to be continued, and how."""
-
-    prompt: Sequence[int]
-    max_new_tokens: int
-    sampling: Sampling = DEFAULT_SAMPLING
-    stop_ids: Collection[int] = ()
-    log_probabilities: int | None = None
-    """Tell each token's, and those of so many likeliest ones."""
-    of_prompt: bool = False
-    """Tell those of the prompt's tokens as well."""
-    bias: dict[int, float] = field(default_factory=dict)
-    """Added to the logits of tokens."""
-    guide: Callable[[], Guide] | None = None
-    """Makes what holds the answer to a form, its end included."""
-    min_new_tokens: int = 0
-    """Before so many no stop token is drawn."""
-
-    @property
-    def greedy(self) -> bool:
-        """Whether each token is the likeliest as the model has it."""
-        return self.sampling.plain and not self.bias and self.guide is None and not self.min_new_tokens
 
 
 class Answer:
@@ -140,24 +81,18 @@ class Answer:
             self._notify()
 
 
-@dataclass
-class _Sequence:
-    answer: Answer
-    slot: int
-    ids: list[int]
-    """Prompt and answer so far."""
-    computed: int
-    """Of these, how many have their keys in the slot."""
-    random: torch.Generator
-    said: int = 0
-    guide: Guide | None = None
-    bias: Tensor | None = None
-    held: tuple[Tensor, float, int] | None = None
-    """What the next token is drawn of, until the guide is ready: `_say_next`'s."""
+class _Sequence(ActiveSequence):
+    """A sequence of the engine's."""
+
+    def __init__(self, answer: Answer, slot: int, computed: int) -> None:
+        super().__init__(answer.ask, slot, computed)
+        self.answer, self.prompt = answer, answer.prompt
+        self.held: Scores | None = None
+        """What the next token is drawn of, until the guide is ready."""
 
 
 class Engine:
-    """Answers what is asked, in a thread of its own. `close`, or leaving its block, ends it."""
+    """Runs many answers at once, in its own thread. `close`, or leaving its `with` block, ends it."""
 
     def __init__(
         self,
@@ -182,13 +117,10 @@ class Engine:
         self.context = served_length(model.config, context or model.config.max_length)
         weight = model.head_weight
         kernels = compiled(model.config, weight.dtype) if weight.device.type == "cpu" else None
-        self._cache = SlotCache(
-            model.config, slots, self.context, dtype=weight.dtype, device=weight.device, kernels=kernels
-        )
-        serve_from(model, self._cache)
+        self._cache = model.new_cache(slots, self.context, kernels=kernels)
         pack(model, kernels)
-        self._vocabulary, self.slots = vocabulary, slots
-        self._tokens_a_step = max(tokens_a_step, slots)
+        self._steps = Steps(model, self._cache, max(tokens_a_step, slots), vocabulary)
+        self.slots = slots
         self._waiting: deque[Answer] = deque()
         self._running: list[_Sequence] = []
         self._kept: dict[int, list[int]] = {slot: [] for slot in range(slots)}
@@ -218,17 +150,9 @@ class Engine:
         """Begin to answer.
 
         Raises:
-            ConfigError: an empty prompt, one that leaves no room in the context or has a token that the model does not
-                know, or settings that cannot be used.
+            ConfigError: as `Ask.check`; or the engine is closed.
         """
-        ask.sampling.checked()
-        check_known(ask.prompt, self.model.config.vocab_size)
-        if not ask.prompt:
-            raise ConfigError("generation needs at least one token to start from; give the end-of-text token")
-        if len(ask.prompt) >= self.context + (ask.max_new_tokens == 0):
-            raise ConfigError(
-                f"the prompt has {len(ask.prompt)} tokens and the context holds {self.context}, answer included"
-            )
+        ask.check(self.model.config.vocab_size, self.context)
         answer = Answer(ask, notify)
         with self._work:
             if self._closed:
@@ -263,40 +187,16 @@ class Engine:
                     sequence.answer._say(error=error)
                 self._running.clear()
 
-    @torch.no_grad()
     def _step(self) -> None:
         self._drop_cancelled()
         self._admit()
         self._say_held()
-        pieces, sequences = [], []
-        left = self._tokens_a_step
-        # Who answers goes first; prompts share what is left of the step, the oldest first.
-        for sequence in sorted(self._running, key=lambda one: len(one.ids) - one.computed > 1):
-            ids = sequence.ids[sequence.computed : sequence.computed + left]
-            if ids:
-                pieces.append(Piece(sequence.slot, sequence.computed, ids))
-                sequences.append(sequence)
-                left -= len(ids)
-        if not pieces:
-            if self._running:  # all wait for their guides
-                with self._work:
-                    self._work.wait(_GUIDES_SECONDS)
-            return
-        row, last = self._cache.lay(pieces)
-        hidden = self.model.hidden_states(row, cache=self._cache)[0]  # type: ignore[arg-type]
-        speaking = []
-        for piece, sequence, place in zip(pieces, sequences, last, strict=True):
-            sequence.computed = piece.end
-            if sequence.answer.ask.of_prompt and not sequence.said:
-                self._tell_prompt(sequence, piece, hidden[place + 1 - len(piece.ids) : place + 1])
-            if sequence.computed == len(sequence.ids):
-                speaking.append((sequence, place))
-        if speaking:
-            places = torch.tensor([place for _, place in speaking], device=hidden.device)
-            logits = self.model.logits(hidden[places])[:, : self._vocabulary].cpu()
-            best, likeliest = logits.max(-1)  # of all at once: a pass for each takes longer than some layers
-            for number, (sequence, _) in enumerate(speaking):
-                self._say_next(sequence, logits[number], float(best[number]), int(likeliest[number]))
+        going = [one for one in self._running if one.computed < len(one.ids)]
+        for sequence, scores in self._steps.step(going):
+            self._say_next(sequence, scores)
+        if self._running and not going:  # all wait for their guides
+            with self._work:
+                self._work.wait(_GUIDES_SECONDS)
 
     def _drop_cancelled(self) -> None:
         for answer in [answer for answer in self._waiting if answer.cancelled]:
@@ -318,9 +218,8 @@ class Engine:
             others = [(_common(one.ids[: one.computed], prompt, limit), one.slot) for one in self._running]
             longest, other = max(others, default=(0, 0))
             del self._kept[slot]
-            random = torch.Generator().manual_seed(answer.ask.sampling.seed)
             # Among those that run before anything can fail, so that it hears of it.
-            self._running.append(sequence := _Sequence(answer, slot, prompt, found, random))
+            self._running.append(sequence := _Sequence(answer, slot, found))
             try:
                 sequence.guide = answer.ask.guide() if answer.ask.guide else None
             except Exception as error:
@@ -335,68 +234,22 @@ class Engine:
         for sequence in [one for one in self._running if one.held is not None]:
             held, sequence.held = sequence.held, None
             if held is not None:
-                self._say_next(sequence, *held)
+                self._say_next(sequence, held)
 
-    def _tell_prompt(self, sequence: _Sequence, piece: Piece, hidden: Tensor) -> None:
-        """Log-probabilities of the tokens after those of `piece`, as far as they are the prompt's."""
-        prompt, answer = sequence.answer.ask.prompt, sequence.answer
-        if piece.start == 0:
-            answer.prompt.append(Token(prompt[0], None, {}))
-        following = prompt[piece.start + 1 : piece.end + 1]
-        if following:
-            logits = self.model.logits(hidden[: len(following)])[:, : self._vocabulary].cpu()
-            answer.prompt += [self._token(answer.ask, id_, row) for id_, row in zip(following, logits, strict=True)]
-
-    def _say_next(self, sequence: _Sequence, logits: Tensor, highest: float, likeliest: int) -> None:
-        ask, answer = sequence.answer.ask, sequence.answer
-        if sequence.said >= ask.max_new_tokens:  # of 0
-            self._finish(sequence, "length")
-            return
-        if sequence.guide is not None and not sequence.guide.ready:
-            sequence.held = logits, highest, likeliest
+    def _say_next(self, sequence: _Sequence, scores: Scores) -> None:
+        wants = sequence.said < sequence.ask.max_new_tokens
+        if wants and sequence.guide is not None and not sequence.guide.ready:
+            sequence.held = scores
             return
         try:
-            plainly = ask.greedy and math.isfinite(highest)
-            token = likeliest if plainly else self._draw(sequence, logits)
-            told = None if token in ask.stop_ids else self._token(ask, token, logits)
+            token = sequence.say(scores, self.context)
         except Exception as error:  # whatever it is, it is this sequence's alone
             self._fail(sequence, error)
             return
-        if told is None:
-            self._finish(sequence, "stop")
-            return
-        sequence.ids.append(token)
-        sequence.said += 1
-        answer._say(told)
-        if sequence.said >= ask.max_new_tokens:
-            self._finish(sequence, "length")
-        elif len(sequence.ids) >= self.context:
-            self._finish(sequence, "context")
-
-    @staticmethod
-    def _draw(sequence: _Sequence, logits: Tensor) -> int:
-        ask, guide = sequence.answer.ask, sequence.guide
-        if ask.bias and sequence.bias is None:
-            sequence.bias = _bias(ask, len(logits))
-        scores = logits if sequence.bias is None else logits + sequence.bias
-        if sequence.said < ask.min_new_tokens:
-            early = torch.tensor([id_ for id_ in ask.stop_ids if id_ < len(scores)], dtype=torch.int64)
-            scores = scores.index_fill(0, early, -math.inf)
-        if guide is not None:
-            scores = guide.allowed(scores)
-        token = draw(scores, sequence.ids, ask.sampling, sequence.random, prompt=len(ask.prompt))
-        if guide is not None and token not in ask.stop_ids:
-            guide.accept(token)
-        return token
-
-    @staticmethod
-    def _token(ask: Ask, token: int, logits: Tensor) -> Token:
-        if ask.log_probabilities is None:
-            return Token(token, None, {})
-        probabilities = logits.log_softmax(-1)
-        top = probabilities.topk(min(ask.log_probabilities, len(probabilities)))
-        likeliest = dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-        return Token(token, float(probabilities[token]), likeliest)
+        if token is not None:
+            sequence.answer._say(token)
+        if sequence.finished is not None:
+            self._finish(sequence, sequence.finished)
 
     def _fail(self, sequence: _Sequence, error: Exception) -> None:
         self._running.remove(sequence)
@@ -412,14 +265,6 @@ class Engine:
         self._kept[sequence.slot] = sequence.ids[: sequence.computed] if keep else []
         if sequence.guide is not None:
             sequence.guide.close()
-
-
-def _bias(ask: Ask, vocabulary: int) -> Tensor | None:
-    """`[V]`, what is added to the logits; made once, since a client may name every token there is."""
-    ids = [id_ for id_ in ask.bias if id_ < vocabulary]
-    if not ids:
-        return None
-    return torch.zeros(vocabulary).index_add(0, torch.tensor(ids), torch.tensor([ask.bias[id_] for id_ in ids]))
 
 
 def _common(kept: Sequence[int], prompt: Sequence[int], limit: int) -> int:

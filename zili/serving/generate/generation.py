@@ -1,4 +1,7 @@
-"""Token by token generation with a key/value cache.
+"""Token by token generation: what is asked, how a token is drawn, and the step that `generate` and the engine take.
+
+A step is one forward pass over what every sequence has next: a token of those that answer, a piece of the prompt of
+those that begin (chunked prefill). `generate` takes it with one sequence, `Engine` with many.
 
 One rule for the context: prompt and answer together hold at most the model's `max_length` tokens. A prompt
 that leaves no room is refused, and generation ends when the room is used up; nothing is dropped silently.
@@ -7,34 +10,26 @@ that leaves no room is refused, and generation ends when the room is used up; no
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Generator, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, Self
+from collections.abc import Callable, Collection, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from zili.errors import CheckpointError, ConfigError
+from zili.models.cache import KeyValueCache, Piece
+from zili.models.decoder import Decoder
 
 _COLDEST = 1e-5
 """Temperatures below are 0: logits divided by them would not be numbers."""
 _MOSTLY = 512
 """Tokens that nearly always have all the mass of a nucleus."""
 PREFILL_CHUNK = 512
-"""Prompt tokens a forward pass: a whole long prompt's logits over a large vocabulary would take gigabytes."""
+"""Prompt tokens a forward pass: a whole long prompt's hidden states would take gigabytes."""
 
-StopReason = Literal["stop", "length", "context"]
-"""A stop token, `max_new_tokens`, or a full context."""
-
-
-class CausalModel(Protocol):
-    """What generation asks of a model; `zili.load` gives it."""
-
-    @property
-    def config(self) -> Any: ...
-    def parameters(self) -> Iterator[Tensor]: ...
-    def new_cache(self, batch: int, max_length: int) -> Any: ...
-    def __call__(self, input_ids: Tensor, *, cache: Any) -> Tensor: ...
+FinishReason = Literal["stop", "length", "context", "cancelled"]
+"""A stop token, `max_new_tokens`, a full context, or nobody waits for it any more."""
 
 
 @dataclass(frozen=True)
@@ -82,15 +77,80 @@ class Sampling:
 DEFAULT_SAMPLING = Sampling()
 
 
+class Guide(Protocol):
+    """What one answer may say next."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether `allowed` does not wait: the others' answers go on until it is."""
+
+    def allowed(self, scores: Tensor) -> Tensor:
+        """`scores [V]`, minus infinity where a token may not come. Raises ZiliError, none may."""
+
+    def accept(self, token: int) -> None:
+        """It has come."""
+
+    def close(self) -> None:
+        """The answer has ended."""
+
+
+class Token(NamedTuple):
+    """One token of an answer, or of a prompt whose log-probabilities were asked for."""
+
+    id: int
+    log_probability: float | None
+    """Under the model itself: before temperature and cuts. None where none was asked for, and of a first token."""
+    likeliest: dict[int, float]
+    """The most probable tokens in its place, as many as were asked for."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is to be continued, and how."""
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    sampling: Sampling = DEFAULT_SAMPLING
+    stop_ids: Collection[int] = ()
+    log_probabilities: int | None = None
+    """Tell each token's, and those of so many likeliest ones."""
+    of_prompt: bool = False
+    """Tell those of the prompt's tokens as well."""
+    bias: dict[int, float] = field(default_factory=dict)
+    """Added to the logits of tokens."""
+    guide: Callable[[], Guide] | None = None
+    """Makes what holds the answer to a form, its end included."""
+    min_new_tokens: int = 0
+    """Before so many no stop token is drawn."""
+
+    @property
+    def greedy(self) -> bool:
+        """Whether each token is the likeliest as the model has it."""
+        return self.sampling.plain and not self.bias and self.guide is None and not self.min_new_tokens
+
+    def check(self, vocabulary: int, context: int) -> None:
+        """Raises: ConfigError, it cannot be answered by a model that knows `vocabulary` tokens, in this context."""
+        self.sampling.checked()
+        if not self.prompt:
+            raise ConfigError("generation needs at least one token to start from; give the end-of-text token")
+        if (beyond := max(self.prompt)) >= vocabulary:  # the tokenizer may have tokens that have no weights
+            raise ConfigError(f"token {beyond} is not the model's: it knows {vocabulary}")
+        if (excess := len(self.prompt) - context + (self.max_new_tokens > 0)) > 0:
+            raise ConfigError(
+                f"the prompt has {len(self.prompt)} tokens and the context holds {context}, answer included; "
+                f"shorten the prompt by {excess} tokens or more"
+            )
+
+
 def generate(
-    model: CausalModel,
+    model: Decoder,
     prompt_ids: Sequence[int],
     *,
     max_new_tokens: int,
     sampling: Sampling = DEFAULT_SAMPLING,
     stop_ids: Collection[int] = (),
     vocabulary: int | None = None,
-) -> Generator[int, None, StopReason]:
+) -> Generator[int, None, FinishReason]:
     """Yield token ids that continue `prompt_ids`, one by one, and return why it ended.
 
     Args:
@@ -102,64 +162,178 @@ def generate(
             the model does not know.
         CheckpointError: the model's logits are not numbers.
     """
-    room = room_for_answer(model, len(prompt_ids))
-    check_known(prompt_ids, int(model.config.vocab_size))
-    tokens = _tokens(model, prompt_ids, min(max_new_tokens, room), sampling.checked(), vocabulary)
-    return _until_stop(tokens, stop_ids, "length" if max_new_tokens <= room else "context")
+    ask = Ask(prompt_ids, max_new_tokens, sampling, stop_ids)
+    ask.check(model.config.vocab_size, model.config.max_length)
+    return _alone(model, ask, vocabulary)
 
 
-def check_known(ids: Sequence[int], vocabulary: int) -> None:
-    """Raises: ConfigError, an id has no weights in the model: its tokenizer may have tokens beyond."""
-    beyond = max(ids, default=0)
-    if beyond >= vocabulary:
-        raise ConfigError(f"token {beyond} is not the model's: it knows {vocabulary}")
+def _alone(model: Decoder, ask: Ask, vocabulary: int | None) -> Generator[int, None, FinishReason]:
+    """One sequence, step by step, in a cache of its own."""
+    context = model.config.max_length
+    cache = model.new_cache(1, min(context, len(ask.prompt) + ask.max_new_tokens))
+    steps, sequence = Steps(model, cache, PREFILL_CHUNK, vocabulary), ActiveSequence(ask)
+    while sequence.finished is None:
+        for _, scores in steps.step([sequence]):
+            if (token := sequence.say(scores, context)) is not None:
+                yield token.id
+    return sequence.finished
 
 
-def room_for_answer(model: CausalModel, prompt_tokens: int) -> int:
-    """Tokens left in the context after a prompt of so many; ConfigError if there are none."""
-    limit = int(model.config.max_length)
-    if prompt_tokens < 1:
-        raise ConfigError("generation needs at least one token to start from; give the end-of-text token")
-    if prompt_tokens >= limit:
-        raise ConfigError(
-            f"the prompt has {prompt_tokens} tokens and the model's context holds {limit}, answer included; "
-            f"shorten the prompt by {prompt_tokens - limit + 1} tokens or more"
-        )
-    return limit - prompt_tokens
+# ---- a step
 
 
-def _until_stop(
-    tokens: Iterator[int], stop_ids: Collection[int], otherwise: StopReason
-) -> Generator[int, None, StopReason]:
-    for token in tokens:
-        if token in stop_ids:
-            return "stop"
-        yield token
-    return otherwise
+class Scores(NamedTuple):
+    """What a sequence's next token is drawn of."""
+
+    logits: Tensor
+    """`[V]` fp32, on the CPU."""
+    highest: float
+    likeliest: int
 
 
-def _tokens(
-    model: CausalModel, prompt_ids: Sequence[int], count: int, sampling: Sampling, vocabulary: int | None
-) -> Iterator[int]:
-    random = torch.Generator().manual_seed(sampling.seed)
-    cache = model.new_cache(1, len(prompt_ids) + count)
-    seen = list(prompt_ids)
-    fresh: Sequence[int] = prompt_ids
-    for _ in range(count):
-        token = draw(_last_logits(model, fresh, cache)[:vocabulary], seen, sampling, random, prompt=len(prompt_ids))
-        yield token
-        seen.append(token)
-        fresh = [token]
+class ActiveSequence:
+    """One sequence: its tokens, how many of them are computed, and how its next token is drawn."""
+
+    def __init__(self, ask: Ask, slot: int = 0, computed: int = 0) -> None:
+        """`slot`: its place in the cache, which has the keys of its first `computed` tokens."""
+        self.ask, self.slot, self.computed = ask, slot, computed
+        self.ids = list(ask.prompt)
+        """Prompt and answer so far."""
+        self.prompt: list[Token] = []
+        """The prompt's tokens, where their log-probabilities are asked for."""
+        self.guide: Guide | None = None
+        self.finished: FinishReason | None = None
+        self._random = torch.Generator().manual_seed(ask.sampling.seed)
+        self._bias: Tensor | None = None
+
+    @property
+    def said(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.ids) - len(self.ask.prompt)
+
+    def say(self, scores: Scores, context: int) -> Token | None:
+        """Draw the next token and append it; None: the answer has ended before it. `finished` is set with the last.
+
+        Raises: CheckpointError, the logits are not numbers; ZiliError, the guide allows none.
+        """
+        ask = self.ask
+        if self.said >= ask.max_new_tokens:  # of 0
+            self.finished = "length"
+            return None
+        plainly = ask.greedy and math.isfinite(scores.highest)
+        id_ = scores.likeliest if plainly else self._draw(scores.logits)
+        if id_ in ask.stop_ids:
+            self.finished = "stop"
+            return None
+        token = _token(ask, id_, scores.logits)
+        self.ids.append(id_)
+        if self.said >= ask.max_new_tokens:
+            self.finished = "length"
+        elif len(self.ids) >= context:
+            self.finished = "context"
+        return token
+
+    def _draw(self, logits: Tensor) -> int:
+        ask, guide = self.ask, self.guide
+        if ask.bias and self._bias is None:
+            self._bias = _bias(ask, len(logits))
+        scores = logits if self._bias is None else logits + self._bias
+        if self.said < ask.min_new_tokens:
+            early = torch.tensor([id_ for id_ in ask.stop_ids if id_ < len(scores)], dtype=torch.int64)
+            scores = scores.index_fill(0, early, -math.inf)
+        if guide is not None:
+            scores = guide.allowed(scores)
+        token = draw(scores, self.ids, ask.sampling, self._random, prompt=len(ask.prompt))
+        if guide is not None and token not in ask.stop_ids:
+            guide.accept(token)
+        return token
 
 
-@torch.no_grad()
-def _last_logits(model: CausalModel, ids: Sequence[int], cache: Any) -> Tensor:
-    """Logits `[V]` fp32 on the CPU after feeding `ids`, in pieces, to the cache."""
-    device = next(model.parameters()).device
-    logits = torch.empty(0)
-    for piece in torch.tensor([list(ids)], dtype=torch.int64, device=device).split(PREFILL_CHUNK, dim=1):
-        logits = model(piece, cache=cache)[0, -1]
-    return logits.float().cpu()
+T = TypeVar("T", bound=ActiveSequence)
+
+
+class Steps:
+    """Forward passes of a model over what sequences have next, in the slots of a cache."""
+
+    def __init__(self, model: Decoder, cache: KeyValueCache, tokens_a_step: int, vocabulary: int | None = None) -> None:
+        """`tokens_a_step`: of a pass at most. `vocabulary`: tokens that may be drawn, the first so many; None: all."""
+        self._model, self._cache = model, cache
+        self._tokens_a_step, self._vocabulary = tokens_a_step, vocabulary
+
+    @torch.no_grad()
+    def step(self, sequences: Sequence[T]) -> list[tuple[T, Scores]]:
+        """One pass; the sequences whose next token can be drawn now, in their order. Empty: none has anything next.
+
+        A cache whose keys change with the length of a sequence (`KeyValueCache.stretches`) takes one at a time.
+        """
+        assert len(sequences) <= 1 or not self._cache.stretches
+        pieces = self._pieces(sequences)
+        if not pieces:
+            return []
+        row, last = self._cache.lay([piece for _, piece in pieces], max(len(sequence.ids) for sequence, _ in pieces))
+        hidden = self._model.hidden_states(row, cache=self._cache)[0]
+        speaking = []
+        for (sequence, piece), place in zip(pieces, last, strict=True):
+            sequence.computed = piece.end
+            if sequence.ask.of_prompt and not sequence.said:
+                self._tell_prompt(sequence, piece, hidden[place + 1 - len(piece.ids) : place + 1])
+            if sequence.computed == len(sequence.ids):
+                speaking.append((sequence, place))
+        return self._scored(speaking, hidden)
+
+    def _pieces(self, sequences: Sequence[T]) -> list[tuple[T, Piece]]:
+        """Who answers goes first; prompts share what is left of the step, the oldest first."""
+        pieces, left = [], self._tokens_a_step
+        for sequence in sequences:
+            if not self._cache.holds(sequence.slot, len(sequence.ids)):
+                sequence.computed = 0
+        for sequence in sorted(sequences, key=lambda one: len(one.ids) - one.computed > 1):
+            if ids := sequence.ids[sequence.computed : sequence.computed + left]:
+                pieces.append((sequence, Piece(sequence.slot, sequence.computed, ids)))
+                left -= len(ids)
+        return pieces
+
+    def _scored(self, speaking: list[tuple[T, int]], hidden: Tensor) -> list[tuple[T, Scores]]:
+        if not speaking:
+            return []
+        places = torch.tensor([place for _, place in speaking], device=hidden.device)
+        logits = self._logits(hidden[places])
+        best, likeliest = logits.max(-1)  # of all at once: a pass for each takes longer than some layers
+        each = zip(speaking, logits, best.tolist(), likeliest.tolist(), strict=True)
+        return [(sequence, Scores(*scores)) for (sequence, _), *scores in each]
+
+    def _tell_prompt(self, sequence: ActiveSequence, piece: Piece, hidden: Tensor) -> None:
+        """Log-probabilities of the tokens after those of `piece`, as far as they are the prompt's."""
+        prompt = sequence.ask.prompt
+        if piece.start == 0:
+            sequence.prompt.append(Token(prompt[0], None, {}))
+        following = prompt[piece.start + 1 : piece.end + 1]
+        if following:
+            logits = self._logits(hidden[: len(following)])
+            sequence.prompt += [_token(sequence.ask, id_, row) for id_, row in zip(following, logits, strict=True)]
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self._model.logits(hidden)[:, : self._vocabulary].cpu()
+
+
+def _token(ask: Ask, token: int, logits: Tensor) -> Token:
+    if ask.log_probabilities is None:
+        return Token(token, None, {})
+    probabilities = logits.log_softmax(-1)
+    top = probabilities.topk(min(ask.log_probabilities, len(probabilities)))
+    likeliest = dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+    return Token(token, float(probabilities[token]), likeliest)
+
+
+def _bias(ask: Ask, vocabulary: int) -> Tensor | None:
+    """`[V]`, what is added to the logits; made once, since a client may name every token there is."""
+    ids = [id_ for id_ in ask.bias if id_ < vocabulary]
+    if not ids:
+        return None
+    return torch.zeros(vocabulary).index_add(0, torch.tensor(ids), torch.tensor([ask.bias[id_] for id_ in ids]))
+
+
+# ---- drawing
 
 
 def draw(logits: Tensor, seen: Sequence[int], sampling: Sampling, random: torch.Generator, *, prompt: int = 0) -> int:

@@ -9,10 +9,10 @@ import torch
 from zili.chips.host_memory import available_bytes
 from zili.config.model import ModelConfig
 from zili.errors import ConfigError
-from zili.serving.generate.slots import bytes_a_token, served_length
+from zili.models.cache import bytes_a_token, served_length
 
 _SHARE = 0.8
-"""Of free memory; the rest is for products, prompts and whoever else is there."""
+"""Share of free memory; the rest is for products, prompts and other programs."""
 
 
 @dataclass(frozen=True)

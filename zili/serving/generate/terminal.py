@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from zili.errors import ZiliError
+from zili.models.decoder import Decoder
 from zili.serving.generate.conversation import Conversation
-from zili.serving.generate.generation import DEFAULT_SAMPLING, CausalModel, Sampling, generate
+from zili.serving.generate.generation import DEFAULT_SAMPLING, Sampling, generate
 from zili.serving.generate.text_stream import AnswerText, visible
 
 HELP = """/reset  forget the conversation and start anew
@@ -25,7 +26,7 @@ class Chat:
     `write` gets the answer's pieces; `note` gets whole lines about the conversation itself.
     """
 
-    model: CausalModel
+    model: Decoder
     conversation: Conversation
     write: Callable[[str], None]
     note: Callable[[str], None]

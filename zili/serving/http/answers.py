@@ -17,7 +17,8 @@ from fastapi import Request
 from zili.data.reply import Parts, Reply
 from zili.data.tokenizer import Tokenizer
 from zili.errors import ConfigError
-from zili.serving.generate.engine import Ask, Engine, Guide, Token
+from zili.serving.generate.engine import Engine
+from zili.serving.generate.generation import Ask, Guide, Token
 from zili.serving.generate.text_stream import AnswerText
 from zili.serving.http.gate import Budget, Limits, too_much
 from zili.serving.http.keys import Holder, TooMuch
@@ -243,7 +244,7 @@ class Beginner:
             raise busy(f"{most:,} log-probabilities are kept at once, and others have asked for most of them")
 
     def _most_told(self, asked: Asked, prompt: list[int]) -> int:
-        """Tokens of which log-probabilities are told."""
+        """Tokens for which log-probabilities are returned."""
         room = self._engine.context - len(prompt)
         answer = room if asked.longest is None else min(room, asked.longest)
         return answer + (len(prompt) if asked.echoed else 0)

@@ -1,4 +1,4 @@
-"""What a callback is: one concern of a run, told of its events."""
+"""A callback: one concern of a run, called at its events."""
 
 from __future__ import annotations
 
