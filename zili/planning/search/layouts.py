@@ -86,7 +86,7 @@ class Candidate:
 
     @property
     def fits(self) -> bool:
-        """Whether it does, beside what the chip's runtime takes."""
+        """Whether it fits, beside what the chip's runtime takes."""
         return self._peaks.within(float("inf") if self.machine.capacity is None else usable(self.machine))
 
 
@@ -117,7 +117,7 @@ def predicted(config: RunConfig, world: int, machine: Machine, rates: Rates) -> 
 
 @dataclass(frozen=True)
 class Loss:
-    """Why the best layout with some choice is not the best of all."""
+    """Why the best layout with one choice is slower than the best of all, or does not fit."""
 
     choice: str
     why: str
@@ -410,7 +410,7 @@ def _nearest(config: RunConfig, world: int, machine: Machine) -> str:
 
 
 def _simplest(ranked: Sequence[Candidate], options: Sequence[_Option], room: _Room) -> Candidate | None:
-    """Of the layouts that are as fast as the first of `ranked`, the simplest that fits, and of these the fastest."""
+    """The simplest layout that fits and is as fast as the first of `ranked`; of equally simple ones the fastest."""
     if not ranked:
         return None
     limit = (1 + TIE) * ranked[0].time.total
