@@ -183,21 +183,21 @@ def measured(config: RunConfig, world: int) -> list[tuple[float, float, float]]:
 def _process(rank: int, world: int, port: int, config: RunConfig, results: Any) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0", LOCAL_WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-    from zili.cli.launch import prepare_launch
+    from zili.runs.opening import open_run
 
-    launch = prepare_launch(config)
+    opened = open_run(config)
     from zili.parallel.world import leave
     from zili.training.trainer import Trainer
 
     watch = _watch_class()()
     with watch:
-        trainer = Trainer(launch.setup.config, launch.loader, launch.setup.device, (), launch.setup.world)
+        trainer = Trainer(opened.setup.config, opened.loader, opened.setup.device, (), opened.setup.world)
         trainer.parallel.train()
-        rows = launch.setup.world.rows(config.training.global_batch)
-        trainer.train_step(launch.loader.batch(0, rows))  # makes the optimizer's state
+        rows = opened.setup.world.rows(config.training.global_batch)
+        trainer.train_step(opened.loader.batch(0, rows))  # makes the optimizer's state
         state = watch.live()
         watch.begin()
-        trainer.train_step(launch.loader.batch(1, rows))
+        trainer.train_step(opened.loader.batch(1, rows))
     results.put((state, watch.peak, watch.sent))
     leave()
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from zili.cli.launch import Launch, prepare_launch
 from zili.config import RunConfig, build_config
+from zili.runs.opening import OpenedRun, open_run
 
 WARM_UP, TIMED = 2, 5
 FORM = re.compile(r"(\d+)x(\d+)-(\d+)x(\d+):(adamw|muon):([\d.e-]+)")
@@ -63,43 +63,43 @@ def _recipe(candidate: str, data: Path, steps: int) -> RunConfig:
 
 
 def _row(candidate: str, data: Path, seconds: float) -> str:
-    launch = prepare_launch(_recipe(candidate, data, 1000))  # activates the CPU before torch is imported
+    opened = open_run(_recipe(candidate, data, 1000))  # activates the CPU before torch is imported
 
     from zili.data.store import TokenStore
     from zili.evaluation.bits_per_byte import score_token_ids, stored_documents
     from zili.models.arithmetic import count_parameters
     from zili.training.trainer import Trainer
 
-    steps = int(seconds / _step_seconds(launch))
-    launch = prepare_launch(_recipe(candidate, data, steps))
-    trainer = Trainer(launch.setup.config, launch.loader, launch.setup.device)
+    steps = int(seconds / _step_seconds(opened))
+    opened = open_run(_recipe(candidate, data, steps))
+    trainer = Trainer(opened.setup.config, opened.loader, opened.setup.device)
     trainer.model.train()
     for step in range(steps):
-        trainer.train_step(launch.loader.batch(step))
+        trainer.train_step(opened.loader.batch(step))
     with trainer.uncompiled():
         score = score_token_ids(
             trainer.model,
-            stored_documents(TokenStore.open(data / "held_out"), launch.tokenizer),
-            start_token=launch.tokenizer.end_id,
-            sequence_length=launch.recipe.training.sequence_length,
+            stored_documents(TokenStore.open(data / "held_out"), opened.tokenizer),
+            start_token=opened.tokenizer.end_id,
+            sequence_length=opened.recipe.training.sequence_length,
             batch_size=16,
         )
     shape, optimizer, rate = candidate.split(":")
-    size = count_parameters(launch.recipe.model).total / 1e6
+    size = count_parameters(opened.recipe.model).total / 1e6
     return (
         f"| {shape} | {optimizer}, {rate} | {size:.1f} M | {steps} | {trainer.tokens:,} | {score.bits_per_byte:.3f} |"
     )
 
 
-def _step_seconds(launch: Launch) -> float:
+def _step_seconds(opened: OpenedRun) -> float:
     """Median of a few steps, compiled and warm, of a model that is thrown away."""
     from zili.training.trainer import Trainer
 
-    trainer, taken = Trainer(launch.setup.config, launch.loader, launch.setup.device), []
+    trainer, taken = Trainer(opened.setup.config, opened.loader, opened.setup.device), []
     trainer.model.train()
     for step in range(WARM_UP + TIMED):
         started = time.perf_counter()
-        trainer.train_step(launch.loader.batch(step))
+        trainer.train_step(opened.loader.batch(step))
         taken.append(time.perf_counter() - started)
     return median(taken[WARM_UP:])
 

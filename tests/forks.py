@@ -15,7 +15,14 @@ from typing import Any
 from zili.chips import find_backend
 
 _PRELOADED = [
-    *("zili.rehearsal", "zili.cli.launch", "zili.release", "zili.cli.app", "zili.planning", "torch.utils.tensorboard"),
+    *(
+        "zili.rehearsal",
+        "zili.runs.running",
+        "zili.release",
+        "zili.cli.app",
+        "zili.planning",
+        "torch.utils.tensorboard",
+    ),
     *(
         "pytest",
         "hypothesis",

@@ -19,6 +19,7 @@ from typer.main import get_command
 
 from zili.chips.catalog import catalog
 from zili.cli.app import app
+from zili.cli.app import command as load_command
 from zili.config import RunConfig
 from zili.config.fields import fields_at
 
@@ -130,7 +131,8 @@ def command_of(words: list[str]) -> tuple[Any, list[str]]:
     command = all_commands()
     while words and hasattr(command, "commands"):
         assert words[0] in command.commands, f"there is no command {words[0]}"
-        command, words = command.commands[words[0]], words[1:]
+        command = load_command(words[0]) if command is all_commands() else command.commands[words[0]]
+        words = words[1:]
     return command, words
 
 

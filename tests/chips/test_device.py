@@ -126,7 +126,7 @@ activate(find_backend("cpu"))
 def test_a_registered_device_opens_by_its_record_alone(install, name, device, plugin, other):
     site = install(plugin, PLUGIN.format(device=device), version=torch.__version__.split("+")[0])
     if name == "acme":
-        install("acme", RECORD, entry_points="[zili.backends]\nacme = acme:BACKEND\n")
+        install("acme", RECORD, entry_points="[zili.chips]\nacme = acme:BACKEND\n")
     code = OPEN.format(name=name, device=device, plugin=plugin, other=other)
     finished = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],

@@ -21,7 +21,7 @@ RECORD = Backend(
 
 
 def entry(name: str, target: str) -> str:
-    return f"[zili.backends]\n{name} = {target}\n"
+    return f"[zili.chips]\n{name} = {target}\n"
 
 
 @pytest.mark.parametrize(

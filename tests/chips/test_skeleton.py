@@ -22,7 +22,7 @@ def test_a_skeleton_is_python_and_toml(tmp_path: Path) -> None:
         if path.suffix == ".py":
             ast.parse(text)
         if path.suffix == ".toml":
-            assert tomllib.loads(text)["project"]["entry-points"]["zili.backends"] == {"acme": "zili_acme:BACKEND"}
+            assert tomllib.loads(text)["project"]["entry-points"]["zili.chips"] == {"acme": "zili_acme:BACKEND"}
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_torchrun_names_a_defect_with_its_traceback(
     def fail(*_: object) -> NoReturn:
         raise KeyError("a defect")
 
-    monkeypatch.setattr("zili.cli.launch.prepare_launch", fail)
+    monkeypatch.setattr("zili.api.open_run", fail)
     outcome = zili("train", recipe_file)
     assert outcome.code == 1 and "KeyError: 'a defect'" in outcome.err
     assert "Traceback (most recent call last)" in (cause := root_cause(error_file, 1)) and "KeyError" in cause
@@ -77,7 +77,7 @@ def test_a_process_that_lost_another_says_so_once_and_is_no_defect(
     def fail(*_: object) -> NoReturn:
         raise loss
 
-    monkeypatch.setattr("zili.cli.launch.prepare_launch", fail)
+    monkeypatch.setattr("zili.api.open_run", fail)
     said = []
     for rank in range(2):
         among_two(rank)
@@ -110,7 +110,7 @@ def test_what_all_agreed_on_is_said_by_the_first_alone(
         error.agreed = True
         raise error
 
-    monkeypatch.setattr("zili.cli.launch.prepare_launch", fail)
+    monkeypatch.setattr("zili.api.open_run", fail)
     said = []
     for rank in range(2):
         among_two(rank)

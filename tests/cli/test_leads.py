@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import typer
 
-from zili.cli.options import count_of, read_recipe
+from zili.cli.options import count_of
 from zili.config import load_recipe
 from zili.errors import ConfigError
+from zili.runs.recipes import read_recipe
 
 
 def said(outcome) -> str:

@@ -15,11 +15,11 @@ import tomli_w
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from zili.cli.options import read_recipe
 from zili.config import ModelConfig
 from zili.errors import ConfigError
 from zili.models.decoder import Decoder
 from zili.release import export_model, import_model, load
+from zili.runs.recipes import read_recipe
 from zili.training.checkpoints import list_checkpoints
 
 # As the tiny recipe's model, in another library's words.
@@ -134,7 +134,7 @@ def test_a_published_model_that_is_unknown_says_why(zili, naming, published: Pat
 def test_torch_is_not_loaded_before_the_chip_is_chosen(naming, published: Path) -> None:
     """The environment of a chip must be set before torch loads its plugin."""
     code = (
-        "import sys; from pathlib import Path; from zili.cli.options import read_recipe\n"
+        "import sys; from pathlib import Path; from zili.runs.recipes import read_recipe\n"
         f"config = read_recipe(Path({str(naming(folder=str(published)))!r}))\n"
         "print(config.model.hidden_size, config.training.start_from, 'torch' in sys.modules)"
     )
@@ -159,7 +159,7 @@ def test_a_package_that_is_missing_is_no_broken_model(
             runpy.run_module(command[2], run_name="__main__")
         return subprocess.CompletedProcess(command, int(str(ended.value.code)), "", capsys.readouterr().err)
 
-    monkeypatch.setattr("zili.cli.options.subprocess.run", apart)
+    monkeypatch.setattr("zili.runs.recipes.subprocess.run", apart)
     monkeypatch.setattr("zili.cli.options.sys", SimpleNamespace(modules={}, executable=sys.executable))
     with pytest.raises(ConfigError, match="pip install"):
         read_recipe(naming(folder=str(file)))

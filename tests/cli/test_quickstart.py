@@ -99,7 +99,7 @@ def _is_used(zili, run: Path, text: Path, published: Path) -> None:
 def test_how_long_a_new_run_is_follows_from_the_minutes_and_stands_in_its_recipe(
     zili, text: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zili.cli.quickstart._SECONDS_AFTER_TRAINING", 27)  # of 30
+    monkeypatch.setattr("zili.runs.quickstart._SECONDS_AFTER_TRAINING", 27)  # of 30
     untold = [word for override in TINY if not override.startswith("training.steps") for word in ("--set", override)]
     outcome = zili("quickstart", "--text", text, "--folder", run, "--minutes", "0.5", *untold)
     assert outcome.code == 0 and "training.steps = as many as fit: --minutes 0.5" in outcome.out, outcome

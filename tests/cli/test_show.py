@@ -87,6 +87,6 @@ def test_train_says_what_it_reads_before_anything_is_opened(
     def stop(config: object) -> None:
         raise ConfigError("far enough")
 
-    monkeypatch.setattr("zili.cli.launch.prepare_launch", stop)
+    monkeypatch.setattr("zili.api.open_run", stop)
     outcome = zili("train", recipe_file, "--set", "training.steps=4000")
     assert outcome.code == 3 and "512,000 tokens in all" in outcome.out and "Above 4 epochs" in outcome.out

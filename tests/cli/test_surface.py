@@ -15,7 +15,7 @@ from rich.console import Console
 
 import zili as package
 from zili.cli import output
-from zili.cli.app import _GROUPS, app
+from zili.cli.app import _GROUPS, app, command
 from zili.cli.options import finite, model_at
 from zili.cli.plan import _days
 from zili.errors import CheckpointError
@@ -102,8 +102,8 @@ def test_no_option_takes_what_is_no_number(zili) -> None:
     group: Any = typer.main.get_command(app)
     options = [
         (name, option)
-        for name, command in group.commands.items()
-        for option in command.params
+        for name in group.commands
+        for option in command(name).params
         if float in (annotation := option.type_descriptor.annotation, *get_args(annotation))
     ]
     assert {"quickstart", "plan", "sample", "chat", "serve", "export", "doctor"} <= {name for name, _ in options}

@@ -123,7 +123,7 @@ def test_ctrl_c_outside_the_loop_ends_with_one_line(zili, recipe_file: Path, mon
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("zili.cli.launch.prepare_launch", interrupted)
+    monkeypatch.setattr("zili.api.open_run", interrupted)
     outcome = zili("train", recipe_file)
     assert outcome.code == 130 and outcome.err == "zili: interrupted; run the same command again to go on\n"
 
@@ -243,7 +243,7 @@ def test_all_checkpoints_damaged(zili, recipe_file: Path, tmp_path: Path) -> Non
 
 
 def test_a_defect_of_ours_exits_with_one_and_a_traceback(recipe_file: Path) -> None:
-    script = "import zili.cli.launch as l, sys\nl.prepare_launch = lambda r: 1 / 0\n"
+    script = "import zili.api as l, sys\nl.open_run = lambda r: 1 / 0\n"
     script += f"sys.argv = ['zili', 'train', {str(recipe_file)!r}]\nimport zili.__main__"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert result.returncode == 1 and "ZeroDivisionError" in result.stderr

@@ -158,13 +158,13 @@ def world_here(size: int) -> World:
 
 def open_trainer(config: RunConfig, callbacks: Sequence[Callback] = (), objective: Objective | None = None) -> Trainer:
     """The trainer of `config` on a process of its world."""
-    from zili.cli.launch import prepare_launch
+    from zili.runs.opening import open_run
 
     with mock.patch("zili.training.setup.chips.activate", _activate):
-        launch = prepare_launch(config)
-    resolved = launch.setup.config
+        opened = open_run(config)
+    resolved = opened.setup.config
     assert resolved.chip.precision != "auto"
-    given = (resolved, launch.loader, launch.setup.device, callbacks, launch.setup.world)
+    given = (resolved, opened.loader, opened.setup.device, callbacks, opened.setup.world)
     trainer = Trainer(*given, objective=objective)
     trainer.matmul_peak = PEAK  # 0.3 s to measure
     return trainer
@@ -172,7 +172,7 @@ def open_trainer(config: RunConfig, callbacks: Sequence[Callback] = (), objectiv
 
 def train(config: RunConfig, stop: int | None = None) -> Curve:
     """Train `config` as a process of its world does, from its newest checkpoint to its end or to step `stop`."""
-    from zili.cli.launch import begin
+    from zili.runs.running import begin
 
     curve = Curve()
     trainer = open_trainer(config, [curve] if stop is None else [curve, Stop(stop)])

@@ -9,9 +9,9 @@ from many import curve_of, on_processes, open_trainer
 from tiny_models import BOUND, Kind, Layout, Row, Runs, slow
 
 import zili
-from zili.cli.launch import begin
 from zili.config import RunConfig
 from zili.errors import ConfigError
+from zili.runs.running import begin
 
 WEIGHT, TEMPERATURE = 0.7, 2.0
 

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from many import files_of, on_processes, open_trainer, world_here
 
 from zili import checksums
-from zili.cli import launch
 from zili.config import RunConfig
 from zili.data import store as store_module
 from zili.data.store import TokenStore
@@ -26,6 +25,7 @@ from zili.errors import CheckpointError, ConfigError, DataError, ZiliError
 from zili.parallel import machines
 from zili.parallel import world as world_module
 from zili.parallel.machines import check_same, check_shared_folder
+from zili.runs import opening
 from zili.training import checkpoints, saving
 
 Recipe = Callable[..., RunConfig]
@@ -165,11 +165,11 @@ def hashed_together(checkpoint: Path, store: Path) -> dict[str, Any]:
         checkpoints.verify(checkpoint, world)
     stores = [TokenStore.open(store)]
     with hashing(store_module, "measure", 0 if world.rank else HASH_SECONDS) as found["store"]:
-        launch._verify(stores, world)
+        opening._verify(stores, world)
     for name, path in {"damaged checkpoint": checkpoint / "shard-3", "damaged store": Path(f"{store}.bin")}.items():
         world.from_first(lambda path=path: flip(path))  # type: ignore[misc]
         check = (
-            (lambda: launch._verify(stores, world))
+            (lambda: opening._verify(stores, world))
             if "store" in name
             else lambda: checkpoints.verify(checkpoint, world)
         )

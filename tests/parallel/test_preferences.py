@@ -12,13 +12,13 @@ from many import curve_of, on_processes, open_trainer
 from pairs import polite_pairs
 from tiny_models import BOUND, Kind, Layout, Row, Runs, slow
 
-from zili.cli.launch import begin
 from zili.config import RunConfig
 from zili.data.packing import DialogueLoader
 from zili.data.tokenizer import Tokenizer
 from zili.errors import CheckpointError
 from zili.models.decoder import Decoder
 from zili.ops import IGNORE_INDEX
+from zili.runs.running import begin
 from zili.training.callbacks import Callback, StepRecord
 from zili.training.reference import REFERENCE_FILE
 from zili.training.trainer import Trainer

@@ -12,10 +12,10 @@ from many import on_processes, open_trainer, train
 from tiny_models import BOUND, STEPS, Kind, Layout, Row, Runs, slow
 
 from zili.chips import find_backend
-from zili.cli.launch import prepare_launch
 from zili.config import RunConfig
 from zili.parallel import layout
 from zili.parallel.collectives import Peers, gather, scatter_sum
+from zili.runs.opening import open_run
 from zili.training.setup import _fallbacks
 
 WHOLE = "chip.capabilities.fsdp2=false"
@@ -47,8 +47,8 @@ def parts_and_lines(config: RunConfig) -> tuple[list[str], list[str]]:
     """Kinds of parameters that this process holds, and what is said about capabilities."""
     trainer = open_trainer(config)
     held = sorted({type(parameter).__name__ for parameter in trainer.parallel.parameters()})
-    launch = prepare_launch(config)
-    return held, [str(choice) for choice in launch.setup.choices if "capabilities" in choice.name]
+    opened = open_run(config)
+    return held, [str(choice) for choice in opened.setup.choices if "capabilities" in choice.name]
 
 
 def test_it_is_said_at_start(runs: Runs) -> None:

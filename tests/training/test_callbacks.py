@@ -19,7 +19,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tiny_run import PEAK, At, Recipe, Recorder, die_after_step, interrupt, run_apart, train
 
 from zili.models.arithmetic import parameter_shapes
-from zili.training.callbacks import Callback, MetricsLog, ProgressDisplay, StepRecord, TensorBoardLog
+from zili.training.callbacks import Callback, MetricsLog, ProgressDisplay, StepRecord
+from zili.training.callbacks.tensorboard import TensorBoardLog
 from zili.training.saving import Saved
 
 
@@ -91,7 +92,7 @@ def board(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_tensorboard_shows_the_recorded_figures(recipe: Recipe) -> None:
-    recorder, log = Recorder(), TensorBoardLog(recipe().folder)
+    recorder, log = Recorder(), TensorBoardLog()
     train(recipe(), recorder, log, At(4, lambda: log.on_evaluation(4, {"bits_per_byte": 1.5})))
     found = board(recipe().folder)
     assert found["eval/bits_per_byte"] == [(4, 1.5)]
@@ -107,14 +108,14 @@ class RunWithBoard:
     def __call__(self, config: Any, step: int) -> None:
         from tiny_run import die
 
-        train(config, TensorBoardLog(config.folder), At(step, die))
+        train(config, TensorBoardLog(), At(step, die))
 
 
 def test_tensorboard_has_no_gap_and_nothing_twice_after_a_kill(recipe: Recipe) -> None:
     config = recipe("training.steps=8", "checkpoint.every=3")
     assert run_apart(RunWithBoard(), config, 5) == -9
     time.sleep(1.1)  # event files are ordered by the second in their names
-    train(config, TensorBoardLog(config.folder))
+    train(config, TensorBoardLog())
     assert [step for step, _ in board(config.folder)["train/loss"]] == list(range(1, 9))
 
 
@@ -254,15 +255,16 @@ def test_a_full_disk_leaves_gaps_in_the_record_and_is_said_once(recipe: Recipe) 
 class AtStep:
     """What TensorBoard's log asks of a trainer."""
 
-    def __init__(self, step: int, config: Any = None) -> None:
+    def __init__(self, step: int, config: Any = None, note: Any = None) -> None:
         self.step = step
         self.config = config
+        self.note = note
 
 
 def test_tensorboard_has_the_settings_of_a_run(recipe: Recipe) -> None:
     """As its own table of hyperparameters reads them."""
     config = recipe("optimizer.learning_rate=0.00125", "schedule.kind=wsd")
-    log: Any = TensorBoardLog(config.folder)
+    log: Any = TensorBoardLog()
     log.on_start(AtStep(0, config))
     log.on_end(AtStep(0, config))
     accumulator = EventAccumulator(str(config.folder / "tensorboard"))
@@ -280,8 +282,8 @@ def test_tensorboard_goes_on_after_a_full_disk(
     recipe: Recipe, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     said = list[str]()
-    log: Any = TensorBoardLog(tmp_path, said.append)
-    log.on_start(AtStep(0, recipe()))
+    log: Any = TensorBoardLog()
+    log.on_start(AtStep(0, recipe(), said.append))
     log.on_evaluation(1, {"loss": 1.0})
     log.on_checkpoint(AtStep(1))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -296,7 +298,7 @@ def test_tensorboard_goes_on_after_a_full_disk(
     log.on_checkpoint(AtStep(4))
     log.on_evaluation(5, {"loss": 2.0})
     log.on_end(AtStep(5))
-    found = board(tmp_path)["eval/loss"]
+    found = board(recipe().folder)["eval/loss"]
     assert found[0] == (1, 1.0) and found[-1] == (5, 2.0)
     assert len(said) == 2 and "cannot be written" in said[0] and "has gaps" in said[1]
     assert "Traceback" not in capfd.readouterr().err

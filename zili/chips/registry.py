@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from dataclasses import dataclass, field
 
 from zili.chips.ascend import ASCEND
@@ -10,9 +9,9 @@ from zili.chips.backend import Backend, nearest
 from zili.chips.cambricon import CAMBRICON
 from zili.chips.cpu import CPU
 from zili.chips.nvidia import NVIDIA
-from zili.errors import ChipError
+from zili.errors import ChipError, ConfigError
+from zili.plugins import CHIPS, installed
 
-ENTRY_POINT_GROUP = "zili.backends"
 _BUILT_IN = (ASCEND, CAMBRICON, NVIDIA, CPU)
 
 
@@ -28,20 +27,17 @@ class Registry:
 def registry() -> Registry:
     """Everything known now. A faulty plugin is refused with its reason, and never hides the others."""
     known = Registry(list(_BUILT_IN[:-1]))
-    for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
-        origin = entry.dist.name if entry.dist else entry.value
+    for plugin in installed(CHIPS):
         try:
-            record = entry.load()
-        except Exception as error:  # a third party's module may raise anything
-            known.refused[entry.name] = (
-                f"backend {entry.name!r} of package {origin} cannot be loaded from {entry.value}: "
-                f"{type(error).__name__}: {error}; repair or uninstall {origin}"
-            )
+            record = plugin.load()
+        except ConfigError as error:
+            known.refused[plugin.name] = str(error)
             continue
         problem = _problem(record, known)
         if problem:
-            name = record.name if isinstance(record, Backend) else entry.name
-            known.refused[name] = f"backend {name!r} of package {origin} is refused: {problem}; uninstall or rename it"
+            name = record.name if isinstance(record, Backend) else plugin.name
+            refusal = f"chip {name!r} of package {plugin.package} is refused: {problem}; uninstall or rename it"
+            known.refused[name] = refusal
         elif record not in known.backends:
             known.backends.append(record)
     known.backends.append(CPU)

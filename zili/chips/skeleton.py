@@ -19,7 +19,7 @@ name = "zili-{name}"
 version = "0.1"
 dependencies = ["zili"]
 
-[project.entry-points."zili.backends"]
+[project.entry-points."zili.chips"]
 {name} = "zili_{name}:BACKEND"
 
 [tool.setuptools]

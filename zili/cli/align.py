@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from zili import chips
-from zili.cli.options import Overrides, Recipe, read_recipe, refuse_unwritable
-from zili.config import RunConfig
+from zili.cli.options import Overrides, Recipe, refuse_unwritable
 from zili.diagnosis.findings import EXIT_CODES, Severity
 from zili.errors import ConfigError, LayoutError
 from zili.parallel.layout import processes
 from zili.plurals import counted
-
-if TYPE_CHECKING:
-    from zili.training.trainer import Trainer
+from zili.runs.recipes import read_recipe
 
 _SHOWN = 12
 
@@ -39,14 +36,14 @@ def align(
     if processes()[1] > 1:
         raise LayoutError("zili align runs in one process; start it without torchrun")
     refuse_unwritable(page)
-    config = read_recipe(recipe, overrides)
+    config = read_recipe(recipe, overrides or ())
     chips.apply_environment(chips.choose(config.chip.name).backend)  # what comes next imports torch
 
     from zili.diagnosis.align import align as compare
     from zili.diagnosis.align import write_page
 
     console = Console()
-    result = compare(config, _trainer, steps)
+    result = compare(config, steps)
     for step, (chip, cpu) in enumerate(result.losses, 1):
         difference = abs(chip - cpu) / abs(cpu)
         console.print(f"step {step}  loss {chip:.6f} on {result.chip}, {cpu:.6f} on the CPU, {difference:.1e} apart")
@@ -70,11 +67,3 @@ def align(
     if more > 0:
         console.print(f"and {more} more" + ("" if page else "; --page FILE lists them"))
     raise typer.Exit(EXIT_CODES[Severity.BROKEN])
-
-
-def _trainer(config: RunConfig) -> Trainer:
-    from zili.cli.launch import prepare_launch
-    from zili.training.trainer import Trainer
-
-    launch = prepare_launch(config)
-    return Trainer(launch.setup.config, launch.loader, launch.setup.device, world=launch.setup.world)

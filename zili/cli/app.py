@@ -5,33 +5,16 @@ from __future__ import annotations
 import platform
 import sys
 from contextlib import suppress
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+from typer.main import get_command
 
 import zili
-from zili.chips import registry
-from zili.cli import (
-    align,
-    chat,
-    chips,
-    config,
-    dialogues,
-    doctor,
-    eval,
-    import_export,
-    plan,
-    quickstart,
-    rehearse,
-    report,
-    sample,
-    serve,
-    train,
-)
-from zili.cli.ending import end_by, leave_the_others, leave_word, place, stay_behind
-from zili.config.explaining import key_of_option
+from zili.cli.ending import INTERRUPTED, end_by, leave_the_others, leave_word, place, stay_behind
 
 _UsageError: Any = typer.BadParameter.__base__
 """click's, which typer brings along under a name of its own."""
@@ -39,14 +22,20 @@ _UsageError: Any = typer.BadParameter.__base__
 
 def _lead_on(error: Any) -> None:
     """Say of an unknown option which key of the recipe it is here."""
-    option, command = getattr(error, "option_name", None), getattr(error.ctx, "command", None)
-    if option is not None and any("--set" in parameter.opts for parameter in getattr(command, "params", ())):
+    option, called = getattr(error, "option_name", None), getattr(error.ctx, "command", None)
+    if option is not None and any("--set" in parameter.opts for parameter in getattr(called, "params", ())):
+        from zili.config.explaining import key_of_option
+
         hint = key_of_option(option)
         error.message += f". Keys of a recipe are set by --set KEY=VALUE; {hint}" if hint else ""
 
 
 class _Commands(TyperGroup):
-    """The commands; typer would end an interrupted one without a word."""
+    """The commands; typer would import all of them at once, and end an interrupted one without a word."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, found, rest = super().resolve_command(ctx, args)
+        return name, found and command(str(name)), rest
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -54,7 +43,7 @@ class _Commands(TyperGroup):
         except KeyboardInterrupt:
             if place()[0] == 0:
                 print("zili: interrupted; run the same command again to go on", file=sys.stderr)
-            raise typer.Exit(train.INTERRUPTED) from None
+            raise typer.Exit(INTERRUPTED) from None
         except _UsageError as error:
             _lead_on(error)
             first = place()[2] == 0
@@ -75,26 +64,69 @@ app = typer.Typer(
     "7 layout, 8 training diverged, 9 and 10 what doctor and align found, 11 another process of the run is gone, 130 "
     "interrupted, or out of time (a run that had begun wrote a checkpoint).",
 )
-_GROUPS: dict[str, dict[str, Any]] = {
-    "Begin here": {"quickstart": quickstart.quickstart},
-    "Train": {"train": train.train, "dialogues": dialogues.dialogues, "report": report.report},
-    "Use a model": {"sample": sample.sample, "chat": chat.chat, "serve": serve.serve, "eval": eval.eval_},
-    "Models in, releases out": {
-        "import": import_export.import_,
-        "export": import_export.export,
-        "verify": import_export.verify,
+_GROUPS = {
+    "Begin here": {
+        "quickstart": (
+            "quickstart:quickstart",
+            "Train, evaluate and sample a small model in minutes.",
+        ),
     },
-    "Before the cluster": {"plan": plan.plan, "rehearse": rehearse.rehearse},
-    "Chips": {"chips": chips.chips, "doctor": doctor.doctor, "align": align.align},
+    "Train": {
+        "train": ("train:train", "Train a recipe, or go on from its newest checkpoint."),
+        "dialogues": ("dialogues:dialogues", "Make the data of fine-tuning from conversations."),
+        "report": ("report:report", "Write a run's report.html, or compare several runs."),
+        "config": ("config:app", "Show what a recipe means, list presets."),
+    },
+    "Use a model": {
+        "sample": ("sample:sample", "Continue a prompt."),
+        "chat": ("chat:chat", "Talk with a model in the terminal."),
+        "serve": ("serve:serve", "Answer over HTTP as OpenAI's API does."),
+        "eval": ("eval:eval_", "Measure bits per byte, answers, or tasks of lm-eval."),
+    },
+    "Models in, releases out": {
+        "import": ("import_export:import_", "Read a published model into a Zili model folder."),
+        "export": ("import_export:export", "Write a model as a release that vLLM, transformers or llama.cpp run."),
+        "verify": ("import_export:verify", "Check a release's files, and what its model says."),
+    },
+    "Before the cluster": {
+        "plan": ("plan:plan", "Search the layouts of a model on chips, and predict what the best takes."),
+        "rehearse": ("rehearse:rehearse", "Run a step as one of many processes, without them and without memory."),
+    },
+    "Chips": {
+        "chips": ("chips:chips", "List the chips that are here, and those that are known."),
+        "doctor": ("doctor:doctor", "Examine a chip: what computes rightly, and how fast."),
+        "align": ("align:align", "Find the first operation of a training step that is wrong on a chip."),
+    },
 }
+"""Where each command is, and what it does in a line. A command is imported when it is called: all of them take half a
+second, and whoever asks for help waits for none."""
+
+
+def _unloaded() -> None:
+    """What stands for a command until it is called."""
+
+
 for _group, _commands in _GROUPS.items():
-    for _name, _command in _commands.items():
-        app.command(name=_name, rich_help_panel=_group)(_command)
-app.add_typer(config.app, name="config", rich_help_panel="Train")
+    for _name, (_, _help) in _commands.items():
+        app.command(name=_name, rich_help_panel=_group, help=_help)(_unloaded)
+
+
+def command(name: str) -> Any:
+    """The command `zili NAME`, or the group of that name."""
+    place, _ = next(commands[name] for commands in _GROUPS.values() if name in commands)
+    module, _, member = place.partition(":")
+    found = getattr(import_module(f"zili.cli.{module}"), member)
+    if not isinstance(found, typer.Typer):
+        alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        alone.command(name=name)(found)
+        found = alone
+    return get_command(found)
 
 
 def _tell_version(wanted: bool) -> None:
     if wanted:
+        from zili.chips import registry
+
         versions = [f"zili {zili.__version__}", f"Python {platform.python_version()}"]
         for package in ("torch", *(backend.plugin for backend in registry().backends if backend.plugin)):
             with suppress(PackageNotFoundError):
@@ -120,8 +152,8 @@ def main() -> None:
     try:
         app()
     except SystemExit as end:
-        if end.code == train.INTERRUPTED:
-            leave_word("interrupted; a run that had begun wrote a checkpoint", train.INTERRUPTED)
+        if end.code == INTERRUPTED:
+            leave_word("interrupted; a run that had begun wrote a checkpoint", INTERRUPTED)
         raise
     except Exception as error:
         end_by(error)

@@ -10,13 +10,14 @@ import typer
 from zili.chips import find_backend
 from zili.chips.catalog import find_chip
 from zili.cli.amounts import amounts
-from zili.cli.options import MOST_CHIPS, AsJson, Overrides, Recipe, read_recipe
+from zili.cli.options import MOST_CHIPS, AsJson, Overrides, Recipe
 from zili.cli.output import console, table
 from zili.config import ModelConfig, RunConfig, dump_recipe, load_preset, preset_names
 from zili.config.reference import reference
 from zili.errors import ChipError, ConfigError, LayoutError
 from zili.parallel.layout import lay_out, processes
 from zili.plurals import counted
+from zili.runs.recipes import read_recipe
 
 app = typer.Typer(no_args_is_help=True, help="Show what a recipe means, list presets.")
 
@@ -33,7 +34,7 @@ def show(
 
     What depends on the chips is chosen where the recipe can run as it stands, here and now; elsewhere it stays open.
     """
-    written = read_recipe(recipe, overrides)
+    written = read_recipe(recipe, overrides or ())
     config, reasons = _laid_out(written, chips) if chips else _resolved(written)
     for amount in amounts(written):
         typer.echo(f"# {amount.text}")

@@ -16,6 +16,8 @@ from zili.durable import refused_by_disk
 from zili.errors import PeerError, ZiliError
 from zili.parallel.layout import processes
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it (128 + SIGINT)."""
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 _SECONDS_BEHIND = 2.0
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from zili import api
 from zili.cli.options import (
     AsJson,
     Chip,
@@ -27,7 +28,6 @@ from zili.plurals import counted
 if TYPE_CHECKING:
     from zili.evaluation.answers import AnswerScore
     from zili.evaluation.bits_per_byte import Score
-    from zili.evaluation.compressors import Reference
     from zili.evaluation.harness import TaskScore
 
 
@@ -89,6 +89,22 @@ def eval_(
     refuse_unwritable(out)
     model_at(path)
     present([*(text or []), *(answers or [])])
+    if text:
+        with working("scoring") as status:
+            score = api.evaluate(
+                path,
+                text,
+                sequence_length=sequence_length,
+                batch_size=batch_size,
+                max_bytes=max_bytes,
+                text_field=text_field,
+                on_error=on_error.value,
+                compressors=True,
+                chip=chip,
+                progress=status,
+            )
+        typer.echo(json.dumps(score.as_json()) if as_json else _table(path, score))
+        return
     from zili.serving.place import open_device
 
     device = open_device(chip)
@@ -97,42 +113,6 @@ def eval_(
     elif tasks:
         asked = _Asked(tasks.split(","), include_path, few_shot, limit, as_chat, template, batch_size)
         _tasks(path, asked, device, as_json, out)
-    else:
-        _text(path, _Read(text or [], text_field, on_error, max_bytes), sequence_length, batch_size, device, as_json)
-
-
-@dataclass(frozen=True)
-class _Read:
-    """Text to score, and how to read it."""
-
-    paths: list[Path]
-    field: str
-    on_error: OnError
-    max_bytes: int | None
-
-
-def _text(path: Path, read: _Read, length: int | None, batch_size: int, device: Any, as_json: bool) -> None:
-    from zili.data.reading import read_documents
-    from zili.evaluation.bits_per_byte import bits_per_byte, limit_bytes
-    from zili.evaluation.compressors import reference_compressors
-    from zili.serving.model_folder import open_folder
-
-    documents = read_documents(read.paths, text_field=read.field, on_error=read.on_error.value)
-    # Held in memory, because xz and zstd are given all of it at once anyway.
-    texts = list(limit_bytes((document.text for document in documents), read.max_bytes))
-    opened = open_folder(path, device=device)
-    with working("scoring") as status:
-        score = bits_per_byte(
-            opened.model,
-            opened.tokenizer,
-            texts,
-            sequence_length=length or opened.training_length,
-            batch_size=batch_size,
-            progress=lambda tokens: status(f"scoring: {tokens:,} tokens"),
-        )
-        status("compressing for comparison")
-        references = reference_compressors(texts)
-    typer.echo(json.dumps(_record(score, references)) if as_json else _table(path, score, references))
 
 
 def _answers(
@@ -250,12 +230,8 @@ def _answer_table(scores: list[AnswerScore]) -> str:
     return "\n".join([f"{'':<{width}}  answered  {'exactly':>15}  nats/token", *rows])
 
 
-def _record(score: Score, references: list[Reference]) -> dict[str, Any]:
-    return {**score.as_json(), "compressors": [reference.as_json() for reference in references]}
-
-
-def _table(path: Path, score: Score, references: list[Reference]) -> str:
-    rows = [(str(path), score.bits_per_byte), *((r.name, r.bits_per_byte) for r in references)]
+def _table(path: Path, score: Score) -> str:
+    rows = [(str(path), score.bits_per_byte), *((r.name, r.bits_per_byte) for r in score.compressors)]
     width = max(len(name) for name, _ in rows)
     return "\n".join(
         [

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from zili import chips
-from zili.cli.options import AsJson, dtype_named, finite, model_at, program
-from zili.errors import CheckpointError, DataError
+from zili import api, chips
+from zili.cli.options import AsJson, finite, model_at, program
+from zili.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from zili.release.record import Evaluation, Release
+    from zili.release.record import Release
 
 Dtype = Annotated[
     str | None, typer.Option(help="Convert to float32, bfloat16 or float16; the stored dtype if not given.")
@@ -44,6 +44,7 @@ def import_(
     from zili.models.arithmetic import count_parameters
     from zili.release import import_model
     from zili.release.hub import fetch, is_hub_name
+    from zili.release.tensors import dtype_named
     from zili.serving.model_folder import demo_file
 
     place = fetch(source) if is_hub_name(source) else demo_file() if source == "demo" else Path(source)
@@ -71,17 +72,8 @@ def export(
 ) -> None:
     """Write a model as a release folder that transformers, vLLM or llama.cpp run, and compare it with its source."""
     model_at(source)
-    _set_environment()
-    from zili.release import export_model
-
-    release = export_model(
-        source,
-        to,
-        layout=layout,
-        dtype=dtype_named(dtype) if dtype else None,
-        max_shard_bytes=int(shard_gb * 1e9),
-        evaluations=_evaluations(source, scores or []),
-        license_name=license_name,
+    release = api.export(
+        source, to, layout=layout, dtype=dtype, shard_gb=shard_gb, scores=scores or (), license_name=license_name
     )
     reason = " (--as auto: the layout it came in, or the first that holds it)" if layout == "auto" else ""
     typer.echo(f"Wrote {to} in the {release.layout} layout{reason}, weights in {release.dtype}")
@@ -133,34 +125,3 @@ def _rounding(release: Release) -> str:
 def _set_environment() -> None:
     """The CPU's, where all of this is computed, before torch is imported."""
     chips.apply_environment(chips.find_backend("cpu"))
-
-
-def _evaluations(source: Path, scores: list[Path]) -> list[Evaluation]:
-    """What there is for the card's table: held-out bits per byte of a run, and the files given."""
-    from zili.release.record import Evaluation
-
-    found = _held_out(source)
-    for path in scores:
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            found += [Evaluation(**row) for row in record["evaluations"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} holds no results of `zili eval --out` ({error})") from error
-    return found
-
-
-def _held_out(source: Path) -> list[Evaluation]:
-    from zili.evaluation.run_record import number, read_run
-    from zili.release.record import Evaluation
-
-    run = source.parent.parent if source.parent.name == "checkpoints" else source
-    try:
-        evals = read_run(run).evals
-    except DataError:
-        return []
-    last = next((record for record in reversed(evals) if number(record, "bits_per_byte") is not None), None)
-    if last is None:
-        return []
-    size = number(last, "bytes")
-    task = f"held-out text, {size:,.0f} bytes" if size else "held-out text"
-    return [Evaluation(task, f"bits per byte at step {last['step']:,}", float(last["bits_per_byte"]))]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import tomllib
@@ -13,18 +12,12 @@ from collections.abc import Iterable
 from enum import StrEnum
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from zili.config import ModelConfig, RunConfig, load_recipe
-from zili.config.model_folder import shape_in
 from zili.errors import CheckpointError, ConfigError, DataError
 from zili.parallel.layout import processes, torchrun
-
-if TYPE_CHECKING:
-    import torch
-
 
 MOST_CHIPS = 1_000_000
 """That a plan or a rehearsal is made for."""
@@ -145,16 +138,6 @@ def count_of(text: str) -> float:
     return count
 
 
-def dtype_named(name: str) -> torch.dtype:
-    """What `--dtype` says; ConfigError where it is none of ours."""
-    import torch
-
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in names:
-        raise ConfigError(f"--dtype {name!r} is not one of {', '.join(names)}")
-    return names[name]
-
-
 def program() -> str:
     """What to type to run this program again: its name, or its path where the shell would not find it."""
     if shutil.which("zili"):
@@ -177,45 +160,3 @@ def _python() -> str:
 
 
 Recipe = Annotated[Path, typer.Argument(help="TOML recipe, or a run folder, which keeps its own.", metavar="RECIPE")]
-
-
-def read_recipe(path: Path, overrides: list[str] | None = None) -> RunConfig:
-    """A recipe with its overrides, or that of a run folder; `[model] folder` may be any folder that holds a model.
-
-    Raises:
-        ConfigError: there is none, or it cannot be run.
-    """
-    own = path / "recipe.toml"
-    if path.is_dir() and not own.is_file():
-        raise ConfigError(f"{path} is a folder, and no run: it holds no recipe.toml; name a recipe{_recipes()}")
-    if not path.exists():
-        raise ConfigError(
-            f"there is no recipe {path}{_recipes()}; `zili quickstart` makes one for your text, "
-            "`zili config presets` lists shapes for a [model] table, docs/training.md has a whole recipe"
-        )
-    return load_recipe(own if path.is_dir() else path, overrides or [], shape_in=_shape_in)
-
-
-def _recipes() -> str:
-    """Those in recipes/, for the end of a sentence."""
-    found = sorted(str(file) for file in Path("recipes").glob("*.toml"))[:_SHOWN_RECIPES]
-    return f"; there are {', '.join(found)}" if found else ""
-
-
-def _shape_in(folder: Path) -> ModelConfig | None:
-    own = shape_in(folder)
-    if own is not None or not folder.exists():
-        return own
-    if "torch" in sys.modules:
-        from zili.release.shape import shape_in as any_shape_in
-
-        return any_shape_in(folder)
-    # In a process of its own, without a chip's plugin: reading published layouts takes torch, which must not be here
-    # before the chip is chosen and its environment set.
-    asked = [sys.executable, "-m", "zili.release.shape", str(folder)]
-    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    answer = subprocess.run(asked, capture_output=True, text=True, check=False, env=environment)
-    if answer.returncode:
-        kind = ConfigError if answer.returncode == ConfigError.exit_code else CheckpointError
-        raise kind(answer.stderr.strip())
-    return None if answer.stdout == "null\n" else ModelConfig.model_validate_json(answer.stdout)

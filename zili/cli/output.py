@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich import box
 from rich.console import Console, JustifyMethod
 from rich.table import Table
+
+from zili.cli.options import program, starter
+from zili.config import Choice
 
 _WHOLE = 100_000
 """Columns where nobody looks: no line is wrapped or cut."""
@@ -50,8 +54,24 @@ def several_lines(to: Console, *texts: str) -> str:
     return ("\n" if to.is_terminal else "; ").join(filter(None, texts))
 
 
+def print_opened(choices: Iterable[Choice], report: Iterable[str], to: Console) -> None:
+    """What was decided for a run that is open: every automatic choice with its reason, and what its data amounts to."""
+    for line in (*choices, *report):
+        to.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_next(folder: Path, to: Console) -> None:
+    """The commands one can go on with, as this shell takes them."""
+    from zili.evaluation.report import next_commands
+
+    for command in next_commands(folder):
+        trains = command.line.startswith("zili train")
+        line = command.line.replace("zili", starter() if trains else program(), 1)
+        to.print(f"  {line:<46} # {command.purpose}", highlight=False, markup=False, soft_wrap=True)
+
+
 @contextmanager
-def working(text: str) -> Iterator[Callable[[str], None]]:
+def working(text: str = "") -> Iterator[Callable[[str], None]]:
     """What a command is at while it prints nothing else, on standard error: one line that changes on a terminal;
     elsewhere a line at the start, and one each `_SECONDS` where there is something new. Gives what to tell it by."""
     to = console(stderr=True)
@@ -67,5 +87,6 @@ def working(text: str) -> Iterator[Callable[[str], None]]:
             due = time.monotonic() + _SECONDS
             to.print(new, highlight=False, markup=False)
 
-    say(text)
+    if text:
+        say(text)
     yield say

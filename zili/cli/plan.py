@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from math import ceil, isinf
+from math import isinf
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,18 +13,18 @@ import typer
 from rich.console import Console
 from rich.filesize import decimal
 
-from zili.chips.catalog import Chip, find_chip
-from zili.cli.options import MOST_CHIPS, AsJson, Overrides, Page, count_of, finite, read_recipe, refuse_unwritable
+from zili import api
+from zili.chips.catalog import find_chip
+from zili.cli.options import MOST_CHIPS, AsJson, Overrides, Page, count_of, finite, refuse_unwritable
 from zili.cli.output import console, table
-from zili.config import ModelConfig, RunConfig, build_config, dump_recipe
-from zili.config.presets import load_preset
+from zili.config import dump_recipe
 from zili.durable import write_whole
 from zili.errors import ConfigError, ZiliError
 from zili.planning.search.goodput import LLAMA3_RATE, Failures
-from zili.planning.search.hyperparameters import flops
 from zili.planning.search.layouts import seconds_text
-from zili.planning.search.plan import MFU, Plan, Setting, make_plan, setting_config, usual_batch
+from zili.planning.search.plan import MFU, Plan, make_plan
 from zili.plurals import counted
+from zili.runs.plans import NoChip
 
 _SHOWN_LOSSES = 8
 _SMALL_GIB = 2**30
@@ -123,10 +123,25 @@ def plan(
         return
     if model is None or chips is None:
         raise _missing(model=model, chips=chips)
-    config, to_train, batch_taken = _config(model, chips, tokens, sequence, global_batch, overrides or [])
     risk = _failures(failures, failures_per_day, failing_together, restart_minutes, checkpoint_seconds, spares)
-    setting = Setting(_laid_out(config, layout), to_train, risk, price, _report(doctor), peak_tflops, batch_taken)
-    _tell(make_plan(setting, _chip(chip, config), chips, given=layout is not None), compare, write, as_json, page)
+    try:
+        made = api.plan(
+            model,
+            chips,
+            chip,
+            tokens=tokens,
+            sequence_length=sequence,
+            global_batch=global_batch,
+            layout=layout,
+            doctor=_report(doctor),
+            peak_tflops=peak_tflops,
+            price=price,
+            failures=risk,
+            overrides=overrides or (),
+        )
+    except NoChip:
+        raise _missing(chip=None) from None
+    _tell(made, compare, write, as_json, page)
 
 
 def _tell(made: Plan, compare: str | None, recipe: Path | None, as_json: bool, page: Path | None) -> None:
@@ -149,66 +164,8 @@ def _tell(made: Plan, compare: str | None, recipe: Path | None, as_json: bool, p
         to.print(f"page: {page}", highlight=False, soft_wrap=True)
 
 
-def _config(
-    model: str, chips: int, tokens: float | None, sequence: int | None, batch: int | None, overrides: Sequence[str]
-) -> tuple[RunConfig, float, bool]:
-    """The recipe, or one for a preset; how many tokens it is for; and whether nobody gave its batch."""
-    if model.endswith(".toml") or Path(model).is_dir():
-        given = [f"training.sequence_length={sequence}"] if sequence else []
-        given += [f"training.global_batch={batch}"] if batch else []
-        config = read_recipe(Path(model), [*overrides, *given])
-        training = config.training
-        a_step = training.global_batch * training.sequence_length
-        if tokens:
-            config = config.changed(training={"steps": max(1, ceil(tokens / a_step))})
-        return _in_bf16(config), tokens or float(training.steps * a_step), False
-    table = load_preset(model)
-    length = sequence or min(4096, int(table.get("max_length", 4096)))
-    wanted = tokens or 1e12
-    compute = flops(ModelConfig.model_validate(table), length, wanted)
-    config = setting_config(table, length, batch or usual_batch(chips, length, compute), wanted, f"{model}-{chips}")
-    if overrides:
-        config = build_config(config.model_dump(mode="json", exclude_unset=True), overrides, origin="the plan")
-    set_too = any(one.partition("=")[0].strip() == "training.global_batch" for one in overrides)
-    return _in_bf16(config), wanted, batch is None and not set_too
-
-
 def _missing(**given: object) -> typer.BadParameter:
     return typer.BadParameter("missing: " + "; ".join(_NEEDED[name] for name, value in given.items() if value is None))
-
-
-def _chip(name: str | None, config: RunConfig) -> Chip:
-    """That of the option, or else the recipe's."""
-    name = name or config.chip.model
-    if name is None:
-        raise _missing(chip=name)
-    return find_chip(name)
-
-
-def _in_bf16(config: RunConfig) -> RunConfig:
-    """`config` with nothing left open that a plan needs."""
-    if config.chip.precision == "fp32":
-        raise ConfigError("a plan is for products in bf16, and chip.precision is fp32")
-    fixed = {"micro_batch": 1} if config.training.micro_batch == "auto" else {}
-    return config.changed(chip={"precision": "bf16"}, training=fixed)
-
-
-def _laid_out(config: RunConfig, text: str | None) -> RunConfig:
-    """`config` with "tensor=8 pipeline=4 recompute=full": of the layout, what is not named is as it is by default.
-    "recipe": as it is."""
-    if text is None or text == "recipe":
-        return config
-    inside = {"micro_batch": "training", "recompute": "training"}
-    overrides = []
-    for part in text.replace(",", " ").split():
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise ConfigError(f"--layout {part!r}: write it as tensor=8 pipeline=4 recompute=full")
-        overrides.append(f"{inside.get(key, 'parallel')}.{key}={value}")
-    table = config.model_dump(mode="json", exclude_unset=True)
-    table["parallel"] = {}
-    table["training"].pop("recompute", None)
-    return _in_bf16(build_config(table, overrides, origin="--layout"))
 
 
 def _failures(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import shlex
-import shutil
 import time
-import tomllib
-from importlib import resources
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,25 +13,17 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from zili import chips
-from zili.cli.launch import RECIPE_FILE, Launch, keep_length, prepare_launch, print_choices, print_next, run
-from zili.cli.options import OnError, OnErrorOption, Overrides, TextField, finite, program, read_recipe
-from zili.cli.train import INTERRUPTED
-from zili.config import Choice, RunConfig, build_config
-from zili.errors import ConfigError, LayoutError
-from zili.parallel.layout import processes
+from zili import api
+from zili.cli.ending import INTERRUPTED
+from zili.cli.options import OnError, OnErrorOption, Overrides, TextField, finite, program
+from zili.cli.output import print_next, print_opened
+from zili.runs.quickstart import Quickstart
 
 if TYPE_CHECKING:
-    from zili.evaluation.compressors import Reference
-    from zili.training.pacing import Pacer
+    from zili.data.prepare import Progress as Tell
+    from zili.evaluation.conclusion import Conclusion
 
-_SECONDS_AFTER_TRAINING = 5
-"""Kept for the last checkpoint, samples and the report, beside the last evaluation, whose time is measured."""
-_EVALUATIONS = 3
-"""Times the held-out text is scored, the last at the end."""
-_DATA = "data"
-_STEPS_A_MINUTE = 200
-"""Until the steps that fit are known."""
+_STAGES = {"read": "reading text", "tokenizer": "training the tokenizer", "encode": "encoding"}
 
 
 def quickstart(
@@ -55,30 +45,52 @@ def quickstart(
     """Train, evaluate and sample a small TeleChat2-shaped model, in minutes, on this machine."""
     text = [*(text or []), *(more or [])]
     console, started = Console(), time.perf_counter()
-    _refuse_early(folder, restart, overrides or [], minutes)
-    if restart and folder.exists():
-        # The new text first: what cannot be read must not cost the earlier run.
-        _prepare(text, folder / f"{_DATA}.new", text_field, on_error, console, rebuild=True)
-        _drop(folder)
-        (folder / f"{_DATA}.new").rename(folder / _DATA)
-    # A run that has begun goes on with its own text or not at all.
-    begun = (folder / "checkpoints").exists()
-    _prepare(text, folder / _DATA, text_field, on_error, console, rebuild=not begun)
-    deadline = started + 60 * minutes - _SECONDS_AFTER_TRAINING
-    recipe, length, paced = _recipe(folder, overrides or [], minutes)
-    launch = prepare_launch(recipe)
-    choices = (*launch.choices, *length)
-    print_choices(choices, console)
-    references = _compress(launch, console)
-    trainer = run(launch, console, _pacer(recipe, deadline) if paced else None)
-    if trainer.interrupted:
-        from zili.training.interruption import ignore_repeats
+    asked = Quickstart(folder, minutes, overrides or (), restart)
+    asked.refuse_early()
+    with _reading(console) as progress:
+        said = asked.prepare(text, text_field, on_error.value, progress)
+    for line in said:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    recipe, length, paced = asked.recipe()
 
-        ignore_repeats()
-        console.print(f"Stopped at step {trainer.step}; the checkpoint is written. Go on with the same command:")
-        console.print(f"  {_command(text, folder, text_field, on_error)}", highlight=False, soft_wrap=True)
-        raise typer.Exit(INTERRUPTED)
-    _conclude(launch, choices, references, time.perf_counter() - started, console)
+    opened = api.setup(recipe)  # it sets the chip's environment, before what comes next imports torch
+    from zili.evaluation.conclusion import compress, conclude
+
+    choices = (*opened.choices, *length)
+    print_opened(choices, opened.loader.report, console)
+    # Before training, which gets the time that is left: how long it takes has nothing to do with a step.
+    with console.status("compressing the held-out text, to compare with"):
+        references = compress(recipe, opened.tokenizer)
+    trainer = api.train(opened, callbacks=[asked.pacer(opened, started)] if paced else ())
+    if trainer.interrupted:
+        _tell_how_to_go_on(trainer.step, _command(text, folder, text_field, on_error), console)
+    with console.status("drawing samples"):
+        seconds = time.perf_counter() - started
+        end = conclude(recipe, opened.tokenizer, opened.setup.device, choices, references, seconds)
+    _show(end, recipe.folder, console)
+
+
+@contextmanager
+def _reading(console: Console) -> Iterator[Tell]:
+    """A bar while text is read and encoded; gives what to tell it by."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("reading text", total=None, done="")
+
+        def show(stage: str, done: int, total: int | None) -> None:
+            shown = f"{done / 1e6:.1f} MB"
+            progress.update(task, description=_STAGES[stage], completed=done, total=total, done=shown)
+
+        yield show
+
+
+def _tell_how_to_go_on(step: int, command: str, console: Console) -> None:
+    from zili.training.interruption import ignore_repeats
+
+    ignore_repeats()
+    console.print(f"Stopped at step {step}; the checkpoint is written. Go on with the same command:")
+    console.print(f"  {command}", highlight=False, soft_wrap=True)
+    raise typer.Exit(INTERRUPTED)
 
 
 def _command(text: list[Path], folder: Path, text_field: str, on_error: OnError) -> str:
@@ -95,104 +107,8 @@ def _command(text: list[Path], folder: Path, text_field: str, on_error: OnError)
     return shlex.join(words)
 
 
-def _refuse_early(folder: Path, restart: bool, overrides: list[str], minutes: float) -> None:
-    """A mistyped override, an unknown chip or torchrun, before minutes of reading text and before an earlier run is
-    dropped."""
-    if processes()[1] > 1:
-        raise LayoutError("zili quickstart is one process: run it by itself, without torchrun; zili train takes many")
-    earlier = folder / RECIPE_FILE
-    if earlier.exists() and not restart:
-        recipe = read_recipe(earlier, overrides)
-    else:
-        recipe = _new_recipe(folder, overrides, minutes)
-    if recipe.folder != folder:
-        raise ConfigError(f"--set folder={recipe.folder} and the run folder {folder} differ; use --folder alone")
-    chips.choose(recipe.chip.name)
-
-
-def _drop(folder: Path) -> None:
-    """Remove what a run leaves, and nothing else that may lie in the folder."""
-    for name in ("checkpoints", _DATA, "tokenizer", "tensorboard"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in (RECIPE_FILE, "metrics.jsonl", "samples.jsonl", "summary.json", "report.html"):
-        (folder / name).unlink(missing_ok=True)
-
-
-def _prepare(
-    text: list[Path], folder: Path, text_field: str, on_error: OnError, console: Console, *, rebuild: bool
-) -> None:
-    from zili.data.prepare import prepare
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("reading text", total=None, done="")
-
-        def show(stage: str, done: int, total: int | None) -> None:
-            names = {"read": "reading text", "tokenizer": "training the tokenizer", "encode": "encoding"}
-            progress.update(task, description=names[stage], completed=done, total=total, done=f"{done / 1e6:.1f} MB")
-
-        prepared = prepare(
-            text or None,
-            folder,
-            text_field=text_field,
-            on_error=on_error.value,
-            rebuild=rebuild,
-            progress=show,
-        )
-    for line in prepared.lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def _recipe(folder: Path, overrides: list[str], minutes: float) -> tuple[RunConfig, tuple[Choice, ...], bool]:
-    """The run begun earlier in this folder, or a new one; why it has its length; whether that is found as it runs."""
-    if (folder / RECIPE_FILE).exists():
-        recipe = read_recipe(folder / RECIPE_FILE, overrides)
-        own = Choice("training.steps", str(recipe.training.steps), "the run's own; --minutes counts for a new run")
-        return recipe, (own,), False
-    recipe = _new_recipe(folder, overrides, minutes)
-    if any(override.split("=")[0].strip() == "training.steps" for override in overrides):
-        return recipe, (), False
-    fitting = Choice("training.steps", "as many as fit", f"--minutes {minutes:g}; found while it runs")
-    return recipe, (fitting,), True
-
-
-def _pacer(recipe: RunConfig, deadline: float) -> Pacer:
-    from zili.training.pacing import Pacer
-
-    return Pacer(deadline, lambda config: keep_length(recipe, config))
-
-
-def _new_recipe(folder: Path, overrides: list[str], minutes: float) -> RunConfig:
-    steps = math.ceil(_STEPS_A_MINUTE * minutes)
-    table = tomllib.loads((resources.files("zili.config") / "quickstart.toml").read_text(encoding="utf-8"))
-    data = folder / _DATA
-    table["folder"] = str(folder)
-    table["training"]["steps"] = steps
-    table["evaluation"]["every"] = math.ceil(steps / _EVALUATIONS)
-    table["data"] = {
-        "sources": [{"store": str(data / "train")}],
-        "tokenizer": str(data / "tokenizer"),
-        "held_out": str(data / "held_out"),
-    }
-    return build_config(table, overrides, origin="quickstart")
-
-
-def _compress(launch: Launch, console: Console) -> list[Reference]:
-    """Before training, which gets the time that is left: how long they take has nothing to do with a step."""
-    from zili.evaluation.conclusion import compress
-
-    with console.status("compressing the held-out text, to compare with"):
-        return compress(launch.recipe, launch.tokenizer)
-
-
-def _conclude(
-    launch: Launch, choices: tuple[Choice, ...], references: list[Reference], seconds: float, console: Console
-) -> None:
-    """Sample, report, and say what comes next."""
-    from zili.evaluation.conclusion import conclude
-
-    with console.status("drawing samples"):
-        end = conclude(launch.recipe, launch.tokenizer, launch.setup.device, choices, references, seconds)
+def _show(end: Conclusion, folder: Path, console: Console) -> None:
+    """What came of it, and what comes next."""
     console.print("\nbits per byte of {documents} held-out documents, {bytes:,} bytes:".format(**end.evaluation))
     rows = [("this model", end.evaluation["bits_per_byte"]), *((r.name, r.bits_per_byte) for r in end.references)]
     for name, value in rows:
@@ -201,7 +117,7 @@ def _conclude(
         console.rule(f"sample {number}: the prompt in bold, then the model", align="left")
         console.print(f"[bold]{_plain(sample.prompt)}[/bold]{_plain(sample.text)}", highlight=False)
     console.print(f"\nreport: {end.report}\n\nnext:", highlight=False)
-    print_next(launch.recipe.folder, console)
+    print_next(folder, console)
 
 
 def _plain(text: str) -> str:

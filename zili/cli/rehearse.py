@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
-from multiprocessing import get_all_start_methods, get_context
-from multiprocessing.context import BaseContext
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from zili import chips
+from zili import api
 from zili.chips.catalog import Chip, find_chip
-from zili.cli.options import MOST_CHIPS, AsJson, Overrides, Page, Recipe, read_recipe, refuse_unwritable
+from zili.cli.options import MOST_CHIPS, AsJson, Overrides, Page, Recipe, refuse_unwritable
 from zili.cli.output import console, table, working
-from zili.config import RunConfig
 from zili.durable import write_whole
-from zili.errors import ConfigError, LayoutError, ZiliError
-from zili.parallel.layout import lay_out, processes
+from zili.errors import LayoutError
+from zili.parallel.layout import processes
 from zili.plurals import counted
+from zili.runs.recipes import read_recipe
 
 if TYPE_CHECKING:
     from zili.rehearsal import Rehearsal
@@ -57,12 +52,13 @@ def rehearse(
     if all_stages and rank:
         raise typer.BadParameter("--all-stages is every place's first process; leave out --rank")
     refuse_unwritable(page)
-    config = read_recipe(recipe, overrides)
-    lay_out(config, count)
-    chip = chip or config.chip.model
-    model = find_chip(chip) if chip else None
-    ranks = _ranks(config, count, rank, all_stages)
-    found = _rehearsed(partial(_as_one, config, count, model, micro_batches), ranks)
+    config = read_recipe(recipe, overrides or ())
+    with working() as say:
+        found = api.rehearse(
+            config, count, rank=rank, all_stages=all_stages, chip=chip, micro_batches=micro_batches, progress=say
+        )
+    name = chip or config.chip.model
+    model = find_chip(name) if name else None
     to = console(quiet=as_json)
     _show(found, to)
     capacity = int(model.require("memory_gb") * 1e9) if model else None
@@ -74,76 +70,6 @@ def rehearse(
         write_whole(page, drawn(found, f"{recipe.name} on {count:,} {model.name if model else 'chips'}", capacity))
         to.print(f"page: {page}", highlight=False, soft_wrap=True)
     _refuse_what_does_not_fit(found, model, capacity, to)
-
-
-def _ranks(config: RunConfig, count: int, rank: int, all_stages: bool) -> list[int]:
-    if not all_stages:
-        return [rank]
-    from zili.rehearsal import stage_ranks
-
-    return stage_ranks(config, count)
-
-
-def _rehearsed(as_one: partial[Rehearsal], ranks: Sequence[int]) -> list[Rehearsal]:
-    with working(f"rehearsing process {', '.join(map(str, ranks))}") as say:
-        if len(ranks) == 1:
-            return [as_one(ranks[0], say)]
-        # Each in a process of its own: there is one process group to a process, and there are cores.
-        workers = min(len(ranks), os.cpu_count() or 1)
-        with ProcessPoolExecutor(workers, _forks(), initializer=_one_thread, max_tasks_per_child=1) as pool:
-            found = []
-            for one in pool.map(as_one, ranks):
-                found.append(one)
-                say(f"{len(found)} of {len(ranks)} processes rehearsed")
-            return found
-
-
-def _forks() -> BaseContext:
-    """What begins processes as forks of one that has imported torch, where there are forks: it takes seconds."""
-    if "forkserver" not in get_all_start_methods():
-        return get_context("spawn")
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["zili.rehearsal"])
-    return context
-
-
-def _one_thread() -> None:
-    """Each has a core; threads of several would wait for each other."""
-    import torch
-
-    torch.set_num_threads(1)
-
-
-def _silent(text: str) -> None:
-    pass
-
-
-def _as_one(
-    config: RunConfig,
-    count: int,
-    model: Chip | None,
-    micro_batches: int | None,
-    rank: int,
-    progress: Callable[[str], None] = _silent,
-) -> Rehearsal:
-    chips.activate(chips.find_backend("cpu"))
-    from zili.rehearsal import rehearse as run
-
-    try:
-        backend = _backend(config, model)
-        return run(config, count, rank, backend=backend, chip=model, micro_batches=micro_batches, progress=progress)
-    except ZiliError as error:
-        raise type(error)(f"process {rank} of {count}: {error}") from error
-
-
-def _backend(config: RunConfig, model: Chip | None) -> chips.Backend:
-    if model is not None:
-        if model.backend is None:
-            raise ConfigError(f"{model.name} is in the catalog for planning only: no backend drives it")
-        return chips.find_backend(model.backend)
-    return (
-        chips.choose(config.chip.name).backend if config.chip.name == "auto" else chips.find_backend(config.chip.name)
-    )
 
 
 def _show(found: Sequence[Rehearsal], to: Console) -> None:

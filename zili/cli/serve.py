@@ -6,18 +6,16 @@ import re
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 from urllib.parse import urlsplit
 
 import typer
 
-from zili.cli.options import Chip, Demo, ModelPath, Template, dtype_named, finite, model_at
+from zili import api, chips
+from zili.cli.options import Chip, Demo, ModelPath, Template, finite, model_at
 from zili.errors import ConfigError
 
 if TYPE_CHECKING:
-    import torch
-
-    from zili.serving.generate.engine import Engine
     from zili.serving.handover import Offer
 
 
@@ -81,66 +79,36 @@ def serve(
         raise typer.BadParameter("--allow-host is for Zili's own engine; vLLM checks no names")
     if path is not None:
         model_at(path)
-    names = _origins(allow_origin or ()), _hosts(allow_host or ())
-    device = None
-    if engine is Engines.zili:
-        from zili.serving.place import open_device, prepared
+    origins, hosts = _origins(allow_origin or ()), _hosts(allow_host or ())
+    place = _demo(chip) if path is None else path
+    if engine is Engines.vllm:
+        from zili.serving.handover import Offer
 
-        # Before anything else loads torch; not in this thread, since choosing operations multiplies.
-        device = prepared(lambda: open_device(chip))
-    from zili.serving.handover import Offer
+        called = name or (place.stem if place.is_file() else place.resolve().name)
+        _hand_over(place, Offer(host, port, called, slots, context, dtype), keys, chip, trust_remote_code)
+    api.serve(
+        place,
+        host=host,
+        port=port,
+        name=name,
+        template=template,
+        keys=keys,
+        slots=slots,
+        context=context,
+        dtype=dtype or "float32",
+        queue=queue,
+        timeout=timeout,
+        allow_origin=origins,
+        allow_host=hosts,
+        chip=chip,
+    )
 
-    place = _demo() if path is None else path
-    called = name or (place.stem if place.is_file() else place.resolve().name)
-    offer = Offer(host, port, called, slots, context, dtype)
-    if device is None:
-        _hand_over(place, offer, keys, chip, trust_remote_code)
-    else:
-        _answer(place, offer, device, keys, template, {"waiting": queue, "answer_seconds": timeout}, names)
 
-
-def _demo() -> Path:
+def _demo(chip: str) -> Path:
+    chips.apply_environment(chips.choose(chip).backend)  # what comes next imports torch
     from zili.serving.model_folder import demo_file
 
     return demo_file()
-
-
-def _answer(
-    place: Path,
-    offer: Offer,
-    device: torch.device,
-    keys: Path | None,
-    template: str | None,
-    limits: dict[str, Any],
-    names: tuple[list[str], list[str]],
-) -> None:
-    from zili.serving.place import prepared
-
-    try:
-        from zili.serving.http.api import Served
-        from zili.serving.http.gate import Limits
-        from zili.serving.http.keys import Keys
-        from zili.serving.http.server import listen
-    except ImportError as error:
-        raise ConfigError(f"{error.name} is not installed: pip install 'zili[serve]'") from error
-    known = Keys.read(keys) if keys else Keys()
-    from zili.serving.model_folder import OpenedModel, open_folder
-
-    def prepare() -> tuple[OpenedModel, Engine]:
-        from zili.serving.generate.engine import Engine
-        from zili.serving.generate.room import room_for
-
-        dtype = dtype_named(offer.dtype or "float32")
-        opened = open_folder(place, device=device, dtype=dtype, template=template)
-        room = room_for(opened.model.config, offer.slots, offer.context, dtype, device)
-        typer.echo(room.said(offer.slots), err=True)  # the first line of output is the address
-        vocabulary = opened.tokenizer.vocab_size
-        return opened, Engine(opened.model, slots=room.slots, context=room.context, vocabulary=vocabulary)
-
-    opened, running = prepared(prepare)
-    with running:
-        served = Served(running, opened.tokenizer, opened.dialect, offer.name, known, Limits(**limits), *names)
-        listen(served, offer.host, offer.port, typer.echo)
 
 
 def _origins(given: Sequence[str]) -> list[str]:
@@ -161,7 +129,6 @@ def _hosts(given: Sequence[str]) -> list[str]:
 
 
 def _hand_over(place: Path, offer: Offer, keys: Path | None, chip: str, trust: bool) -> NoReturn:
-    from zili import chips
     from zili.serving.handover import to_vllm
 
     key = None

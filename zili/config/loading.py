@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,14 @@ from zili.errors import ConfigError
 _WHOLE_SHAPES = ("preset", "folder", "shape_of")
 _NOTHING = ("none", "None", "null")
 
+Overrides = Iterable[str] | Mapping[str, Any]
+"""What is set over a recipe: `table.key=value` as `--set` takes it, or values by dotted key, of which None unsets."""
 ShapeIn = Callable[[Path], ModelConfig | None]
 """The shape of the model in a folder; None: there is none that it knows."""
 
 
-def load_recipe(path: Path, overrides: Iterable[str] = (), *, shape_in: ShapeIn = shape_in) -> RunConfig:
-    """Read a recipe, apply `table.key=value` overrides, validate. `shape_in` as in `build_config`.
+def load_recipe(path: Path, overrides: Overrides = (), *, shape_in: ShapeIn = shape_in) -> RunConfig:
+    """Read a recipe, apply overrides, validate. `shape_in` as in `build_config`.
 
     Raises:
         ConfigError: unreadable file, broken TOML, a malformed override, or an invalid configuration.
@@ -41,7 +43,7 @@ def load_recipe(path: Path, overrides: Iterable[str] = (), *, shape_in: ShapeIn 
 
 
 def build_config(
-    table: Mapping[str, Any], overrides: Iterable[str] = (), *, origin: str, shape_in: ShapeIn = shape_in
+    table: Mapping[str, Any], overrides: Overrides = (), *, origin: str, shape_in: ShapeIn = shape_in
 ) -> RunConfig:
     """Validate a raw table; `origin` names it in errors.
 
@@ -112,27 +114,35 @@ def _scaled(preset: dict[str, Any], hidden_size: Any, origin: str) -> dict[str, 
     return scaled_down(ModelConfig.model_validate(preset), hidden_size).model_dump(mode="json", exclude_none=True)
 
 
-def _with_overrides(table: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """A deep copy of `table` with each `a.b=value` set; the value is TOML, or a plain string where it is not, and
-    `none` unsets the key."""
+def _with_overrides(table: Mapping[str, Any], overrides: Overrides) -> dict[str, Any]:
+    """A deep copy of `table` with each override in it."""
     result = _copied(table)
+    for parts, value in _assignments(overrides):
+        place = result
+        for part in parts[:-1]:
+            place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"override {'.'.join(parts)!r}: {part!r} is a value, not a table")
+        if value is None:
+            place.pop(parts[-1], None)
+        if value is not None or takes_none(parts) == "nothing":  # None also over a preset, or what is there by default
+            place[parts[-1]] = value
+    return result
+
+
+def _assignments(overrides: Overrides) -> Iterator[tuple[list[str], Any]]:
+    """The parts of each key, and its value. Of text it is TOML, or a plain string where it is not, and `none` is
+    None."""
+    if isinstance(overrides, Mapping):
+        yield from ((key.split("."), value) for key, value in overrides.items())
+        return
     for override in overrides:
         key, equals, text = override.partition("=")
         parts = key.strip().split(".")
         if not equals or not all(parts):
             raise ConfigError(f"cannot read the override {override!r}; write --set table.key=value")
-        place = result
-        for part in parts[:-1]:
-            place = place.setdefault(part, {})
-            if not isinstance(place, dict):
-                raise ConfigError(f"override {override!r}: {part!r} is a value, not a table")
-        if text.strip() in _NOTHING and (none := takes_none(parts)) != "text":
-            place.pop(parts[-1], None)
-            if none == "nothing":  # also over a preset, or what stands for it by default
-                place[parts[-1]] = None
-        else:
-            place[parts[-1]] = _parsed(text.strip())
-    return result
+        none = text.strip() in _NOTHING and takes_none(parts) != "text"
+        yield parts, None if none else _parsed(text.strip())
 
 
 def _parsed(text: str) -> Any:

@@ -77,7 +77,7 @@ def _type(annotation: Any) -> str:
         return f"{kind} of {_type([part for part in inner if part is not Ellipsis][-1])}"
     if inner:
         return " or ".join(_type(part) for part in inner if part is not type(None))
-    return {"str": "text", "Path": "path"}.get(annotation.__name__, annotation.__name__)
+    return {"str": "text", "Path": "path", "Any": "any value"}.get(annotation.__name__, annotation.__name__)
 
 
 def _default(field: FieldInfo) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -195,6 +195,8 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
+    callbacks: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Further callbacks by name, each a table of its own settings, such as `[callbacks.wandb]`: docs/training.md."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

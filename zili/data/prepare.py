@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from zili.data.building import BuildReport, build_store
 from zili.data.encoding import Engine
@@ -62,6 +62,20 @@ class Prepared:
     reused: bool
     lines: list[str]
     """What was done and why, one line each, for the user."""
+
+    @property
+    def table(self) -> dict[str, Any]:
+        """The `[data]` table of a recipe that reads it."""
+        return data_table(self.folder)
+
+
+def data_table(folder: Path) -> dict[str, Any]:
+    """The `[data]` table of a recipe that reads what `prepare` leaves in `folder`."""
+    return {
+        "sources": [{"store": str(folder / "train")}],
+        "tokenizer": str(folder / "tokenizer"),
+        "held_out": str(folder / "held_out"),
+    }
 
 
 @dataclass

@@ -10,24 +10,24 @@ from typing import Any
 from zili import ops
 from zili.config import RunConfig
 from zili.config.parallel import ParallelConfig
+from zili.data.loader import Batches
 from zili.data.packing import DialogueLoader
 from zili.data.prefetch import Prefetcher
 from zili.diagnosis.shadow import Alignment, Shadow
 from zili.durable import write_whole
 from zili.errors import ConfigError
 from zili.ops import registry
+from zili.runs.opening import open_trainer
 from zili.training.reference import reference_of
 from zili.training.trainer import Trainer
 
-Build = Callable[[RunConfig], Trainer]
-"""Makes the trainer of a recipe, on its chip."""
 
-
-def align(recipe: RunConfig, build: Build, steps: int) -> Alignment:
+def align(recipe: RunConfig, steps: int, loader: Batches | None = None) -> Alignment:
     """Train `steps` steps of `recipe` on the CPU, then on its chip with every operation checked.
 
     In one process, whatever the recipe's layout, without recomputation, and blocks run eagerly. A vendor's operations,
-    which the CPU does not have, are compared with this house's references on the inputs of each call.
+    which the CPU does not have, are compared with this house's references on the inputs of each call. `loader` is read
+    in place of the recipe's data, if given.
     """
     # Recomputed blocks run in autograd's threads, where operations could not be told their modules.
     training = {"recompute": "none"}
@@ -37,11 +37,11 @@ def align(recipe: RunConfig, build: Build, steps: int) -> Alignment:
     precision = "fp32" if eager.chip.precision == "auto" else eager.chip.precision
     on_cpu = eager.changed(chip={"name": "cpu", "operations": plain, "precision": precision})
     # The chip first: autograd makes a queue for each device that is there at its first backward pass, none later.
-    trainer = build(eager)
+    trainer = open_trainer(eager, loader)
     if trainer.device.type == "cpu":
         raise ConfigError("the CPU would be compared with itself; name a chip with --set chip.name=NAME")
     versions = {name: registry.active(name) for name in registry.OPERATIONS}
-    reference = _losses(build(on_cpu), steps)
+    reference = _losses(open_trainer(on_cpu, loader), steps)
     shadow = Shadow(trainer.model, trainer.device.type)
     everywhere = {version.function for version in ops.versions()}
     vendors = {version.function for version in ops.versions(trainer.device.backend.operations)} - everywhere

@@ -20,7 +20,7 @@ from zili import chips, ops
 from zili.chips.device import Device
 from zili.config import RunConfig
 from zili.diagnosis.findings import Finding, Severity
-from zili.diagnosis.made_up_runs import DENSE, MIXTURE, made_up_trainer, run_config, trainer_of
+from zili.diagnosis.made_up_runs import DENSE, MIXTURE, MadeUpTokens, made_up_trainer, run_config, trainer_of
 from zili.models.decoder import Decoder
 from zili.ops import registry
 from zili.release.layouts.mapping import PublishedTensors
@@ -112,7 +112,7 @@ def _align(model: dict[str, Any], name: str) -> Callable[[str, Note], None]:
             return
         precision = _precision(device)
         config = run_config(model, device.backend.name, f"chip.precision={precision}", "training.micro_batch=4")
-        result = compare(config, made_up_trainer, 2)
+        result = compare(config, 2, MadeUpTokens(config))
         calls = sum(seen.calls for seen in result.seen.values())
         last, cpus = result.losses[-1]
         seen = f"{calls:,} operations of {len(result.seen)} kinds in {precision}; loss {last:.6f}, the CPU's {cpus:.6f}"

@@ -9,7 +9,8 @@ import torch
 
 from zili.config import RunConfig, build_config
 from zili.data.loader import Batch
-from zili.training.setup import Setup, set_up
+from zili.runs.opening import open_trainer
+from zili.training.setup import Setup
 from zili.training.trainer import Trainer
 
 _SIZES = {"layers": 2, "init_std": 0.06, "vocab_size": 512, "max_length": 128}
@@ -48,7 +49,7 @@ def run_config(model: dict[str, Any], chip: str, *overrides: str, folder: Path =
 
 def made_up_trainer(config: RunConfig) -> Trainer:
     """The trainer of `config` on its chip, in this process alone."""
-    return trainer_of(set_up(config))
+    return open_trainer(config, MadeUpTokens(config))
 
 
 def trainer_of(setup: Setup) -> Trainer:

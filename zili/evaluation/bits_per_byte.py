@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ from zili.data.store import TokenStore
 from zili.data.tokenizer import Tokenizer
 from zili.errors import ConfigError, DataError
 from zili.evaluation.windows import Batch, Window, batches, pack, windows_of
+
+if TYPE_CHECKING:
+    from zili.evaluation.compressors import Reference
 
 Progress = Callable[[int], None]
 """Called after each batch with the tokens scored so far."""
@@ -63,10 +66,14 @@ class Score:
     bytes: int
     documents: int
     seconds: float
+    compressors: tuple[Reference, ...] = ()
+    """What others need for the same text, where it was asked for."""
 
-    def as_json(self) -> dict[str, float | int | None]:
+    def as_json(self) -> dict[str, Any]:
         """The fields, a value that is not finite as None (JSON has no NaN)."""
-        return {key: value if math.isfinite(value) else None for key, value in asdict(self).items()}
+        figures = {key: value for key, value in asdict(self).items() if key != "compressors"}
+        finite = {key: value if math.isfinite(value) else None for key, value in figures.items()}
+        return {**finite, "compressors": [reference.as_json() for reference in self.compressors]}
 
 
 def limit_bytes(texts: Iterable[str], max_bytes: int | None) -> Iterator[str]:

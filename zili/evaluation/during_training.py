@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 from zili.data.packing import DialogueLoader
 from zili.data.store import TokenStore
@@ -22,18 +22,13 @@ Measure = Callable[[Trainer], dict[str, float]]
 """Figures of the model as it is now."""
 
 
-class EvaluationSink(Protocol):
-    """What wants to know the figures."""
-
-    def on_evaluation(self, step: int, values: dict[str, float]) -> None: ...
-
-
 class HeldOutEvaluation(Callback):
-    """Scores the same documents every `evaluation.every` steps and at the end, and tells the sinks."""
+    """Scores the same documents every `evaluation.every` steps and at the end, and tells all callbacks."""
 
-    def __init__(self, measure: Measure, sinks: Sequence[EvaluationSink]) -> None:
+    everywhere = True
+
+    def __init__(self, measure: Measure) -> None:
         self._measure = measure
-        self._sinks = sinks
         self._scored_at: int | None = None
 
     def after_step(self, trainer: Trainer) -> None:
@@ -51,8 +46,8 @@ class HeldOutEvaluation(Callback):
             values = self._measure(trainer)
         self._scored_at = trainer.step
         values |= {"tokens": trainer.tokens, "seconds": time.perf_counter() - started}
-        for sink in self._sinks:
-            sink.on_evaluation(trainer.step, values)
+        for callback in trainer.callbacks:
+            callback.on_evaluation(trainer.step, values)
 
 
 def measure_of(held_out: TokenStore | DialogueLoader, tokenizer: Tokenizer) -> Measure:

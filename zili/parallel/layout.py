@@ -11,12 +11,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from math import gcd, prod
+from typing import TYPE_CHECKING
 
-from zili.config import RunConfig
-from zili.config.model import ModelConfig
-from zili.config.parallel import ParallelConfig, Schedule
 from zili.errors import LayoutError
 from zili.plurals import counted
+
+if TYPE_CHECKING:
+    from zili.config import RunConfig
+    from zili.config.model import ModelConfig
+    from zili.config.parallel import ParallelConfig, Schedule
 
 DIMENSIONS = ("pipeline", "replicas", "shards", "context", "tensor")
 """From the outermost to the innermost."""

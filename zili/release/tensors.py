@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from zili.data.pointers import what_it_is
-from zili.errors import CheckpointError
+from zili.errors import CheckpointError, ConfigError
 from zili.plurals import counted
 from zili.release.folder import read_json, write_json
 
@@ -29,6 +29,14 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_OF_WEIGHTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """What weights are asked for in; ConfigError where there is none of that name."""
+    if name not in _OF_WEIGHTS:
+        raise ConfigError(f"dtype {name!r} is not one of {', '.join(_OF_WEIGHTS)}")
+    return _OF_WEIGHTS[name]
 
 
 class Tensors(ABC):

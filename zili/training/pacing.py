@@ -32,6 +32,8 @@ class Pacer(Callback):
     A machine that gets slower or faster during the decay ends it later or earlier.
     """
 
+    everywhere = True
+
     def __init__(
         self, deadline: float, keep: Callable[[RunConfig], None], clock: Callable[[], float] = time.perf_counter
     ) -> None:

@@ -75,7 +75,7 @@ def install(vendor: Vendor, folder: Path) -> Path:
     points = f"[torch.backends]\n{vendor.plugin} = {vendor.plugin}:_autoload\n"
     if vendor.record:
         (folder / f"zili_{vendor.backend}.py").write_text(vendor.record, encoding="utf-8")
-        points += f"[zili.backends]\n{vendor.backend} = zili_{vendor.backend}:BACKEND\n"
+        points += f"[zili.chips]\n{vendor.backend} = zili_{vendor.backend}:BACKEND\n"
     version = torch.__version__.split("+")[0]
     info = folder / f"{vendor.plugin}-{version}.dist-info"
     info.mkdir(exist_ok=True)

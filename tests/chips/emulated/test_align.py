@@ -46,7 +46,6 @@ def alignments(config: RunConfig, planted: list[list[Fault]], steps: int = 1) ->
     """What `zili align` finds with each of `planted`, there while the chip trains: losses, and where it went wrong."""
     import emulated
 
-    from zili.cli.align import _trainer
     from zili.diagnosis import align
 
     real: Callable[..., Any] = align._losses
@@ -58,7 +57,7 @@ def alignments(config: RunConfig, planted: list[list[Fault]], steps: int = 1) ->
             return real(trainer, steps, shadow)
 
         align._losses = with_faults
-        result = align.align(config, _trainer, steps)
+        result = align.align(config, steps)
         found.append((result.losses, [(o.way, o.module, o.operation) for o in result.offences], str(result.first)))
     return found
 
@@ -93,13 +92,13 @@ def memory(config: RunConfig) -> tuple[int, int, int]:
     """Largest bytes of a plain step on the device, of one that `zili align` watches, and on the host meanwhile."""
     import emulated
 
-    from zili.cli.align import _trainer
     from zili.diagnosis import align
+    from zili.runs.opening import open_trainer
 
     peaks = []
     host = HostBytes()
     for watch in (nullcontext(), host):
-        trainer = _trainer(config)
+        trainer = open_trainer(config)
         shadow = Shadow(trainer.model, trainer.device.type) if watch is host else None
         align._losses(trainer, 1)  # the optimizer's state is made by the first step
         emulated.reset()

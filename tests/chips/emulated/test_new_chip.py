@@ -34,7 +34,7 @@ def test_an_afternoon(runs: Runs, with_plugins: Environment, tmp_path: Path, req
     info = folder / "zili_acme-0.1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: zili-acme\nVersion: 0.1\n")
-    (info / "entry_points.txt").write_text("[zili.backends]\nacme = zili_acme:BACKEND\n")
+    (info / "entry_points.txt").write_text("[zili.chips]\nacme = zili_acme:BACKEND\n")
     variables = with_plugins(ACME)
     variables["PYTHONPATH"] = os.pathsep.join((str(folder), variables["PYTHONPATH"]))
     ((code, said),) = on_processes(1, its_own_tests, folder, environment=variables)

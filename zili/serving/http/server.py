@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import gc
 import socket
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
 import h11
 import uvicorn
+from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from zili.errors import ConfigError
@@ -19,6 +21,19 @@ from zili.serving.http.gate import Limits
 
 _SECONDS_TO_FINISH = 30
 _EVENTS_A_TURN = 256
+
+
+def with_engine(served: Served) -> FastAPI:
+    """The application for another server, which closes the engine when it shuts the application down."""
+    app = make_app(served)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        with served.engine:
+            yield
+
+    app.router.lifespan_context = lifespan
+    return app
 
 
 def listen(served: Served, host: str, port: int, say: Callable[[str], None]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from zili.training.saving import Saved
@@ -46,6 +46,9 @@ class StepRecord:
 class Callback:
     """Does nothing; override what is needed. Called in the order given to the trainer."""
 
+    everywhere: ClassVar[bool] = False
+    """Whether every process of the run has it; else the first one alone, which is the one that writes and speaks."""
+
     def on_start(self, trainer: Trainer) -> None:
         """Before the first step, everything built and restored."""
 
@@ -61,8 +64,14 @@ class Callback:
     def after_step(self, trainer: Trainer) -> None:
         """After every step, logged or not."""
 
+    def on_evaluation(self, step: int, values: dict[str, float]) -> None:
+        """After the held-out text was scored: `bits_per_byte`, `loss` and what else its kind has (docs/training.md)."""
+
     def on_note(self, text: str) -> None:
         """Something the user should know: one line."""
 
     def on_end(self, trainer: Trainer) -> None:
         """After the last step, or when interrupted: the last checkpoint is written."""
+
+    def on_error(self, trainer: Trainer, error: BaseException) -> None:
+        """In place of `on_end`, where an error ends the run."""

@@ -129,6 +129,9 @@ class ProgressDisplay(Callback):
         self._say_record()
         self.close()
 
+    def on_error(self, trainer: Trainer, error: BaseException) -> None:
+        self.close()
+
     def close(self) -> None:
         """Leave the terminal as it was, also when the run ended by an error."""
         if self._progress is not None:

@@ -1,0 +1,50 @@
+"""Callbacks that a recipe names: which there are, and what settings they take.
+
+A callback that can be named is a `Callback` class, or a function that makes one. Its keyword arguments are its
+settings: `[callbacks.NAME]` in a recipe gives them, checked against their annotations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from zili.config import RunConfig
+from zili.errors import ConfigError
+from zili.plugins import CALLBACKS, checked, find
+from zili.training.callbacks.base import Callback
+
+OWN = {
+    "tensorboard": "zili.training.callbacks.tensorboard:TensorBoardLog",
+    "wandb": "zili.training.callbacks.trackers:WandbLog",
+    "swanlab": "zili.training.callbacks.trackers:SwanLabLog",
+}
+"""By name; packages bring more (`zili.plugins`)."""
+
+
+def check_callbacks(config: RunConfig) -> None:
+    """Look up what `config` names, and check its settings; nothing is made.
+
+    Raises:
+        ConfigError: there is no such callback, or it takes other settings.
+    """
+    for name, settings in config.callbacks.items():
+        checked(f"callbacks.{name}", find(CALLBACKS, name, OWN), settings)
+
+
+def named_callbacks(config: RunConfig) -> list[Callback]:
+    """Those that `config` names; `logging.tensorboard` is short for `[callbacks.tensorboard]`.
+
+    Raises:
+        ConfigError: as `check_callbacks`, or a callback cannot be had here.
+    """
+    asked = {**({"tensorboard": {}} if config.logging.tensorboard else {}), **config.callbacks}
+    return [_made(name, settings) for name, settings in asked.items()]
+
+
+def _made(name: str, settings: Mapping[str, Any]) -> Callback:
+    make = find(CALLBACKS, name, OWN)
+    made = make(**checked(f"callbacks.{name}", make, settings))
+    if not isinstance(made, Callback):
+        raise ConfigError(f"callbacks.{name}: {made!r:.60} is no zili.Callback")
+    return made
