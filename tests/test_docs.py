@@ -227,6 +227,9 @@ def test_every_target_of_make_is_one(page: str) -> None:
 def test_every_quote_is_what_its_file_says() -> None:
     behind = [page.name for page in quote.pages() if quote.with_quotes(text := page.read_text("utf-8")) != text]
     assert behind == [], "`make docs` renews them"
+    texts = [page.read_text("utf-8") for page in quote.pages()]
+    quoted = {name for text in texts for name in re.findall(r"<!-- (examples/\w+\.py)", text)}
+    assert quoted == {f"examples/{path.name}" for path in (ROOT / "examples").glob("*.py")}
 
 
 @pytest.mark.parametrize("page", HOW_TO, ids=lambda page: page.stem)

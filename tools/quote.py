@@ -2,7 +2,7 @@
 
 A page names the file, and after `#` one class or function of it, in the line before the block:
 
-    <!-- from examples/own_metric.py#SureTokens -->
+    <!-- examples/own_callback.py#SlowSteps -->
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-_QUOTE = re.compile(r"(<!-- from (\S+?)(?:#(\w+))? -->\n```\w*\n)(.*?)(^```$)", re.DOTALL | re.MULTILINE)
+_QUOTE = re.compile(r"(<!-- (\S+\.py)(?:#(\w+))? -->\n```\w*\n)(.*?)(^```$)", re.DOTALL | re.MULTILINE)
 
 
 def source_of(path: str, name: str | None) -> str:

@@ -42,7 +42,7 @@ _ABSENT = "not published"
 
 def chips(
     name: Annotated[str | None, typer.Argument(help="One backend or chip in detail; `new`: begin a plugin.")] = None,
-    new_name: Annotated[str | None, typer.Argument(help="With `new`: the name it gets, for `chip.name`.")] = None,
+    new_name: Annotated[str | None, typer.Argument(help="With `new`: the backend's name, for `chip.name`.")] = None,
     *,
     as_json: AsJson = False,
     folder: Annotated[Path | None, typer.Option(help="With `new`: folder to make; zili-NAME if not given.")] = None,

@@ -26,7 +26,8 @@ app = typer.Typer(no_args_is_help=True, help="Show what a recipe means, list pre
 def show(
     recipe: Recipe,
     chips: Annotated[
-        int | None, typer.Option(min=1, max=MOST_CHIPS, help="Lay it out over so many, and open none.")
+        int | None,
+        typer.Option(min=1, max=MOST_CHIPS, help="Lay the recipe out over so many chips, without opening one."),
     ] = None,
     overrides: Overrides = None,
 ) -> None:
@@ -63,7 +64,7 @@ def _unknown_chips(config: RunConfig) -> list[str]:
 
 
 def _resolved(config: RunConfig) -> tuple[RunConfig, list[str]]:
-    """As it would run here, or as it is, and why it cannot."""
+    """The recipe as it would run here; or as it is, with the reason why it cannot."""
     try:
         lay_out(config, processes()[1])
         from zili.training.setup import set_up

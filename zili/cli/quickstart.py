@@ -27,7 +27,9 @@ _STAGES = {"read": "reading text", "tokenizer": "training the tokenizer", "encod
 
 
 def quickstart(
-    more: Annotated[list[Path] | None, typer.Argument(help="Further text.", metavar="[PATH]...")] = None,
+    more: Annotated[
+        list[Path] | None, typer.Argument(help="More files or folders of text.", metavar="[PATH]...")
+    ] = None,
     *,
     text: Annotated[
         list[Path] | None,
