@@ -13,7 +13,7 @@ from zili.cli.amounts import amounts
 from zili.cli.options import MOST_CHIPS, AsJson, Overrides, Recipe
 from zili.cli.output import console, table
 from zili.config import ModelConfig, RunConfig, dump_recipe, load_preset, preset_names
-from zili.config.reference import reference
+from zili.config.key_list import key_list
 from zili.errors import ChipError, ConfigError, LayoutError
 from zili.parallel.layout import lay_out, processes
 from zili.plurals import counted
@@ -100,6 +100,6 @@ def presets(as_json: AsJson = False) -> None:
 
 
 @app.command(name="reference")
-def reference_() -> None:
-    """Print the reference of every key, as docs/configuration.md holds it."""
-    typer.echo(reference(), nl=False)
+def reference() -> None:
+    """Print every key with its type, default and meaning, as docs/configuration.md holds it."""
+    typer.echo(key_list(), nl=False)

@@ -26,7 +26,7 @@ from zili.planning.search.plan import MFU, Plan, make_plan
 from zili.plurals import counted
 from zili.runs.plans import NoChip
 
-_SHOWN_LOSSES = 8
+_SHOWN_DRAWBACKS = 8
 _SMALL_GIB = 2**30
 _NEARLY_ALL = 0.999
 _COUNTS = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
@@ -258,8 +258,8 @@ def _show(made: Plan, to: Console) -> None:
     say(f"from, to: where the truth was for nine of ten published runs. MFU: {MFU}")
     say("time: " + _parts(vars(best.time), seconds_text))
     say("memory: " + _parts(best.memory, _bytes))
-    for loss in made.found.losses[:_SHOWN_LOSSES]:
-        say(f"  {loss.choice}: {loss.why}")
+    for drawback in made.found.drawbacks[:_SHOWN_DRAWBACKS]:
+        say(f"  {drawback.choice}: {drawback.why}")
     good = made.goodput
     hours = good.mean_between / 3600
     often = "none" if isinf(hours) else f"one in {hours:,.1f} h, {made.interruptions:,.3g} in all"

@@ -75,7 +75,7 @@ def rehearse(
 
 def _show(found: Sequence[Rehearsal], to: Console) -> None:
     from zili.rehearsal.page import imbalance
-    from zili.rehearsal.report import ranges_text, size_text
+    from zili.rehearsal.result import ranges_text, size_text
 
     first = found[0]
     micro_batches = counted(first.micro_batches, "micro-batch")
@@ -110,7 +110,7 @@ def _refuse_what_does_not_fit(
     found: Sequence[Rehearsal], model: Chip | None, capacity: int | None, to: Console
 ) -> None:
     from zili.planning.exact.memory import usable
-    from zili.rehearsal.report import size_text
+    from zili.rehearsal.result import size_text
 
     if capacity is None or model is None:
         return

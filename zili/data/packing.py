@@ -106,7 +106,7 @@ class DialogueLoader(MixedRows):
         self._documents = max(line.most for line in self._lines)
         self.reference: dict[str, NDArray[np.float32]] | None = None
         """For pairs: the log-probability of every document of a store under the reference model, by the store's
-        identity. `zili.training.reference` computes it."""
+        identity. `zili.training.reference_model` computes it."""
 
     @property
     def report(self) -> list[str]:

@@ -152,7 +152,7 @@ class Plan:
             "chosen": self._layout_json(self.chosen),
             "left_open": [one._asdict() for one in self.left_open],
             "searched": self.found.searched,
-            "others": [{"choice": loss.choice, "why": loss.why} for loss in self.found.losses],
+            "others": [{"choice": one.choice, "why": one.why} for one in self.found.drawbacks],
             "days": self.days,
             "chip_hours": self.chip_hours,
             "cost": self.cost,
