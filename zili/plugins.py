@@ -18,6 +18,10 @@ CALLBACKS, OBJECTIVES, CHIPS = "zili.callbacks", "zili.objectives", "zili.chips"
 """Groups of entry points, as a package's pyproject.toml names them."""
 
 
+OURS = "zili"
+"""The package of what this house has itself."""
+
+
 @dataclass(frozen=True)
 class Plugin:
     """Something that can be loaded by its name."""
@@ -51,12 +55,18 @@ def installed(group: str) -> list[Plugin]:
 
 
 def find(group: str, name: str, own: Mapping[str, str]) -> Any:
-    """The object of that name: one of this house's `own`, each given as "module:object", or an installed package's.
+    """The object of that name, loaded; see `look_up`."""
+    return look_up(group, name, own).load()
+
+
+def look_up(group: str, name: str, own: Mapping[str, str]) -> Plugin:
+    """What has that name: one of this house's `own`, each given as "module:object", or an installed package's. It is
+    not imported: a package may import torch, which has to wait until the chip's environment is set.
 
     Raises:
-        ConfigError: there is none, there are several, or it cannot be loaded.
+        ConfigError: there is none, or there are several.
     """
-    known = [Plugin(EntryPoint(key, place, group), "zili") for key, place in own.items()] + installed(group)
+    known = [Plugin(EntryPoint(key, place, group), OURS) for key, place in own.items()] + installed(group)
     found = [plugin for plugin in known if plugin.name == name]
     if not found:
         names = sorted({plugin.name for plugin in known})
@@ -66,7 +76,7 @@ def find(group: str, name: str, own: Mapping[str, str]) -> Any:
     if len({(plugin.package, plugin.entry.value) for plugin in found}) > 1:
         packages = ", ".join(plugin.package for plugin in found)
         raise ConfigError(f"several packages bring a {_kind(group)} {name!r}: {packages}; uninstall or rename one")
-    return found[0].load()
+    return found[0]
 
 
 def checked(place: str, make: Any, settings: Mapping[str, Any]) -> dict[str, Any]:

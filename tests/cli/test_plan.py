@@ -90,7 +90,9 @@ def test_what_is_left_out_unseen_would_not_have_fitted(preset: str, chips: int) 
     every = [one for one in _options(config, chips, place, rates) if one.run.micro_batches <= 300]
     room = _Room(config, place, rates)
     for option in random.Random(3).sample(every, 40):
-        assert room.least(option) <= 1.03 * option.candidate(config, place).bytes, option.alike
+        candidate = option.candidate(config, place)
+        assert room.least(option) <= 1.03 * candidate.bytes, option.alike
+        assert candidate.run == option.run, "the recipe is of the very sizes that were looked at"
 
 
 def test_predicting_the_token_after_the_next_costs() -> None:

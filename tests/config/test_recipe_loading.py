@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from zili.config import ModelConfig, RunConfig, build_config, dump_recipe, load_preset, load_recipe, preset_names
 from zili.config.fields import fields_at
 from zili.errors import ConfigError
+from zili.training.callbacks.named import OWN as OWN_CALLBACKS
 
 SMALLEST = """
 [model]
@@ -250,7 +251,8 @@ TYPED = tomllib.loads(files("zili.config").joinpath("typed.toml").read_text(enco
 
 def is_key(dotted: str) -> bool:
     *place, last = dotted.split(".")
-    return last in fields_at(place) or dotted in ("model.folder", "model.preset", "chip.operations.attention")
+    named = ("model.folder", "model.preset", "chip.operations.attention")
+    return last in fields_at(place) or dotted in named or (place == ["callbacks"] and last in OWN_CALLBACKS)
 
 
 @pytest.mark.parametrize("typed", TYPED["keys"])

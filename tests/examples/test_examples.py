@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import sys
@@ -58,7 +59,10 @@ def test_pretrain_and_finetune(run, tmp_path: Path) -> None:
     assert re.search(r"has read: \d+\.\d{3} before, \d+\.\d{3} after", said)
 
 
-def test_own_callback(run, recipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["own_callback", "own_objective", "own_model"])
+def test_of_your_own(name: str, run, recipe, tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text(dump_recipe(recipe()), encoding="utf-8")
-    assert "step 3/3" in run("own_callback", file)
+    assert "step 3/3" in run(name, file)
+    last = json.loads((recipe().folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    assert ("z_loss" in last) == (name == "own_objective")

@@ -23,6 +23,7 @@ import torch
 from zili.chips import find_backend
 from zili.chips.device import Device
 from zili.config import RunConfig
+from zili.models.decoder import Decoder
 from zili.objectives import Objective
 from zili.parallel.layout import Layout
 from zili.parallel.world import World, join
@@ -156,7 +157,12 @@ def world_here(size: int) -> World:
     return World(Layout(shards=size), device)
 
 
-def open_trainer(config: RunConfig, callbacks: Sequence[Callback] = (), objective: Objective | None = None) -> Trainer:
+def open_trainer(
+    config: RunConfig,
+    callbacks: Sequence[Callback] = (),
+    objective: Objective | None = None,
+    decoder: type[Decoder] = Decoder,
+) -> Trainer:
     """The trainer of `config` on a process of its world."""
     from zili.runs.opening import open_run
 
@@ -165,7 +171,7 @@ def open_trainer(config: RunConfig, callbacks: Sequence[Callback] = (), objectiv
     resolved = opened.setup.config
     assert resolved.chip.precision != "auto"
     given = (resolved, opened.loader, opened.setup.device, callbacks, opened.setup.world)
-    trainer = Trainer(*given, objective=objective)
+    trainer = Trainer(*given, objective=objective, decoder=decoder)
     trainer.matmul_peak = PEAK  # 0.3 s to measure
     return trainer
 

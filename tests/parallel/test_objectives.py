@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from many import on_processes, open_trainer
-from tiny_models import Layout, Runs, slow
+from tiny_models import Kind, Layout, Runs, slow
 from torch import nn
 
 from zili.config import RunConfig
@@ -90,11 +91,12 @@ def _has_the_module(folder: Path) -> None:
 def test_figures_that_are_not_named_are_refused(runs: Runs) -> None:
     """Processes without the last layer know the figures by `figures` alone, so a difference is refused."""
 
-    class Wrong(OddTokens):
-        figures = ("z", "missing")
-
     ((kind, said),) = on_processes(1, _step_of_wrong, runs.recipe("dense"), Wrong())
     assert kind == "TypeError" and "['odd', 'z'], and `figures` names ['missing', 'z']" in said
+
+
+class Wrong(OddTokens):
+    figures = ("z", "missing")
 
 
 def _step_of_wrong(config: RunConfig, objective: Objective) -> tuple[str, str]:
@@ -104,3 +106,31 @@ def _step_of_wrong(config: RunConfig, objective: Objective) -> tuple[str, str]:
     except Exception as error:
         return type(error).__name__, str(error)
     return "", ""
+
+
+OWN = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "own_model.py"), run_name="own_model")
+
+
+def _own_curve(config: RunConfig) -> list[list[float]]:
+    trainer = open_trainer(config, decoder=OWN["OwnDecoder"])
+    rows = trainer.world.rows(config.training.global_batch)
+    steps = [trainer.train_step(trainer.loader.batch(trainer.step, rows)) for _ in range(3)]
+    return [[float(value) for value in step] for step in steps]
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    [
+        (Layout("tensor=2 pipeline=2"), "dense"),
+        slow(Layout("shards=2"), "dense"),
+        slow(Layout("context=2"), "mixture"),
+        slow(Layout("tensor=2"), "mixture"),
+        slow(Layout("shards=2 expert=2"), "mixture"),
+        slow(Layout("pipeline=2 schedule=zbv"), "dense"),
+    ],
+)
+def test_a_block_of_ones_own_has_the_curve_of_one_process(layout: Layout, kind: Kind, runs: Runs) -> None:
+    (one,) = on_processes(1, _own_curve, runs.recipe(kind, "training.recompute=selective"))
+    other = on_processes(layout.world, _own_curve, runs.recipe(kind, *layout.overrides))[0]
+    for alone, together in zip(one, other, strict=True):
+        assert together == pytest.approx(alone, rel=2e-4)

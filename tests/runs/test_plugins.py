@@ -10,9 +10,10 @@ import pytest
 
 import zili
 from zili.errors import ConfigError
+from zili.objectives import objective_of
 from zili.plugins import CALLBACKS, find
 from zili.runs.recipes import read_recipe
-from zili.training.callbacks.named import OWN, named_callbacks
+from zili.training.callbacks.named import OWN, check_callbacks, named_callbacks
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ENTRY = "[zili.callbacks]\nslow_steps = own_callback:SlowSteps\n"
@@ -48,7 +49,7 @@ REFUSED = {
 @pytest.mark.parametrize("override", REFUSED)
 def test_a_callback_or_a_setting_that_there_is_not_is_refused_with_those_there_are(recipe: Any, override: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        read_recipe(recipe(override))
+        check_callbacks(read_recipe(recipe(override)), imports=True)
     assert REFUSED[override] in str(refused.value)
 
 
@@ -77,3 +78,31 @@ def test_tensorboard_by_its_old_key_and_by_name_is_one_callback(recipe: Any) -> 
         type(one).__name__ for one in named_callbacks(recipe("logging.tensorboard=true", "callbacks.tensorboard={}"))
     ]
     assert names == ["TensorBoardLog"]
+
+
+OBJECTIVE = "[zili.objectives]\nz_loss = own_objective:ZLoss\n"
+
+
+def test_a_recipe_names_an_objective_of_an_installed_package(
+    install: Any, recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install("own_objective", (EXAMPLES / "own_objective.py").read_text(encoding="utf-8"), entry_points=OBJECTIVE)
+    monkeypatch.setattr("zili.training.trainer.matmul_peak", lambda *_: 1e11)
+    config = recipe("objective.z_loss.weight=0.01", "training.steps=2")
+    zili.train(config, progress=False)
+    lines = [json.loads(line) for line in (config.folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["z_loss"] > 0 for line in lines if line["kind"] == "train")
+    with pytest.raises(ConfigError, match=r"no objective 'z_los'; did you mean z_loss\?"):
+        read_recipe(recipe("objective.z_los.weight=0.01"))
+    with pytest.raises(ConfigError, match=r"objective.z_loss: wait: Extra inputs .* Its settings: weight"):
+        objective_of(recipe("objective.z_loss.wait=1"))
+    with pytest.raises(ConfigError, match="distill and z_loss are given; a run learns one of them"):
+        recipe("objective.z_loss.weight=0.01", "objective.distill.teacher=x", "objective.distill.model=none")
+
+
+def test_a_package_is_not_imported_before_the_environment_is_set(install: Any, recipe: Any) -> None:
+    """It may import torch, whose plugins read the environment then."""
+    install("too_early", "raise RuntimeError('imported')\n", entry_points="[zili.callbacks]\nearly = too_early:X\n")
+    config = read_recipe(recipe("callbacks.early={}"))
+    with pytest.raises(ConfigError, match="imported"):
+        check_callbacks(config, imports=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Self
 
-from pydantic import Field, PositiveFloat
+from pydantic import ConfigDict, Field, PositiveFloat, model_validator
 
 from zili.config.model import ModelConfig
 from zili.config.section import Section
@@ -27,7 +28,25 @@ class DistillConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """What is learned. Without any of these it is the next token, and what `[preference]` says."""
+    """What is learned, one table at most: `[objective.distill]`, or `[objective.NAME]` with the settings of an
+    objective that an installed package brings (docs/objectives.md). Without any it is the next token, or what
+    `[preference]` says.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, dict[str, Any]] = Field(init=False)
 
     distill: DistillConfig | None = None
     """`[objective.distill]`: a teacher."""
+
+    @property
+    def brought(self) -> dict[str, dict[str, Any]]:
+        """Settings by name, of an objective that a package brings."""
+        return self.__pydantic_extra__
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        given = [*(["distill"] if self.distill is not None else []), *self.brought]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are given; a run learns one of them")
+        return self

@@ -217,7 +217,7 @@ class RunConfig(Section):
                 f"training.sequence_length ({training.sequence_length}) is longer than model.max_length "
                 f"({self.model.max_length})"
             )
-        self._check_teacher()
+        self._check_objective()
         if self.preference is not None and training.start_from is None:
             raise ValueError(
                 "preference: what is preferred is said of a model: name it, training.start_from or model.folder"
@@ -236,12 +236,12 @@ class RunConfig(Section):
             objective={"distill": None},
         )
 
-    def _check_teacher(self) -> None:
+    def _check_objective(self) -> None:
         distill = self.objective.distill
+        if self.preference is not None and (distill is not None or self.objective.brought):
+            raise ValueError("objective and preference are given; a run learns one of them")
         if distill is None:
             return
-        if self.preference is not None:
-            raise ValueError("objective.distill and preference are given: a run learns one of them")
         teacher = distill.model
         if teacher is not None and teacher.vocab_size != self.model.vocab_size:
             raise ValueError(

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from zili.config import RunConfig
 from zili.config.model import ModelConfig
+from zili.errors import ConfigError
 from zili.models.decoder import Decoder
 from zili.objectives.distillation import Distillation
 from zili.objectives.next_token import MultiToken, NextToken
 from zili.objectives.objective import Alone, Objective, Peers, Terms
 from zili.objectives.preference import Preference
+from zili.plugins import OBJECTIVES, checked, find
 
 __all__ = ["Alone", "Objective", "Peers", "Terms", "learner", "objective_of"]
 
 
 def objective_of(config: RunConfig) -> Objective:
-    """What a recipe says is learned."""
+    """What a recipe says is learned.
+
+    Raises:
+        ConfigError: no package brings the objective that it names, or with other settings.
+    """
+    for name, settings in config.objective.brought.items():
+        return _brought(name, settings)
     distill = config.objective.distill
     if distill is not None:
         assert distill.model is not None, "the configuration was loaded"
@@ -22,6 +33,14 @@ def objective_of(config: RunConfig) -> Objective:
     if config.preference is not None:
         return Preference(config.preference.beta, config.preference.likelihood)
     return of_text(config.model)
+
+
+def _brought(name: str, settings: Mapping[str, Any]) -> Objective:
+    make = find(OBJECTIVES, name, {})
+    made = make(**checked(f"objective.{name}", make, settings))
+    if not isinstance(made, Objective):
+        raise ConfigError(f"objective.{name}: {made!r:.60} is no zili.objectives.Objective")
+    return made
 
 
 def of_text(model: ModelConfig) -> Objective:

@@ -78,11 +78,21 @@ def open_run(recipe: RunConfig) -> OpenedRun:
     from zili.parallel.machines import check_same
 
     world, config = setup.world, setup.config  # the first process's: the recipe may be a copy too
+    world.agree(lambda: _check_brought(config))
     tokenizer, loader, stores = world.agree(lambda: _open_data(config))
     check_same(world, "token stores", " ".join(store.identity() for store in stores))
     if config.data.verify:
         _verify(stores, world)
     return OpenedRun(recipe, setup, tokenizer, loader, started)
+
+
+def _check_brought(config: RunConfig) -> None:
+    """What packages bring, which may be imported now."""
+    from zili.objectives import objective_of
+    from zili.training.callbacks.named import check_callbacks
+
+    check_callbacks(config, imports=True)
+    objective_of(config)
 
 
 def open_trainer(recipe: RunConfig, loader: Batches | None = None) -> Trainer:

@@ -13,6 +13,7 @@ from zili.config import ModelConfig, RunConfig, build_config, load_recipe
 from zili.config.loading import Overrides
 from zili.config.model_folder import shape_in
 from zili.errors import CheckpointError, ConfigError
+from zili.plugins import OBJECTIVES, look_up
 from zili.training.callbacks.named import check_callbacks
 
 RECIPE_FILE = "recipe.toml"
@@ -32,6 +33,8 @@ def read_recipe(recipe: RecipeLike, overrides: Overrides = ()) -> RunConfig:
     """
     config = _configuration(recipe, overrides)
     check_callbacks(config)
+    for name in config.objective.brought:
+        look_up(OBJECTIVES, name, {})
     return config
 
 

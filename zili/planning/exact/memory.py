@@ -154,7 +154,7 @@ class _Step:
         """Of each stage the message of its last sum, which FSDP2 keeps until the next one inside a pipeline."""
         self._summed = dict.fromkeys(range(len(job.stages)), False)
         self._late = 0.0
-        self._stays = 0.0
+        self._stays: float = 0
         """Bytes of a teacher's weights that stay gathered, since nothing gives them back."""
         self._kept = [self._kept_of(place) for place in range(len(job.stages))]
 

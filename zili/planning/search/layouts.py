@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import isqrt
+from operator import attrgetter
 from typing import Literal
 
 from zili.config import RunConfig
@@ -29,6 +30,7 @@ _EXPERT = (1, 8, 32, 64, 128)
 """Larger ones are not looked at, nor sizes between these: no measured run has them, and they are many."""
 _RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 _CHOICES = ("tensor", "context", "pipeline", "expert", "schedule", "recompute")
+_choices_of = attrgetter(*_CHOICES)
 _ONCE, _EACH = Software(), Software(sums_each=True)
 """Gradients are summed once a step, or after each micro-batch."""
 _TRIED, _TRIED_OF_A_CHOICE, _TRIED_FOR_SIMPLICITY = 300, 6, 12
@@ -206,7 +208,7 @@ class _Room:
         return self._leasts[option]
 
     def _least(self, option: _Option) -> float:
-        run = option.run
+        run, count = option.run, option.run.micro_batches
         cut = (run.tensor, run.pipeline, run.expert)
         if cut not in self._parameters:
             self._parameters[cut] = local_parameters(run.model, *cut)
@@ -219,12 +221,12 @@ class _Room:
         fewer = layers * run.pipeline * run.virtual / run.model.layers
         gathered = 2 * (plain + experts) if run.kept_gathered else 0.0
         # In fp32; a stage's may be gone before the next one's come.
-        whole = (run.kept_gathered or run.micro_batches > 1) and not option.sums_each
+        whole = (run.kept_gathered or count > 1) and not option.sums_each
         gradients = fewer * 4 * self._learned * ((plain + experts) / run.virtual if whole else 0.0)
-        stages = _in_flight(run)
+        stages = _in_flight(run, count)
         kept = stages * layers * self._keeps(option)
         # Where all micro-batches have gone forward first, less and less is kept as gradients come.
-        both = max(gradients, kept) if stages == run.micro_batches * run.virtual else gradients + kept
+        both = max(gradients, kept) if stages == count * run.virtual else gradients + kept
         return fewer * (states + gathered) + both
 
     def _keeps(self, option: _Option) -> float:
@@ -235,7 +237,7 @@ class _Room:
         return self._kept[key]
 
 
-def _in_flight(run: Run) -> float:
+def _in_flight(run: Run, micro_batches: float) -> float:
     """Stages' activations that a pipeline's process has at once, at least."""
     p, v = run.pipeline, run.virtual
     if p == 1:
@@ -245,7 +247,7 @@ def _in_flight(run: Run) -> float:
         warm = (v - 1) * p + 2 * (p - 1) + 1
     else:
         warm = 2 * p - 1 if run.schedule == "zbv" else v * p
-    return min(run.micro_batches * v, warm)
+    return min(micro_batches * v, warm)
 
 
 @dataclass(frozen=True, eq=False)
@@ -442,11 +444,10 @@ def complexity(run: Run) -> tuple[int, int, int]:
 
 def _drawbacks(best: Candidate, options: Sequence[_Option], room: _Room) -> Iterator[Drawback]:
     """For each choice that the best layout did not make: the fastest with it, and why that is not the best."""
-    made = {name: getattr(best.run, name) for name in _CHOICES}
+    made = _choices_of(best.run)
     choices: dict[tuple[str, object], list[_Option]] = {}
     for option in options:
-        for name, taken in made.items():
-            value = getattr(option.run, name)
+        for name, taken, value in zip(_CHOICES, made, _choices_of(option.run), strict=True):
             if value != taken:
                 choices.setdefault((name, value), []).append(option)
     for (name, value), those in choices.items():

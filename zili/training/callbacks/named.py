@@ -11,7 +11,7 @@ from typing import Any
 
 from zili.config import RunConfig
 from zili.errors import ConfigError
-from zili.plugins import CALLBACKS, checked, find
+from zili.plugins import CALLBACKS, OURS, checked, find, look_up
 from zili.training.callbacks.base import Callback
 
 OWN = {
@@ -22,14 +22,17 @@ OWN = {
 """By name; packages bring more (`zili.plugins`)."""
 
 
-def check_callbacks(config: RunConfig) -> None:
-    """Look up what `config` names, and check its settings; nothing is made.
+def check_callbacks(config: RunConfig, *, imports: bool = False) -> None:
+    """Look up what `config` names, and check its settings; nothing is made. Settings of what a package brings are
+    checked where it may be imported: once the chip's environment is set.
 
     Raises:
         ConfigError: there is no such callback, or it takes other settings.
     """
     for name, settings in config.callbacks.items():
-        checked(f"callbacks.{name}", find(CALLBACKS, name, OWN), settings)
+        found = look_up(CALLBACKS, name, OWN)
+        if imports or found.package == OURS:
+            checked(f"callbacks.{name}", found.load(), settings)
 
 
 def named_callbacks(config: RunConfig) -> list[Callback]:
