@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python -m
 # Workers of one thread, one more than cores (tests/conftest.py); who has run out of tests takes over another's.
 PYTEST := $(RUN) pytest -n auto --dist worksteal --durations 20
 
-.PHONY: quickstart test test-all test-device test-ascend test-interop lint format docs clean
+.PHONY: quickstart test test-all test-device test-ascend test-interop lint format docs docs-site claims clean
 
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/zili quickstart
@@ -67,8 +67,19 @@ format: $(VENV)/.tests-installed
 	$(RUN) ruff check --fix .
 	$(RUN) ruff format .
 
-docs: $(VENV)/.installed  # the generated pages
+docs: $(VENV)/.installed  # the generated pages, and the code that pages quote
 	$(VENV)/bin/zili config reference > docs/configuration.md
+	$(VENV)/bin/python tools/quote.py
+
+# The site, with search and an API reference, in build/site; a dead link or a page that is not there ends it.
+docs-site: $(VENV)/.installed
+	$(RUN) pip install --quiet --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict
+
+# Every command of docs/claims.md; ONLY="exact resume" runs those whose heading has these words.
+ONLY ?=
+claims: $(VENV)/.tests-installed
+	$(VENV)/bin/python tools/claims.py $(ONLY)
 
 # torch is pinned and installed first, a small build where one will do: a range would bring the newest, with several GB
 # of GPU libraries.

@@ -5,12 +5,16 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import claims
 import pytest
+import quote
 from typer.main import get_command
 
 from zili.chips.catalog import catalog
@@ -20,9 +24,14 @@ from zili.config import RunConfig
 from zili.config.fields import fields_at
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "README.zh.md", "CONTRIBUTING.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 PAGE_NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-TOP = ("zili", "tests", "docs", "recipes", "benchmarks", "tools")
+TOP = ("zili", "tests", "docs", "recipes", "benchmarks", "tools", "examples")
+HOW_TO = sorted((ROOT / "docs" / "extending").glob("*.md"))
+LONGEST_HOW_TO = 40
 MADE_BY_THE_READER = {
     *("recipe.toml", "recipes/mine.toml", "report.html", "runs/quickstart", "runs/run", "texts/json", "p.html"),
     *("tokenizer.json", "generation_config.json", "configuration.json", "release.json", "published_runs.csv"),
@@ -213,6 +222,74 @@ def test_every_target_of_make_is_one(page: str) -> None:
     lines = [*inline(page), *code_lines(page)]
     named = {found for line in lines for found in re.findall(r"^\$? ?make ([a-z][a-z-]*)(?![\w=])", line)}
     assert named <= targets
+
+
+def test_every_quote_is_what_its_file_says() -> None:
+    behind = [page.name for page in quote.pages() if quote.with_quotes(text := page.read_text("utf-8")) != text]
+    assert behind == [], "`make docs` renews them"
+    texts = [page.read_text("utf-8") for page in quote.pages()]
+    quoted = {name for text in texts for name in re.findall(r"<!-- (examples/\w+\.py)", text)}
+    assert quoted == {f"examples/{path.name}" for path in (ROOT / "examples").glob("*.py")}
+
+
+@pytest.mark.parametrize("page", HOW_TO, ids=lambda page: page.stem)
+def test_how_to_add_a_thing_fits_on_a_screen(page: Path) -> None:
+    assert len(page.read_text(encoding="utf-8").splitlines()) <= LONGEST_HOW_TO
+
+
+CLAIMS = claims.claims_in((ROOT / "docs" / "claims.md").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.name)
+def test_every_claim_has_a_command_that_can_be_run(claim: claims.Claim) -> None:
+    program, *words = claim.command
+    if program == "zili":
+        command_of(words)
+    else:
+        assert program in ("pytest", "python"), "others may not be installed"
+    files = [word.partition("::")[0] for word in words if re.search(_ENDING, word)]
+    assert files or program == "zili"
+    assert [file for file in files if not (ROOT / file).is_file()] == []
+
+
+def test_a_page_of_claims_that_says_too_little_is_refused() -> None:
+    whole = "## One\n\n```\n$ zili plan x\n3.2 days in 4 s\n```\n"
+    (claim,) = claims.claims_in(whole)
+    assert (claim.command, claim.last_line) == (["zili", "plan", "x"], "3.2 days in 4 s")
+    assert claims.without_numbers("11 days in 1.2e-3 s") == claims.without_numbers(claim.last_line)
+    assert claims.without_numbers("1 skipped in 3 s") != claims.without_numbers("1 passed in 3 s")
+    for page in ("## One\n\nwords\n", "## One\n\n```\n$ zili plan x\n```\n", whole + whole.partition("\n")[2]):
+        with pytest.raises(ValueError, match="'One'"):
+            claims.claims_in(page)
+
+
+def test_a_claim_that_fails_or_prints_something_else_does_not_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    def outcome(code: str, last_line: str = "2 passed") -> str:
+        return claims.run(claims.Claim("one", ["python", "-c", code], last_line), seconds=60)
+
+    assert outcome("print('1 passed')") == ""
+    assert outcome("print('1 skipped')") == "it ended with '1 skipped', and the page says '2 passed'"
+    assert outcome("print('1 passed'); exit(3)") == "exit code 3"
+    command = ["python", "-c", "import time; time.sleep(60)"]
+    assert claims.run(claims.Claim("one", command, "1 passed"), seconds=0.1) == "took more than 0 s"
+
+
+def test_the_site_has_every_page_once() -> None:
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    listed = re.findall(r"[\w/.]+\.md", site.partition("\nnav:")[2])
+    there = [str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")]
+    assert sorted(listed) == sorted([*there, "index.md", "README.zh.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="pip install 'zili[docs]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    page = (tmp_path / "site" / "api.html").read_text(encoding="utf-8")
+    assert "micro_batch" in (tmp_path / "site" / "search" / "search_index.json").read_text(encoding="utf-8")
+    assert "Raises" in page and 'id="zili.objectives.objective.Objective.terms"' in page
 
 
 def test_the_readme_counts_the_chips_of_the_catalog() -> None:

@@ -137,7 +137,7 @@ def evaluate(
     open_it = _opener(model, chip)
     from zili.data.reading import read_documents
     from zili.evaluation.bits_per_byte import bits_per_byte, limit_bytes
-    from zili.evaluation.compressors import reference_compressors
+    from zili.evaluation.compressors import compressor_figures
 
     documents = read_documents(text, text_field=text_field, on_error=on_error)
     # Held in memory, because xz and zstd are given all of it at once anyway.
@@ -154,7 +154,7 @@ def evaluate(
     if not compressors:
         return score
     progress("compressing for comparison")
-    return replace(score, compressors=tuple(reference_compressors(texts)))
+    return replace(score, compressors=tuple(compressor_figures(texts)))
 
 
 @overload

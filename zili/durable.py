@@ -91,7 +91,7 @@ def whole_folder(target: Path, refused: type[ZiliError] = CheckpointError) -> It
 
 
 def _naming(path: Path, error: OSError) -> OSError:
-    """What writing and syncing raise, other than opening, names no file."""
+    """The error with the name of its file, which only errors of opening have."""
     return OSError(error.errno, error.strerror, str(path))
 
 

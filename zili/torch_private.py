@@ -134,7 +134,7 @@ NAMES = {
         "torch.library.get_kernel, which has stand-ins too",
     ),
 }
-"""By the name under which this module gives it."""
+"""What stands for a private name, by the name under which this module gives it."""
 
 _STAGE = "torch.distributed.pipelining:PipelineStage."
 _SCHEDULES = "torch.distributed.pipelining.schedules:"

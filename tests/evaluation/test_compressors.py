@@ -14,7 +14,7 @@ import pytest
 import zstandard
 
 from zili.errors import DataError
-from zili.evaluation.compressors import reference_compressors, xz, zstd
+from zili.evaluation.compressors import compressor_figures, xz, zstd
 
 RAW = "".join(f"line {i}: the quick brown fox, 敏捷的狐狸 {i * i}\n" for i in range(800)).encode()
 
@@ -40,26 +40,26 @@ def test_same_size_as_the_tool(tool: str, options: list[str], ours: Callable[[by
 def test_random_bytes_do_not_compress() -> None:
     draw = random.Random(1)
     noise = "".join(chr(draw.randrange(128)) for _ in range(20_000))
-    for reference in reference_compressors([noise]):
-        assert 7.0 <= reference.bits_per_byte < 7.5  # seven random bits a byte
+    for figure in compressor_figures([noise]):
+        assert 7.0 <= figure.bits_per_byte < 7.5  # seven random bits a byte
 
 
 def test_bits_per_byte_of_joined_documents() -> None:
     half = len(RAW) // 2
     whole, parts = (
-        reference_compressors([RAW.decode()]),
-        reference_compressors([RAW[:half].decode(), RAW[half:].decode()]),
+        compressor_figures([RAW.decode()]),
+        compressor_figures([RAW[:half].decode(), RAW[half:].decode()]),
     )
     assert whole == parts
     assert [r.name for r in whole] == ["xz -9e", "zstd -19"]
-    for reference in whole:
-        assert reference.bytes == len(RAW)
-        assert reference.bits_per_byte == 8 * reference.compressed_bytes / len(RAW)
+    for figure in whole:
+        assert figure.bytes == len(RAW)
+        assert figure.bits_per_byte == 8 * figure.compressed_bytes / len(RAW)
 
 
 def test_knowing_the_training_text_helps_and_is_named() -> None:
     text = RAW.decode()
-    found = reference_compressors([text[:3000]], training_texts=[text], training_bytes=20_000)
+    found = compressor_figures([text[:3000]], training_texts=[text], training_bytes=20_000)
     alone, known = found[1], found[2]
     assert known.bits_per_byte < alone.bits_per_byte / 5
     assert (alone.seen, known.seen) == ("nothing but this text", "20\u202fkB of the training text")
@@ -67,4 +67,4 @@ def test_knowing_the_training_text_helps_and_is_named() -> None:
 
 def test_nothing_to_compress() -> None:
     with pytest.raises(DataError, match="no text"):
-        reference_compressors(["", ""])
+        compressor_figures(["", ""])

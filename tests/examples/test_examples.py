@@ -1,4 +1,4 @@
-"""The examples run, with runs made small, and the docs quote them as they are."""
+"""The examples run, with runs made small."""
 
 from __future__ import annotations
 
@@ -24,8 +24,6 @@ TINY = {
     "chip.compile": False,
     "chip.operations": {"linear": "reference", "attention": "reference"},
 }
-QUOTED = re.compile(r"<!-- (examples/\w+\.py) -->\n```python\n(.*?)```", flags=re.DOTALL)
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.fixture
@@ -68,10 +66,3 @@ def test_of_your_own(name: str, run, recipe, tmp_path: Path) -> None:
     assert "step 3/3" in run(name, file)
     last = json.loads((recipe().folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     assert ("z_loss" in last) == (name == "own_objective")
-
-
-def test_docs_quote_the_examples_as_they_are() -> None:
-    found = [(page.name, *quote) for page in PAGES for quote in QUOTED.findall(page.read_text(encoding="utf-8"))]
-    assert {name for _, name, _ in found} >= {f"examples/{path.name}" for path in (ROOT / "examples").glob("*.py")}
-    for page, name, text in found:
-        assert text == (ROOT / name).read_text(encoding="utf-8"), f"{page} quotes another {name}"

@@ -20,7 +20,7 @@ from zili.models.decoder import Decoder
 from zili.ops import IGNORE_INDEX
 from zili.runs.running import begin
 from zili.training.callbacks import Callback, StepRecord
-from zili.training.reference import REFERENCE_FILE
+from zili.training.reference_model import REFERENCE_FILE
 from zili.training.trainer import Trainer
 
 BETA = 0.3

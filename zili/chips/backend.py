@@ -106,7 +106,7 @@ class VersionFile:
     """A file in which an installation says what version it is."""
 
     what: str
-    """Of what: the driver, the runtime."""
+    """What the file tells the version of: the driver, the runtime."""
     paths: tuple[str, ...]
     """Globs, variables of the environment in them; the first that is there counts."""
     pattern: str = r"(?im)^version\s*=\s*(\S+)"
@@ -148,7 +148,7 @@ class Backend:
     operations: str | None = None
     """Module with this vendor's fused operations, `VERSIONS` of `zili.ops.versions.Version`."""
     capabilities: Mapping[str, Capability | Callable[[], Capability]] = field(default_factory=dict)
-    """By name; a function where the machine has to be looked at, called when asked for."""
+    """The answers by name. A function, called on demand, where the machine must be looked at."""
     refusals: tuple[Refusal, ...] = ()
     """What its software is known to turn down."""
     notes: tuple[str, ...] = ()

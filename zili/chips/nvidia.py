@@ -9,7 +9,7 @@ from zili.chips.backend import Backend, Capability, Variable, VersionFile
 
 
 def _compute_capability() -> tuple[int, int] | None:
-    """Of the current device; None before activation, since asking needs torch and an open device."""
+    """The current device's; None before activation, since the question needs torch and an open device."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return None

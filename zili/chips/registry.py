@@ -21,7 +21,7 @@ class Registry:
 
     backends: list[Backend] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
-    """By the name claimed: why it is not used."""
+    """Why a backend is not used, by the name that it claims."""
 
 
 def registry() -> Registry:

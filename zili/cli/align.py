@@ -22,7 +22,9 @@ _SHOWN = 12
 
 def align(
     recipe: Recipe,
-    against: Annotated[str, typer.Option(help="What is taken for right; only the CPU can be.")] = "cpu",
+    against: Annotated[
+        str, typer.Option(help="The chip whose results count as right; only the CPU is possible.")
+    ] = "cpu",
     steps: Annotated[int, typer.Option(min=1, help="Training steps to compare.")] = 2,
     page: Annotated[Path | None, typer.Option(help="Write an HTML report here.")] = None,
     overrides: Overrides = None,

@@ -25,8 +25,12 @@ def chat(
     demo: Demo = False,
     system: Annotated[str, typer.Option(help="System prompt.")] = "",
     template: Template = None,
-    thinking: Annotated[bool, typer.Option(help="Let it think first, where its template offers both.")] = True,
-    mode: Annotated[Mode, typer.Option(help="chat: turns; text: continue; auto: what it was made for.")] = Mode.auto,
+    thinking: Annotated[
+        bool, typer.Option(help="Let the model think first, if its template offers the choice.")
+    ] = True,
+    mode: Annotated[
+        Mode, typer.Option(help="chat: talk in turns; text: continue the text; auto: what the model was made for.")
+    ] = Mode.auto,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 512,
     temperature: Temperature = 0.8,
     top_p: TopP = 0.95,

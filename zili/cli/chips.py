@@ -42,7 +42,7 @@ _ABSENT = "not published"
 
 def chips(
     name: Annotated[str | None, typer.Argument(help="One backend or chip in detail; `new`: begin a plugin.")] = None,
-    new_name: Annotated[str | None, typer.Argument(help="With `new`: the name it gets, for `chip.name`.")] = None,
+    new_name: Annotated[str | None, typer.Argument(help="With `new`: the backend's name, for `chip.name`.")] = None,
     *,
     as_json: AsJson = False,
     folder: Annotated[Path | None, typer.Option(help="With `new`: folder to make; zili-NAME if not given.")] = None,
@@ -61,7 +61,7 @@ def chips(
         module = plugin or f"torch_{new_name}"
         for path in write_skeleton(new_name, where, device_type or new_name, collectives or f"{new_name}ccl", module):
             typer.echo(path)
-        typer.echo(f"Next: pip install --editable {where}, then zili chips {new_name}; docs/new_chip.md has the way")
+        typer.echo(f"Next: pip install --editable {where}, then zili chips {new_name} (docs/extending/chip.md)")
         return
     if as_json:
         typer.echo(json.dumps(_as_data(name), indent=2, ensure_ascii=False))

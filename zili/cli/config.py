@@ -13,7 +13,7 @@ from zili.cli.amounts import amounts
 from zili.cli.options import MOST_CHIPS, AsJson, Overrides, Recipe
 from zili.cli.output import console, table
 from zili.config import ModelConfig, RunConfig, dump_recipe, load_preset, preset_names
-from zili.config.reference import reference
+from zili.config.key_list import key_list
 from zili.errors import ChipError, ConfigError, LayoutError
 from zili.parallel.layout import lay_out, processes
 from zili.plurals import counted
@@ -26,7 +26,8 @@ app = typer.Typer(no_args_is_help=True, help="Show what a recipe means, list pre
 def show(
     recipe: Recipe,
     chips: Annotated[
-        int | None, typer.Option(min=1, max=MOST_CHIPS, help="Lay it out over so many, and open none.")
+        int | None,
+        typer.Option(min=1, max=MOST_CHIPS, help="Lay the recipe out over so many chips, without opening one."),
     ] = None,
     overrides: Overrides = None,
 ) -> None:
@@ -63,7 +64,7 @@ def _unknown_chips(config: RunConfig) -> list[str]:
 
 
 def _resolved(config: RunConfig) -> tuple[RunConfig, list[str]]:
-    """As it would run here, or as it is, and why it cannot."""
+    """The recipe as it would run here; or as it is, with the reason why it cannot."""
     try:
         lay_out(config, processes()[1])
         from zili.training.setup import set_up
@@ -99,6 +100,6 @@ def presets(as_json: AsJson = False) -> None:
 
 
 @app.command(name="reference")
-def reference_() -> None:
-    """Print the reference of every key, as docs/configuration.md holds it."""
-    typer.echo(reference(), nl=False)
+def reference() -> None:
+    """Print every key with its type, default and meaning, as docs/configuration.md holds it."""
+    typer.echo(key_list(), nl=False)

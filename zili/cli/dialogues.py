@@ -16,13 +16,13 @@ def dialogues(
         list[Path], typer.Argument(help="JSON lines, JSON or Parquet of conversations; folders are searched.")
     ],
     *,
-    model: Annotated[Path, typer.Option(help="Model folder, run or tokenizer folder that they are for.")],
+    model: Annotated[Path, typer.Option(help="Model, run or tokenizer folder that the data is for.")],
     to: Annotated[Path, typer.Option("--to", help="Folder to make: train, held_out, tokenizer.")],
     template: Annotated[
         str | None, typer.Option(help="Chat template in place of the model's own: a name, or a file.")
     ] = None,
     held_out: Annotated[
-        float, typer.Option(help="Share kept apart for evaluation.", min=0, max=0.5, callback=finite)
+        float, typer.Option(help="Share of conversations held out for evaluation.", min=0, max=0.5, callback=finite)
     ] = 0.0,
     on_error: OnErrorOption = OnError.RAISE,
 ) -> None:

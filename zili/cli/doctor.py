@@ -26,9 +26,9 @@ _COLOURS = {
 def doctor(
     chip: Annotated[str, typer.Option(help="Backend to examine; `zili chips` lists names.")] = "auto",
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Processes for the collectives; the devices in sight if not given.")
+        int | None, typer.Option(min=1, help="Processes for the collectives; by default one for each device in sight.")
     ] = None,
-    folder: Annotated[Path, typer.Option(help="Where checkpoints would go: its disk is timed.")] = Path(),
+    folder: Annotated[Path, typer.Option(help="Folder for checkpoints: its disk is timed.")] = Path(),
     patience: Annotated[
         float,
         typer.Option(
@@ -36,10 +36,10 @@ def doctor(
         ),
     ] = 60.0,
     only: Annotated[
-        list[str] | None, typer.Option(help=f"Examine this alone; may be given again: {', '.join(AREAS)}.")
+        list[str] | None, typer.Option(help=f"Examine only this; may be repeated: {', '.join(AREAS)}.")
     ] = None,
     as_json: AsJson = False,
-    every: Annotated[bool, typer.Option("--all", help="Show what is good one by one.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="List every good finding too.")] = False,
 ) -> None:
     """Examine this machine: what is here, what computes rightly, how fast, and whether processes reach one another.
 

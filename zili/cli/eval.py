@@ -43,16 +43,14 @@ Tasks = Annotated[
     str | None, typer.Option(help="Tasks and groups of lm-eval, or Zili's own (zili_arithmetic, ...), with commas.")
 ]
 IncludePath = Annotated[Path | None, typer.Option(help="Folder with task files of your own.")]
-ListTasks = Annotated[bool, typer.Option("--list-tasks", help="Name every task there is.")]
-FewShot = Annotated[int | None, typer.Option(help="Examples in the context; the task's own if not given.", min=0)]
+ListTasks = Annotated[bool, typer.Option("--list-tasks", help="List all tasks.")]
+FewShot = Annotated[int | None, typer.Option(help="Examples in the context; by default the task's own number.", min=0)]
 Limit = Annotated[int | None, typer.Option(help="Questions of each task; all if not given.", min=1)]
 AsChat = Annotated[bool, typer.Option("--chat", help="Ask in turns of the model's chat template.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
 Out = Annotated[Path | None, typer.Option(help="Write the results of --answers or --tasks here, for a model card.")]
-SequenceLength = Annotated[
-    int | None, typer.Option(help="Tokens in a window; the training length if not given.", min=2)
-]
-BatchSize = Annotated[int, typer.Option(help="Windows at a time.", min=1)]
+SequenceLength = Annotated[int | None, typer.Option(help="Tokens in a window; by default the training length.", min=2)]
+BatchSize = Annotated[int, typer.Option(help="Windows in a batch.", min=1)]
 MaxBytes = Annotated[int | None, typer.Option(help="Stop after so many bytes of text.", min=1)]
 
 

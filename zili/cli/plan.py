@@ -26,7 +26,7 @@ from zili.planning.search.plan import MFU, Plan, make_plan
 from zili.plurals import counted
 from zili.runs.plans import NoChip
 
-_SHOWN_LOSSES = 8
+_SHOWN_DRAWBACKS = 8
 _SMALL_GIB = 2**30
 _NEARLY_ALL = 0.999
 _COUNTS = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
@@ -41,18 +41,16 @@ Model = Annotated[str | None, typer.Argument(help="Preset (`zili config presets`
 ChipName = Annotated[
     str | None, typer.Option(help="Model of the chips, as `zili chips` lists them; else the recipe's.")
 ]
-Chips = Annotated[int | None, typer.Option(min=1, max=MOST_CHIPS, help="How many.")]
+Chips = Annotated[int | None, typer.Option(min=1, max=MOST_CHIPS, help="Number of chips.")]
 Tokens = Annotated[
     float | None,
     typer.Option(
-        parser=count_of, metavar="COUNT", help="How many to train on, such as 300B or 1T; a recipe has its own."
+        parser=count_of, metavar="COUNT", help="Tokens to train on, such as 300B or 1T; by default the recipe's."
     ),
 ]
-SequenceLength = Annotated[int | None, typer.Option(min=1, max=2**24, help="Tokens of a sequence.")]
-GlobalBatch = Annotated[int | None, typer.Option(min=1, max=2**22, help="Sequences of a step.")]
-Compare = Annotated[
-    str | None, typer.Option(help="Other chips too: names, each with :COUNT where it differs, with commas.")
-]
+SequenceLength = Annotated[int | None, typer.Option(min=1, max=2**24, help="Tokens in a sequence.")]
+GlobalBatch = Annotated[int | None, typer.Option(min=1, max=2**22, help="Sequences in a step.")]
+Compare = Annotated[str | None, typer.Option(help="Other chips to compare: NAME or NAME:COUNT, separated by commas.")]
 LayoutText = Annotated[
     str | None,
     typer.Option(
@@ -62,30 +60,34 @@ LayoutText = Annotated[
 ]
 Doctor = Annotated[Path | None, typer.Option(help="Report of `zili doctor --json` from such a chip: measured speeds.")]
 PeakTflops = Annotated[
-    float | None, typer.Option(min=0.001, max=1e6, callback=finite, help="Peak in bf16, where none is published.")
+    float | None, typer.Option(min=0.001, max=1e6, callback=finite, help="The chip's bf16 peak, if none is published.")
 ]
-Price = Annotated[float | None, typer.Option(min=0, max=1e9, callback=finite, help="Of a chip-hour.")]
-PerChipDay = Annotated[float, typer.Option(min=0, max=1, callback=finite, help="Interruptions a chip-day.")]
+Price = Annotated[float | None, typer.Option(min=0, max=1e9, callback=finite, help="Price of a chip-hour.")]
+PerChipDay = Annotated[float, typer.Option(min=0, max=1, callback=finite, help="Interruptions for each chip and day.")]
 PerDay = Annotated[
-    float, typer.Option(min=0, max=1000, callback=finite, help="Interruptions a day, whatever the chips.")
+    float,
+    typer.Option(
+        min=0, max=1000, callback=finite, help="Interruptions a day that do not depend on the number of chips."
+    ),
 ]
 Together = Annotated[int, typer.Option(min=1, max=4096, help="Chips that fail together, such as those of a node.")]
 RestartMinutes = Annotated[
-    float | None, typer.Option(min=0, max=10_000, callback=finite, help="From an interruption to training.")
+    float | None,
+    typer.Option(min=0, max=10_000, callback=finite, help="Time from an interruption until the run trains again."),
 ]
 CheckpointSeconds = Annotated[
     float,
     typer.Option(min=0.01, max=86_400, callback=finite, help="How long a checkpoint keeps the run from training."),
 ]
 Spares = Annotated[
-    float, typer.Option(min=0, max=1, callback=finite, help="Chips kept ready and paid for, as a share.")
+    float, typer.Option(min=0, max=1, callback=finite, help="Spare chips, kept ready and paid for, as a share of all.")
 ]
 Write = Annotated[
     Path | None,
     typer.Option(help="Write the layout to run as a recipe for `zili train`, with rate, warm-up and checkpoints."),
 ]
 RunsTable = Annotated[Path | None, typer.Option(help="Predict the rows of this table of published runs instead.")]
-Out = Annotated[Path | None, typer.Option(help="Where --runs writes its table.")]
+Out = Annotated[Path | None, typer.Option(help="File for the table of --runs.")]
 
 
 def plan(
@@ -256,8 +258,8 @@ def _show(made: Plan, to: Console) -> None:
     say(f"from, to: where the truth was for nine of ten published runs. MFU: {MFU}")
     say("time: " + _parts(vars(best.time), seconds_text))
     say("memory: " + _parts(best.memory, _bytes))
-    for loss in made.found.losses[:_SHOWN_LOSSES]:
-        say(f"  {loss.choice}: {loss.why}")
+    for drawback in made.found.drawbacks[:_SHOWN_DRAWBACKS]:
+        say(f"  {drawback.choice}: {drawback.why}")
     good = made.goodput
     hours = good.mean_between / 3600
     often = "none" if isinf(hours) else f"one in {hours:,.1f} h, {made.interruptions:,.3g} in all"

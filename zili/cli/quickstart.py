@@ -27,7 +27,9 @@ _STAGES = {"read": "reading text", "tokenizer": "training the tokenizer", "encod
 
 
 def quickstart(
-    more: Annotated[list[Path] | None, typer.Argument(help="Further text.", metavar="[PATH]...")] = None,
+    more: Annotated[
+        list[Path] | None, typer.Argument(help="More files or folders of text.", metavar="[PATH]...")
+    ] = None,
     *,
     text: Annotated[
         list[Path] | None,
@@ -60,13 +62,13 @@ def quickstart(
     print_opened(choices, opened.loader.report, console)
     # Before training, which gets the time that is left: how long it takes has nothing to do with a step.
     with console.status("compressing the held-out text, to compare with"):
-        references = compress(recipe, opened.tokenizer)
+        compressors = compress(recipe, opened.tokenizer)
     trainer = api.train(opened, callbacks=[asked.pacer(opened, started)] if paced else ())
     if trainer.interrupted:
         _tell_how_to_go_on(trainer.step, _command(text, folder, text_field, on_error), console)
     with console.status("drawing samples"):
         seconds = time.perf_counter() - started
-        end = conclude(recipe, opened.tokenizer, opened.setup.device, choices, references, seconds)
+        end = conclude(recipe, opened.tokenizer, opened.setup.device, choices, compressors, seconds)
     _show(end, recipe.folder, console)
 
 
@@ -110,7 +112,7 @@ def _command(text: list[Path], folder: Path, text_field: str, on_error: OnError)
 def _show(end: Conclusion, folder: Path, console: Console) -> None:
     """What came of it, and what comes next."""
     console.print("\nbits per byte of {documents} held-out documents, {bytes:,} bytes:".format(**end.evaluation))
-    rows = [("this model", end.evaluation["bits_per_byte"]), *((r.name, r.bits_per_byte) for r in end.references)]
+    rows = [("this model", end.evaluation["bits_per_byte"]), *((r.name, r.bits_per_byte) for r in end.compressors)]
     for name, value in rows:
         console.print(f"  {name:<26} {value:.3f}", highlight=False)
     for number, sample in enumerate(end.samples, 1):

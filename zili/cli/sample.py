@@ -16,7 +16,7 @@ def sample(
     path: Annotated[Path, typer.Argument(help="Run, checkpoint or model folder.", metavar="PATH")],
     *,
     prompt: Annotated[str, typer.Option(help="Text to continue; empty begins a document.")] = "",
-    number: Annotated[int, typer.Option(help="How many; each with the next seed.", min=1)] = 1,
+    number: Annotated[int, typer.Option(help="Number of samples; each has the next seed.", min=1)] = 1,
     max_new_tokens: Annotated[int, typer.Option(help="Longest continuation, in tokens.", min=1)] = 200,
     temperature: Temperature = 0.8,
     top_p: TopP = 1.0,

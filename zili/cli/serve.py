@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Engines(StrEnum):
-    """Who answers."""
+    """The engine that answers."""
 
     zili = "zili"
     vllm = "vllm"
@@ -28,11 +28,15 @@ class Engines(StrEnum):
 
 AllowOrigin = Annotated[
     list[str] | None,
-    typer.Option(help="Web page whose scripts may ask, as https://chat.example.org; * is any. May be repeated."),
+    typer.Option(
+        help="Web page whose scripts may ask, such as https://chat.example.org; * allows all. May be repeated."
+    ),
 ]
 AllowHost = Annotated[
     list[str] | None,
-    typer.Option(help="Name by which who needs no key may ask on this machine, as chat.example.org. May be repeated."),
+    typer.Option(
+        help="Host name that clients without a key may use on this machine, such as chat.example.org. May be repeated."
+    ),
 ]
 
 
@@ -41,24 +45,22 @@ def serve(
     *,
     demo: Demo = False,
     host: Annotated[
-        str, typer.Option(help="Address to listen at; 0.0.0.0 is every one of this machine.")
+        str, typer.Option(help="Address to listen at; 0.0.0.0: all addresses of this machine.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=65535)] = 8000,
     name: Annotated[str | None, typer.Option(help="What the model is called; its folder's name by default.")] = None,
     template: Template = None,
     keys: Annotated[
-        Path | None, typer.Option(help="TOML file of keys and their limits; whoever asks needs one.")
+        Path | None, typer.Option(help="TOML file of keys and their limits; every client then needs a key.")
     ] = None,
-    slots: Annotated[
-        int, typer.Option(help="Answers at once, as far as memory has room; further ones wait.", min=1)
-    ] = 16,
+    slots: Annotated[int, typer.Option(help="Answers at once, if memory suffices; others wait.", min=1)] = 16,
     context: Annotated[int | None, typer.Option(help="Tokens of prompt and answer; the model's by default.")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16, float16 or float32 (ours by default) for weights and products.")
     ] = None,
-    queue: Annotated[int, typer.Option(help="Answers that may wait; further ones are refused.", min=1)] = 256,
+    queue: Annotated[int, typer.Option(help="Answers that may wait; others are refused.", min=1)] = 256,
     timeout: Annotated[
-        float, typer.Option(help="Seconds an answer may take, its waiting included.", min=1, callback=finite)
+        float, typer.Option(help="Seconds that an answer may take, with its waiting.", min=1, callback=finite)
     ] = 600,
     allow_origin: AllowOrigin = None,
     allow_host: AllowHost = None,

@@ -91,7 +91,7 @@ class ChatTemplate:
 
 
 def template_names() -> list[str]:
-    """Of the templates that come with Zili."""
+    """Names of the templates that come with Zili."""
     files = (resources.files("zili.data") / "templates").iterdir()
     return sorted(file.name.removesuffix(".jinja") for file in files if file.name.endswith(".jinja"))
 

@@ -37,7 +37,7 @@ NOT_OPTIONS = frozenset(
         *("begin_said", "end_said", "bos_token", "eos_token", "unk_token", "pad_token"),
     }
 )
-"""What a template is given, and so no option of its own."""
+"""Names that a template is given by the renderer; a request cannot set them as options."""
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,7 @@ def _counting(dialogue: Dialogue, dialect: Dialect, unread: Counter[str]) -> Dia
 
 
 def _said(dialogue: Dialogue) -> str:
-    """What says on which side a conversation is; pairs by their question, of which there may be several."""
+    """The text that decides on which side of the split a conversation is. Pairs of one question share it."""
     messages = dialogue.messages
     if dialogue.rejected is not None:
         both = zip(messages, dialogue.rejected, strict=False)

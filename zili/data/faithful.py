@@ -127,7 +127,7 @@ def _check_spelled(messages: Messages, manners: Manners, of: Tokenizer) -> None:
 
 
 def _check_tools(tools: Messages, text: str, name: str) -> None:
-    """Whether the name and each line of the description of every tool is told."""
+    """Whether the rendered text has the name, and each line of the description, of every tool."""
     for tool in tools:
         function = tool.get("function") or tool
         if not isinstance(function, Mapping):
@@ -157,7 +157,7 @@ def _check_results(messages: Messages, name: str) -> None:
 
 
 def _check_turns(messages: Messages, rendered: Rendered, name: str) -> None:
-    """Whether all that others say is there, a system prompt wherever, the rest in its order."""
+    """Whether everything that others say is in the rendered text, in order; a system prompt may stand anywhere."""
     answers = sum(message["role"] == "assistant" for message in messages)
     turns, place = iter(rendered.turns if len(rendered.turns) == answers else ()), 0
     for number, message in enumerate(messages, start=1):
@@ -246,7 +246,7 @@ def _leaves(value: Any) -> Iterator[str]:
 
 
 def _holds(text: str, given: str) -> bool:
-    """Whether a text has another, as it is or as JSON writes it, but for white space around it."""
+    """Whether a text has another in it, as it is or as JSON writes it; white space around it does not count."""
     return _end_of(given, text) >= 0
 
 

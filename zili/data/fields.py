@@ -37,7 +37,7 @@ class Fields(Mapping[str, Any]):
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values = {key: value for key, value in values.items() if not _is_null(value)}
         self.not_numbers = {key for key, value in values.items() if value is not None and _is_null(value)}
-        """Names of what is NaN: none, but for what must be a number."""
+        """Names of values that are NaN: they count as absent, except where a number is needed."""
         self._used: set[str] = set()
         self.lost: dict[str, Any] = {}
         """What lay in a value that was used, and is not used itself, by a name for it."""

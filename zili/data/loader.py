@@ -68,7 +68,7 @@ class Batches(Protocol):
 
     @property
     def report(self) -> list[str]:
-        """Lines on what of the data is read, and what is not."""
+        """Lines for the user: which part of the data is read, and which is not."""
 
     @property
     def learned_share(self) -> float:

@@ -147,7 +147,7 @@ def _call_style(render: Render) -> str | None:
 
 
 def _marks(text: str) -> list[Mark]:
-    """Of what stands between two turns: what is in brackets, else each of its lines that has a word."""
+    """Marks in the text between two turns: what is in brackets, else each of its lines that has a word."""
     if found := _bracketed(text):
         return found
     lines = _BRACKETED.sub("", text).split("\n")

@@ -105,8 +105,8 @@ class DialogueLoader(MixedRows):
         self._lines = [_Rows(store, sequence_length, seed, i) for i, (store, _) in enumerate(sources)]
         self._documents = max(line.most for line in self._lines)
         self.reference: dict[str, NDArray[np.float32]] | None = None
-        """Of pairs, the log-probability of every document of a store under the reference model, by the store's
-        identity: `zili.training.reference` finds out."""
+        """For pairs: the log-probability of every document of a store under the reference model, by the store's
+        identity. `zili.training.reference_model` computes it."""
 
     @property
     def report(self) -> list[str]:

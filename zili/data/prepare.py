@@ -116,7 +116,8 @@ def prepare(
         vocab_size: tokens of the tokenizer trained here; unused when `tokenizer` is given.
         held_out_fraction: share of the documents, chosen by content (`split.Split`).
         tokenizer_bytes: text the tokenizer learns from, spread over all training documents.
-        text_field, on_error: see `read_documents`.
+        text_field: see `read_documents`.
+        on_error: see `read_documents`.
         engine: see `choose_encoder`.
         rebuild: False refuses to replace a folder made of other text or with other settings; a damaged one is
             rebuilt all the same, to what it was.

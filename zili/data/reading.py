@@ -42,7 +42,7 @@ class Document:
     source: str
 
     def to_json(self) -> str:
-        """As a JSON line that `read_documents` reads, without its line end."""
+        """A JSON line that `read_documents` reads, without its line end."""
         return json.dumps({"text": self.text, "source": self.source}, ensure_ascii=False)
 
 

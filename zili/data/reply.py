@@ -18,7 +18,7 @@ CALL, CALLED = "<tool_call>", "</tool_call>"
 KEY, KEY_END = "<param_key>", "</param_key>"
 VALUE, VALUE_END = "<param_value>", "</param_value>"
 ANSWER_TAGS = (THINK, THOUGHT, CALL, CALLED, KEY, KEY_END, VALUE, VALUE_END)
-"""What a model writes inside its answer, also where a tokenizer holds these for special tokens."""
+"""Marks that a model writes inside its answer, even where a tokenizer has them as special tokens."""
 _NAME = re.compile(r"[\w.-]{1,256}")
 _DEEPEST = 8
 """Levels of a schema that are looked at for the types of an argument."""

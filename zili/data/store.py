@@ -78,7 +78,7 @@ class TokenStore:
         self.tokens = tokens
         """All ids `[T]`, document after document."""
         self.learned = learned
-        """Of dialogues, which tokens the assistant says `[T]` uint8; None: every one is learned."""
+        """Which tokens the assistant says in dialogues, `[T]` uint8; None: every token is learned."""
         self.lengths = index.lengths
         """Tokens of each document `[N]`."""
         self.offsets = index.offsets
@@ -135,7 +135,7 @@ class TokenStore:
         return (self.document(index) for index in range(len(self)))
 
     def identity(self) -> str:
-        """sha256 of what the store holds, the same wherever it lies."""
+        """sha256 of what the store holds; it does not depend on the store's path."""
         suffixes = [".bin", ".idx", *((MASK,) if MASK in self.manifest.files else ())]
         return ":".join(self.manifest.files[suffix]["sha256"] for suffix in suffixes)
 

@@ -170,7 +170,7 @@ class Tokenizer:
 
     @property
     def sha256(self) -> str:
-        """Of `tokenizer.json` as written, byte for byte."""
+        """The sha256 of `tokenizer.json` as it is written, byte for byte."""
         return hashlib.sha256(self.definition.encode()).hexdigest()
 
     @property

@@ -29,7 +29,7 @@ _ROLES = {role: role for role in ROLES} | {
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thoughts", "thought", "think")
 _WEIGHTS = ("weight", "loss", "loss_scale", "loss_mask", "train", "training", "trainable")
 _MASKS = ("mask", "masked", "ignore", "ignored", "skip", "no_loss", "train_detail", "train_on_turn")
-"""Names that say what is not learned, and mean now this and now that: none of them is guessed at."""
+"""Names that say what is not learned. Data sets use them with opposite meanings, so none of them is guessed at."""
 _CALLS = ("tool_call", "calls", "function", "functions", "tools", "reasoning_details")
 """Calls, tools and thoughts where they are not read."""
 _CALL = ("id", "type", "function", "name", "arguments")
@@ -85,7 +85,7 @@ def _answered(turn: Fields, role: str, text: Any, learned: int) -> dict[str, Any
 
 
 def thoughts_of(fields: Fields) -> str | None:
-    """By any of the names for them.
+    """The value under any of its names.
 
     Raises: Unfit.
     """

@@ -18,7 +18,7 @@ from zili.durable import write_whole
 from zili.errors import ConfigError
 from zili.ops import registry
 from zili.runs.opening import open_trainer
-from zili.training.reference import reference_of
+from zili.training.reference_model import reference_of
 from zili.training.trainer import Trainer
 
 

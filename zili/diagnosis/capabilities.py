@@ -1,4 +1,4 @@
-"""Each capability, tried: what the chip's record says beside what was seen, and what follows from it."""
+"""Tries each capability: what the chip's record says, what was seen, and what follows."""
 
 from __future__ import annotations
 

@@ -206,7 +206,7 @@ def _findings(workers: list[_Process]) -> Iterator[Finding]:
 
 
 def _of_devices(found: list[dict[str, Any]]) -> Iterator[Finding]:
-    """Of the product each process computed on its own device: wrong ones, and ones that took long."""
+    """Findings about the product that each process computes on its own device: wrong ones, and slow ones."""
     fastest = max((line["rate"] for line in found), default=0.0)
     for line in found:
         where, fix = f"process {line['rank']}", f"look at device {line['rank']}: its clock, its temperature, its memory"

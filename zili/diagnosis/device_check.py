@@ -41,7 +41,7 @@ _LEAST = 5.0
 _GRACE = 5.0
 """Seconds for a process to say where it hangs, and again to end; a driver may keep one that was killed."""
 _MADE_FOR = (2, 13)
-"""Of torch. What an older one lacks is skipped, and not held against the chip."""
+"""The version of torch. What an older one lacks is skipped, and does not count against the chip."""
 _TOLD = 60
 """Last lines of a failed process that are kept."""
 

@@ -21,7 +21,7 @@ _VERDICTS = {
 
 
 def without_names(value: Any) -> Any:
-    """`value`, of plain JSON, with no name of this machine, its user, or folders of theirs in its texts."""
+    """`value`, of plain JSON, without names of this machine, its user and their folders in its texts."""
     replacements = list(_names())
 
     def cleaned(value: Any) -> Any:

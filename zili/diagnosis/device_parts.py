@@ -79,13 +79,13 @@ def _golden(folder: Path, device: Device) -> Finding:
 
 
 def _mean_loss(model: Decoder, ids: Tensor) -> Tensor:
-    """Of each token after the first. All positions go in: some rotary rules depend on the length."""
+    """The mean loss of the tokens after the first. All positions go in: some rotary rules depend on the length."""
     labels = torch.cat((ids[:, 1:], torch.full_like(ids[:, :1], ops.IGNORE_INDEX)), dim=1)
     return model.loss_sum(ids, labels) / (ids.numel() - len(ids))
 
 
 def _gradients_apart(model: Decoder, folder: Path, expected: dict[str, Tensor]) -> float:
-    """Of the gradients that are there, each over its largest, and of the norm of all; the worst."""
+    """The largest difference: of each gradient that is there, over its largest element, and of the norm of all."""
     own = {name: parameter.grad.cpu() for name, parameter in model.named_parameters() if parameter.grad is not None}
     norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in own.values()))
     apart = [abs(norm / float(expected["gradient_norm"]) - 1)]
@@ -137,7 +137,7 @@ def _precision(device: Device) -> str:
 
 
 def memory(chip: str, note: Note) -> None:
-    """The allocator's peak during a step, beside what a rehearsal says of it."""
+    """Compares the allocator's peak during a step with the rehearsed one."""
     device = _opened(chip)
     if device.memory() is None:
         note(Finding("peak memory", "all", Severity.FALLBACK, f"{device.name()} does not say how much is allocated"))

@@ -36,7 +36,7 @@ _SHAPES = (
     ((768, 12, 12, 4, 2048, 32768), 1024, 4),
     ((2048, 16, 32, 8, 5632, 65536), 4096, 8),
 )
-"""Of models, with the length of a sequence and sequences a step; the largest that is quick enough and fits is taken."""
+"""Sizes of models, tokens of a sequence, sequences of a step. The largest that is quick enough and fits is taken."""
 _HEAD = 64
 _STEP_SECONDS, _EXPECTED_SHARE, _ROOM = 1.5, 0.3, 0.4
 _SECONDS, _MOST_STEPS, _WARM_UP = 8.0, 30, 3

@@ -108,7 +108,7 @@ def _opened(activation: Activation, device: Device, reason: str) -> Iterator[Fin
 
 
 def _capabilities(device: Device, findings: list[Finding]) -> dict[str, Any]:
-    """Of every capability what the record says, and whether it was seen to work; None where it was not tried."""
+    """What the record says of every capability, and whether it was seen to work; None where it was not tried."""
     tried = {finding.name: finding for finding in findings if finding.area == "capabilities"}
     answers = {name: device.capability(name) for name in chips.CAPABILITIES}
     return {

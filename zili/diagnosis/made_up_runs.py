@@ -76,5 +76,5 @@ class MadeUpTokens:
         return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), documents)
 
     def fingerprint(self) -> str:
-        """Of what rows depend on."""
+        """Everything that the rows depend on."""
         return f"made up: {self._seed} {self._rows} {self._length} {self._vocabulary}"

@@ -294,7 +294,7 @@ class Alignment:
 
     chip: str
     losses: list[tuple[float, float]]
-    """Of each step, the chip's and the CPU's."""
+    """The chip's and the CPU's, for each step."""
     offences: list[Offence]
     seen: dict[str, Seen] = field(default_factory=dict)
     unchecked: set[str] = field(default_factory=set)

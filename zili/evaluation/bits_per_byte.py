@@ -32,7 +32,7 @@ from zili.errors import ConfigError, DataError
 from zili.evaluation.windows import Batch, Window, batches, pack, windows_of
 
 if TYPE_CHECKING:
-    from zili.evaluation.compressors import Reference
+    from zili.evaluation.compressors import CompressorFigure
 
 Progress = Callable[[int], None]
 """Called after each batch with the tokens scored so far."""
@@ -66,7 +66,7 @@ class Score:
     bytes: int
     documents: int
     seconds: float
-    compressors: tuple[Reference, ...] = ()
+    compressors: tuple[CompressorFigure, ...] = ()
     """What others need for the same text, where it was asked for."""
 
     def as_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Reference compressors: what ordinary software needs for the text a model is evaluated on.
+"""Compressors: what ordinary software needs for the text a model is evaluated on.
 
 Each figure is compressed bits over UTF-8 bytes of the documents joined end to end. Neither the compressor's
 own size nor the model's is counted, so the comparison is one of prediction, not of storage.
@@ -23,7 +23,7 @@ LARGEST_WINDOW_LOG = 27
 
 
 @dataclass(frozen=True)
-class Reference:
+class CompressorFigure:
     """One compressor's figure on the held-out text.
 
     `seen` says what it knew beforehand: a model has read the training text, `xz` and plain `zstd` have not.
@@ -39,18 +39,17 @@ class Reference:
         return asdict(self)
 
 
-def reference_compressors(
+def compressor_figures(
     texts: Iterable[str],
     *,
     training_texts: Iterable[str] | None = None,
     training_bytes: int = TRAINING_BYTES,
-) -> list[Reference]:
+) -> list[CompressorFigure]:
     """xz -9e and zstd -19 on `texts` alone and, given `training_texts`, zstd -19 after reading those.
 
     Args:
-        training_texts: what the model was trained on; the first `training_bytes` of it become zstd's
-        dictionary,
-            which it may copy from as if it stood just before the text. This is the fairer one of the three.
+        training_texts: what the model was trained on. The first `training_bytes` of it become zstd's dictionary: zstd may
+            copy from it as if it stood just before the text. This is the fairest of the three.
     Raises:
         DataError: no text at all.
     """
@@ -59,15 +58,15 @@ def reference_compressors(
         raise DataError("there is no text to compress: every document is empty; give files with some text")
     nothing = "nothing but this text"
     found = [
-        _reference("xz -9e", raw, xz(raw), nothing),
-        _reference(f"zstd -{ZSTD_LEVEL}", raw, zstd(raw), nothing),
+        _figure("xz -9e", raw, xz(raw), nothing),
+        _figure(f"zstd -{ZSTD_LEVEL}", raw, zstd(raw), nothing),
     ]
     if training_texts is not None:
         training = "".join(limit_bytes(training_texts, training_bytes)).encode("utf-8")
         if training:
             seen = f"{byte_size(len(training))} of the training text"
             name = f"zstd -{ZSTD_LEVEL} + training text"
-            found.append(_reference(name, raw, zstd(raw, training), seen))
+            found.append(_figure(name, raw, zstd(raw, training), seen))
     return found
 
 
@@ -88,5 +87,5 @@ def zstd(raw: bytes, known: bytes | None = None) -> bytes:
     return zstandard.ZstdCompressor(dict_data=dictionary, compression_params=parameters).compress(raw)
 
 
-def _reference(name: str, raw: bytes, compressed: bytes, seen: str) -> Reference:
-    return Reference(name, 8 * len(compressed) / len(raw), len(raw), len(compressed), seen)
+def _figure(name: str, raw: bytes, compressed: bytes, seen: str) -> CompressorFigure:
+    return CompressorFigure(name, 8 * len(compressed) / len(raw), len(raw), len(compressed), seen)

@@ -16,7 +16,7 @@ from zili.data.tokenizer import Tokenizer
 from zili.durable import write_whole
 from zili.errors import DataError
 from zili.evaluation.bits_per_byte import stored_documents
-from zili.evaluation.compressors import TRAINING_BYTES, Reference, reference_compressors
+from zili.evaluation.compressors import TRAINING_BYTES, CompressorFigure, compressor_figures
 from zili.evaluation.report import write_report
 from zili.evaluation.run_record import Record, read_run
 from zili.models.arithmetic import count_parameters
@@ -35,12 +35,12 @@ class Conclusion:
 
     evaluation: Record
     """The last `eval` record of metrics.jsonl."""
-    references: list[Reference]
+    compressors: list[CompressorFigure]
     samples: list[Sample]
     report: Path
 
 
-def compress(config: RunConfig, tokenizer: Tokenizer) -> list[Reference]:
+def compress(config: RunConfig, tokenizer: Tokenizer) -> list[CompressorFigure]:
     """What compressors need for the documents that the model is scored on, whole; for the fairer of their figures they
     get the beginning of its training text.
 
@@ -50,7 +50,7 @@ def compress(config: RunConfig, tokenizer: Tokenizer) -> list[Reference]:
     learned = itertools.chain.from_iterable(
         _texts(source.store, tokenizer, TRAINING_BYTES) for source in config.data.sources
     )
-    return reference_compressors(_scored(config, tokenizer), training_texts=learned)
+    return compressor_figures(_scored(config, tokenizer), training_texts=learned)
 
 
 def conclude(
@@ -58,7 +58,7 @@ def conclude(
     tokenizer: Tokenizer,
     device: Device,
     choices: Sequence[Choice],
-    references: list[Reference],
+    compressors: list[CompressorFigure],
     seconds: float,
 ) -> Conclusion:
     """Write `samples.jsonl`, `summary.json` and `report.html` into the folder of a run that was evaluated.
@@ -79,11 +79,11 @@ def conclude(
         "data": _data_facts(config),
         "timing": {"seconds": seconds},
         "machine": {"name": device.name(), "cores": os.cpu_count()},
-        "compressors": [reference.as_json() for reference in references],
+        "compressors": [figure.as_json() for figure in compressors],
         "choices": [choice._asdict() for choice in choices],
     }
     write_whole(config.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-    return Conclusion(evaluations[-1], references, samples, write_report(config.folder))
+    return Conclusion(evaluations[-1], compressors, samples, write_report(config.folder))
 
 
 def _scored(config: RunConfig, tokenizer: Tokenizer) -> Iterator[str]:

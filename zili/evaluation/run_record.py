@@ -23,9 +23,9 @@ class RunRecord:
     folder: Path
     starts: list[Record] = field(default_factory=list)
     train: list[Record] = field(default_factory=list)
-    """By step; of steps repeated after a resume the last record."""
+    """In the order of steps. Of a step that was repeated after a resume, the last record."""
     evals: list[Record] = field(default_factory=list)
-    """By step, then by the size of the text scored: a last evaluation may take more of it."""
+    """In the order of steps, then of the size of the scored text: a last evaluation may take more of it."""
     samples: list[Record] = field(default_factory=list)
     summary: Record = field(default_factory=dict)
     recipe: str = ""
@@ -136,7 +136,7 @@ def _summary(path: Path, notes: list[str]) -> Record:
 
 
 def _planned_steps(run: RunRecord) -> int | None:
-    """As the recipe has it, whose number may move while a quickstart runs; or as the last start recorded it.
+    """The recipe's number, which may move while a quickstart runs; else the one that the last start recorded.
 
     The recipe may be damaged: hence not `zili.config.load_recipe`.
     """

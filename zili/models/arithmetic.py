@@ -174,7 +174,7 @@ class ParameterCount:
     next_tokens: int
     """Multi-token prediction, which a released model may leave out."""
     idle: int
-    """Of `feed_forward`: in experts that a given token does not go through."""
+    """The part of `feed_forward` in experts that a given token does not go through."""
 
     @property
     def total(self) -> int:

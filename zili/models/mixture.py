@@ -50,7 +50,7 @@ class Router(nn.Module):
         self.sequence = Seam()
         """Sums what the processes that share a sequence counted."""
         self.positions = Seam()
-        """Of whole rows `[B, S]`, the positions whose tokens are here."""
+        """Takes the positions of whole rows `[B, S]` whose tokens are here."""
 
     def forward(self, x: Tensor, routing: Routing) -> tuple[Routes, Tensor]:
         """`x [B, S, D]` -> routes, and the balance loss summed over tokens (0-d). Notes its figures in `routing`.

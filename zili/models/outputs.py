@@ -53,7 +53,7 @@ class Outputs:
     hidden: Tensor
     """After the final norm, `[B, S, D]`. Where processes share the tokens of a row, the tokens of this process."""
     routers: tuple[RouterFigures, ...]
-    """Of the routers in this part of the model."""
+    """Figures of the routers in this part of the model."""
     run: Callable[[nn.Module, Tensor], Tensor]
     """Runs another block on hidden states `[B, S, D]` of the same rows, as the decoder runs its own."""
 
@@ -66,7 +66,8 @@ class Outputs:
         return self.decoder.vocabulary or Whole()
 
     def take(self, rows: Tensor) -> Tensor:
-        """Of `rows [B, S, ...]`, such as labels, those of the tokens in `hidden`: where processes share them, fewer."""
+        """The part of `rows [B, S, ...]`, such as labels, that belongs to the tokens in `hidden`: fewer where processes
+        share them."""
         return rows if self.decoder.tokens is None else self.decoder.tokens(rows)
 
     def total(self, x: Tensor) -> Tensor:
@@ -92,7 +93,7 @@ class Outputs:
         return found if reduction == "sum" else found.view(labels.shape)
 
     def logsumexp(self, logits: Tensor) -> Tensor:
-        """Of `logits [B, S, V]` as `logits` gives them, over the whole vocabulary: `[B, S]`."""
+        """The logsumexp `[B, S]` of `logits [B, S, V]`, as `logits` gives them, over the whole vocabulary."""
         top = self.vocabulary.max(logits.detach().amax(-1))
         return self.vocabulary.sum((logits - top[..., None]).exp().sum(-1)).log() + top
 

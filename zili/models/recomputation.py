@@ -28,7 +28,7 @@ _KEPT = frozenset(
 )
 """Operations whose results are dear: matrix products, collectives (Korthikanti et al. 2022, section 5)."""
 _KEPT_BY_NAME = ("attention", "grouped_matmul")
-"""Dear too, by a part of their names: each vendor has kernels of its own for them."""
+"""Expensive operations that vendors name differently, by a part of their names."""
 
 # Torch wants no more calls of an operation when a block is recomputed than there were at first. FSDP2's hooks inside it
 # mark for profilers what they do, and that is another time: the first weights asked for in a backward pass are taken

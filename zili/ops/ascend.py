@@ -93,7 +93,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class _AddRMSNorm(torch.autograd.Function):
-    """npu_add_rms_norm has no gradient of its own: it is the norm's at the sum, and the sum's."""
+    """npu_add_rms_norm has no gradient in torch_npu: this is the norm's at the sum, plus the sum's."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -154,7 +154,7 @@ class _Documents(NamedTuple):
 
     of: ref[Tensor]
     ends: list[list[int]]
-    """Of each row, ascending; the last is the row's length."""
+    """Ends of each row's documents, ascending; the last is the row's length."""
 
 
 _last_seen: _Documents | None = None

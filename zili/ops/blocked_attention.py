@@ -27,7 +27,7 @@ class _Tile(NamedTuple):
     batch: int
     head: int
     rows: slice
-    """Of the folded queries `[S G, d]`."""
+    """Rows of the folded queries `[S G, d]`."""
     keys: slice
     hidden: Tensor | None
     """`[rows, keys]` bool, true where a query must not look; None where every key is seen."""

@@ -80,7 +80,7 @@ class _ChunkedSum(torch.autograd.Function):
 
 
 class _ChunkedRowLosses(torch.autograd.Function):
-    """Of the loss of each row; kept for the backward pass are rows and the logarithms of their sums."""
+    """The loss of each row. The backward pass keeps rows and the logarithms of their sums."""
 
     @staticmethod
     def forward(

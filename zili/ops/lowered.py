@@ -48,8 +48,9 @@ def _distance(operation: str, inputs: Example) -> float:
 
 
 def _speed_ratio() -> float:
-    """Of `linear`, forward and backward, over the fastest in fp32: best of a few, in turns. On what versions are timed
-    on: products of the size that they are compared on say little of a step's."""
+    """How much faster than the fastest in fp32 `linear` is, forward and backward: best of a few, in turns.
+
+    It is timed on the sizes that versions are timed on: those that they are compared on say little about a step's."""
     inputs = example("linear", "cpu", torch.float32)
     ways = [lambda: _lowered(inputs, "linear"), lambda: run(reference.linear, inputs)]
     if torch.backends.mkldnn.is_available():

@@ -213,7 +213,7 @@ def _best(
 
 
 def _differs(plain: Callable[..., Any], version: Version, device_type: str, precision: str) -> str | None:
-    """In what `version` is not the reference but for rounding, if it is not."""
+    """How `version` differs from the reference by more than rounding; None where it does not."""
     dtype = _DTYPES[precision]
     # As runs call it: on weights gathered in bf16, and under autocast on weights and a residual stream in fp32.
     for given in {dtype, torch.float32}:

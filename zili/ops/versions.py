@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 EAGER = "eager"
-"""That blocks run eagerly: what a version needs that gains nothing where torch.compile fuses the plain form."""
+"""A condition of a version: blocks run eagerly. It gains nothing where torch.compile fuses the plain form."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,6 @@ class Version:
     lacks: Callable[[str, str], str | None]
     """Device type and precision to what is missing for it to run there; None: nothing."""
     needs: str = ""
-    """Capability, or `EAGER`, without which it is not taken, but for the recipe's asking; empty: none."""
+    """Capability, or `EAGER`, that it needs, unless the recipe asks for it by name; empty: none."""
     reason: str = ""
-    """Why it is taken wherever it runs; empty: it is timed against the reference, and taken where it is faster."""
+    """Why it is taken without timing; empty: it is timed against the reference, and taken if it is faster."""

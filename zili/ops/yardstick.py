@@ -91,7 +91,7 @@ def distance(
     unit: torch.dtype | None = None,
     moved: Sequence[Tensor] = (),
 ) -> Distance:
-    """Of `found`, where the CPU has `same` in its precision, and `exact` in fp64 if there is one.
+    """How far `found` is off, where the CPU has `same` in its precision, and `exact` in fp64 if there is one.
 
     `unit` is the precision whose last place is the unit, where it is not the result's: an fp32 gradient of what was
     computed in bf16 is no better than bf16. `moved` are exact results of inputs that rounding could have given: how far

@@ -70,7 +70,7 @@ def _policy(module: nn.Module, dtype: torch.dtype) -> MixedPrecisionPolicy:
 
 
 def _left_whole(name: str, world: World, dtype: torch.dtype) -> bool:
-    """Whether the weight of that name is whole in every process, but for what tensor parallelism cuts."""
+    """Whether no process has only a shard of the weight of that name; tensor parallelism may cut it all the same."""
     return not world.sharded or (dtype != torch.float32 and stays_fp32(name))
 
 
@@ -85,7 +85,7 @@ def _shard_experts(experts: Experts, world: World, **settings: Any) -> None:
 
 
 def sharded(model: nn.Module) -> list[FSDPModule]:
-    """Every module of `model` with a group of sharded parameters of its own."""
+    """The modules of `model` that FSDP2 shards as groups."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 

@@ -81,7 +81,7 @@ class SumOverSequence(Seam):
 
 
 class OwnPositions(Seam):
-    """Of whole rows, the positions whose tokens this process has between matrices."""
+    """Takes the positions of whole rows whose tokens this process has between matrices."""
 
     def __init__(self, world: World) -> None:
         super().__init__()

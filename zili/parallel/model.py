@@ -89,7 +89,7 @@ class ParallelModel:
             yield from part.named_tensors()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Of all stages here, under their names in the whole model."""
+        """Parameters of all stages here, under their names in the whole model."""
         for part in self.parts:
             yield from part.named_parameters()
 

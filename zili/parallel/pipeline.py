@@ -41,7 +41,7 @@ _SCHEDULES: dict[Schedule, Callable[..., Any]] = {
 Forward = Callable[[Decoder, Tensor, Batch], Tensor]
 """A part's forward pass: on its inputs, ids or hidden states, of some rows of a batch."""
 _FORWARD = ("F", "SEND_F", "RECV_F", "UNSHARD", "RESHARD")
-"""Of what a schedule does, the work of a forward pass."""
+"""The actions of a schedule that belong to a forward pass."""
 
 
 class Stage(PipelineStage):
@@ -98,7 +98,7 @@ class Stage(PipelineStage):
         return self.forward(self.submod, inputs, Batch(**batch))
 
     def forward_one_chunk(self, *arguments: Any, **named: Any) -> Any:
-        """As torch's; without backward passes nothing is kept for them. What was to be sent is on its way by now."""
+        """Does what torch does, but keeps nothing where no backward pass follows: what is to be sent is on its way."""
         if not self.has_backward:
             self.fwd_cache.clear()
         return super().forward_one_chunk(*arguments, **named)
@@ -106,7 +106,7 @@ class Stage(PipelineStage):
     def backward_maybe_with_nosync(
         self, backward_type: Any, bwd_kwargs: dict[str, Any], last_backward: bool = False
     ) -> Any:
-        """As torch's, which never sums gradients here but all of them after the last backward pass."""
+        """Does what torch's does. torch never sums gradients here; it sums all of them after the last backward pass."""
         if not self._sums_each:
             return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
         assert backward_type == "full", "lay_out refuses schedules that put gradients of weights off"

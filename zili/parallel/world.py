@@ -123,8 +123,8 @@ class World:
         self._meshes["sequence"] = whole["sequence"]
 
     def mesh(self, name: str) -> DeviceMesh:
-        """By what its processes share: `pipeline`, `tensor`, `context`, `sequence` (the last two together), `expert`;
-        `weights` and `expert_weights` are replicas x shards."""
+        """The mesh named by what its processes share: `pipeline`, `tensor`, `context`, `sequence` (these two together),
+        `expert`; `weights` and `expert_weights` are replicas x shards."""
         return self._meshes[name]
 
     @property
@@ -205,7 +205,7 @@ class World:
 
 
 def _said(failure: Exception | None, rank: int) -> tuple[str, str] | None:
-    """What the others are told: the class of the error and its text."""
+    """What the other processes get of an error: its class and its text."""
     if failure is None:
         return None
     if isinstance(failure, ZiliError):

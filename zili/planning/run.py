@@ -65,7 +65,7 @@ class Run:
     """Weights are gathered and gradients scattered once a step, not for each micro-batch."""
     recompute: Recompute = "none"
     precision: Precision = "bf16"
-    """Of the inputs of matrix products."""
+    """Precision of the inputs of matrix products."""
     schedule: Schedule = "1f1b"
     software: Software = Software()
 

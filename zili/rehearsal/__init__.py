@@ -5,6 +5,6 @@ Everything else is the code that trains.
 """
 
 from zili.rehearsal.rehearse import rehearse, stage_ranks
-from zili.rehearsal.report import Rehearsal
+from zili.rehearsal.result import Rehearsal
 
 __all__ = ["Rehearsal", "rehearse", "stage_ranks"]

@@ -29,7 +29,7 @@ _SEND_AND_RECEIVE = schedules._batch_p2p
 
 
 class FakeWorld(World):
-    """The processes of a run, of which there is one: what it concludes, all conclude."""
+    """The processes of a run, of which only this one is there: what it decides, all decide."""
 
     def agree(self, work: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
         return work()

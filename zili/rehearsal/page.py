@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from zili.rehearsal.recorder import PARTS
-from zili.rehearsal.report import Rehearsal, ranges_text, size_text
+from zili.rehearsal.result import Rehearsal, ranges_text, size_text
 
 _WIDTH, _HEIGHT = 1000, 260
 _COLOURS = (

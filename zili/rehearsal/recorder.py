@@ -111,7 +111,7 @@ class Recorder(TorchDispatchMode):
     """Name of what its processes share, by a process group's own name."""
     now: int = 0
     flops: Counter[str] = field(default_factory=Counter)
-    """Of matrix products and attention, forward and backward, by phase."""
+    """FLOPs of matrix products and attention, forward and backward, by phase."""
     operations: Counter[str] = field(default_factory=Counter)
     messages: Counter[Message] = field(default_factory=Counter)
     changes: list[tuple[int, int, int]] = field(default_factory=list)

@@ -26,7 +26,7 @@ from zili.planning.exact.memory import enough, usable, with_reduce
 from zili.rehearsal import recorder as recording
 from zili.rehearsal.fake_world import FakeWorld, RehearsedDevice, as_rank, evenly, without_memory
 from zili.rehearsal.recorder import Recorder
-from zili.rehearsal.report import Rehearsal, memory
+from zili.rehearsal.result import Rehearsal, memory
 from zili.rehearsal.stand_ins import FUSED, stand_in
 from zili.training.setup import job_on, resolve
 from zili.training.trainer import Trainer

@@ -31,7 +31,7 @@ class Equivalent:
     tensors: Tensors
     """Under Zili's names."""
     notes: tuple[str, ...]
-    """What was said differently, for the release's record."""
+    """Lines for the release's record: what the layout says in other words."""
     exact: bool
     """Whether logits differ by no more than the order of fp32 additions makes them."""
 
@@ -51,7 +51,7 @@ class _Rewriting:
 
 
 def llama_equivalent(config: ModelConfig, tensors: Tensors, *, own_yarn: bool = False) -> Equivalent:
-    """As Llama has it: no multipliers, biases on all of a group's matrices or on none, rotary rules that it knows.
+    """The model in Llama's words: no multipliers, biases on all of a group's matrices or none, rotary rules it knows.
 
     `own_yarn` keeps TeleChat3's form of YaRN, which its own layout has a name for.
     """
@@ -71,7 +71,7 @@ def llama_equivalent(config: ModelConfig, tensors: Tensors, *, own_yarn: bool = 
 
 
 def telechat2_equivalent(config: ModelConfig, tensors: Tensors) -> Equivalent:
-    """As TeleChat2 has it: biases after attention and feed-forward, and a base that its own rule leaves alone."""
+    """The model in TeleChat2's words: biases after attention and feed-forward, and a base that its rule keeps."""
     rewriting = _begin(config)
     if config.latent is None and not config.qkv_bias and not config.gate_up_bias:
         wanted = {"attention_output_bias": True, "ffn_down_bias": config.mixture is None}

@@ -102,9 +102,10 @@ def _said(name: str, model: OpenModel) -> tuple[Layout, Equivalent]:
         said = llama_equivalent(model.config, model.tensors, own_yarn=chosen.name == "telechat3")
     elif chosen.name == "telechat2":
         said = telechat2_equivalent(model.config, model.tensors)
-    losses = chosen.losses(said.config)
-    if losses:
-        raise CheckpointError(f"the {chosen.name} layout cannot hold this model: {'; '.join(losses)}; try --as auto")
+    unsupported = chosen.unsupported(said.config)
+    if unsupported:
+        why = "; ".join(unsupported)
+        raise CheckpointError(f"the {chosen.name} layout cannot hold this model: {why}; try --as auto")
     return chosen, said
 
 
@@ -112,9 +113,9 @@ def _held(model: OpenModel) -> Layout:
     by_name = {layout.name: layout for layout in LAYOUTS}
     first = by_name.get(model.origin.layout, LAYOUTS[0]) if model.origin else LAYOUTS[0]
     for layout in (first, *LAYOUTS):
-        if not layout.losses(model.config):
+        if not layout.unsupported(model.config):
             return layout
-    reasons = "; ".join(f"{layout.name}: {layout.losses(model.config)[0]}" for layout in LAYOUTS)
+    reasons = "; ".join(f"{layout.name}: {layout.unsupported(model.config)[0]}" for layout in LAYOUTS)
     raise CheckpointError(f"no published layout can hold this model ({reasons})")
 
 

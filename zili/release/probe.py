@@ -32,7 +32,7 @@ class Probe:
 
     ids: list[list[int]]
     log_probs: list[list[float]]
-    """Of each id of a row but the first, after those before it; nats."""
+    """Log-probability of each id of a row but the first, after the ids before it; nats."""
     greedy: list[list[int]]
     """The likeliest id after each id of a row."""
     text: str | None = None

@@ -9,7 +9,7 @@ from zili.release.folder import read_json
 from zili.release.opening import OpenModel
 
 _RECORDED = ("training", "optimizer", "schedule", "parallel", "seed")
-"""Parts of a recipe that say how a model was trained and nothing of the machine it lay on."""
+"""Tables of a recipe that say how a model was trained, and nothing about the machine."""
 
 
 def provenance_of(source: Path, model: OpenModel) -> dict[str, Any]:

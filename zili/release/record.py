@@ -45,12 +45,12 @@ class Release:
     layout: str
     model: ModelConfig
     dtype: str
-    """Of the weights."""
+    """The dtype of the weights."""
     notes: tuple[str, ...]
     """What the layout says in other words than the source."""
     difference: float
-    """Of log-probabilities between release and source, at most, nats. The source is as it is stored: of a run the fp32
-    weights that were trained, whatever `dtype` says."""
+    """Largest difference of a log-probability between release and source, nats. The source is as it is stored: for a
+    run the fp32 weights that were trained, whatever `dtype` says."""
     probe: Probe
     provenance: Mapping[str, Any]
     evaluations: tuple[Evaluation, ...] = ()

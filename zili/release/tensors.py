@@ -48,7 +48,7 @@ class Tensors(ABC):
 
     @abstractmethod
     def read(self, name: str, index: Index | None = None) -> Tensor:
-        """The tensor itself, on the CPU, or the part of it that `index` names; no more is read than that needs."""
+        """The tensor itself, on the CPU, or the part of it that `index` names; only that part is read."""
 
 
 def cut(tensor: Tensor, index: Index | None) -> Tensor:

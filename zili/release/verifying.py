@@ -1,4 +1,4 @@
-"""Whether a release folder is what it was: its bytes, its tokenizer, and what its model says."""
+"""Checks that a release folder has not changed: its bytes, its tokenizer, and the answers of its model."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def begin(trainer: Trainer, held_out: TokenStore | DialogueLoader | None = None)
         ZiliError: neither can be read, or belongs to this run.
     """
     from zili.data.packing import DialogueLoader
-    from zili.training.reference import set_reference
+    from zili.training.reference_model import set_reference
 
     start, resumed = trainer.config.training.start_from, trainer.resume()
     if not resumed and start is not None:

@@ -39,7 +39,7 @@ class Handover:
 
 @dataclass(frozen=True)
 class Offer:
-    """How a model is offered, whoever answers."""
+    """Settings of a server that hold for Zili's engine and for vLLM."""
 
     host: str
     port: int
@@ -49,7 +49,7 @@ class Offer:
     context: int | None
     """Tokens of prompt and answer; None: the model's."""
     dtype: str | None
-    """Of weights and products; None: for the engine to say."""
+    """Dtype of weights and products; None: the engine's default."""
 
 
 def to_vllm(folder: Path, offer: Offer, *, chip: str, key: str | None, trust: bool = False) -> Handover:

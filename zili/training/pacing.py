@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from zili.training.trainer import Trainer
 
 _FIRST = 2
-"""Steps that say nothing of those to come: they compile, and take memory."""
+"""First steps, whose times do not count: they compile, and take memory."""
 _RECENT = 0.1
 """Share of the steps so far whose mean time is expected of the others, at least `_FEWEST`."""
 _FEWEST = 5

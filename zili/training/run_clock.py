@@ -14,9 +14,9 @@ from zili.config import RunConfig
 _RECENT = 20
 """Steps whose slowest is expected of the next one, evaluations and waits for the disk included."""
 _SAVES = 2
-"""That the end waits for, each as long as the slowest so far: one may be at hand, and the last one comes after it."""
+"""Saves that the end waits for, each as long as the slowest so far: one may be under way, and the last one follows."""
 _BYTES_A_SECOND = 1e8
-"""That a disk is trusted with before anything was saved."""
+"""Speed that a disk is assumed to have before anything was saved."""
 _MOST_UNKNOWN = 0.25
 """Share of the time that such a guess may take."""
 _MARGIN, _MOST_MARGIN = 0.02, 30.0
@@ -24,7 +24,7 @@ _MARGIN, _MOST_MARGIN = 0.02, 30.0
 
 
 class RunClock:
-    """The first process's; the others are told what it finds due."""
+    """The first process's clock; it tells the others what is due."""
 
     def __init__(
         self, config: RunConfig, started: float | None = None, clock: Callable[[], float] = time.monotonic

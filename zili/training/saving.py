@@ -43,7 +43,7 @@ class Saved(NamedTuple):
 
     path: Path
     bytes: int
-    """Of weights, optimizer state and generators, as they lie on the disk."""
+    """Size of weights, optimizer state and generators on the disk."""
     seconds: float
     """From the call that began it; training goes on meanwhile where saving is asynchronous."""
 

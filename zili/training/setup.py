@@ -188,7 +188,7 @@ def _kept_operations(previous: RunState | None, device: Device, precision: Preci
 
 
 def _precision(chip: ChipConfig, device: Device, state: RunState | None) -> tuple[Precision, str]:
-    """As asked for; else the run's own, which is part of its numbers; else bf16 where the chip has it."""
+    """What was asked for; else the run's own, since its numbers depend on it; else bf16 if the chip has it."""
     bf16 = device.capability("bf16")
     can = bf16.value or device.type == "cpu"  # slower, but every CPU computes in bf16
     if chip.precision != "auto":
@@ -228,7 +228,7 @@ def _compile(
 def _expected_seconds(
     config: RunConfig, layout: Layout, device: Device, precision: Precision, timings: Timings
 ) -> float:
-    """Of all steps, run eagerly: their FLOPs, at the share that steps reach of a large product's rate here."""
+    """Seconds of all steps, run eagerly: their FLOPs, at the share of a large product's rate that steps reach here."""
     from zili.training.throughput import matmul_peak
     from zili.training.trainer import DTYPES
 

@@ -29,7 +29,7 @@ def its_own_tests(folder: Path) -> tuple[int, str]:
 def test_an_afternoon(runs: Runs, with_plugins: Environment, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     folder = tmp_path / "zili-acme"
     made = zili("chips", "new", "acme", "--folder", folder)
-    assert "zili_acme.py" in made.stdout and "docs/new_chip.md" in made.stdout
+    assert "zili_acme.py" in made.stdout and "docs/extending/chip.md" in made.stdout
     # What `pip install --editable` would do, without asking the package index for setuptools.
     info = folder / "zili_acme-0.1.dist-info"
     info.mkdir()

@@ -65,7 +65,7 @@ class Peaks:
 
     @cached_property
     def fullest(self) -> Bytes:
-        """Of the place that has most of all."""
+        """Memory of the place in the pipeline that has most."""
         places = places_in_order(self._job.layout.pipeline)
         return max(map(self.at, places), key=lambda parts: sum(parts.values()))
 
@@ -81,7 +81,7 @@ def fullest(job: Job) -> Bytes:
 
 
 def saved_bytes(job: Job) -> float:
-    """Of the host's memory, what a save in the background copies: weights and what the optimizer keeps."""
+    """Bytes of the host that a save in the background copies: weights and what the optimizer keeps."""
     held = Held(job, {})
     return held.weights + held.moments
 
@@ -138,7 +138,7 @@ def _joined(some: Bytes, more: Iterable[tuple[str, float]]) -> Bytes:
 
 
 class _Step:
-    """The passes of a step, and what is there in them."""
+    """The passes of a step, and the memory that each takes."""
 
     def __init__(self, job: Job, kinds: Kinds) -> None:
         self.job = job

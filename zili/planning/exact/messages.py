@@ -31,7 +31,7 @@ class Message:
     """What its processes share: a dimension of the meshes of `zili.parallel.world`."""
     processes: int
     bytes: int
-    """Of the larger side, on this process: what a gather gives, what a reduction or an exchange takes, what is sent."""
+    """Bytes of the larger side on this process: what a gather gives, a reduction or an exchange takes, or is sent."""
 
 
 def messages(job: Job) -> Counter[Message]:

@@ -39,7 +39,7 @@ class Plan:
 
 @lru_cache(maxsize=64)
 def actions(plan: Plan) -> tuple[tuple[Action, ...], ...]:
-    """Of each process, in order."""
+    """The actions of each process, in order."""
     if plan.schedule == "1f1b":
         queues = (_one_forward_one_backward(plan, process) for process in range(plan.processes))
     elif plan.schedule == "zbv":

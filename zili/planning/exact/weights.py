@@ -17,7 +17,7 @@ class Parameter(NamedTuple):
 
     name: str
     shape: Shape
-    """Of what this process would hold if weights were not sharded."""
+    """The shape that this process would hold if weights were not sharded."""
     cut: int | None
     """In which dimension tensor- or expert-parallel processes cut it; None: it is whole."""
     learned: bool
@@ -31,7 +31,7 @@ class Group:
     parameters: tuple[Parameter, ...]
     of_experts: bool = False
     stays: bool = False
-    """Whether it is kept from the forward to the backward pass, also where blocks are not."""
+    """Whether the gathered weight is kept from the forward to the backward pass, even where blocks are not."""
     in_fp32: bool = False
     """Whether it is gathered in fp32 also where products are not."""
     whole: bool = False

@@ -18,10 +18,10 @@ _LINK_SHARE = 0.25
 _NETWORK_GBIT_S = 200.0
 _CHIPS_PER_NODE = 8
 _LEAST_REACHED = 1e-3
-"""Of what is published: who measures less has measured something else."""
+"""Share of the published figure; a smaller measurement is one of something else."""
 _ROUNDING = 1 + 1e-9
 _FASTEST = 1e18
-"""Most that a chip may do, in FLOP/s or bytes/s: what is not published is not compared with anything closer."""
+"""Most that a chip may do, in FLOP/s or bytes/s, where no figure is published to compare with."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Machine:
     """Figures that are neither published nor given, by their names in the catalog, and what stands in for them."""
 
     def published(self, figure: str, value: float) -> float | None:
-        """`value`, where it is that of a figure that nobody assumed."""
+        """The value of a capability that is not only assumed."""
         return None if figure in self.assumed else value
 
 
@@ -184,7 +184,7 @@ def _check_chip(machine: Machine, report: Mapping[str, Any]) -> None:
 
 
 def _figures(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Of each finding that has figures, by name."""
+    """The figures of each finding that has some, by name."""
     return dict(_findings(report.get("findings")))
 
 

@@ -30,7 +30,7 @@ _FUSED_ATTENTION = 2206
 _TUNED = ("mlcommons", "AI-Hypercomputer", "aeeeeeep/ModelLink", "Korthikanti", "Megatron-LM SC21", "Nemotron", "PaLM")
 """Beginnings of sources in which a chip's vendor tuned the recipe, beside those that begin with the vendor's name."""
 _WITHOUT_SEQUENCE_PARALLEL = ("FlagOpen/FlagPerf",)
-"""Sources whose memory with tensor parallelism is that of runs without it."""
+"""Sources that report the memory of runs without tensor parallelism for runs with it."""
 _LATENT = LatentConfig(query_rank=1536, key_value_rank=512, rope_head_dim=64, value_head_dim=128)
 """Of the published models with latent attention (DeepSeek-V2 section 2.1.2, V3 section 4.2)."""
 
@@ -49,14 +49,14 @@ class Row:
     seconds: float | None
     """Time of a step, as published."""
     memory_gib: float | None
-    """Of the fullest chip, as published."""
+    """Memory of the fullest chip, as published."""
     peak_tflops: float | None
-    """That utilisation is a share of."""
+    """The peak that the published utilisation is a share of."""
     assumed: tuple[str, ...] = ()
 
     @property
     def tokens_per_s_per_chip(self) -> float | None:
-        """As published, or from the step's seconds."""
+        """Tokens a second of one chip, from the step's seconds."""
         return self.run.tokens / self.run.chips / self.seconds if self.seconds else None
 
 

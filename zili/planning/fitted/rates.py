@@ -20,11 +20,11 @@ class Rates:
     products: float
     """Share of the peak that a large bf16 product reaches on a chip with power to spare."""
     attention: float
-    """Share of that which fused attention reaches."""
+    """Share of the products' rate that fused attention reaches."""
     watts_per_tflops: float
     """Watts that a TFLOP/s of bf16 products takes: with less, a chip lowers its clock."""
     fp8: float
-    """Of the peak in 8 bits, against bf16's share of its own."""
+    """Share of the peak in 8 bits, over bf16's share of its peak."""
     fp4: float
     experts: float
     """Share of a plain product's rate that products of many wide experts reach."""

@@ -43,7 +43,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """Of the whole step."""
+        """Seconds of the whole step."""
         return sum(vars(self).values())
 
 
@@ -135,7 +135,7 @@ class _Share(NamedTuple):
     """What the busiest process of a pipeline does in a step."""
 
     parts: Phase
-    """Of all its micro-batches."""
+    """Seconds of all its micro-batches."""
     seconds: float
     """The same in all."""
     longest: float
@@ -325,7 +325,7 @@ def head_phase(run: Run, machine: Machine, rates: Rates) -> Phase:
 
 
 def _busiest(run: Run, layers: Phase, head: Phase) -> Phase:
-    """Of the processes of a pipeline the one with most to do: it has the head, or a layer more."""
+    """The process of a pipeline with most to do: it has the head, or one layer more."""
     if run.pipeline == 1:
         return layers.plus(head)
     count = run.model.layers
@@ -375,7 +375,7 @@ def _data(run: Run, machine: Machine, rates: Rates) -> float:
 
 
 def _not_hidden(run: Run, rates: Rates, seconds: float, longest: float, work: float) -> float:
-    """Of the seconds of `_data`, those that arithmetic does not hide."""
+    """The seconds of `_data` that arithmetic does not hide."""
     if not run.software.hides_gradients:
         return seconds
     # Once a step only the last backward pass is beside it; what is sent for each micro-batch has all of the work.

@@ -52,7 +52,7 @@ class Failures:
         return self.detection + self.replacement + self.reload + self.warm_up
 
     def together(self, chips: int) -> int:
-        """Of so many chips, those that fail at once."""
+        """Chips that fail together."""
         return min(self.blast, chips)
 
     def spare_chips(self, chips: int) -> int:
@@ -72,7 +72,7 @@ class Goodput:
     interval: float
     """Seconds between checkpoints, at its best."""
     share: float
-    """Of the time, in which training goes on: ETTR."""
+    """Share of the time in which training goes on (ETTR)."""
     lost: dict[str, float]
     """Shares of the time, by what takes them."""
 

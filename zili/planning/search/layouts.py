@@ -88,7 +88,7 @@ class Candidate:
 
     @property
     def fits(self) -> bool:
-        """Whether it does, beside what the chip's runtime takes."""
+        """Whether it fits, beside what the chip's runtime takes."""
         return self._peaks.within(float("inf") if self.machine.capacity is None else usable(self.machine))
 
 
@@ -118,8 +118,8 @@ def predicted(config: RunConfig, world: int, machine: Machine, rates: Rates) -> 
 
 
 @dataclass(frozen=True)
-class Loss:
-    """Why the best layout with some choice is not the best of all."""
+class Drawback:
+    """Why the best layout with one choice is slower than the best of all, or does not fit."""
 
     choice: str
     why: str
@@ -131,7 +131,7 @@ class Found:
 
     best: tuple[Candidate, ...]
     """The fastest that fit; none: nothing does."""
-    losses: tuple[Loss, ...]
+    drawbacks: tuple[Drawback, ...]
     searched: int
     smallest: Candidate
     """What seems to take least, where nothing fits."""
@@ -162,9 +162,9 @@ def search(config: RunConfig, world: int, machine: Machine, rates: Rates, *, cou
             best[option.alike] = candidate
     # Stages that are uneven wait for one another in ways no formula has: played through.
     ranked = tuple(sorted(map(room.played, best.values()), key=lambda one: one.time.total))
-    losses = tuple(_losses(ranked[0], options, room)) if ranked else ()
+    drawbacks = tuple(_drawbacks(ranked[0], options, room)) if ranked else ()
     smallest = ranked[0] if ranked else min(options, key=room.least).candidate(config, machine)
-    return Found(ranked, losses, len(options), smallest, _simplest(ranked, options, room))
+    return Found(ranked, drawbacks, len(options), smallest, _simplest(ranked, options, room))
 
 
 class _Room:
@@ -412,7 +412,7 @@ def _nearest(config: RunConfig, world: int, machine: Machine) -> str:
 
 
 def _simplest(ranked: Sequence[Candidate], options: Sequence[_Option], room: _Room) -> Candidate | None:
-    """Of the layouts that are as fast as the first of `ranked`, the simplest that fits, and of these the fastest."""
+    """The simplest layout that fits and is as fast as the first of `ranked`; of equally simple ones the fastest."""
     if not ranked:
         return None
     limit = (1 + TIE) * ranked[0].time.total
@@ -442,7 +442,7 @@ def complexity(run: Run) -> tuple[int, int, int]:
     return kinds, more, run.tensor * run.context * run.pipeline
 
 
-def _losses(best: Candidate, options: Sequence[_Option], room: _Room) -> Iterator[Loss]:
+def _drawbacks(best: Candidate, options: Sequence[_Option], room: _Room) -> Iterator[Drawback]:
     """For each choice that the best layout did not make: the fastest with it, and why that is not the best."""
     made = _choices_of(best.run)
     choices: dict[tuple[str, object], list[_Option]] = {}
@@ -451,10 +451,10 @@ def _losses(best: Candidate, options: Sequence[_Option], room: _Room) -> Iterato
             if value != taken:
                 choices.setdefault((name, value), []).append(option)
     for (name, value), those in choices.items():
-        yield _loss(f"{name} {value}", those, best, room)
+        yield _drawback(f"{name} {value}", those, best, room)
 
 
-def _loss(choice: str, those: Sequence[_Option], best: Candidate, room: _Room) -> Loss:
+def _drawback(choice: str, those: Sequence[_Option], best: Candidate, room: _Room) -> Drawback:
     """`those` have made it, the fastest first."""
     tried = 0
     for option in those:
@@ -464,12 +464,12 @@ def _loss(choice: str, those: Sequence[_Option], best: Candidate, room: _Room) -
             tried += 1
             candidate = option.candidate(room.config, room.machine)
             if room.has(option, candidate):
-                return Loss(choice, _slower(room.played(candidate), best))
+                return Drawback(choice, _slower(room.played(candidate), best))
     ratio = those[0].seconds / best.time.total - 1
     speed = f"{ratio:.0%} slower" if ratio > 0 else f"{-ratio:.0%} faster"
     least = min(map(room.least, those)) / 2**30
     why = f"none of the {tried} fastest with it fits" if tried else f"does not fit, {least:.0f} GiB and more"
-    return Loss(choice, f"{why}; it would be {speed}")
+    return Drawback(choice, f"{why}; it would be {speed}")
 
 
 def seconds_text(seconds: float) -> str:

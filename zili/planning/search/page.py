@@ -53,7 +53,7 @@ def page(plans: Sequence[Plan], title: str) -> str:
 <h2>Memory of the fullest chip</h2>
 {_memory(first)}
 {_timeline(first.best, first.machine, first.rates)}
-{_losses(first)}
+{_drawbacks(first)}
 {_failures(first)}
 {_comparison(plans)}
 <p class=fine>{"; ".join(map(escape, first.notes))}</p>
@@ -139,10 +139,10 @@ def _row(queue: Sequence[Span], index: int, end: float, processes: int) -> str:
     )
 
 
-def _losses(plan: Plan) -> str:
-    if not plan.found.losses:
+def _drawbacks(plan: Plan) -> str:
+    if not plan.found.drawbacks:
         return ""
-    rows = "".join(f"<tr><td>{escape(loss.choice)}<td>{escape(loss.why)}</tr>" for loss in plan.found.losses)
+    rows = "".join(f"<tr><td>{escape(one.choice)}<td>{escape(one.why)}</tr>" for one in plan.found.drawbacks)
     return f"<h2>Why not another</h2><table><tr><th>with<th>the fastest such layout</tr>{rows}</table>"
 
 

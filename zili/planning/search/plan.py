@@ -101,7 +101,7 @@ class Plan:
         return candidate.run.tokens / candidate.time.total
 
     def mfu(self, candidate: Candidate) -> float:
-        """By the definition `MFU`."""
+        """Model FLOPs utilisation, by the definition `MFU`."""
         return candidate.run.model_flops / self.chips / candidate.time.total / self.machine.peak
 
     @property
@@ -111,7 +111,7 @@ class Plan:
 
     @property
     def chip_hours(self) -> float:
-        """Of all chips held, spares included."""
+        """Hours of all chips held, spares included."""
         return self.days * 24 * (self.chips + self.goodput.spares)
 
     @property
@@ -152,7 +152,7 @@ class Plan:
             "chosen": self._layout_json(self.chosen),
             "left_open": [one._asdict() for one in self.left_open],
             "searched": self.found.searched,
-            "others": [{"choice": loss.choice, "why": loss.why} for loss in self.found.losses],
+            "others": [{"choice": one.choice, "why": one.why} for one in self.found.drawbacks],
             "days": self.days,
             "chip_hours": self.chip_hours,
             "cost": self.cost,

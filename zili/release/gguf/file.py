@@ -144,7 +144,7 @@ def _is_long(field: Any) -> bool:
 
 
 def _plain_value(field: Any) -> Any:
-    """As it was meant: a 32-bit 1e-5 is 1e-5."""
+    """The value that was meant: a 32-bit 1e-5 is 1e-5."""
     value = field.contents()
     return float(str(np.float32(value))) if isinstance(value, float) else value
 

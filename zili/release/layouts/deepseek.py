@@ -83,11 +83,11 @@ class DeepSeek(Layout):
             }
         )
 
-    def losses(self, config: ModelConfig) -> list[str]:
+    def unsupported(self, config: ModelConfig) -> list[str]:
         for part in ("latent", "mixture"):
             if getattr(config, part) is None:
                 return [f"it has no {part} part, which this layout is made of"]
-        return super().losses(config)
+        return super().unsupported(config)
 
     def repeats(self, config: ModelConfig, variant: Variant, names: set[str]) -> dict[str, str]:
         layer, embedding = f"{variant.prefix}layers.{config.layers}", variant.prefix + self.embedding
@@ -100,7 +100,7 @@ class DeepSeek(Layout):
 
     def write_config(self, config: ModelConfig) -> dict[str, Any]:
         latent, mixture = config.latent, config.mixture
-        assert latent is not None and mixture is not None, "losses() has refused it"
+        assert latent is not None and mixture is not None, "unsupported() has refused it"
         return {
             "architectures": ["DeepseekV3ForCausalLM"],
             "model_type": "deepseek_v3",

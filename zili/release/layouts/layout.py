@@ -135,8 +135,8 @@ class Layout(ABC):
         """Published tensors that must equal another one: their names to the other's."""
         return {"lm_head.weight": variant.prefix + self.embedding} if variant.repeats_head else {}
 
-    def losses(self, config: ModelConfig) -> list[str]:
-        """What of the model this layout cannot say: fields that would read back as something else.
+    def unsupported(self, config: ModelConfig) -> list[str]:
+        """Why this layout cannot hold the model: fields that would read back as something else.
 
         What only matters in training, such as dropout and init_std, is left out.
         """

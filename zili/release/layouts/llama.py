@@ -108,10 +108,10 @@ class Llama(Layout):
             "use_cache": True,
         }
 
-    def losses(self, config: ModelConfig) -> list[str]:
+    def unsupported(self, config: ModelConfig) -> list[str]:
         if config.rotary.rule not in self.rotary_rules:
-            return [f"its name stands for no rotary.rule = {config.rotary.rule!r}"]
-        return super().losses(config)
+            return [f"it has no name for rotary.rule = {config.rotary.rule!r}"]
+        return super().unsupported(config)
 
     def body(self, config: ModelConfig, prefix: str) -> list[Rule]:
         rules = [same(f"{prefix}embed_tokens.weight", "embedding.weight")]
@@ -130,7 +130,7 @@ class Llama(Layout):
 
 
 class TeleChat3(Llama):
-    """TeleChat3-36B: Llama under a name of its own, with a YaRN of its own."""
+    """TeleChat3-36B: Llama under another name, with its own kind of YaRN."""
 
     name = "telechat3"
     model_types = ("telechat3",)

@@ -127,7 +127,7 @@ class Form:
         return kind, said
 
     def forget(self, number: int) -> None:
-        """Drop what is held for an answer that has ended."""
+        """Free the memory of an answer that has ended."""
         with suppress(ConfigError):
             self.order(CLOSE, number)
 

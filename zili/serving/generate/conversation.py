@@ -23,7 +23,7 @@ class Conversation(Protocol):
 
     @property
     def goes_on(self) -> bool:
-        """Whether an answer goes on with the prompt's text, and is no text of its own."""
+        """Whether an answer continues the prompt's text, in place of a turn."""
 
     @property
     def stop_ids(self) -> Set[int]:

@@ -92,7 +92,7 @@ class _Sequence(ActiveSequence):
 
 
 class Engine:
-    """Answers what is asked, in a thread of its own. `close`, or leaving its block, ends it."""
+    """Runs many answers at once, in its own thread. `close`, or leaving its `with` block, ends it."""
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from zili.errors import ConfigError
 from zili.models.cache import bytes_a_token, served_length
 
 _SHARE = 0.8
-"""Of free memory; the rest is for products, prompts and whoever else is there."""
+"""Share of free memory; the rest is for products, prompts and other programs."""
 
 
 @dataclass(frozen=True)

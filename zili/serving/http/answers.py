@@ -244,7 +244,7 @@ class Beginner:
             raise busy(f"{most:,} log-probabilities are kept at once, and others have asked for most of them")
 
     def _most_told(self, asked: Asked, prompt: list[int]) -> int:
-        """Tokens of which log-probabilities are told."""
+        """Tokens for which log-probabilities are returned."""
         room = self._engine.context - len(prompt)
         answer = room if asked.longest is None else min(room, asked.longest)
         return answer + (len(prompt) if asked.echoed else 0)

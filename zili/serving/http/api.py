@@ -72,10 +72,10 @@ class Served:
     """How it is spoken to; None: it completes texts alone."""
     name: str
     keys: Keys = field(default_factory=Keys)
-    """Whoever asks names one of them; none: anyone may ask."""
+    """Clients must send one of these keys; without keys anyone may ask."""
     limits: Limits = field(default_factory=Limits)
     origins: Sequence[str] = ()
-    """Of other web pages that may ask, such as https://chat.example.org; "*": any."""
+    """Origins of other web pages whose scripts may ask, such as https://chat.example.org; "*": any."""
     hosts: Sequence[str] = ()
     """Names by which whoever needs no key may ask on this machine, as behind a proxy."""
     created: int = field(default_factory=lambda: int(time.time()))

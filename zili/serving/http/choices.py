@@ -176,7 +176,7 @@ class Told:
         return told
 
     def _likeliest(self, token: Token) -> dict[str, float]:
-        """By their texts; of several that have the same one all but the first by their ids."""
+        """Log-probabilities by the tokens' texts; where several have the same text, all but the first by their ids."""
         found: dict[str, float] = {}
         for id_, value in {token.id: token.log_probability or 0.0, **token.likeliest}.items():
             text = _completion_text(self._bytes(id_))
@@ -184,7 +184,7 @@ class Told:
         return found
 
     def _named(self, id_: int) -> dict[str, Any]:
-        """As OpenAI's chat names a token: what is no text by itself is spelled in bytes."""
+        """A token's name in OpenAI's chat: a token that is no text by itself is spelled in bytes."""
         told = self._bytes(id_)
         return {"token": _whole(told) if _whole(told) is not None else _escaped(told), "bytes": list(told)}
 

@@ -49,7 +49,7 @@ class Limits:
 
     body_bytes: int = 4 << 20
     bodies_bytes: int = 256 << 20
-    """Of all bodies at once, those that wait for an answer included; each takes up to twice its size of it."""
+    """Bytes of all bodies at once, also of those that wait for an answer; a body counts up to twice."""
     body_seconds: float = 30
     """A request's head, and then its body, must have come in whole by then."""
     waiting: int = 256
@@ -57,9 +57,9 @@ class Limits:
     answer_seconds: float = 600
     """An answer must be finished by then, its waiting included."""
     log_probabilities: int = 1 << 21
-    """That all answers may have at once, each token its own and those of likely others: about 100 bytes each."""
+    """Log-probabilities that all answers may have at once, of tokens and of likely others: about 100 bytes each."""
     silent_seconds: float = 60
-    """Who takes next to nothing of what is sent for so long is hung up on, where the system can tell: Linux."""
+    """On Linux, a connection is closed whose client takes next to nothing of what is sent for so long."""
 
 
 class Budget:
@@ -144,7 +144,7 @@ class Gate:
                 await self._app(scope, _replayed(body, receive), send)
 
     def _check_host(self, scope: Scope) -> None:
-        """Of who came from this machine and needs no key.
+        """Checks the host of a client that came from this machine and needs no key.
 
         A page of any site may have its name lead to 127.0.0.1 (DNS rebinding), and its script then asks as if it were
         this server's own page. Its name stays in the header: an address, or localhost, is nobody's to rebind.

@@ -1,4 +1,4 @@
-"""Who may ask, how often, and how much."""
+"""Keys: which clients may ask, how often, and how much."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Key(BaseModel):
     key: Annotated[str, Field(min_length=8, pattern=r"^[\x21-\x7e]+$")]
     requests_per_minute: Annotated[float, Field(gt=0)] | None = None
     tokens_per_day: Annotated[int, Field(gt=0)] | None = None
-    """Of prompts and answers together; a day is 24 hours from the first request."""
+    """Tokens of prompts and answers together; a day is 24 hours from the first request."""
 
 
 class TooMuch(Exception):
@@ -129,6 +129,6 @@ class Keys:
         return cls(tuple(Holder(name, key) for name, key in found.items()))
 
     def find(self, given: str) -> Holder | None:
-        """The holder of a key. All are looked at, each in the same time, so that time tells nothing of them."""
+        """The holder of a key. Every key is compared, in constant time, so that the time gives nothing away."""
         matches = [secrets.compare_digest(given.encode(), holder.key.key.encode()) for holder in self.holders]
         return self.holders[matches.index(True)] if any(matches) else None

@@ -20,7 +20,7 @@ _STRETCH = 1 << 16
 """Characters of a text that are counted at a time, where it may be too long."""
 
 _TAKEN = NOT_OPTIONS - {"add_generation_prompt", "continue_final_message"}
-"""What a template is told by others; these two may be said in either place."""
+"""Names that a request may not set among a template's options. The two that are left out may stand in either place."""
 _LONG = 10**20
 """Numbers beyond are many tokens."""
 

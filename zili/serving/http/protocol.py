@@ -150,7 +150,7 @@ class StreamOptions(BaseModel):
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
-    """Of vLLM: with each event, where it comes at all."""
+    """vLLM's: usage comes with each event, where it comes at all."""
 
 
 class JsonSchema(BaseModel):
@@ -357,12 +357,12 @@ class ChatRequest(_Asked):
 
     @property
     def told(self) -> int | None:
-        """Of how many likeliest tokens the log-probabilities are told beside each token's; None: of none."""
+        """Number of likeliest tokens whose log-probabilities are returned beside each token's; None: none."""
         return self.top_logprobs if self.logprobs else None
 
     @property
     def echoed(self) -> bool:
-        """Whether the prompt is told of as well."""
+        """Whether log-probabilities of the prompt are returned too."""
         return False
 
 

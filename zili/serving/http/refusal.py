@@ -1,4 +1,4 @@
-"""What a request is told that is not answered, in OpenAI's form."""
+"""Refusals: the answer to a request that is not served, in OpenAI's form."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def make_server(served: Served) -> uvicorn.Server:
 
 
 class _Connection(H11Protocol):
-    """Ends where the other side begins to ask and does not finish, or takes nothing of what is sent."""
+    """Closes a connection whose client does not finish its request, or takes nothing of what is sent."""
 
     def __init__(self, limits: Limits, **given: Any) -> None:
         super().__init__(**given)

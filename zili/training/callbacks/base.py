@@ -1,4 +1,4 @@
-"""What a callback is: one concern of a run, told of its events."""
+"""A callback: one concern of a run, called at its events."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class StepRecord:
     """Before clipping."""
     step_seconds: float
     data_seconds: float
-    """Of the step, what was spent waiting for data."""
+    """Seconds of the step that were spent waiting for data."""
     tokens_per_second: float
     matmul_share: float
     """Model FLOP/s over the matmul peak measured at start."""

@@ -1,4 +1,4 @@
-"""The generated reference, and what loads without torch."""
+"""The generated list of keys, and what loads without torch."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import get_args, get_origin
 import pytest
 
 from zili.config import RunConfig
-from zili.config.reference import reference
+from zili.config.key_list import key_list
 from zili.config.section import Section
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
 
 def leaves(section: type[Section]) -> list[tuple[str, str | None]]:
-    """(key, documentation) of every setting, found by walking the types another way than the reference does."""
+    """(key, documentation) of every setting, found by walking the types another way than the list does."""
     found: list[tuple[str, str | None]] = []
     for key, field in section.model_fields.items():
         # A table that may be left out is annotated `Table | None`.
@@ -34,12 +34,12 @@ def _is_table(part: object) -> bool:
 
 
 def test_the_page_in_docs_is_what_the_command_prints() -> None:
-    assert PAGE.read_text(encoding="utf-8") == reference(), "stale: run `make docs`"
+    assert PAGE.read_text(encoding="utf-8") == key_list(), "stale: run `make docs`"
 
 
 @pytest.mark.parametrize(("key", "meaning"), leaves(RunConfig))
 def test_the_reference_holds_every_key_and_its_meaning(key: str, meaning: str | None) -> None:
-    rows = [line for line in reference().splitlines() if line.startswith(f"| `{key}` |")]
+    rows = [line for line in key_list().splitlines() if line.startswith(f"| `{key}` |")]
     assert rows
     assert meaning is None or any(" ".join(meaning.split()) in row for row in rows)
 

@@ -64,7 +64,7 @@ class Rehearsal:
     """Bytes by part, thinned out: of each stretch of operations the moment with most."""
     messages: dict[Message, int]
     flops: dict[str, int]
-    """Of matrix products and attention by phase, recomputation in backward."""
+    """FLOPs of matrix products and attention by phase; recomputation counts as backward."""
     operations: dict[str, int]
     seconds: float = 0.0
     resident_bytes: int = 0
