@@ -48,8 +48,8 @@ def compressor_figures(
     """xz -9e and zstd -19 on `texts` alone and, given `training_texts`, zstd -19 after reading those.
 
     Args:
-        training_texts: what the model was trained on. The first `training_bytes` of it become zstd's dictionary: zstd may
-            copy from it as if it stood just before the text. This is the fairest of the three.
+        training_texts: what the model was trained on. The first `training_bytes` of it become zstd's dictionary:
+            zstd may copy from it as if it stood just before the text. This is the fairest of the three.
     Raises:
         DataError: no text at all.
     """
