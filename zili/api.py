@@ -264,8 +264,7 @@ def serve(
         allow_origin: web pages whose scripts may ask.
         allow_host: names by which who needs no key may ask on this machine.
         chip: where to run, as `zili chips` lists names.
-        block: serve until interrupted; else give the application to a server of your own, which closes the engine when
-            it shuts the application down.
+        block: serve until interrupted; else your own server runs the application, and its shutdown ends the engine.
     Returns:
         The application.
     Raises:
@@ -278,13 +277,12 @@ def serve(
 
     # Before anything else loads torch; not in this thread, since choosing operations multiplies.
     device = prepared(lambda: open_device(chip))
-    from zili.serving.handover import Offer
+    from zili.serving.handover import Offer, called
     from zili.serving.opening import open_served
 
     place = Path(model)
-    called = name or (place.stem if place.is_file() else place.resolve().name)
     limits = {"waiting": queue, "answer_seconds": timeout}
-    offer = Offer(host, port, called, slots, context, dtype)
+    offer = Offer(host, port, called(place, name), slots, context, dtype)
     served = open_served(place, offer, device, keys, template, limits, allow_origin, allow_host)
     from zili.serving.http.server import listen, with_engine
 

@@ -84,10 +84,10 @@ def serve(
     origins, hosts = _origins(allow_origin or ()), _hosts(allow_host or ())
     place = _demo(chip) if path is None else path
     if engine is Engines.vllm:
-        from zili.serving.handover import Offer
+        from zili.serving.handover import Offer, called
 
-        called = name or (place.stem if place.is_file() else place.resolve().name)
-        _hand_over(place, Offer(host, port, called, slots, context, dtype), keys, chip, trust_remote_code)
+        offer = Offer(host, port, called(place, name), slots, context, dtype)
+        _hand_over(place, offer, keys, chip, trust_remote_code)
     api.serve(
         place,
         host=host,

@@ -52,6 +52,11 @@ class Offer:
     """Dtype of weights and products; None: the engine's default."""
 
 
+def called(place: Path, name: str | None) -> str:
+    """What the model in `place` is called, where no name is given."""
+    return name or (place.stem if place.is_file() else place.resolve().name)
+
+
 def to_vllm(folder: Path, offer: Offer, *, chip: str, key: str | None, trust: bool = False) -> Handover:
     """The command for `folder`, as `zili export` left it or a hub holds it.
 
