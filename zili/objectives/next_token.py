@@ -42,7 +42,8 @@ class NextTokens(nn.Module):
     def forward(self, outputs: Outputs, following: Tensor) -> Tensor:
         """Hidden states `[B, S, D]` that predict the token after `following [B, S]`."""
         joined = torch.cat((self.embedding_norm(outputs.embed(following)), self.hidden_norm(outputs.hidden)), -1)
-        return self.norm(outputs.run(self.block, self.projection(joined)))
+        hidden: Tensor = self.norm(outputs.run(self.block, self.projection(joined)))
+        return hidden
 
 
 class MultiToken(Objective):
