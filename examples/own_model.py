@@ -39,7 +39,8 @@ class ParallelBlock(nn.Module):
     ) -> Tensor:
         normed = self.norm(x)
         attended: Tensor = self.attention(normed, cos, sin, document_ids, cache_entry)
-        return x + attended + self.feed_forward(normed, routing)
+        fed: Tensor = self.feed_forward(normed, routing)
+        return x + attended + fed
 
 
 class OwnDecoder(Decoder):
