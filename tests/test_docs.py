@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import claims
+import module_map
 import pytest
 import quote
 from typer.main import get_command
@@ -309,3 +310,8 @@ def test_what_is_not_there_would_be_found(tmp_path: Path) -> None:
     assert is_code("training.setup.set_up") and is_code("zili.load") and is_key("training.steps")
     with pytest.raises(AssertionError, match="no command"):
         command_of(["trian", "x.toml"])
+
+
+def test_the_map_of_the_package_is_the_tree() -> None:
+    page = module_map.PAGE.read_text(encoding="utf-8")
+    assert page == module_map.with_map(page), "run `python tools/module_map.py`"

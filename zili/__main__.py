@@ -1,3 +1,5 @@
+"""`python -m zili`: the command line."""
+
 from zili.cli import main
 
 main()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -165,3 +167,30 @@ def test_help_is_there_at_once() -> None:
     code += "try: main()\nfinally: sys.stderr.write(f'{time.process_time()}')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert float(done.stderr) < 2
+
+
+@pytest.fixture
+def log() -> Iterator[logging.Logger]:
+    """Zili's logger, as it was afterwards."""
+    log = logging.getLogger("zili")
+    before = log.handlers, log.propagate, log.level
+    yield log
+    log.handlers, log.propagate = before[:2]
+    log.setLevel(before[2])
+
+
+def test_the_log_has_the_modules_names_and_is_as_loud_as_asked(
+    log: logging.Logger, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saving = log.getChild("training.saving")
+    for level in ("warning", "debug"):
+        with pytest.raises(SystemExit):
+            app(["--log-level", level, "config", "presets"])
+        saving.debug("a detail")
+        saving.warning("a matter")
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "a matter"
+    assert [line.split(maxsplit=2)[2] for line in said[1:]] == [
+        "DEBUG zili.training.saving: a detail",
+        "WARNING zili.training.saving: a matter",
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import logging
 import os
 import platform
 import sys
@@ -18,6 +19,7 @@ from zili.errors import ChipError
 if TYPE_CHECKING:
     import torch
 
+_LOG = logging.getLogger(__name__)
 AUTOLOAD = Variable(
     "TORCH_DEVICE_BACKEND_AUTOLOAD",
     "0",
@@ -73,6 +75,9 @@ def activate(backend: Backend, *, index: int = 0, deterministic: bool = False) -
     if deterministic:  # before the device is used: torch_npu heeds only the first setting in a thread
         torch.use_deterministic_algorithms(True)
     device, count = _open_device(torch, backend, index)
+    for setting in applied:
+        _LOG.debug("%s=%s: %s", setting.name, setting.value, setting.reason)
+    _LOG.debug("opened %s, one of %d", device, count)
     process = backend.process_setup() if backend.process_setup else None
     return Activation(backend, device, count, applied, kept, process, _versions(backend, torch), warnings)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import sys
 from contextlib import suppress
+from enum import StrEnum
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
@@ -15,6 +17,16 @@ from typer.main import get_command
 
 import zili
 from zili.cli.ending import INTERRUPTED, end_by, leave_the_others, leave_word, place, stay_behind
+
+
+class LogLevel(StrEnum):
+    """Levels of the standard library's `logging`."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
 
 _UsageError: Any = typer.BadParameter.__base__
 """click's, which typer brings along under a name of its own."""
@@ -140,11 +152,24 @@ def _every_command(
     _: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_tell_version, help="Say which versions these are.")
     ] = False,
+    log_level: Annotated[
+        LogLevel, typer.Option(help="How much of Zili's own log to write to standard error.")
+    ] = LogLevel.WARNING,
 ) -> None:
     """Train, check, release and serve TeleChat-class language models on whatever chips you can get.
 
     First: `zili quickstart` trains a small model in minutes; `zili COMMAND --help` has the options of each command.
     """
+    _write_log(log_level)
+
+
+def _write_log(level: LogLevel) -> None:
+    """Zili's log goes to standard error. Its names are those of the modules, `zili.training.saving`."""
+    log, told = logging.getLogger("zili"), logging.StreamHandler()
+    plain = level in (LogLevel.WARNING, LogLevel.ERROR)
+    told.setFormatter(logging.Formatter("%(message)s" if plain else "%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    log.setLevel(level.upper())
+    log.handlers, log.propagate = [told], False
 
 
 def main() -> None:

@@ -3,6 +3,7 @@ other."""
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Sequence
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from zili.training.callbacks import Callback
     from zili.training.setup import Setup
     from zili.training.trainer import Trainer
+
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,8 @@ def open_run(recipe: RunConfig) -> OpenedRun:
     world, config = setup.world, setup.config  # the first process's: the recipe may be a copy too
     world.agree(lambda: _check_brought(config))
     tokenizer, loader, stores = world.agree(lambda: _open_data(config))
+    for store in stores:
+        _LOG.debug("opened %s: %d documents", store.prefix, len(store))
     check_same(world, "token stores", " ".join(store.identity() for store in stores))
     if config.data.verify:
         _verify(stores, world)

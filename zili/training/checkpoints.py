@@ -11,10 +11,10 @@ A checkpoint is a folder `step-00000120/`:
 from __future__ import annotations
 
 import json
+import logging
 import re
 import secrets
 import shutil
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -42,6 +42,7 @@ RUN_FILE = "run.json"
 FORMAT = 1
 Named = list[tuple[str, nn.Parameter]]
 """Parameters under their names in the whole model."""
+_LOG = logging.getLogger(__name__)
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 
 
@@ -94,6 +95,7 @@ def newest_sound(folder: Path, report: Callable[[str], None], world: World | Non
     checkpoints = list_checkpoints(folder) if world is None else world.from_first(lambda: list_checkpoints(folder))
     for path in reversed(checkpoints):
         try:
+            _LOG.debug("hashing %s", path)
             verify(path, world)
         except CheckpointError as error:
             report(f"passing over a damaged checkpoint: {error}")
@@ -200,11 +202,9 @@ def load_model(path: Path, decoder: type[Decoder] = Decoder) -> Decoder:
     return model.eval()
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
-def find_checkpoint(path: Path, report: Callable[[str], None] = _say, world: World | None = None) -> Path | None:
+def find_checkpoint(
+    path: Path, report: Callable[[str], None] = _LOG.warning, world: World | None = None
+) -> Path | None:
     """`path` itself when it is a checkpoint, else the newest sound one below it; hashed as `newest_sound` does."""
     if (path / RUN_FILE).is_file():
         verify(path, world)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -28,6 +29,7 @@ from zili.parallel.world import World
 from zili.training.checkpoints import RUN_FILE, RunState, list_checkpoints, one_process, step_of
 
 Result = TypeVar("Result")
+_LOG = logging.getLogger(__name__)
 _SLOWEST = timedelta(days=1)
 
 
@@ -148,6 +150,7 @@ class Saver:
         try:
             size = self._write(target, state, tensors)
             self._whole = Saved(target, size, time.perf_counter() - begun)
+            _LOG.debug("%s is whole: %d bytes in %.2f s", *self._whole)
         except BaseException as error:
             self._failure = error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import platform
 import time
@@ -37,6 +38,7 @@ from zili.training.saving import Saved, Saver
 from zili.training.schedules import learning_rate_share
 from zili.training.throughput import matmul_peak
 
+_LOG = logging.getLogger(__name__)
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _OVERFLOWN = 1e9
 """A norm is the root of a sum of squares, over the targets of a batch: a sum stuck at fp32's largest number, 3.4e38,
@@ -141,6 +143,7 @@ class Trainer:
 
         Only the first process has that. What others know and it does not, it must be told before (`World.count`).
         """
+        _LOG.info(text)
         for callback in self.callbacks:
             callback.on_note(text)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from zili.chips.cpu import compiler_command
 from zili.config.model import ModelConfig
 
+_LOG = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("kernels.c")
 # Nothing of -ffast-math that would take numbers for finite: damaged weights are noticed by NaN.
 _OPTIONS = (
@@ -102,5 +103,5 @@ def compiled(config: ModelConfig, dtype: torch.dtype) -> Kernels | None:
         reason = next((line for line in error.stderr.splitlines() if "error" in line), str(error))
     except OSError as error:  # no compiler, no room, nowhere to load from
         reason = str(error)
-    print(f"answers come slower: kernels.c was not compiled by {compiler_command()} ({reason})", file=sys.stderr)
+    _LOG.warning("answers come slower: kernels.c was not compiled by %s (%s)", compiler_command(), reason)
     return None

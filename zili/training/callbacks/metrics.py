@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.jsonl"
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+_say = logging.getLogger(__name__).warning
 
 
 class Missing:
