@@ -124,7 +124,7 @@ def evaluate(
         on_error: "skip" counts what cannot be read, and goes on.
         compressors: say too what xz and zstd need for the same text.
         chip: where to run, as `zili chips` lists names.
-        progress: told what it is at.
+        progress: called with what is being done.
     Returns:
         `bits_per_byte`, `loss_per_token` (nats), `compressors`, and what was counted.
     Raises:
@@ -359,7 +359,7 @@ def rehearse(
         all_stages: be the first process of each place in the pipeline, each in a process of its own here.
         chip: model of the chips, as `zili chips` lists them; the recipe's `chip.model`, if not given.
         micro_batches: in the step; by default as many as memory depends on.
-        progress: told what it is at.
+        progress: called with what is being done.
         overrides: see `zili.api`.
     Returns:
         What each takes: memory by part, messages, FLOPs.

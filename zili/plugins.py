@@ -1,4 +1,4 @@
-"""What installed packages bring by entry point, and what this house has under names of the same kind."""
+"""Callbacks, objectives and chips by name: those that installed packages bring by entry point, and Zili's own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder of this user's on this machine, for what later runs need not do again. Nothing needs it to be there."""
+"""A folder of this user on this machine that keeps what later runs need not do again. Nothing needs it to be there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All backends: the four of this house, and those that installed packages bring by entry point."""
+"""All backends: Zili's four, and those that installed packages bring by entry point."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`zili align`: where a chip's numbers first leave the reference's."""
+"""`zili align`: where a chip's numbers first differ from the CPU's."""
 
 from __future__ import annotations
 

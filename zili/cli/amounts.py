@@ -24,7 +24,7 @@ class Amount(NamedTuple):
 
 
 def amounts(config: RunConfig) -> Iterator[Amount]:
-    """The size of the model and of the run, then a line a source; of a store that is not here, that."""
+    """The size of the model and of the run, then a line for each source; it says so if a store is not here."""
     training, model = config.training, count_parameters(config.model)
     a_step = training.global_batch * training.sequence_length
     active = f" ({model.active:,} a token)" if model.active != model.total else ""

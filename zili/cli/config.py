@@ -31,9 +31,9 @@ def show(
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Print a recipe with all that is filled in, and as comments what it amounts to and why each choice was made.
+    """Print a recipe with every default filled in. Comments say what it amounts to, and why each choice was made.
 
-    What depends on the chips is chosen where the recipe can run as it stands, here and now; elsewhere it stays open.
+    If the recipe can run here, what depends on the chips is chosen too; otherwise it stays open.
     """
     written = read_recipe(recipe, overrides or ())
     config, reasons = _laid_out(written, chips) if chips else _resolved(written)

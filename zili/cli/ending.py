@@ -49,10 +49,10 @@ def stay_behind() -> None:
 
 
 def leave_word(text: str, code: int) -> None:
-    """What torchrun repeats under its own traceback as the root cause, and hands on to whoever started it.
+    """Leave a message that torchrun prints under its own traceback as the root cause, and puts into its error file.
 
-    The form is that of torch.distributed.elastic.multiprocessing.errors.ErrorHandler; its own words would be the whole
-    traceback of an error that a user can cure.
+    The form is that of torch.distributed.elastic.multiprocessing.errors.ErrorHandler. By itself it would leave the
+    whole traceback, also of an error that a user can cure.
     """
     if _ERROR_FILE in os.environ:
         text = text.rstrip()
@@ -63,7 +63,7 @@ def leave_word(text: str, code: int) -> None:
 
 
 def leave_the_others() -> None:
-    """Out of the process group, where there is one."""
+    """Leave the process group, if there is one."""
     if _joined():
         from zili.parallel.world import leave
 
@@ -71,7 +71,7 @@ def leave_the_others() -> None:
 
 
 def place() -> tuple[int, int, int]:
-    """`processes()`; where torchrun's variables are no numbers, which is then the error, this process speaks."""
+    """`processes()`. If torchrun's variables are not numbers, that is the error, and this process reports it."""
     try:
         return processes()
     except ZiliError:

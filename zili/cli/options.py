@@ -55,7 +55,7 @@ Page = Annotated[Path | None, typer.Option(help="Write an HTML page here.")]
 
 
 def refuse_unwritable(*files: Path | None) -> None:
-    """ConfigError where one of the files that an option names cannot be written, before anything is computed."""
+    """Raise ConfigError if a file that an option names cannot be written, before anything is computed."""
     for file in filter(None, files):
         try:
             if not file.parent.is_dir():
@@ -103,14 +103,14 @@ def _run_of(recipe: Path) -> str:
 
 
 def present(paths: Iterable[Path] | None) -> None:
-    """DataError where text or conversations are not there; asked before torch is loaded."""
+    """Raise DataError if text or conversations are missing; this is checked before torch is loaded."""
     for path in paths or ():
         if not path.exists():
             raise DataError(f"{path}: no such file or folder")
 
 
 def finite(value: float | None) -> float | None:
-    """A `callback` of options: bounds alone let `nan` pass, which is not below anything, nor above."""
+    """A `callback` of options that refuses `nan`: bounds let it pass, since it is neither below nor above them."""
     if value is not None and not isfinite(value):
         raise typer.BadParameter(f"{value} is no number to reckon with")
     return value
@@ -139,7 +139,7 @@ def count_of(text: str) -> float:
 
 
 def program() -> str:
-    """What to type to run this program again: its name, or its path where the shell would not find it."""
+    """How to run this program again: its name, or its path if the shell would not find it."""
     if shutil.which("zili"):
         return "zili"
     own = Path(sys.argv[0])

@@ -50,7 +50,7 @@ def table(
 
 
 def several_lines(to: Console, *texts: str) -> str:
-    """The text of a cell that has a line for each of `texts` where somebody looks."""
+    """The text of a cell: on a terminal each of `texts` has a line."""
     return ("\n" if to.is_terminal else "; ").join(filter(None, texts))
 
 
@@ -72,8 +72,8 @@ def print_next(folder: Path, to: Console) -> None:
 
 @contextmanager
 def working(text: str = "") -> Iterator[Callable[[str], None]]:
-    """What a command is at while it prints nothing else, on standard error: one line that changes on a terminal;
-    elsewhere a line at the start, and one each `_SECONDS` where there is something new. Gives what to tell it by."""
+    """Say on standard error what a command is doing while it prints nothing else: on a terminal one line that changes;
+    elsewhere a line at the start, and every `_SECONDS` one if there is news. Gives the function that takes news."""
     to = console(stderr=True)
     if to.is_terminal:
         with to.status(text) as status:

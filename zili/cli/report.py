@@ -24,8 +24,8 @@ def report(
     page: Page = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write report.html from what a run has left so far; works while it is running, too. Of several runs, show their
-    figures and in what their recipes differ; --page draws their curves in one."""
+    """Write report.html from what a run has recorded so far, also while it is running. For several runs, show their
+    figures and the keys in which their recipes differ; --page draws their curves on one page."""
     refuse_unwritable(page)
     if len(runs) == 1 and page is None and not as_json:
         from zili.evaluation.report import write_report

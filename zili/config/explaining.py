@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, in the words of whoever wrote it."""
+"""Says what is wrong with a recipe, with the keys and values that its author wrote."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people type who know other trainers, and what it is called here."""
+"""Names of keys in other trainers, and what Zili calls them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run learns, where it is not the next token alone."""
+"""What a run learns, if it is more than the next token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A conversation rendered to be learned, and whether what was given is what will be learned.
+"""Renders a conversation for training, and checks that everything that was given is in the text.
 
 A template writes what it knows of and drops the rest without a word: thoughts, calls, tools, a result. So the rendered
 text is compared with the conversation, and what should be there and is not is a reason to leave it out.

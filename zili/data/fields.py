@@ -1,4 +1,4 @@
-"""A JSON object of a record, which knows what of it was used: what nobody asked for is named in the end."""
+"""A JSON object of a record that notes which keys were read, so that unread ones can be named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a chat template has a model speak: what ends a turn, how thoughts and calls of tools are told and read.
+"""Finds out how a chat template writes: what ends a turn, and how thoughts and calls of tools look.
 
 A template is a program that says none of this. What is here is guessed: small conversations are rendered, and what the
 template wrote around them is looked at. Nothing outside this file guesses about a template.

@@ -1,4 +1,4 @@
-"""In what order data is seen: shuffles and mixtures any position of which can be computed alone."""
+"""The order in which data is read: shuffles and mixtures in which any position can be computed by itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of which only a pointer came along: a clone without Git LFS has a few lines in place of each large file."""
+"""Recognises Git LFS pointers: a clone without Git LFS has a few lines in place of each large file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an answer is made of: thoughts, text and calls of tools; how they are written, and read as they come.
+"""The parts of an answer (thoughts, text, calls of tools): how they are written, and how they are read as they come.
 
 A template says none of this in words. Its `Dialect` knows which of these a model uses.
 """

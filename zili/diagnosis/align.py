@@ -1,4 +1,4 @@
-"""Where a chip's training step first leaves the reference's."""
+"""Finds where a chip's training step first differs from the CPU's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether processes of this machine reach one another: every collective, in groups of several sizes, with a guard.
+"""Checks that processes of this machine reach one another: every collective, in groups of several sizes, with a guard.
 
 Each also multiplies on its own device, and takes part in what a chip's record promises of many processes.
 

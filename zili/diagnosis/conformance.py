@@ -1,4 +1,4 @@
-"""What a backend must do for this house to train on it: the checks that a plugin's own tests run."""
+"""Checks that a backend must pass before Zili trains on it; a plugin's own tests run them."""
 
 from __future__ import annotations
 

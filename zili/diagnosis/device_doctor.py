@@ -1,4 +1,4 @@
-"""The parts of `zili.diagnosis.device_check` that are areas of `zili doctor`; each returns doctor's report."""
+"""Runs the areas of `zili doctor` as parts of `zili.diagnosis.device_check`; each returns doctor's report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the operations a training step is made of give the right numbers on a device."""
+"""Checks that the operations of a training step give the right numbers on a device."""
 
 from __future__ import annotations
 

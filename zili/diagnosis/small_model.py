@@ -1,4 +1,4 @@
-"""A model small enough to be trained as an examination, on one device and over many processes."""
+"""A model small enough to be trained as a check, on one device and over many processes."""
 
 from __future__ import annotations
 

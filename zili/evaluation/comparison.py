@@ -1,4 +1,4 @@
-"""Runs beside each other: their last figures, in what their recipes differ, and their curves in one page."""
+"""Compares runs: their last figures, the keys in which their recipes differ, and their curves on one page."""
 
 from __future__ import annotations
 

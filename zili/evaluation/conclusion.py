@@ -1,4 +1,4 @@
-"""What a finished run leaves beside its checkpoints: compressors on the same text, samples, a summary, the report."""
+"""Concludes a run: compressors on the same text, samples, a summary and the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was measured of a model and written down: for its card."""
+"""Reads the results of `zili eval` for a model card."""
 
 from __future__ import annotations
 

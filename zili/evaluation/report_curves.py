@@ -1,4 +1,4 @@
-"""Which curves a report shows, from the records of a run."""
+"""Chooses the curves of a report from the records of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an objective is: from what a model says of a batch to a loss, and to figures about it."""
+"""The base of objectives: from a model's outputs for a batch to a loss and to figures."""
 
 from __future__ import annotations
 

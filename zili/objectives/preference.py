@@ -1,4 +1,4 @@
-"""Learning from preferences: of two answers to a question, the chosen is to become likelier than the rejected."""
+"""Learning from preferences: the chosen answer to a question becomes likelier than the rejected one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training run by its sizes alone: what the model of time needs, whichever framework runs it."""
+"""A training run by its sizes alone, for any framework: what the model of time needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a release has beside its weights, so that others run it without asking."""
+"""Files that a release has beside its weights: tokenizer, template, code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a release's weights come from, as far as the folder that they were in says."""
+"""The origin of a release's weights, as far as their folder says."""
 
 from __future__ import annotations
 

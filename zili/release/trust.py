@@ -1,4 +1,4 @@
-"""Python code that a folder brings along: whether it is ours."""
+"""Decides whether the Python code of a folder is Zili's own, byte for byte."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rehearsals of a recipe: as one process of many, or as one of each place in the pipeline."""
+"""Rehearsals of a recipe: as one process of many, or as one process of each stage of the pipeline."""
 
 from __future__ import annotations
 

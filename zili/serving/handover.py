@@ -1,4 +1,4 @@
-"""Handing a released folder to vLLM, which is the way past one machine: its command, from what the folder says."""
+"""Hands a released folder to vLLM: the command, made from what the folder says."""
 
 from __future__ import annotations
 

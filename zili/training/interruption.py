@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a lost terminal end a run after the step at hand, with a checkpoint; insisting, at once.
+"""Ctrl-C, SIGTERM and a lost terminal end a run after the current step, with a checkpoint; a second one at once.
 
 One request is often heard twice: a job manager signals every process of a job, and torchrun passes on what it hears.
 So a SIGTERM that follows within `grace_seconds` is the same request. What ends a run at once, without a checkpoint, is

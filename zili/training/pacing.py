@@ -1,5 +1,4 @@
-"""A run that ends on time: how many steps there will be is estimated anew while it runs, for as long as no step depends
-on it."""
+"""Ends a run on time: the number of steps is estimated again while it runs, as long as no step depends on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the model that a run starts from gives each answer, computed once: the reference that preferences are beside.
+"""The reference model of preferences: what the model that the run starts from gives each answer, computed once.
 
 Kept in the run's folder, since by the time a run goes on its weights are others. Rafailov et al. (2023) run the
 reference beside the model; its numbers never change, so a second model in memory and a second pass a step buy nothing.

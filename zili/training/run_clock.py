@@ -1,4 +1,4 @@
-"""What a run does by the clock: checkpoints every so many minutes, and an end before its time is over.
+"""The clock of a run: checkpoints every few minutes, and an end before its time is over.
 
 Neither changes a step: a run that was stopped and goes on has the bits of one that was not.
 """

@@ -1,4 +1,4 @@
-"""What the machine can do and how much of it a step uses."""
+"""Measures what the machine can do, and how much of it a step uses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A step of a model on many chips, with nothing left open."""
+"""A step of a model on many chips, with every setting decided."""
 
 from __future__ import annotations
 

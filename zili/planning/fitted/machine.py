@@ -1,4 +1,4 @@
-"""What the model of time knows of a chip: its catalog figures, or what `zili doctor` measured, in seconds."""
+"""A chip as the model of time sees it: figures of the catalog, or those that `zili doctor` measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training reaches of a chip's figures: few numbers, fitted to published runs by `benchmarks/planner/fit.py`."""
+"""Shares of a chip's figures that training reaches, fitted to published runs by `benchmarks/planner/fit.py`."""
 
 from __future__ import annotations
 

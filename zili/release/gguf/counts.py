@@ -1,4 +1,4 @@
-"""What a GGUF file says that it holds, against what fits into it, before anybody believes it.
+"""Checks the sizes that a GGUF file claims against the size of the file, before anything is read.
 
 The `gguf` package makes an object of every element that a file counts, and files of a hundred bytes may count 2^40.
 Layout of the file: ggml-org/ggml docs/gguf.md.

@@ -1,4 +1,4 @@
-"""What holds answers to forms, from the processes that know (`form_process`)."""
+"""Guides: which tokens may come next in an answer with a form, as the processes of `form_process` say."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a server counts, under vLLM's names, so that dashboards made for it show this one too."""
+"""Counts of the server under vLLM's names, so that vLLM's dashboards show them."""
 
 from __future__ import annotations
 
