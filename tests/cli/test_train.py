@@ -139,7 +139,7 @@ def test_show_prints_a_recipe_that_reads_back_and_every_reason(zili, recipe_file
 
 
 def test_reference_and_presets_are_printed(zili) -> None:
-    assert zili("config", "reference").out.startswith("# Configuration reference")
+    assert zili("config", "reference").out.startswith("# Every key of a recipe")
     assert json.loads(zili("config", "presets", "--json").out)["telechat2-115b"]["parameters"] == 113_282_916_352
     assert "113,282,916,352" in zili("config", "presets").out  # TeleChat2-115B: its published files' bytes over 4
 

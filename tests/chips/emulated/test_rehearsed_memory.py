@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from zili import chips
 from zili.config import RunConfig
 from zili.models.mixture import Router, Routes
+from zili.models.outputs import Routing
 
 SIZES = (
     *("model.vocab_size=2048", "model.hidden_size=256", "model.ffn_hidden_size=512"),
@@ -82,11 +83,13 @@ def largest_bytes(configs: Sequence[RunConfig]) -> list[int]:
 def to_every_expert_alike(forward: Any) -> Any:
     """A router as rehearsals think of it: every expert is taken as often as every other."""
 
-    def routed(router: Router, x: torch.Tensor, padding: torch.Tensor | None = None) -> Any:
-        routes, loss, counts = forward(router, x, padding)
+    def routed(router: Router, x: torch.Tensor, routing: Routing) -> Any:
+        routes, loss = forward(router, x, routing)
         experts = torch.arange(routes.experts.numel(), device=x.device).view_as(routes.experts)
-        even = torch.full_like(counts, experts.numel() / len(counts))
-        return Routes(experts % router.mixture.experts, routes.weights, even.long()), loss, even
+        even = torch.full_like(routes.counts, experts.numel() // len(routes.counts))
+        if routing.figures:
+            routing.figures[-1] = routing.figures[-1]._replace(tokens=even.float())
+        return Routes(experts % router.mixture.experts, routes.weights, even), loss
 
     return routed
 

@@ -20,7 +20,7 @@ from zili.ops import ascend
 from zili.ops.registry import OPERATIONS
 
 ON_THE_HOST = (
-    *("parallel/model.py targets", "models/preference.py pairs_in", "parallel/model.py _with_next"),
+    "objectives/next_token.py prepare",
     *("parallel/context.py take", "ops/ascend.py _ends"),
 )
 """Work on the batch before it is sent, since it comes from the stores, on the host; and on where documents end."""
