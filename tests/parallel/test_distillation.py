@@ -84,5 +84,5 @@ def test_a_layout_has_the_curve_of_one_process(
 def test_a_teacher_of_another_vocabulary_is_refused(taught: dict[str, tuple[str, ...]], runs: Runs) -> None:
     with pytest.raises(ConfigError, match="the teacher has 304 tokens, the model 320"):
         runs.recipe("dense", *taught["dense"], "model.vocab_size=320")
-    with pytest.raises(ConfigError, match=r"objective.distill.teacher = 'nowhere' is no Zili model folder"):
+    with pytest.raises(ConfigError, match=r"objective.distill.teacher = 'nowhere' does not exist"):
         runs.recipe("dense", "objective.distill={teacher='nowhere'}")
