@@ -6,6 +6,8 @@ A package of yours that has it under the entry point `zili.callbacks` lets any r
     slow_steps = "own_callback:SlowSteps"
 """
 
+from __future__ import annotations  # else an annotation such as zili.Trainer imports torch, before the chip is known
+
 import sys
 from statistics import median
 

@@ -2,19 +2,16 @@
 
 from math import log
 
-from zili.data.loader import Batch
-from zili.models.outputs import Outputs
-from zili.objectives import Objective, Peers, Terms
-from zili.ops import IGNORE_INDEX
+import zili
 
 
-class SureTokens(Objective):
+class SureTokens(zili.Objective):
     """The next token. `sure` is the share of targets to which the model gives a probability above one half."""
 
     figures = ("sure",)
 
-    def terms(self, outputs: Outputs, batch: Batch, peers: Peers) -> Terms:
+    def terms(self, outputs: zili.Outputs, batch: zili.Batch, peers: zili.Peers) -> zili.Terms:
         losses = outputs.cross_entropy(batch.labels, reduction="none")  # [B, S], nats
-        counted = batch.labels != IGNORE_INDEX
+        counted = batch.labels != zili.IGNORE_INDEX
         sure = ((losses < log(2)) & counted).sum().float()
-        return Terms(losses.sum(), {"sure": sure}, counted.sum().float())
+        return zili.Terms(losses.sum(), {"sure": sure}, counted.sum().float())

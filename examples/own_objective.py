@@ -11,23 +11,19 @@ A package of yours that has it under the entry point `zili.objectives` lets any 
 import sys
 
 import zili
-from zili.data.loader import Batch
-from zili.models.outputs import Outputs
-from zili.objectives import Objective, Peers, Terms
-from zili.ops import IGNORE_INDEX
 
 
-class ZLoss(Objective):
+class ZLoss(zili.Objective):
     figures = ("z_loss",)  # reported beside the loss, as a mean over targets
 
     def __init__(self, weight: float = 1e-4) -> None:
         self.weight = weight
 
-    def terms(self, outputs: Outputs, batch: Batch, peers: Peers) -> Terms:
-        counted = batch.labels != IGNORE_INDEX
+    def terms(self, outputs: zili.Outputs, batch: zili.Batch, peers: zili.Peers) -> zili.Terms:
+        counted = batch.labels != zili.IGNORE_INDEX
         z_loss = (outputs.logsumexp(outputs.logits()).square() * counted).sum()
         loss = outputs.cross_entropy(batch.labels) + self.weight * z_loss
-        return Terms(loss, {"z_loss": z_loss.detach()}, counted.sum())
+        return zili.Terms(loss, {"z_loss": z_loss.detach()}, counted.sum())
 
 
 if __name__ == "__main__":

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from zili.api import evaluate, export, generate, plan, rehearse, serve, setup, train
     from zili.config import Choice, ModelConfig, RunConfig
+    from zili.data.loader import Batch
     from zili.data.prepare import Prepared, prepare
     from zili.errors import ZiliError
     from zili.evaluation.bits_per_byte import Score
     from zili.models.decoder import Decoder
-    from zili.objectives import Objective, Terms
+    from zili.models.outputs import Outputs
+    from zili.objectives import Objective, Peers, Terms
+    from zili.ops import IGNORE_INDEX
     from zili.planning.search.goodput import Failures
     from zili.planning.search.plan import Plan
     from zili.rehearsal import Rehearsal
@@ -27,11 +30,14 @@ __version__ = "0.1.0"
 _PLACES = {
     "zili.api": ("evaluate", "export", "generate", "plan", "rehearse", "serve", "setup", "train"),
     "zili.config": ("Choice", "ModelConfig", "RunConfig"),
+    "zili.data.loader": ("Batch",),
     "zili.data.prepare": ("Prepared", "prepare"),
     "zili.errors": ("ZiliError",),
     "zili.evaluation.bits_per_byte": ("Score",),
     "zili.models.decoder": ("Decoder",),
-    "zili.objectives": ("Objective", "Terms"),
+    "zili.models.outputs": ("Outputs",),
+    "zili.objectives": ("Objective", "Peers", "Terms"),
+    "zili.ops": ("IGNORE_INDEX",),
     "zili.planning.search.goodput": ("Failures",),
     "zili.planning.search.plan": ("Plan",),
     "zili.rehearsal": ("Rehearsal",),
@@ -46,6 +52,8 @@ _PLACES = {
 are imported."""
 _PLACE = {name: place for place, names in _PLACES.items() for name in names}
 __all__ = [
+    "IGNORE_INDEX",
+    "Batch",
     "Callback",
     "Choice",
     "Decoder",
@@ -54,6 +62,8 @@ __all__ = [
     "Objective",
     "OpenedModel",
     "OpenedRun",
+    "Outputs",
+    "Peers",
     "Plan",
     "Prepared",
     "Rehearsal",

@@ -85,6 +85,7 @@ def train(
         ended it, and the same call goes on.
     Raises:
         ZiliError: it cannot be run; `TrainingError` where its loss is no longer a number.
+        TypeError: a callback, an objective or a model is not of its kind.
     Example:
         >>> trainer = zili.train("recipe.toml", overrides={"training.steps": 100})
         >>> trainer.step

@@ -54,7 +54,10 @@ def test_variables_that_come_too_late_are_named(bare, monkeypatch):
     set_by_us = names(opened.applied) - {"TORCH_DEVICE_BACKEND_AUTOLOAD"}
     assert bool(opened.warnings) == bool(set_by_us)
     warning = activation._late_warning("torch", (activation.Setting("A_B", "1", "why"),))
-    assert warning == ("torch was imported before A_B could be set; they may have no effect",)
+    assert warning == (
+        "torch was imported before A_B could be set; they may have no effect: call zili.setup before what imports "
+        "torch, or set them where the program is started",
+    )
 
 
 def test_a_plugin_that_fails_to_import_gives_cause_and_fix(bare, install):

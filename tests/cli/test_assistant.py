@@ -233,4 +233,4 @@ def test_bad_input_is_one_clear_line(
 def test_a_model_folder_that_is_none(zili: Zili, tmp_path: Path, model: Path) -> None:
     path = recipe(tmp_path, tmp_path / "nowhere")
     found = zili("train", path)
-    assert found.code == 3 and "is no Zili model folder" in found.err
+    assert found.code == 3 and "nowhere' does not exist" in found.err.replace("\n", "")

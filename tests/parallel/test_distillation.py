@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +14,9 @@ from tiny_models import BOUND, Kind, Layout, Row, Runs, slow
 
 import zili
 from zili.config import RunConfig
+from zili.data import Tokenizer
 from zili.errors import ConfigError
+from zili.runs.opening import _refuse_other_words
 from zili.runs.running import begin
 
 WEIGHT, TEMPERATURE = 0.7, 2.0
@@ -84,5 +90,33 @@ def test_a_layout_has_the_curve_of_one_process(
 def test_a_teacher_of_another_vocabulary_is_refused(taught: dict[str, tuple[str, ...]], runs: Runs) -> None:
     with pytest.raises(ConfigError, match="the teacher has 304 tokens, the model 320"):
         runs.recipe("dense", *taught["dense"], "model.vocab_size=320")
-    with pytest.raises(ConfigError, match=r"objective.distill.teacher = 'nowhere' is no Zili model folder"):
+    with pytest.raises(ConfigError, match=r"objective.distill.teacher = 'nowhere' does not exist"):
         runs.recipe("dense", "objective.distill={teacher='nowhere'}")
+
+
+@pytest.mark.parametrize("teacher", ["", "checkpoints/step-00000002"])
+def test_a_teacher_that_the_run_itself_writes_is_refused(
+    teacher: str, taught: dict[str, tuple[str, ...]], runs: Runs
+) -> None:
+    itself = runs.recipe("dense", *taught["dense"]).objective.distill
+    assert itself is not None
+    own = f"objective.distill.teacher={itself.teacher / teacher}"
+    with pytest.raises(ConfigError, match="is what this run writes: its teacher would change at every start"):
+        runs.recipe("dense", *taught["dense"], f"folder={itself.teacher}", own)
+
+
+@pytest.mark.parametrize(("vocabulary", "refused"), [(300, False), (280, True)])
+def test_a_teacher_whose_ids_mean_other_text_is_refused(
+    vocabulary: int, refused: bool, taught: dict[str, tuple[str, ...]], runs: Runs, tiny_data: Path
+) -> None:
+    config = runs.recipe("dense", *taught["dense"])
+    assert config.objective.distill is not None
+    known = Tokenizer.from_folder(tiny_data / "tokenizer")
+    _refuse_other_words(config, known)  # nothing is known of a teacher without a tokenizer
+    place = config.objective.distill.teacher / "tokenizer"
+    (known if vocabulary == known.vocab_size else Tokenizer.train(["other words"] * 9, vocabulary)).save(place)
+    try:
+        with pytest.raises(ConfigError, match=r"\d+ tokens of 300 have another id there") if refused else nullcontext():
+            _refuse_other_words(config, known)
+    finally:
+        shutil.rmtree(place)

@@ -153,6 +153,21 @@ def test_what_is_learned_and_the_kind_of_model_come_by_argument(recipe: Any) -> 
     assert Seen.asked > 0 and losses[1] == pytest.approx(losses[0] / 2)
 
 
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ({"callbacks": [zili.Callback]}, r"callbacks: <class '.*> is not an object of a zili.Callback class"),
+        ({"callbacks": ["tensorboard"]}, "callbacks: 'tensorboard' is not an object"),
+        ({"objective": Half}, "objective: <class '.*Half'> is not an object of a zili.Objective class"),
+        ({"model": "Seen"}, "model: 'Seen' is not a class below zili.Decoder"),
+    ],
+)
+def test_what_is_of_another_kind_is_refused(recipe: Any, argument: Any, said: str) -> None:
+    with pytest.raises(TypeError, match=said):
+        zili.train(recipe(), progress=False, **argument)
+    assert not recipe().folder.exists()
+
+
 class Losses(zili.Callback):
     def __init__(self) -> None:
         self.losses: list[float] = []

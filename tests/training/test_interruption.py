@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tiny_run import At, Recipe, interrupt, start, train
+from tiny_run import At, Recipe, Recorder, interrupt, start, train
 from torch.distributed.launcher.api import LaunchConfig
 
 from zili.config import RunConfig
@@ -17,6 +17,7 @@ from zili.errors import ConfigError
 from zili.training.checkpoints import list_checkpoints, verify
 from zili.training.interruption import grace_seconds
 from zili.training.saving import Saver
+from zili.training.trainer import Trainer
 
 
 def heard(*numbers: int) -> Callable[[], None]:
@@ -42,6 +43,27 @@ def test_a_request_that_is_heard_twice_is_one(recipe: Recipe, numbers: tuple[int
     assert (trainer.step, trainer.interrupted) == (3, True)
     assert list_checkpoints(trainer.checkpoint_folder)[-1].name == "step-00000003"
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+class StopAt(Recorder):
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = step
+
+    def after_step(self, trainer: Trainer) -> None:
+        if trainer.step == self.step:
+            trainer.stop("the figures got worse")
+
+
+@pytest.mark.parametrize(("step", "ends", "interrupted"), [(0, 6, False), (3, 3, True), (6, 6, False)])
+def test_a_callback_ends_a_run_with_a_checkpoint(recipe: Recipe, step: int, ends: int, interrupted: bool) -> None:
+    config, callback = recipe("checkpoint.every=0"), StopAt(step)
+    trainer = train(config, callback)
+    assert (trainer.step, trainer.interrupted) == (ends, interrupted)
+    (saved,) = list_checkpoints(trainer.checkpoint_folder)
+    assert saved.name == f"step-0000000{ends}"
+    assert ([f"stopping after step {step}: the figures got worse"] if step else []) == callback.notes
+    assert train(config).step == 6, "the same call goes on"
 
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])

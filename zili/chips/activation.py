@@ -108,7 +108,8 @@ def _late_warning(module: str, applied: tuple[Setting, ...]) -> tuple[str, ...]:
     names = [setting.name for setting in applied if setting.name != AUTOLOAD.name]
     if not names:
         return ()
-    return (f"{module} was imported before {', '.join(names)} could be set; they may have no effect",)
+    late = f"{module} was imported before {', '.join(names)} could be set; they may have no effect"
+    return (f"{late}: call zili.setup before what imports torch, or set them where the program is started",)
 
 
 def _import_torch() -> Any:

@@ -99,6 +99,8 @@ def _fill_in_teacher(table: dict[str, Any], origin: str, shape_in: ShapeIn) -> N
 
 def _shape_of(key: str, folder: Path, origin: str, shape_in: ShapeIn) -> dict[str, Any]:
     shape = shape_in(folder)
+    if shape is None and not folder.exists():
+        raise ConfigError(f"{origin}: {key} = {str(folder)!r} does not exist (looked for from {Path.cwd()})")
     if shape is None:
         raise ConfigError(
             f"{origin}: {key} = {str(folder)!r} is no Zili model folder, run or checkpoint, and no published "

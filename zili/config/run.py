@@ -242,6 +242,12 @@ class RunConfig(Section):
             raise ValueError("objective and preference are given; a run learns one of them")
         if distill is None:
             return
+        own, place = self.folder.resolve(), distill.teacher.resolve()
+        if place == own or own / "checkpoints" in (place, *place.parents):
+            raise ValueError(
+                f"objective.distill.teacher ({distill.teacher}) is what this run writes: its teacher would change at "
+                "every start; name another folder, such as one that `zili export` makes of it"
+            )
         teacher = distill.model
         if teacher is not None and teacher.vocab_size != self.model.vocab_size:
             raise ValueError(

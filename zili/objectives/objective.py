@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from zili.config.model import ModelConfig
@@ -88,6 +89,31 @@ class Objective:
 
 Ask = Callable[[Outputs, Batch, Peers], Tensor]
 """Something else that is asked of some rows, as `Objective.terms` is: one tensor, for instance a value a row."""
+
+
+def checked_terms(objective: Objective, outputs: Outputs, batch: Batch, peers: Peers) -> Terms:
+    """What `objective.terms` gives, if it is what can be added up and differentiated.
+
+    Raises:
+        TypeError: it is not; the message says what is and what should be.
+    """
+    terms = objective.terms(outputs, batch, peers)
+    who = f"{type(objective).__name__}.terms"
+    if not isinstance(terms, Terms):
+        raise TypeError(f"{who} gives {type(terms).__name__}; return zili.Terms(loss, figures, count)")
+    if set(terms.figures) != set(objective.figures):
+        raise TypeError(
+            f"{who} gives the figures {sorted(terms.figures)}, and `figures` names {sorted(objective.figures)}; "
+            "they must be the same"
+        )
+    for name, value in {"loss": terms.loss, "count": terms.count, **terms.figures}.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{who}: {name} is {type(value).__name__}; give a 0-d tensor, a sum over targets")
+        if value.ndim:
+            raise TypeError(f"{who}: {name} has the shape {list(value.shape)}; give a 0-d tensor, a sum over targets")
+    if torch.is_grad_enabled() and not terms.loss.requires_grad:
+        raise TypeError(f"{who}: loss has no gradient; make it of what `outputs` gives, without detach()")
+    return terms
 
 
 def targets(labels: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from zili.models.decoder import Decoder
 from zili.models.outputs import Outputs, Routing
 from zili.objectives import Alone, Objective, Peers, Terms, learner
 from zili.objectives.next_token import NextToken
-from zili.objectives.objective import Ask
+from zili.objectives.objective import Ask, checked_terms
 from zili.parallel.apply import Materialize, build_parts, with_first_weights
 from zili.parallel.context import ContextPart
 from zili.parallel.data import reduce_gradients, sum_gradients
@@ -309,12 +309,7 @@ class _Sums:
 
     def add(self, outputs: Outputs, batch: Batch, peers: Peers) -> Tensor:
         """Ask the objective; returns what is to be differentiated."""
-        new, old = self._objective.terms(outputs, batch, peers), self._sums
-        if new.figures.keys() != old.figures.keys():
-            raise TypeError(
-                f"{type(self._objective).__name__}: terms gives the figures {sorted(new.figures)}, and `figures` names "
-                f"{sorted(old.figures)}; they must be the same"
-            )
+        new, old = checked_terms(self._objective, outputs, batch, peers), self._sums
         figures = {name: total + new.figures[name].detach() for name, total in old.figures.items()}
         self._sums = Terms(old.loss + new.loss.detach(), figures, old.count + new.count)
         return new.loss

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from zili.config import Choice, RunConfig
-from zili.errors import ConfigError
+from zili.errors import ConfigError, DataError
 from zili.parallel.layout import processes
+from zili.plurals import counted
 
 if TYPE_CHECKING:
     from zili.data.loader import Batches
@@ -133,6 +134,7 @@ def _open_data(recipe: RunConfig) -> tuple[Tokenizer, Batches, list[TokenStore]]
             f"{recipe.data.tokenizer} has {tokenizer.vocab_size} tokens, model.vocab_size is "
             f"{recipe.model.vocab_size}; raise it to at least as many"
         )
+    _refuse_other_words(recipe, tokenizer)
     stores = [(TokenStore.open(source.store), source.weight) for source in recipe.data.sources]
     held_out = [TokenStore.open(recipe.data.held_out)] if recipe.data.held_out else []
     read = [*(store for store, _ in stores), *held_out]
@@ -151,6 +153,27 @@ def _open_data(recipe: RunConfig) -> tuple[Tokenizer, Batches, list[TokenStore]]
             else "data.sources are pairs of answers: say how they are learned from, preference.beta"
         )
     return tokenizer, loader, read
+
+
+def _refuse_other_words(recipe: RunConfig, tokenizer: Tokenizer) -> None:
+    """A teacher whose ids mean other text would teach nonsense. Of one without a tokenizer nothing is known."""
+    distill = recipe.objective.distill
+    if distill is None:
+        return
+    from zili.serving.model_folder import find_tokenizer
+
+    try:
+        found, place = find_tokenizer(distill.teacher)
+    except DataError:
+        return
+    theirs, added = found.tokens(), tokenizer.added_tokens
+    others = sum(theirs.get(text) != number for text, number in tokenizer.tokens().items() if text not in added)
+    if others:
+        raise ConfigError(
+            f"objective.distill.teacher: {place} is another tokenizer than {recipe.data.tokenizer} (data.tokenizer): "
+            f"{counted(others, 'token')} of {tokenizer.vocab_size:,} have another id there or none; "
+            "name a teacher with the tokenizer of the data, or prepare the data with the teacher's"
+        )
 
 
 def open_held_out(opened: OpenedRun) -> TokenStore | DialogueLoader | None:

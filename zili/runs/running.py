@@ -39,6 +39,7 @@ def run(
     `objective` and `model` are as of `OpenedRun.trainer`. `callbacks` come after those that every run has: held-out
     evaluation, `metrics.jsonl`, and what the recipe names.
     """
+    _refuse_other_kinds(callbacks, objective, model)
     _refuse_adapters_of_nothing(opened.setup.config)
     world = opened.setup.world
     held_out = world.agree(lambda: open_held_out(opened))
@@ -76,6 +77,23 @@ def _of_every_run(
     named = world.agree(lambda: named_callbacks(config))
     found = [*measured, MetricsLog(config.folder, say), *named]
     return [callback for callback in found if world.is_first or callback.everywhere]
+
+
+def _refuse_other_kinds(
+    callbacks: Sequence[Callback], objective: Objective | None, model: type[Decoder] | None
+) -> None:
+    """A class where an object is meant, or the reverse, would fail far from the call that gave it."""
+    from zili.models.decoder import Decoder
+    from zili.objectives import Objective
+    from zili.training.callbacks import Callback
+
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise TypeError(f"callbacks: {callback!r:.60} is not an object of a zili.Callback class")
+    if not isinstance(objective, Objective | None):
+        raise TypeError(f"objective: {objective!r:.60} is not an object of a zili.Objective class")
+    if model is not None and not (isinstance(model, type) and issubclass(model, Decoder)):
+        raise TypeError(f"model: {model!r:.60} is not a class below zili.Decoder")
 
 
 def _refuse_adapters_of_nothing(config: RunConfig) -> None:

@@ -75,7 +75,8 @@ class Trainer:
         self.callbacks = callbacks
         self.step = 0
         self.interrupted = False
-        """Whether the run was stopped before its last step: by a signal, or since its time is over."""
+        """Whether the run was stopped before its last step: by a signal, a callback, or since its time is over."""
+        self._told_to_stop = False
         self._clock = RunClock(config, started)
         assert config.chip.precision != "auto", "the configuration is resolved"
         self._dtype = DTYPES[config.chip.precision]
@@ -146,6 +147,14 @@ class Trainer:
         _LOG.info(text)
         for callback in self.callbacks:
             callback.on_note(text)
+
+    def stop(self, why: str) -> None:
+        """End the run after the step at hand, with a checkpoint, as Ctrl-C does; `why` is told to the user.
+
+        For callbacks. One process may ask alone: all stop after the same step.
+        """
+        self._told_to_stop = True
+        self.note(f"stopping after step {self.step}: {why}")
 
     def _tell_saved(self, saved: Saved) -> None:
         self._clock.save_took(saved.seconds)
@@ -248,8 +257,8 @@ class Trainer:
         return any(every and self.step % every == 0 for every in (kept.every, kept.keep_every))
 
     def _stop(self, interruption: Interruption) -> bool:
-        """Whether any process was interrupted, or the time is over: all stop after the same step. A checkpoint that is
-        due by the clock is begun.
+        """Whether any process was interrupted or told to stop, or the time is over: all stop after the same step. A
+        checkpoint that is due by the clock is begun.
 
         Raises:
             CheckpointError: too many saves in a row have failed.
@@ -257,7 +266,8 @@ class Trainer:
         self.saver.look()
         tells_time = self.world.is_first
         over = tells_time and self._clock.time_is_over(self._own_bytes)
-        asked = (interruption.requested, self.saver.lost, over, tells_time and self._clock.save_is_due())
+        ended = interruption.requested or self._told_to_stop
+        asked = (ended, self.saver.lost, over, tells_time and self._clock.save_is_due())
         told = self.world.sum(torch.tensor([float(one) for one in asked]))
         interrupted, lost, over, due = (bool(count) for count in told)
         if lost:
