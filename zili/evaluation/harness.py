@@ -19,6 +19,7 @@ from zili.data.dialect import Dialect
 from zili.data.tokenizer import Tokenizer
 from zili.errors import ConfigError, DataError
 from zili.models.decoder import Decoder
+from zili.release.record import Evaluation
 from zili.serving.generate.generation import Sampling, generate
 from zili.serving.generate.text_stream import AnswerText
 from zili.serving.model_folder import OpenedModel
@@ -223,20 +224,6 @@ def _sampling(options: dict[str, Any]) -> Sampling:
 OWN_TASKS = Path(__file__).with_name("tasks")
 
 
-@dataclass(frozen=True)
-class TaskScore:
-    """One figure of one task."""
-
-    task: str
-    metric: str
-    value: float
-    error: float | None
-    samples: int
-    few_shot: int
-    generated: bool
-    """Made by Zili: no benchmark."""
-
-
 def run_tasks(
     scorer: Scorer,
     names: Sequence[str],
@@ -246,7 +233,7 @@ def run_tasks(
     limit: int | None = None,
     chat: bool = False,
     progress: Callable[[str], None] | None = None,
-) -> list[TaskScore]:
+) -> list[Evaluation]:
     """Evaluate `names`: tasks and groups of lm-eval, of `include`, and Zili's own.
 
     Raises:
@@ -300,7 +287,7 @@ def _check_names(names: Sequence[str], known: Sequence[str]) -> None:
             raise ConfigError(f"there is no task {name!r}; {hint}")
 
 
-def _scores(results: dict[str, Any]) -> Iterator[TaskScore]:
+def _scores(results: dict[str, Any]) -> Iterator[Evaluation]:
     own = {path.stem for path in OWN_TASKS.glob("zili_*.yaml")}
     for task, figures in results["results"].items():
         for key, value in figures.items():
@@ -312,4 +299,4 @@ def _scores(results: dict[str, Any]) -> Iterator[TaskScore]:
             few_shot = results.get("n-shot", {}).get(task) or 0
             name = metric if chosen == "none" else f"{metric} ({chosen})"
             found = error if isinstance(error, float) else None
-            yield TaskScore(task, name, float(value), found, int(samples), int(few_shot), task in own)
+            yield Evaluation(task, name, float(value), found, int(samples), int(few_shot), generated=task in own)
