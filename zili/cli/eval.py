@@ -196,8 +196,8 @@ def _tasks(path: Path, asked: _Asked, device: Any, as_json: bool, out: Path | No
     if out is not None:
         write_whole(out, json.dumps(record, indent=1) + "\n")
     typer.echo(json.dumps(record) if as_json else _task_table(scores))
-    if scorer.counted.shortened:
-        contexts = counted(scorer.counted.shortened, "context")
+    if scorer.shortened:
+        contexts = counted(scorer.shortened, "context")
         longer = f"the beginnings of {contexts} were left out, longer than the model's"
         typer.echo(longer, err=as_json)
 

@@ -9,7 +9,6 @@ import difflib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,6 @@ from zili.serving.model_folder import OpenedModel
 _NEEDS = "tasks need the package lm-eval: pip install 'zili[eval]'"
 _ANSWER_TOKENS = 256
 """Longest answer where the task does not say."""
-
-
-@dataclass
-class Counted:
-    """What was not done as asked."""
-
-    shortened: int = 0
-    """Requests whose beginning did not fit the context and was left out."""
 
 
 def harness_package() -> Any:
@@ -57,7 +48,8 @@ class Scorer:
         self.tokenizer: Tokenizer = opened.tokenizer
         self.dialect: Dialect | None = opened.dialect
         self.batch_size = batch_size
-        self.counted = Counted()
+        self.shortened = 0
+        """Requests whose beginning did not fit the context and was left out."""
         self._device = opened.model.head_weight.device
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -95,7 +87,7 @@ class Scorer:
                 f"a continuation of {len(continuation)} tokens does not fit the model's context of {room - 1}"
             )
         kept = context[-(room - len(continuation)) :]
-        self.counted.shortened += len(kept) < len(context)
+        self.shortened += len(kept) < len(context)
         return kept, continuation
 
     @torch.no_grad()
@@ -132,7 +124,7 @@ class Scorer:
         """What follows `context`, up to the first of `until`."""
         ids = self.prompt_ids(context)
         room = self.model.config.max_length - min(max_new_tokens, self.model.config.max_length // 2)
-        self.counted.shortened += len(ids) > room
+        self.shortened += len(ids) > room
         spoken = self.dialect if context.startswith(_CONVERSATION) else None
         stops = spoken.end_ids if spoken else self.tokenizer.end_ids
         ends = [text for text in (*until, *(spoken.end_texts if spoken else ())) if text]

@@ -64,12 +64,8 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _silent(text: str) -> None:
-    pass
-
-
 def _as_one(
-    config: RunConfig, count: int, model: Chip | None, micro_batches: int | None, rank: int, say: Say = _silent
+    config: RunConfig, count: int, model: Chip | None, micro_batches: int | None, rank: int, say: Say = lambda _: None
 ) -> Rehearsal:
     chips.activate(chips.find_backend("cpu"))
     from zili.rehearsal import rehearse
