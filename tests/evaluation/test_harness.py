@@ -168,9 +168,9 @@ def test_answers_stop_where_the_task_says(opened: tuple[OpenedModel, Path]) -> N
     stop = whole[len(whole) // 2]
     (cut,) = model.generate_until([Asked("the river", {**options, "until": [stop]})])
     assert cut == whole[: whole.index(stop)]
-    assert scorer.counted.shortened == 0
+    assert scorer.shortened == 0
     model.generate_until([Asked(TEXT * 20, options)])
-    assert scorer.counted.shortened == 1
+    assert scorer.shortened == 1
 
 
 def test_a_conversation_is_asked_in_the_template_s_ids(opened: tuple[OpenedModel, Path]) -> None:

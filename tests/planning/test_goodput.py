@@ -13,13 +13,37 @@ from zili.planning.search.goodput import (
     best_interval,
     effective_share,
     goodput,
-    linear_share,
     mean_between,
-    simulated_share,
 )
 
 LLAMA3 = Failures(detection=180, replacement=300, reload=120, warm_up=300, checkpoint=2, drain=0, spares=1)
 """u0 = 15 min, w = 2 s."""
+
+
+def linear_share(interval: float, between: float, restart: float, checkpoint: float) -> float:
+    """Share that trains where interruptions are rare (2410.21680, equation 1); below zero where they are not."""
+    return (1 - (restart + interval / 2) / between) / (1 + checkpoint / interval)
+
+
+def simulated_share(chips: int, failures: Failures, interval: float, *, seconds: float, dice: random.Random) -> float:
+    """Share of `seconds` that train, event by event; every chip has a spare."""
+    between, restart = mean_between(chips, failures), failures.restart
+    now = trained = 0.0
+    next_failure = dice.expovariate(1 / between)
+    while now < seconds:
+        end = now + interval + failures.checkpoint
+        if end <= next_failure:
+            now, trained = end, trained + interval
+            continue
+        now = next_failure
+        # It may be interrupted again before it trains.
+        while True:
+            next_failure = now + dice.expovariate(1 / between)
+            if next_failure >= now + restart:
+                now += restart
+                break
+            now = next_failure
+    return trained / now
 
 
 def test_llama_3_trained_nine_tenths_of_its_time() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,7 +28,7 @@ from zili.plurals import counted
 if TYPE_CHECKING:
     from zili.evaluation.answers import AnswerScore
     from zili.evaluation.bits_per_byte import Score
-    from zili.evaluation.harness import TaskScore
+    from zili.release.record import Evaluation
 
 
 Text = Annotated[list[Path] | None, typer.Option(help="File or folder of text; may be repeated.")]
@@ -192,17 +192,17 @@ def _tasks(path: Path, asked: _Asked, device: Any, as_json: bool, out: Path | No
         )
     command = f"zili eval {path.name} --tasks {','.join(asked.names)}" + (" --chat" if asked.chat else "")
     command += f" --limit {asked.limit}" if asked.limit else ""
-    record = {"model": path.name, "evaluations": [{**asdict(score), "command": command} for score in scores]}
+    record = {"model": path.name, "evaluations": [asdict(replace(score, command=command)) for score in scores]}
     if out is not None:
         write_whole(out, json.dumps(record, indent=1) + "\n")
     typer.echo(json.dumps(record) if as_json else _task_table(scores))
-    if scorer.counted.shortened:
-        contexts = counted(scorer.counted.shortened, "context")
+    if scorer.shortened:
+        contexts = counted(scorer.shortened, "context")
         longer = f"the beginnings of {contexts} were left out, longer than the model's"
         typer.echo(longer, err=as_json)
 
 
-def _task_table(scores: list[TaskScore]) -> str:
+def _task_table(scores: list[Evaluation]) -> str:
     width = max(12, *(len(score.task) for score in scores))
     metrics = max(12, *(len(score.metric) for score in scores))
     rows = [f"{'task':<{width}}  {'metric':<{metrics}}     value   error      n  few-shot"]

@@ -6,20 +6,20 @@ from collections.abc import Mapping, Sequence
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from zili.config.run import RunConfig
+from zili.config.section import Section
 
 
 def fields_at(place: Sequence[Any]) -> Mapping[str, FieldInfo]:
     """The keys of the table at `place`, entries of lists left out of account; none where there is no such table."""
-    section: type[BaseModel] = RunConfig
+    section: type[Section] = RunConfig
     for part in place:
         if isinstance(part, int):
             continue
         field = section.model_fields.get(part)
-        found = _section_in(field.annotation) if field else None
+        found = section_in(field.annotation) if field else None
         if found is None:
             return {}
         section = found
@@ -45,7 +45,8 @@ def _parts(annotation: Any) -> set[Any]:
     return set().union(*map(_parts, get_args(annotation))) if get_args(annotation) else set()
 
 
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+def section_in(annotation: Any) -> type[Section] | None:
+    """The kind of table that a key of this type has, or a list of them."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
-    return next((found for part in get_args(annotation) if (found := _section_in(part))), None)
+    return next((found for part in get_args(annotation) if (found := section_in(part))), None)

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from zili.config.fields import section_in
 from zili.config.run import RunConfig
 from zili.config.section import Section
 
@@ -39,7 +40,7 @@ def _sections(name: str, section: type[Section], described: dict[type[Section], 
     described[section] = heading
     yield _table(heading, section)
     for key, field in section.model_fields.items():
-        inner = _section(field.annotation)
+        inner = section_in(field.annotation)
         if inner is not None:
             many = get_origin(field.annotation) is tuple
             yield from _sections(f"{name}.{key}".lstrip(".") + ("[]" if many else ""), inner, described)
@@ -49,7 +50,7 @@ def _table(heading: str, section: type[Section]) -> str:
     rows = [
         f"| `{key}` | {_type(field.annotation)} | {_default(field)} | {_meaning(field)} |\n"
         for key, field in section.model_fields.items()
-        if _section(field.annotation) is None or get_origin(field.annotation) is tuple
+        if section_in(field.annotation) is None or get_origin(field.annotation) is tuple
     ]
     about = inspect.getdoc(section) or ""
     if not rows:
@@ -59,18 +60,13 @@ def _table(heading: str, section: type[Section]) -> str:
     )
 
 
-def _section(annotation: Any) -> type[Section] | None:
-    parts = [annotation, *get_args(annotation)]
-    return next((part for part in parts if isinstance(part, type) and issubclass(part, Section)), None)
-
-
 def _type(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return " or ".join(f"`{value}`" for value in get_args(annotation))
     if get_origin(annotation) is typing.Annotated:
         return _type(get_args(annotation)[0])
     inner = get_args(annotation)
-    if _section(annotation) is not None:
+    if section_in(annotation) is not None:
         return "list of tables"
     if get_origin(annotation) in (tuple, dict):
         kind = "list" if get_origin(annotation) is tuple else "table"

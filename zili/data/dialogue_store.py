@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile, zip_longest
 from pathlib import Path
@@ -66,7 +66,6 @@ def build_dialogue_store(
     census: Census,
     on_error: OnError = "raise",
     split: str = "all conversations",
-    progress: Callable[[int], None] | None = None,
 ) -> DialogueReport:
     """Render `dialogues` into `prefix.bin`, `.mask`, `.idx` and `.json`; they appear whole or not at all.
 
@@ -95,8 +94,6 @@ def build_dialogue_store(
                 writer.add_masked(document.ids, document.said)
                 learned += sum(document.said)
             longest = max(longest, sum(len(document.ids) for document in documents))
-            if progress is not None and number % 100 == 0:
-                progress(number)
         if not learned:
             raise DataError(
                 f"{Path(prefix).name}: nothing to learn: no conversation came here that {dialect.name} can say whole; "

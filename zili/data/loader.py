@@ -116,6 +116,11 @@ class MixedRows(ABC):
         self.global_batch = global_batch
         self.seed = seed
         self._mixture = Mixture([weight for _, weight in sources], seed)
+        self._lines = [self.line(store, number) for number, (store, _) in enumerate(sources)]
+
+    @abstractmethod
+    def line(self, store: TokenStore, number: int) -> _Line:
+        """The rows of a source, which is one of that number."""
 
     @abstractmethod
     def samples(self, numbers: NDArray[np.int64]) -> Batch:
@@ -157,17 +162,9 @@ class Loader(MixedRows):
     scheme = 2
     _lines: Sequence[_Windows]
 
-    def __init__(
-        self,
-        sources: Sequence[tuple[TokenStore, float]],
-        *,
-        sequence_length: int,
-        global_batch: int,
-        seed: int,
-    ) -> None:
-        """As `MixedRows`; each store fills a window at least."""
-        super().__init__(sources, sequence_length=sequence_length, global_batch=global_batch, seed=seed)
-        self._lines = [_Windows(store, sequence_length, seed, i) for i, (store, _) in enumerate(sources)]
+    def line(self, store: TokenStore, number: int) -> _Windows:
+        """The store's windows, one at least."""
+        return _Windows(store, self.sequence_length, self.seed, number)
 
     @property
     def report(self) -> list[str]:

@@ -78,35 +78,28 @@ class DialogueLoader(MixedRows):
 
     scheme = "dialogues 1"
     _lines: Sequence[_Rows]
+    reference: dict[str, NDArray[np.float32]] | None = None
+    """For pairs: the log-probability of every document of a store under the reference model, by the store's identity.
+    `zili.training.reference_model` computes it."""
 
-    def __init__(
-        self,
-        sources: Sequence[tuple[TokenStore, float]],
-        *,
-        sequence_length: int,
-        global_batch: int,
-        seed: int,
-    ) -> None:
-        """`sources`: stores with masks, and their weights.
-
-        Raises `DataError` also for stores of several kinds.
-        """
-        super().__init__(sources, sequence_length=sequence_length, global_batch=global_batch, seed=seed)
-        self.pairs = sources[0][0].manifest.pairs
+    @property
+    def pairs(self) -> bool:
         """Whether these are pairs of answers, of which one was chosen."""
-        for store, _ in sources:
-            if store.learned is None:
-                raise DataError(
-                    f"{store.prefix}: a store of plain text among conversations: it has no mask of what is learned. "
-                    "Give sources of one kind."
-                )
-            if store.manifest.pairs != self.pairs:
-                raise DataError(f"{store.prefix}: pairs of answers and conversations. Give sources of one kind.")
-        self._lines = [_Rows(store, sequence_length, seed, i) for i, (store, _) in enumerate(sources)]
-        self._documents = max(line.most for line in self._lines)
-        self.reference: dict[str, NDArray[np.float32]] | None = None
-        """For pairs: the log-probability of every document of a store under the reference model, by the store's
-        identity. `zili.training.reference_model` computes it."""
+        return self.sources[0][0].manifest.pairs
+
+    def line(self, store: TokenStore, number: int) -> _Rows:
+        """The store's rows. It has a mask, and is of the kind that the first one is.
+
+        Raises: DataError.
+        """
+        if store.learned is None:
+            raise DataError(
+                f"{store.prefix}: a store of plain text among conversations: it has no mask of what is learned. "
+                "Give sources of one kind."
+            )
+        if store.manifest.pairs != self.pairs:
+            raise DataError(f"{store.prefix}: pairs of answers and conversations. Give sources of one kind.")
+        return _Rows(store, self.sequence_length, self.seed, number)
 
     @property
     def report(self) -> list[str]:
@@ -147,7 +140,8 @@ class DialogueLoader(MixedRows):
     def _beside_reference(self, batch: Batch, stores: Sequence[TokenStore], rows: list[list[int]]) -> Batch:
         if not self.pairs:
             return batch
-        known = np.zeros((len(batch.input_ids), self._documents), np.float32)
+        most = max(line.most for line in self._lines)
+        known = np.zeros((len(batch.input_ids), most), np.float32)
         for row, store, documents in zip(known, stores, rows, strict=False):
             row[: len(documents)] = 0.0 if self.reference is None else self.reference[store.identity()][documents]
         return batch._replace(reference=torch.from_numpy(known))

@@ -150,10 +150,11 @@ def _normalizer(dummy_prefix: bool, charsmap: bytes) -> dict[str, Any] | None:
 
 def _user_defined(pieces: Sequence[Piece]) -> dict[str, Any] | None:
     own = sorted((piece.text for piece in pieces if piece.kind == Kind.USER_DEFINED), key=len, reverse=True)
-    return _split("|".join(re.escape(text) for text in own)) if own else None
+    return split_by("|".join(re.escape(text) for text in own)) if own else None
 
 
-def _split(pattern: str) -> dict[str, Any]:
+def split_by(pattern: str) -> dict[str, Any]:
+    """A step of a `tokenizer.json` that takes what matches apart."""
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
@@ -178,7 +179,7 @@ def _take_user_defined_whole(content: dict[str, Any], pieces: Sequence[Piece]) -
         for cut in _cuts(text, sorted(set(one.offsets)))
     ]
     if cuts:
-        steps = [content["pre_tokenizer"], _split("|".join(cuts))]
+        steps = [content["pre_tokenizer"], split_by("|".join(cuts))]
         content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
 
 

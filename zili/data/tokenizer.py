@@ -212,6 +212,7 @@ class Tokenizer:
         found: int | None = self._inner.token_to_id(text)
         return found
 
+    @cached_property
     def decoders(self) -> set[str]:
         """The steps by which a token's spelling becomes text: "ByteLevel", "ByteFallback", ..."""
         decoder = json.loads(self.definition).get("decoder") or {}
@@ -225,22 +226,18 @@ class Tokenizer:
         spelled = self._inner.id_to_token(id_)
         if spelled is None or spelled in self.added_tokens:
             return (spelled or "").encode()
-        if "ByteLevel" in self._steps:
+        if "ByteLevel" in self.decoders:
             return b"".join(_BYTES.get(letter) or letter.encode() for letter in spelled)
-        if "ByteFallback" in self._steps and len(spelled) == 6 and spelled.startswith("<0x"):
+        if "ByteFallback" in self.decoders and len(spelled) == 6 and spelled.startswith("<0x"):
             return bytes([int(spelled[3:5], 16)])
-        if self._steps & {"ByteFallback", "Metaspace"}:
+        if self.decoders & {"ByteFallback", "Metaspace"}:
             return spelled.replace("\u2581", " ").encode()
         return self.decode([id_]).encode()
-
-    @cached_property
-    def _steps(self) -> set[str]:
-        return self.decoders()
 
     @property
     def drops_first_space(self) -> bool:
         """Whether a text's first space is one that the tokenizer has put before it."""
-        return bool(self._steps & {"Strip", "Metaspace"})
+        return bool(self.decoders & {"Strip", "Metaspace"})
 
     def special_id(self, token: str) -> int:
         """The id of a special token by name. Raises `DataError` naming those there are."""

@@ -16,7 +16,7 @@ from zili.chips import CAPABILITIES
 from zili.chips.device import Device
 from zili.diagnosis import small_model
 from zili.diagnosis.findings import Finding, Severity
-from zili.diagnosis.speed import numbers
+from zili.diagnosis.speed import numbers, repeats
 from zili.ops import product, reference
 from zili.ops.examples import example
 from zili.ops.yardstick import Distance, compared, distance, first_line
@@ -173,23 +173,10 @@ def _compile(device: Device) -> Seen:
 
 
 def _deterministic(device: Device) -> Seen:
-    """Five times the same, of what adds up in no fixed order: gradients of an embedding, scattered sums, products."""
-    draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 16, (4096,), generator=draw).to(device.torch)
-    table, rows = torch.randn(16, 64, generator=draw), torch.randn(4096, 64, generator=draw).to(device.torch)
-
-    def once() -> Tensor:
-        weight = table.to(device.torch, copy=True).requires_grad_()
-        (F.embedding(ids, weight) * rows).sum().backward()
-        assert weight.grad is not None
-        scattered = torch.zeros(16, 64, device=device.torch).index_add_(0, ids, rows)
-        return torch.cat([weight.grad, scattered, rows.t() @ rows]).cpu()
-
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
-        first = once()
-        same = all(torch.equal(first, once()) for _ in range(4))
+        same = repeats(device)
     finally:
         torch.use_deterministic_algorithms(before)
     return Seen(same, "the same bits five times" if same else "other bits from time to time")

@@ -29,12 +29,13 @@ from zili import chips
 from zili.chips.device import Device
 from zili.diagnosis import capabilities
 from zili.diagnosis.findings import Finding, Severity
-from zili.diagnosis.speed import fastest_call, numbers
+from zili.diagnosis.speed import numbers
 from zili.ops import reference
 from zili.ops.examples import example
 from zili.ops.yardstick import compared
 from zili.parallel.world import join, leave
 from zili.planning.fitted.machine import share_sent
+from zili.training.throughput import fastest_call
 
 AREA = "collectives"
 PATIENCE = 60.0

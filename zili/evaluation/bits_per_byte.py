@@ -97,7 +97,6 @@ def bits_per_byte(
     *,
     sequence_length: int,
     batch_size: int,
-    max_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Score:
     """Score `texts`, one document each, with `model`; they are read and encoded as they are needed.
@@ -105,16 +104,14 @@ def bits_per_byte(
     Args:
         sequence_length: tokens in a window; the model's training length is the natural choice.
         batch_size: windows' rows in a batch.
-        max_bytes: stop after this many UTF-8 bytes (`limit_bytes`).
         progress: called after each batch with the tokens scored so far.
     Raises:
         ConfigError: a length or batch size that cannot be used.
         DataError: no text at all.
     """
-    documents = _encoded(tokenizer, limit_bytes(texts, max_bytes))
     return score_token_ids(
         model,
-        documents,
+        _encoded(tokenizer, texts),
         start_token=tokenizer.start_id,
         sequence_length=sequence_length,
         batch_size=batch_size,

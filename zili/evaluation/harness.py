@@ -9,7 +9,6 @@ import difflib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from zili.data.dialect import Dialect
 from zili.data.tokenizer import Tokenizer
 from zili.errors import ConfigError, DataError
 from zili.models.decoder import Decoder
+from zili.release.record import Evaluation
 from zili.serving.generate.generation import Sampling, generate
 from zili.serving.generate.text_stream import AnswerText
 from zili.serving.model_folder import OpenedModel
@@ -26,14 +26,6 @@ from zili.serving.model_folder import OpenedModel
 _NEEDS = "tasks need the package lm-eval: pip install 'zili[eval]'"
 _ANSWER_TOKENS = 256
 """Longest answer where the task does not say."""
-
-
-@dataclass
-class Counted:
-    """What was not done as asked."""
-
-    shortened: int = 0
-    """Requests whose beginning did not fit the context and was left out."""
 
 
 def harness_package() -> Any:
@@ -56,7 +48,8 @@ class Scorer:
         self.tokenizer: Tokenizer = opened.tokenizer
         self.dialect: Dialect | None = opened.dialect
         self.batch_size = batch_size
-        self.counted = Counted()
+        self.shortened = 0
+        """Requests whose beginning did not fit the context and was left out."""
         self._device = opened.model.head_weight.device
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -94,7 +87,7 @@ class Scorer:
                 f"a continuation of {len(continuation)} tokens does not fit the model's context of {room - 1}"
             )
         kept = context[-(room - len(continuation)) :]
-        self.counted.shortened += len(kept) < len(context)
+        self.shortened += len(kept) < len(context)
         return kept, continuation
 
     @torch.no_grad()
@@ -131,7 +124,7 @@ class Scorer:
         """What follows `context`, up to the first of `until`."""
         ids = self.prompt_ids(context)
         room = self.model.config.max_length - min(max_new_tokens, self.model.config.max_length // 2)
-        self.counted.shortened += len(ids) > room
+        self.shortened += len(ids) > room
         spoken = self.dialect if context.startswith(_CONVERSATION) else None
         stops = spoken.end_ids if spoken else self.tokenizer.end_ids
         ends = [text for text in (*until, *(spoken.end_texts if spoken else ())) if text]
@@ -223,20 +216,6 @@ def _sampling(options: dict[str, Any]) -> Sampling:
 OWN_TASKS = Path(__file__).with_name("tasks")
 
 
-@dataclass(frozen=True)
-class TaskScore:
-    """One figure of one task."""
-
-    task: str
-    metric: str
-    value: float
-    error: float | None
-    samples: int
-    few_shot: int
-    generated: bool
-    """Made by Zili: no benchmark."""
-
-
 def run_tasks(
     scorer: Scorer,
     names: Sequence[str],
@@ -246,7 +225,7 @@ def run_tasks(
     limit: int | None = None,
     chat: bool = False,
     progress: Callable[[str], None] | None = None,
-) -> list[TaskScore]:
+) -> list[Evaluation]:
     """Evaluate `names`: tasks and groups of lm-eval, of `include`, and Zili's own.
 
     Raises:
@@ -300,7 +279,7 @@ def _check_names(names: Sequence[str], known: Sequence[str]) -> None:
             raise ConfigError(f"there is no task {name!r}; {hint}")
 
 
-def _scores(results: dict[str, Any]) -> Iterator[TaskScore]:
+def _scores(results: dict[str, Any]) -> Iterator[Evaluation]:
     own = {path.stem for path in OWN_TASKS.glob("zili_*.yaml")}
     for task, figures in results["results"].items():
         for key, value in figures.items():
@@ -312,4 +291,4 @@ def _scores(results: dict[str, Any]) -> Iterator[TaskScore]:
             few_shot = results.get("n-shot", {}).get(task) or 0
             name = metric if chosen == "none" else f"{metric} ({chosen})"
             found = error if isinstance(error, float) else None
-            yield TaskScore(task, name, float(value), found, int(samples), int(few_shot), task in own)
+            yield Evaluation(task, name, float(value), found, int(samples), int(few_shot), generated=task in own)

@@ -265,15 +265,8 @@ class StateBytes:
         return self.weights + self.gradients + self.optimizer
 
 
-def training_state_bytes(
-    config: ModelConfig,
-    *,
-    optimizer: Literal["adamw", "muon"] = "adamw",
-    weight_bytes: int = 4,
-    gradient_bytes: int = 4,
-    moment_bytes: int = 4,
-) -> StateBytes:
-    """Memory of weights, gradients and optimizer moments, before any sharding.
+def training_state_bytes(config: ModelConfig, *, optimizer: Literal["adamw", "muon"] = "adamw") -> StateBytes:
+    """Memory of weights, gradients and optimizer moments, all in fp32, before any sharding.
 
     AdamW keeps two moments a parameter. Muon keeps one for the matrices of the blocks (`is_hidden_matrix`) and leaves
     the rest to AdamW. Both also keep a step count a tensor, left out here.
@@ -290,4 +283,4 @@ def training_state_bytes(
     moments = 2 * elements
     if optimizer == "muon":
         moments -= sum(prod(shape) for name, shape in trained.items() if is_hidden_matrix(name, shape))
-    return StateBytes(weight_bytes * total, gradient_bytes * elements, moment_bytes * moments)
+    return StateBytes(4 * total, 4 * elements, 4 * moments)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import math
-import time
-
 import torch
 from torch import Tensor
 
 from zili.ops import product, reference
 from zili.ops.examples import Example, example, examples, run
-from zili.ops.timings import Timings
+from zili.ops.timings import Timings, fastest_in_turns
 
 _OFF = 2.0**-6
 """Largest distance from fp32, as a share of its norm: some times what rounding to bf16 once or twice makes."""
 _FASTER = 1.2
 """Products must be so much faster than the fastest in fp32, or the rounding buys nothing."""
-_ROUNDS, _SECONDS = 9, 0.5
 _COMPARED = ("linear", "attention", "linear_cross_entropy")
 
 
@@ -48,19 +44,12 @@ def _distance(operation: str, inputs: Example) -> float:
 
 
 def _speed_ratio() -> float:
-    """How much faster than the fastest in fp32 `linear` is, forward and backward: best of a few, in turns.
+    """How much faster than the fastest in fp32 `linear` is, forward and backward.
 
     It is timed on the sizes that versions are timed on: those that they are compared on say little about a step's."""
     inputs = example("linear", "cpu", torch.float32)
     ways = [lambda: _lowered(inputs, "linear"), lambda: run(reference.linear, inputs)]
     if torch.backends.mkldnn.is_available():
         ways.append(lambda: run(product.linear, inputs))
-    best, end = [math.inf] * len(ways), time.perf_counter() + _SECONDS
-    for _ in range(_ROUNDS):
-        for number, way in enumerate(ways):
-            started = time.perf_counter()
-            way()
-            best[number] = min(best[number], time.perf_counter() - started)
-        if time.perf_counter() > end:
-            break
-    return min(best[1:]) / best[0]
+    lowered, *others = fastest_in_turns(ways, on_host=True)
+    return min(others) / lowered

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import math
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -17,16 +15,13 @@ from zili.ops import grouped_heads, product
 from zili.ops.blocked_attention import blocked_attention
 from zili.ops.chunked_cross_entropy import chunked_linear_cross_entropy
 from zili.ops.examples import Example, example, examples, run
-from zili.ops.timings import Timings
+from zili.ops.timings import Timings, fastest_in_turns
 from zili.ops.versions import Version
 from zili.ops.yardstick import compared, first_line
 
 REFERENCE = "reference"
 _MARGIN = 1.02
 """A faster version must be this much faster, so that noise does not choose."""
-_ROUNDS = 9
-_SECONDS = 0.5
-"""For the rounds of one version; the first always runs."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -36,10 +31,6 @@ def _on_cpu_fp32(device_type: str, precision: str) -> str | None:
     return None if torch.backends.mkldnn.is_available() else "this torch was built without oneDNN"
 
 
-def _has_grouped(device_type: str, precision: str) -> str | None:
-    return None if hasattr(torch.nn.functional, "grouped_mm") else "this torch has no grouped_mm"
-
-
 def _anywhere(device_type: str, precision: str) -> str | None:
     return None
 
@@ -47,7 +38,7 @@ def _anywhere(device_type: str, precision: str) -> str | None:
 VERSIONS = (
     Version("linear", "onednn", product.linear, _on_cpu_fp32),
     Version("attention", "blocked", blocked_attention, _on_cpu_fp32),
-    Version("grouped_matmul", "grouped", product.grouped, _has_grouped, needs="grouped_matmul"),
+    Version("grouped_matmul", "grouped", product.grouped, _anywhere, needs="grouped_matmul"),
     Version(
         "linear_cross_entropy",
         "chunked",
@@ -256,19 +247,10 @@ def _lowered(device_type: str, dtype: torch.dtype) -> Iterator[None]:
 
 
 def _speed_ratio(plain: Callable[..., Any], faster: Callable[..., Any], inputs: Example) -> float:
-    """Speed of `faster` over `plain`, forward and backward: best of a few, in turns."""
-    best, end = [math.inf, math.inf], time.perf_counter() + _SECONDS
-    on_host = inputs.arguments[0].device.type == "cpu"
-    for _ in range(_ROUNDS):
-        for i, function in enumerate((plain, faster)):
-            started = time.perf_counter()
-            run(function, inputs)
-            if not on_host:
-                torch.accelerator.synchronize()
-            best[i] = min(best[i], time.perf_counter() - started)
-        if time.perf_counter() > end:
-            break
-    return best[0] / best[1]
+    """Speed of `faster` over `plain`, forward and backward."""
+    ways = [partial(run, function, inputs) for function in (plain, faster)]
+    slow, fast = fastest_in_turns(ways, on_host=inputs.arguments[0].device.type == "cpu")
+    return slow / fast
 
 
 def _check_names(asked: Mapping[str, str], known: tuple[Version, ...]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -14,6 +15,25 @@ from zili.chips.cpu import cpu_name
 from zili.chips.device import Device
 from zili.durable import write_whole
 from zili.user_cache import VARIABLE, cache_folder
+
+_ROUNDS = 9
+_SECONDS = 0.5
+"""For the rounds together; the first always runs."""
+
+
+def fastest_in_turns(ways: Sequence[Callable[[], object]], *, on_host: bool) -> list[float]:
+    """Seconds of the fastest call of each of `ways`: of a few, in turns. `on_host`: a call is done when it returns."""
+    best, end = [math.inf] * len(ways), time.perf_counter() + _SECONDS
+    for _ in range(_ROUNDS):
+        for number, way in enumerate(ways):
+            started = time.perf_counter()
+            way()
+            if not on_host:
+                torch.accelerator.synchronize()
+            best[number] = min(best[number], time.perf_counter() - started)
+        if time.perf_counter() > end:
+            break
+    return best
 
 
 class Timings:

@@ -4,7 +4,7 @@ The process group is torch's `fake` one, whose collectives answer at once, and t
 Everything else is the code that trains.
 """
 
-from zili.rehearsal.rehearse import rehearse, stage_ranks
+from zili.rehearsal.rehearse import rehearse
 from zili.rehearsal.result import Rehearsal
 
-__all__ = ["Rehearsal", "rehearse", "stage_ranks"]
+__all__ = ["Rehearsal", "rehearse"]

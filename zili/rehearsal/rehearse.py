@@ -32,12 +32,6 @@ from zili.training.setup import job_on, resolve
 from zili.training.trainer import Trainer
 
 
-def stage_ranks(config: RunConfig, world: int) -> list[int]:
-    """The first process of each place in the pipeline: what the others of that place do is the same."""
-    layout = lay_out(config, world)
-    return [place * (world // layout.pipeline) for place in range(layout.pipeline)]
-
-
 def rehearse(
     config: RunConfig,
     world: int,

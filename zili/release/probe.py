@@ -83,8 +83,13 @@ def make_probe(model: OpenModel, tokenizer: Tokenizer | None) -> Probe:
 
 def answered(model: OpenModel, rows: list[list[int]], text: str | None) -> Probe:
     """The probe of `rows`, ids that `model` has."""
+    return probe_of(rows, log_probabilities(model, rows), text)
+
+
+def probe_of(rows: list[list[int]], answers: list[Tensor], text: str | None) -> Probe:
+    """The probe of `rows` of S ids, to which the log-probabilities `answers`, `[S, V]` each, were given."""
     said, greedy = [], []
-    for row, log_probs in zip(rows, log_probabilities(model, rows), strict=True):
+    for row, log_probs in zip(rows, answers, strict=True):
         after = torch.tensor(row[1:])
         said.append(log_probs[:-1].gather(1, after[:, None])[:, 0].tolist())
         greedy.append(log_probs.argmax(-1).tolist())

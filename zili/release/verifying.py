@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -19,7 +19,7 @@ from zili.data.tokenizer import Tokenizer
 from zili.errors import CheckpointError
 from zili.release.companions import is_our_code, tokenizer_of
 from zili.release.opening import open_model
-from zili.release.probe import TOLERANCE, Probe, answered
+from zili.release.probe import TOLERANCE, Probe, answered, probe_of
 from zili.release.record import RELEASE_FILE, Release, read_release
 from zili.release.tensors import CastTensors
 
@@ -172,7 +172,10 @@ def _in_transformers(folder: Path, release: Release) -> Finding:
             )
         except Exception as error:  # it raises errors of several libraries, and what a model's own class does
             raise CheckpointError(f"transformers {transformers.__version__} cannot load {folder}: {error}") from error
-    found = probed_by(lambda ids: model(ids).logits, release.probe)
+    rows = release.probe.ids
+    with torch.no_grad():
+        said = [model(torch.tensor([row])).logits[0].float().log_softmax(-1) for row in rows]
+    found = probe_of(rows, said, release.probe.text)
     return _compare(f"transformers {transformers.__version__}", found, release.probe, TOLERANCE, "recorded")
 
 
@@ -189,14 +192,3 @@ def _quiet() -> Iterator[None]:
     finally:
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()
-
-
-@torch.no_grad()
-def probed_by(logits: Callable[[torch.Tensor], torch.Tensor], probe: Probe) -> Probe:
-    """The probe as other code answers it; `logits`: ids `[1, S]` to `[1, S, V]`."""
-    said, greedy = [], []
-    for row in probe.ids:
-        log_probs = logits(torch.tensor([row]))[0].float().log_softmax(-1)
-        said.append(log_probs[:-1].gather(1, torch.tensor(row[1:])[:, None])[:, 0].tolist())
-        greedy.append(log_probs.argmax(-1).tolist())
-    return replace(probe, log_probs=said, greedy=greedy)

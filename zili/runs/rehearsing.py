@@ -30,10 +30,11 @@ def rehearse_ranks(
     Raises:
         ZiliError: as `zili.rehearsal.rehearse`, naming the process.
     """
-    lay_out(config, count)
+    pipeline = lay_out(config, count).pipeline
     name = chip or config.chip.model
     as_one = partial(_as_one, config, count, find_chip(name) if name else None, micro_batches)
-    ranks = [rank] if rank is not None else _stage_ranks(config, count)
+    # What the others of a place do is the same.
+    ranks = [rank] if rank is not None else [place * (count // pipeline) for place in range(pipeline)]
     say(f"rehearsing process {', '.join(map(str, ranks))}")
     if len(ranks) == 1:
         return [as_one(ranks[0], say)]
@@ -45,12 +46,6 @@ def rehearse_ranks(
             found.append(one)
             say(f"{len(found)} of {len(ranks)} processes rehearsed")
         return found
-
-
-def _stage_ranks(config: RunConfig, count: int) -> list[int]:
-    from zili.rehearsal import stage_ranks
-
-    return stage_ranks(config, count)
 
 
 def _forks() -> BaseContext:
@@ -69,12 +64,8 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _silent(text: str) -> None:
-    pass
-
-
 def _as_one(
-    config: RunConfig, count: int, model: Chip | None, micro_batches: int | None, rank: int, say: Say = _silent
+    config: RunConfig, count: int, model: Chip | None, micro_batches: int | None, rank: int, say: Say = lambda _: None
 ) -> Rehearsal:
     chips.activate(chips.find_backend("cpu"))
     from zili.rehearsal import rehearse

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.optim import Optimizer
 
+from zili.parallel.model import plain
 from zili.torch_private import StridedShard
 
 _COEFFICIENTS, _STEPS = (3.4445, -4.7750, 2.0315), 5
@@ -61,7 +62,7 @@ class Muon(Optimizer):
                     parameters, _orthogonalized(parameters, updates, self._dtype), strict=True
                 ):
                     rate = group["lr"] * (_ADAMW_SIZE * sqrt(max(parameter.shape[-2:])))
-                    own = _plain(parameter)
+                    own = plain(parameter)
                     own.mul_(1 - group["lr"] * group["weight_decay"])
                     own.add_(update, alpha=-rate)
 
@@ -71,7 +72,7 @@ class Muon(Optimizer):
         assert gradient is not None
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
-        buffer, own = _plain(state["momentum_buffer"]), _plain(gradient)
+        buffer, own = plain(state["momentum_buffer"]), plain(gradient)
         buffer.lerp_(own, 1 - momentum)
         return own.lerp(buffer, momentum)
 
@@ -81,10 +82,6 @@ def _kind(parameter: Tensor) -> Any:
     if isinstance(parameter, DTensor):
         return tuple(parameter.shape), parameter.placements, parameter.device_mesh
     return tuple(parameter.shape)
-
-
-def _plain(x: Tensor) -> Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def _orthogonalized(parameters: list[nn.Parameter], updates: list[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -10,10 +12,24 @@ from zili import ops
 from zili.chips.device import Device
 
 _SIZE = 2048
+_SECONDS = 0.3
 
 
-def matmul_peak(device: Device, dtype: torch.dtype, *, seconds: float = 0.3) -> float:
-    """FLOP/s of a square matrix product, the best of several within `seconds`: the denominator of `matmul_share`.
+def fastest_call(work: Callable[[], object], device: Device) -> float:
+    """Seconds of the fastest call of `work()` within a third of a second, after one to warm up."""
+    work()
+    best, end = math.inf, time.perf_counter() + _SECONDS
+    while time.perf_counter() < end or best == math.inf:
+        device.synchronize()
+        started = time.perf_counter()
+        work()
+        device.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def matmul_peak(device: Device, dtype: torch.dtype) -> float:
+    """FLOP/s of a square matrix product, the best of several: the denominator of `matmul_share`.
 
     Measured through the operation the model uses, so a faster product raises the bar as it raises the speed. A
     chip's published peak is another, larger denominator; `zili chips` has it.
@@ -21,13 +37,5 @@ def matmul_peak(device: Device, dtype: torch.dtype, *, seconds: float = 0.3) -> 
     # From a generator of their own: dropout goes on drawing from where it was.
     numbers = torch.Generator().manual_seed(0)
     a, b = (torch.randn(_SIZE, _SIZE, generator=numbers).to(device.type, dtype) for _ in range(2))
-    best, end = 0.0, time.perf_counter() + seconds
     with torch.no_grad():
-        ops.linear(a, b)
-        while time.perf_counter() < end or best == 0.0:
-            device.synchronize()
-            started = time.perf_counter()
-            ops.linear(a, b)
-            device.synchronize()
-            best = max(best, 2 * _SIZE**3 / (time.perf_counter() - started))
-    return best
+        return 2 * _SIZE**3 / fastest_call(lambda: ops.linear(a, b), device)

@@ -8,7 +8,6 @@ first steps warm up; what was done since the last checkpoint is done again. Youn
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass, replace
 from math import ceil, exp, expm1, sqrt
 
@@ -109,11 +108,6 @@ def effective_share(interval: float, between: float, restart: float, checkpoint:
     return interval * exp(-restart / between) / (between * expm1(tried)) if tried < 700 else 0.0
 
 
-def linear_share(interval: float, between: float, restart: float, checkpoint: float) -> float:
-    """The same where interruptions are rare (2410.21680, equation 1); it goes below zero where they are not."""
-    return (1 - (restart + interval / 2) / between) / (1 + checkpoint / interval)
-
-
 def best_interval(between: float, checkpoint: float, least: float = 0.0) -> float:
     """Seconds of training between checkpoints (Daly 2006, equation 37), `least` at least."""
     if between == float("inf"):
@@ -165,25 +159,3 @@ def _waiting_for_spares(chips: int, failures: Failures) -> float:
     if away >= 700:
         below = 1.0 if away < ready else 0.0
     return max(0.0, 1 - below) * failures.spare_order * taking / (taking + failures.per_day)
-
-
-def simulated_share(chips: int, failures: Failures, interval: float, *, seconds: float, dice: random.Random) -> float:
-    """Share of `seconds` that train, event by event: what the closed form is checked with."""
-    between = mean_between(chips, failures)
-    restart = failures.restart + _waiting_for_spares(chips, failures)
-    now = trained = 0.0
-    next_failure = dice.expovariate(1 / between)
-    while now < seconds:
-        end = now + interval + failures.checkpoint
-        if end <= next_failure:
-            now, trained = end, trained + interval
-            continue
-        now = next_failure
-        # It may be interrupted again before it trains.
-        while True:
-            next_failure = now + dice.expovariate(1 / between)
-            if next_failure >= now + restart:
-                now += restart
-                break
-            now = next_failure
-    return trained / now

@@ -189,7 +189,7 @@ class _Room:
         """Whether it may fit: one that shares weights more widely, and is else the same, did not fail to."""
         if self.machine.capacity is None:
             return True
-        if option.shards <= self._failed.get((*option.alike, option.sums_each), 0):
+        if option.layout.shards <= self._failed.get((*option.alike, option.sums_each), 0):
             return False
         return self.least(option) <= usable(self.machine)
 
@@ -198,7 +198,7 @@ class _Room:
         fits = candidate.fits
         if not fits:
             failed = (*option.alike, option.sums_each)
-            self._failed[failed] = max(option.shards, self._failed.get(failed, 0))
+            self._failed[failed] = max(option.layout.shards, self._failed.get(failed, 0))
         return fits
 
     def least(self, option: _Option) -> float:
@@ -255,13 +255,13 @@ class _Option:
     """A layout that is legal, and its seconds. Each is itself alone."""
 
     run: Run
-    shards: int
+    layout: Layout
     time: StepTime
     seconds: float
 
     def order(self) -> tuple[float, int]:
         """The fastest first; of those as fast to three digits, the one that shares weights most widely."""
-        return float(f"{self.seconds:.3g}"), -self.shards
+        return float(f"{self.seconds:.3g}"), -self.layout.shards
 
     @cached_property
     def complexity(self) -> tuple[int, int, int]:
@@ -281,8 +281,7 @@ class _Option:
 
     def candidate(self, config: RunConfig, machine: Machine) -> Candidate:
         """With the recipe it makes."""
-        run = self.run
-        layout = Layout(run.pipeline, run.data // self.shards, self.shards, run.context, run.tensor, run.expert)
+        run, layout = self.run, self.layout
         sizes = {name: getattr(layout, name) for name in (*DIMENSIONS, "expert")}
         stages: int | Literal["auto"] = run.virtual if run.virtual > 1 else "auto"
         reduce: Literal["step", "micro_batch"] = "micro_batch" if self.sums_each else "step"
@@ -303,34 +302,18 @@ def _divisors(number: int, most: int | None = None) -> tuple[int, ...]:
 def _options(config: RunConfig, world: int, machine: Machine, rates: Rates) -> Iterator[_Option]:
     """Every layout, with its seconds."""
     times = StepTimes(machine, rates)
-    model, training = config.model, config.training
     for tensor, context, pipeline in _cuts(config, world, machine):
         data = world // (tensor * context * pipeline)
         for shards, expert, micro in _shares(config, data, tensor, context, machine):
-            count = training.global_batch // data // micro
+            layout = Layout(pipeline, data // shards, shards, context, tensor, expert)
+            laid = replace(Job(config, layout).run, micro_batch=micro)
+            count = config.training.global_batch // data // micro
             for schedule, virtual, recompute in _orders(config, pipeline, count):
                 each = count > 1 and shards * context > 1 and schedule in ("1f1b", "interleaved")
                 for software in (_ONCE, _EACH) if each else (_ONCE,):
-                    run = Run(
-                        model=model,
-                        sequence=training.sequence_length,
-                        global_batch=training.global_batch,
-                        micro_batch=micro,
-                        data=data,
-                        tensor=tensor,
-                        context=context,
-                        pipeline=pipeline,
-                        virtual=virtual,
-                        expert=expert,
-                        weight_shards=shards * context,
-                        state_shards=shards * context,
-                        kept_gathered=pipeline > 1,
-                        recompute=recompute,
-                        schedule=schedule,
-                        software=software,
-                    )
+                    run = replace(laid, schedule=schedule, virtual=virtual, recompute=recompute, software=software)
                     time = times.of(run)
-                    yield _Option(run, shards, time, time.total)
+                    yield _Option(run, layout, time, time.total)
 
 
 def _cuts(config: RunConfig, world: int, machine: Machine) -> Iterator[tuple[int, int, int]]:

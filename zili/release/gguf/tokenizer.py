@@ -12,7 +12,7 @@ from typing import Any
 
 from zili.data.chat import ChatTemplate
 from zili.data.dialect import Dialect
-from zili.data.sentencepiece import SPACE, Kind, Piece, definition
+from zili.data.sentencepiece import SPACE, Kind, Piece, definition, split_by
 from zili.data.tokenizer import SPLIT, Tokenizer, after_bos
 from zili.errors import CheckpointError
 
@@ -23,10 +23,6 @@ _LLAMA3 = (
 )
 
 
-def _split(pattern: str) -> dict[str, Any]:
-    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-
-
 def _byte_level(use_regex: bool) -> dict[str, Any]:
     return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": use_regex}
 
@@ -35,8 +31,8 @@ _DIGITS = {"type": "Digits", "individual_digits": True}
 _SPLITS: dict[str, list[dict[str, Any]]] = {
     "gpt-2": [_byte_level(True)],
     "smollm": [_DIGITS, _byte_level(True)],
-    "qwen2": [_split(SPLIT), _byte_level(False)],
-    "llama-bpe": [_split(_LLAMA3), _byte_level(False)],
+    "qwen2": [split_by(SPLIT), _byte_level(False)],
+    "llama-bpe": [split_by(_LLAMA3), _byte_level(False)],
 }
 _ROLES = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id"}
 _ROLES |= {"pad_token": "padding_token_id"}

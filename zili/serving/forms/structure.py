@@ -137,6 +137,6 @@ def _vocabulary(tokenizer: Tokenizer, stop_ids: Collection[int]) -> dict[str, An
         if id_ not in hidden:
             texts[id_] = token
     kinds = {"ByteLevel": "BYTE_LEVEL", "ByteFallback": "BYTE_FALLBACK"}
-    used = tokenizer.decoders()
+    used = tokenizer.decoders
     kind = next((kind for name, kind in kinds.items() if name in used), "RAW")
     return {"texts": texts, "kind": kind, "stop_ids": sorted(stop_ids)}

@@ -16,14 +16,11 @@ class Conversation(Protocol):
     greeting: str
     new: str
     """What is said when it begins anew."""
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The model's."""
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether an answer continues the prompt's text, in place of a turn."""
+    goes_on: bool
+    """Whether an answer continues the prompt's text, in place of a turn."""
+    turns: list[Any]
+    tokenizer: Tokenizer
+    """The model's."""
 
     @property
     def stop_ids(self) -> Set[int]:
@@ -32,6 +29,7 @@ class Conversation(Protocol):
     @property
     def stop_texts(self) -> Sequence[str]:
         """Texts that do, of a template whose marks are no tokens."""
+        return ()
 
     def ask(self, text: str) -> None:
         """Open a turn with what the user wrote."""
@@ -41,9 +39,11 @@ class Conversation(Protocol):
 
     def withdraw(self) -> None:
         """Forget the open turn, which could not be answered."""
+        self.turns.pop()
 
     def reset(self) -> None:
         """Forget everything."""
+        self.turns.clear()
 
     def prompt(self, room: int) -> tuple[list[int], int]:
         """The ids to continue, and how many old turns were left out to bring them to at most `room`.
@@ -53,7 +53,7 @@ class Conversation(Protocol):
 
 
 @dataclass
-class Dialogue:
+class Dialogue(Conversation):
     """Turns of a user and an assistant, in the words of a chat template."""
 
     dialect: Dialect
@@ -64,16 +64,12 @@ class Dialogue:
     """Question, and answer if there is one."""
     greeting: str = "Chat. /help lists the commands."
     new: str = "A new conversation."
+    goes_on: bool = False
     _opening: str = ""
     """What of an answer the prompt has said already, such as `<think>`."""
 
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self.dialect.tokenizer
-
-    @property
-    def goes_on(self) -> bool:
-        return False
+    def __post_init__(self) -> None:
+        self.tokenizer = self.dialect.tokenizer
 
     @property
     def stop_ids(self) -> Set[int]:
@@ -90,12 +86,6 @@ class Dialogue:
         said = self._opening + self.dialect.answer_text(ids)
         self.turns[-1].append({"role": "assistant", "content": said})
 
-    def withdraw(self) -> None:
-        self.turns.pop()
-
-    def reset(self) -> None:
-        self.turns.clear()
-
     def prompt(self, room: int) -> tuple[list[int], int]:
         dropped = 0
         while len(ids := self._rendered()) > room and len(self.turns) > 1:
@@ -111,7 +101,7 @@ class Dialogue:
 
 
 @dataclass
-class RunningText:
+class RunningText(Conversation):
     """One text that a base model continues, at the start of a document."""
 
     tokenizer: Tokenizer
@@ -121,18 +111,11 @@ class RunningText:
         "Write the beginning of a text and it writes on; /reset starts a new text. /help lists the commands."
     )
     new: str = "A new text."
-
-    @property
-    def goes_on(self) -> bool:
-        return True
+    goes_on: bool = True
 
     @property
     def stop_ids(self) -> Set[int]:
         return self.tokenizer.end_ids
-
-    @property
-    def stop_texts(self) -> Sequence[str]:
-        return ()
 
     def ask(self, text: str) -> None:
         # A line typed after an answer starts a line of the running text too.
@@ -140,12 +123,6 @@ class RunningText:
 
     def answered(self, ids: Sequence[int]) -> None:
         self.turns[-1] += ids
-
-    def withdraw(self) -> None:
-        self.turns.pop()
-
-    def reset(self) -> None:
-        self.turns.clear()
 
     def prompt(self, room: int) -> tuple[list[int], int]:
         dropped = 0

@@ -29,16 +29,20 @@ class _Tracker(Callback):
     client: str
     """The name of its package, of its extra here, and of its folder in the run's."""
 
-    def __init__(self) -> None:
-        """Raises: ConfigError, the client is not installed."""
+    def __init__(self, name: str | None, **given: Any) -> None:
+        """`name`: of the run there, its own by default. `given`: to the client as it is.
+
+        Raises: ConfigError, the client is not installed.
+        """
         if find_spec(self.client) is None:
             raise ConfigError(f"callbacks.{self.client}: it is not installed: pip install 'zili[{self.client}]'")
+        self._name, self._given = name, given
         self._run: Any = None
         self._note: Callable[[str], None] = print
 
     @abstractmethod
-    def begin(self, module: Any, identity: str, trainer: Trainer) -> Any:
-        """The client's run, new or gone on with."""
+    def begin(self, module: Any, folder: Path, given: dict[str, Any]) -> Any:
+        """The client's run, new or gone on with, whose files go into the run's `folder`."""
 
     @abstractmethod
     def record(self, step: int, figures: Mapping[str, float]) -> None:
@@ -52,8 +56,10 @@ class _Tracker(Callback):
         self._note = trainer.note
 
         def begin() -> None:
-            identity = _identity(trainer.config.folder / self.client)
-            self._run = self.begin(import_module(self.client), identity, trainer)
+            config = trainer.config
+            identity = {"id": _identity(config.folder / self.client), "resume": "allow"}
+            about = {"name": self._name or config.name, "config": config.model_dump(mode="json")}
+            self._run = self.begin(import_module(self.client), config.folder, {**self._given, **about, **identity})
 
         self._attempt(begin)
 
@@ -103,15 +109,11 @@ class WandbLog(_Tracker):
         mode: Literal["online", "offline"] | None = None,
     ) -> None:
         """`name` is the run's own by default; `mode` is what the client's environment says."""
-        super().__init__()
-        self._given = {"project": project, "entity": entity, "name": name, "tags": tags, "mode": mode}
+        super().__init__(name, project=project, entity=entity, tags=tags, mode=mode)
 
-    def begin(self, module: Any, identity: str, trainer: Trainer) -> Any:
-        config = trainer.config
-        given = {**self._given, "name": self._given["name"] or config.name, "dir": str(config.folder)}
+    def begin(self, module: Any, folder: Path, given: dict[str, Any]) -> Any:
         quiet = module.Settings(console="off", silent=True)  # the terminal is the run's own
-        table = config.model_dump(mode="json")
-        run = module.init(id=identity, resume="allow", config=table, settings=quiet, **given)
+        run = module.init(dir=str(folder), settings=quiet, **given)
         # Not by the client's own count of steps, which refuses those that happen again.
         run.define_metric("*", step_metric="step")
         return run
@@ -137,15 +139,11 @@ class SwanLabLog(_Tracker):
         mode: Literal["online", "offline", "local"] | None = None,
     ) -> None:
         """`name` is the run's own by default; `mode` is what the client's environment says."""
-        super().__init__()
-        self._given = {"project": project, "workspace": workspace, "name": name, "tags": list(tags), "mode": mode}
+        super().__init__(name, project=project, workspace=workspace, tags=list(tags), mode=mode)
 
-    def begin(self, module: Any, identity: str, trainer: Trainer) -> Any:
-        config = trainer.config
-        given = {**self._given, "name": self._given["name"] or config.name, "log_dir": str(config.folder / self.client)}
+    def begin(self, module: Any, folder: Path, given: dict[str, Any]) -> Any:
         quiet = module.Settings(interactive=False)  # it would ask for a key, and wait
-        table = config.model_dump(mode="json")
-        return module.init(id=identity, resume="allow", config=table, settings=quiet, **given)
+        return module.init(log_dir=str(folder / self.client), settings=quiet, **given)
 
     def record(self, step: int, figures: Mapping[str, float]) -> None:
         self._run.log(dict(figures), step=step)
