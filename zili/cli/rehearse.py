@@ -29,15 +29,16 @@ _SHOWN = 4
 def rehearse(
     recipe: Recipe,
     count: Annotated[int, typer.Option("--chips", min=1, max=MOST_CHIPS, help="Processes in all, one a chip.")],
-    rank: Annotated[int, typer.Option(min=0, help="Which of them to be.")] = 0,
+    rank: Annotated[int, typer.Option(min=0, help="Number of the process to rehearse, from 0.")] = 0,
     all_stages: Annotated[
-        bool, typer.Option("--all-stages", help="One process of each place in the pipeline.")
+        bool, typer.Option("--all-stages", help="Rehearse one process of each stage of the pipeline.")
     ] = False,
     chip: Annotated[
         str | None, typer.Option(help="Model of the chips, as `zili chips` lists them; else the recipe's.")
     ] = None,
     micro_batches: Annotated[
-        int | None, typer.Option(min=1, max=4096, help="In the step; by default as many as memory depends on.")
+        int | None,
+        typer.Option(min=1, max=4096, help="Micro-batches in the step; by default as many as memory depends on."),
     ] = None,
     as_json: AsJson = False,
     page: Page = None,
