@@ -30,7 +30,7 @@ def render(template: str, **context: Any) -> str:
 
 def _command() -> str:
     """The command line that this process was started with."""
-    name = Path(sys.argv[0]).name
+    name = Path(sys.argv[0]).name or "python"
     return shlex.join(["zili" if name == "__main__.py" else name, *sys.argv[1:]])
 
 

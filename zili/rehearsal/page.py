@@ -82,5 +82,5 @@ def _chart(one: Rehearsal, unit: str) -> Chart:
         Line(part, [(time, parts[part] / _UNITS[unit]) for time, parts in one.timeline], f"part-{i}")
         for i, part in enumerate(PARTS)
     ]
-    caption = "From the first operation of the step to the last."
+    caption = f"From the first operation of the step to the last ({one.timeline[-1][0]:,})."
     return Chart(_TITLE, caption, lines, unit=unit, along="operation", stacked=True, from_zero=True)
