@@ -26,7 +26,7 @@ from zili.planning.search.goodput import Failures
 from zili.planning.search.plan import Plan, Setting, make_plan, setting_config
 from zili.rehearsal import page as rehearsal
 from zili.rehearsal.recorder import PARTS
-from zili.rehearsal.report import Peak, Rehearsal
+from zili.rehearsal.result import Peak, Rehearsal
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 GIB = 2**30
