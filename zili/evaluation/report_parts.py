@@ -13,9 +13,6 @@ from zili.evaluation.run_record import Record, RunRecord, number, section, value
 from zili.pages.figures import byte_size, compact, duration, percent
 from zili.serving.generate.text_stream import visible
 
-SAMPLES_SHOWN = 6
-"""Samples shown in full; the same one from earlier steps is folded under each."""
-
 
 def state(run: RunRecord) -> str:
     """How far the run is."""
@@ -61,21 +58,12 @@ def _moment(value: Any) -> datetime | None:
         return None
 
 
-class Compared(NamedTuple):
-    """A model or a compressor as a bar from zero: bits per byte, and the bar's share of the width."""
-
-    name: str
-    text: str
-    value: float
-    share: float
-
-
 class Headline(NamedTuple):
-    """Final bits per byte beside the compressors'."""
+    """Final bits per byte beside the compressors': each with a name, what it has seen, and its figure."""
 
     ours: float
     verdict: str
-    bars: list[Compared]
+    bars: list[tuple[str, str, float]]
 
 
 def headline(run: RunRecord) -> Headline | None:
@@ -85,11 +73,8 @@ def headline(run: RunRecord) -> Headline | None:
         return None
     ours = number(last, "bits_per_byte") or 0.0
     levels = [(level.name, level.value) for level in compressor_levels(run)]
-    listed = [("this model", "has read the training text", ours)]
-    listed += [(name, _seen(run, name), value) for name, value in levels]
-    widest = max(value for _, _, value in listed) or 1.0
-    # 78 %: the figure stands to the right of the longest bar.
-    bars = [Compared(name, text, value, 0.78 * value / widest) for name, text, value in listed]
+    bars = [("this model", "has read the training text", ours)]
+    bars += [(name, _seen(run, name), value) for name, value in levels]
     return Headline(ours, _verdict(ours, levels, last), bars if levels else [])
 
 
@@ -154,18 +139,11 @@ def _speed_tiles(run: RunRecord) -> Iterator[Tile]:
         yield "Memory", byte_size(max(had)), "at most, of the first process"
 
 
-class Table(NamedTuple):
-    """Headings, and rows of cells."""
-
-    head: list[str]
-    rows: list[list[str]]
-
-
-def evaluations(run: RunRecord) -> Table:
-    """Every evaluation: the chart's values for those who want or need numbers."""
+def evaluations(run: RunRecord) -> tuple[list[str], list[list[str]]]:
+    """Headings, and a row for every evaluation: the chart's values for those who want or need numbers."""
     columns = {name: of for name, of in _EVALUATED.items() if any(number(r, of[0]) is not None for r in run.evals)}
     rows = [[f"{r['step']:,.0f}", *(_figure(r, key, form) for key, form in columns.values())] for r in run.evals]
-    return Table(["Step", *columns], rows)
+    return ["Step", *columns], rows
 
 
 _EVALUATED = {
@@ -191,21 +169,13 @@ class Sample(NamedTuple):
     text: str
 
 
-class Samples(NamedTuple):
-    """The newest sample of each prompt and seed with the earlier ones, newest first; `more` are not shown."""
-
-    shown: list[tuple[Sample, list[Sample]]]
-    more: int
-
-
-def samples(run: RunRecord) -> Samples:
-    """What the model wrote."""
+def samples(run: RunRecord) -> list[list[Sample]]:
+    """What the model wrote, of each prompt and seed the newest first."""
     prompts: dict[tuple[str, Any], list[Record]] = {}
     for sample in run.samples:
         if isinstance(sample.get("text"), str):
             prompts.setdefault((str(sample.get("prompt") or ""), number(sample, "seed")), []).append(sample)
-    groups = [_newest_first(drawn) for drawn in list(prompts.values())[:SAMPLES_SHOWN]]
-    return Samples([(newest, earlier) for newest, *earlier in groups], len(prompts) - len(groups))
+    return [_newest_first(drawn) for drawn in prompts.values()]
 
 
 def _newest_first(drawn: list[Record]) -> list[Sample]:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import NamedTuple
 
 from zili.pages.figures import compact, linear_ticks, log_ticks, tick_labels
 
@@ -138,8 +139,7 @@ def draw(chart: Chart) -> Drawing | None:
     return Drawing(chart, curves, levels, _whole_ticks(x), ticks(y), legend, described, data)
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A part of a bar: its `share` of the bar's full width."""
 
     kind: str
@@ -155,10 +155,6 @@ class Bar:
     pieces: list[Piece]
     ticks: list[Tick]
     unit: str
-
-    @property
-    def legend(self) -> list[LegendItem]:
-        return [(piece.kind, piece.name, piece.text) for piece in self.pieces]
 
 
 def bar(parts: Mapping[str, float], unit: str, whole: float | None = None) -> Bar:

@@ -37,8 +37,7 @@ def page(plans: Sequence[Plan], title: str) -> str:
         memory=bar({part: first.best.memory.get(part, 0.0) / 2**30 for part in PARTS}, "GiB", room),
         room=room,
         pipeline=_pipeline(first.best, first.machine, first.rates) if first.best.run.pipeline > 1 else None,
-        of_time=_of_time(first.goodput),
-        lost=_lost(first.goodput),
+        failures=_failures(first.goodput),
     )
 
 
@@ -98,16 +97,8 @@ def _drawn(span: Span, row: int, end: float, processes: int) -> tuple[str, str, 
     return f"{span.action.kind}{later}", f"{1000 * span.start / end:.2f}", f"{width:.2f}", _ROW * row + 1
 
 
-def _of_time(goodput: Goodput) -> Bar:
-    """All of the time, to scale."""
-    return bar({"training": 100 * goodput.share, **_shares(goodput)}, "%", 100.0)
-
-
-def _lost(goodput: Goodput) -> Bar | None:
-    """What failures take alone, in the same colours."""
-    shares = {"training": 0.0, **_shares(goodput)}
-    return bar(shares, "%") if any(shares.values()) else None
-
-
-def _shares(goodput: Goodput) -> dict[str, float]:
-    return {name: 100 * share for name, share in goodput.lost.items() if share > 1e-4}
+def _failures(goodput: Goodput) -> list[Bar]:
+    """All of the time to scale, and the lost part of it alone in the same colours."""
+    lost = {name: 100 * share for name, share in goodput.lost.items() if share > 1e-4}
+    whole = bar({"training": 100 * goodput.share, **lost}, "%", 100.0)
+    return [whole, bar({"training": 0.0, **lost}, "%")] if lost else [whole]
