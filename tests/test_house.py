@@ -22,7 +22,18 @@ from zili.torch_private import IN_PLACE
 PACKAGE = Path(zili.__file__).parent
 
 FLOORS = {
-    0: ("errors", "durable", "checksums", "user_cache", "plurals", "torch_private", "plugins", "config", "chips"),
+    0: (
+        "errors",
+        "durable",
+        "checksums",
+        "user_cache",
+        "plurals",
+        "torch_private",
+        "plugins",
+        "config",
+        "chips",
+        "pages",
+    ),
     1: ("ops", "data"),
     2: ("models",),
     3: ("objectives", "parallel"),
@@ -34,7 +45,7 @@ FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 ENTRANCES = ("__init__", "__main__")
 """Files of the package itself; they open the house and stand on no floor."""
 
-WITHOUT_TORCH = ("errors", "torch_private", "plugins", "config", "chips", "planning", "runs", "api", "cloud")
+WITHOUT_TORCH = ("errors", "torch_private", "plugins", "config", "chips", "pages", "planning", "runs", "api", "cloud")
 VENDORS = {"ascend", "cambricon", "nvidia"}
 VENDOR_WORDS = VENDORS | {"npu", "mlu", "cuda", "nccl", "hccl", "cncl", "torch_npu", "torch_mlu"}
 

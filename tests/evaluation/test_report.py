@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
@@ -14,8 +15,8 @@ import pytest
 from made_run import ATTACK, make_run, write_lines
 
 from zili.errors import DataError
-from zili.evaluation.charts import smoothed, thinned
 from zili.evaluation.report import next_commands, write_report
+from zili.pages.charts import smoothed, thinned
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
@@ -117,7 +118,7 @@ def test_charts_are_wellformed_described_and_finite(run_folder: Path) -> None:
             assert re.fullmatch(r"(M-?[\d.]+ -?[\d.]+(L-?[\d.]+ -?[\d.]+|H1000|h0)+)+", path.attrib["d"])
     assert len(set(identities)) == 10
     for data in re.findall(r'data-chart="(.*?)"', raw):
-        chart = json.loads(data.replace("&quot;", '"'))
+        chart = json.loads(html.unescape(data))
         assert all(math.isfinite(v) for line in chart["lines"] for point in line["at"] for v in point)
 
 

@@ -74,8 +74,9 @@ def rehearse(
 
 
 def _show(found: Sequence[Rehearsal], to: Console) -> None:
+    from zili.pages.figures import binary_size
     from zili.rehearsal.page import imbalance
-    from zili.rehearsal.result import ranges_text, size_text
+    from zili.rehearsal.result import ranges_text
 
     first = found[0]
     micro_batches = counted(first.micro_batches, "micro-batch")
@@ -85,20 +86,20 @@ def _show(found: Sequence[Rehearsal], to: Console) -> None:
     rows = table(to, ("process", "layers", "peak", "of it"), left=("layers", "of it"))
     for one in found:
         parts = sorted(((size, part) for part, size in one.peak.parts.items() if size), reverse=True)
-        text = ", ".join(f"{part} {size_text(size)}" for size, part in parts[:_SHOWN])
-        rows.add_row(str(one.rank), ranges_text(one.layers), size_text(one.peak.bytes), text)
+        text = ", ".join(f"{part} {binary_size(size)}" for size, part in parts[:_SHOWN])
+        rows.add_row(str(one.rank), ranges_text(one.layers), binary_size(one.peak.bytes), text)
     to.print(rows)
     for one in found if len(found) == 1 else ():
         for message, times in sorted(one.messages.items(), key=lambda item: -item[0].bytes * item[1]):
             to.print(
-                f"  {message.kind} among {message.processes} ({message.mesh}): {times} of {size_text(message.bytes)}",
+                f"  {message.kind} among {message.processes} ({message.mesh}): {times} of {binary_size(message.bytes)}",
                 highlight=False,
             )
     for one in found:
         flops = ", ".join(f"{phase} {count / 1e12:,.2f}" for phase, count in one.flops.items())
         to.print(
             f"process {one.rank}: TFLOP {flops}; {sum(one.operations.values()):,} operations; rehearsed in "
-            f"{one.seconds:.1f} s with {size_text(one.resident_bytes)}",
+            f"{one.seconds:.1f} s with {binary_size(one.resident_bytes)}",
             highlight=False,
         )
     if len(found) > 1:
@@ -109,8 +110,8 @@ def _show(found: Sequence[Rehearsal], to: Console) -> None:
 def _refuse_what_does_not_fit(
     found: Sequence[Rehearsal], model: Chip | None, capacity: int | None, to: Console
 ) -> None:
+    from zili.pages.figures import binary_size
     from zili.planning.exact.memory import usable
-    from zili.rehearsal.result import size_text
 
     if capacity is None or model is None:
         return
@@ -118,9 +119,9 @@ def _refuse_what_does_not_fit(
     room = usable(capacity)
     if worst.peak.bytes > room:
         raise LayoutError(
-            f"process {worst.rank} does not fit: {size_text(worst.peak.bytes)} at its peak, {model.name} has "
-            f'{size_text(room)} beside its runtime; set training.recompute = "full", a smaller '
+            f"process {worst.rank} does not fit: {binary_size(worst.peak.bytes)} at its peak, {model.name} has "
+            f'{binary_size(room)} beside its runtime; set training.recompute = "full", a smaller '
             "micro_batch, or more shards, tensor or pipeline"
         )
-    left = size_text(room - worst.peak.bytes)
+    left = binary_size(room - worst.peak.bytes)
     to.print(f"fits {model.name}: {left} left beside its runtime and its collectives", highlight=False)

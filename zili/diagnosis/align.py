@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,13 @@ from zili.diagnosis.shadow import Alignment, Shadow
 from zili.durable import write_whole
 from zili.errors import ConfigError
 from zili.ops import registry
+from zili.pages import render
 from zili.runs.opening import open_trainer
 from zili.training.reference_model import reference_of
 from zili.training.trainer import Trainer
+
+_LISTED = 200
+"""Operations outside of their band that a page lists."""
 
 
 def align(recipe: RunConfig, steps: int, loader: Batches | None = None) -> Alignment:
@@ -84,43 +87,24 @@ def _losses(trainer: Trainer, steps: int, shadow: Shadow | None = None) -> list[
 
 def page(result: Alignment, recipe: str) -> str:
     """An HTML page of `result`."""
-    verdict = str(result.first) if result.first else "every operation is within its band"
-    found = "".join(
-        f"<tr><td>{o.step}</td><td>{o.way}</td><td>{escape(o.module)}</td><td><code>{escape(o.operation)}</code></td>"
-        f"<td>{list(o.shape)} {o.dtype}</td><td>{escape(str(o.distance))}</td></tr>"
-        for o in result.offences[:200]
+    return render(
+        "diagnosis/align.html.jinja",
+        title=f"{result.chip} against the CPU",
+        result=result,
+        recipe=recipe,
+        losses=[
+            [i, f"{chip:.7g}", f"{cpu:.7g}", f"{abs(chip - cpu) / abs(cpu):.1e}"]
+            for i, (chip, cpu) in enumerate(result.losses, 1)
+        ],
+        offences=[
+            [o.operation, o.module, o.way, o.step, f"{list(o.shape)} {o.dtype}", o.distance]
+            for o in result.offences[:_LISTED]
+        ],
+        seen=[
+            [name, seen.calls, f"{seen.worst:.2f}"]
+            for name, seen in sorted(result.seen.items(), key=lambda item: -item[1].worst)
+        ],
     )
-    kinds = "".join(
-        f"<tr><td><code>{escape(name)}</code></td><td>{seen.calls}</td><td>{seen.worst:.2f}</td></tr>"
-        for name, seen in sorted(result.seen.items(), key=lambda item: -item[1].worst)
-    )
-    curve = "".join(
-        f"<tr><td>{i}</td><td>{chip:.7g}</td><td>{cpu:.7g}</td><td>{abs(chip - cpu) / abs(cpu):.1e}</td></tr>"
-        for i, (chip, cpu) in enumerate(result.losses, 1)
-    )
-    colour = "#b3261e" if result.first else "#1e7f4f"
-    unchecked = ", ".join(sorted(result.unchecked)) or "none"
-    return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>zili align: {escape(result.chip)}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1d2430; }}
-table {{ border-collapse: collapse; margin: 1rem 0; width: 100%; }}
-td, th {{ text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #dde3ea; vertical-align: top; }}
-.verdict {{ padding: .8rem 1rem; border-left: 4px solid {colour}; background: #f5f7fa; }}
-</style>
-<h1>{escape(result.chip)} against the CPU</h1>
-<p>{escape(recipe)}</p>
-<p class="verdict">{escape(verdict)}</p>
-<h2>Loss</h2>
-<table><tr><th>step<th>{escape(result.chip)}<th>CPU<th>relative difference</tr>{curve}</table>
-<h2>Operations outside of their band: {len(result.offences)}</h2>
-<table><tr><th>step<th>way<th>module<th>operation<th>result<th>error</tr>{found}</table>
-<h2>Everything that was checked</h2>
-<p>Error as a share of what rounding explains; 1 is the edge of the band. Not compared by
-themselves (random, a vendor's own, or not on the CPU): {escape(unchecked)}.</p>
-<table><tr><th>operation<th>calls<th>worst</tr>{kinds}</table>
-</html>
-"""
 
 
 def write_page(result: Alignment, recipe: str, file: Path) -> None:

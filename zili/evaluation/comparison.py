@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator, Sequence
-from datetime import datetime
-from html import escape
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-import zili
-from zili.evaluation.charts import Chart, Line, drawn, smoothed
-from zili.evaluation.figures import byte_size, compact, duration
-from zili.evaluation.report import whole_page
 from zili.evaluation.report_curves import series
-from zili.evaluation.report_parts import plain_table, wall_seconds
+from zili.evaluation.report_parts import wall_seconds
 from zili.evaluation.run_record import RunRecord, number, read_run, section, values
+from zili.pages import render
+from zili.pages.charts import Chart, Line, draw, smoothed
+from zili.pages.figures import byte_size, compact, duration
 
 COLOURS = 6
 """So many lines have a colour of their own; further ones have the same again, dashed."""
@@ -99,41 +96,37 @@ def _flat(table: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
 
 def page(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
     """One HTML file with the curves of all runs in the same charts."""
-    rows = [[name, *cells(run)] for name, run in zip(names, runs, strict=True)]
-    told = [[key, *settings] for key, settings in differences(runs).items()]
-    parts = [
-        f'<header><div><p class="eyebrow">Zili training runs</p><h1>{len(runs)} runs compared</h1></div></header>',
-        f"<section><h2>Where they stand</h2>{plain_table(['run', *HEADINGS.values()], rows)}</section>",
-        f"<section><h2>In what their recipes differ</h2>{plain_table(['key', *names], told)}</section>" if told else "",
-        _charts(runs, names),
-        f"<footer>Written by Zili {escape(zili.__version__)}, "
-        f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}.</footer>",
-    ]
-    return whole_page("Runs compared · Zili", parts)
-
-
-def _charts(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
-    asked = (
-        ("Loss", "Of training, smoothed; lower is better.", "train", "loss", True),
-        (
-            "Bits per byte",
-            "On held-out text; comparable on the same text alone.",
-            "evals",
-            "bits_per_byte",
-            True,
-        ),
-        ("Held-out loss", "Nats a token; comparable with one tokenizer alone.", "evals", "loss", False),
-        ("Learning rate", "As the schedules set it.", "train", "learning_rate", False),
-        ("Throughput", "Tokens a second.", "train", "tokens_per_second", False),
-        ("Memory", "Bytes, at most so far, of each first process.", "train", "memory_bytes", False),
+    return render(
+        "evaluation/comparison.html.jinja",
+        title=f"{len(runs)} runs compared",
+        names=list(names),
+        head=["run", *HEADINGS.values()],
+        rows=[[name, *cells(run)] for name, run in zip(names, runs, strict=True)],
+        differences=[[key, *settings] for key, settings in differences(runs).items()],
+        charts=[drawing for chart in _charts(runs, names) if (drawing := draw(chart))],
     )
-    made = []
-    for title, caption, records, key, wide in asked:
-        lines = []
-        for index, (run, name) in enumerate(zip(runs, names, strict=True)):
-            points = series(getattr(run, records), key)
-            smooth = smoothed(points, max(3, len(points) // 25)) if key == "loss" and records == "train" else points
-            dashed = " dashed" if index >= COLOURS else ""
-            lines.append(Line(name, smooth, f"run-{index % COLOURS}{dashed}"))
-        made.append(drawn(Chart(title, caption, lines, wide=wide, identity=f"{records}-{key}")))
-    return f'<section><h2>Curves</h2><div class="charts">{"".join(made)}</div></section>' if any(made) else ""
+
+
+_CHARTS = (
+    ("train", "loss", "Loss", "Of training, smoothed; lower is better.", "nats a token"),
+    ("evals", "bits_per_byte", "Bits per byte", "On held-out text; comparable on the same text alone.", "bits a byte"),
+    ("evals", "loss", "Held-out loss", "Comparable with one tokenizer alone; lower is better.", "nats a token"),
+    ("train", "learning_rate", "Learning rate", "As the schedules set it.", ""),
+    ("train", "tokens_per_second", "Throughput", "Tokens in a second.", "tokens/s"),
+    ("train", "memory_bytes", "Memory", "At most so far, of each first process.", "bytes"),
+)
+"""Records, key in them, title, caption and unit."""
+
+
+def _charts(runs: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Chart]:
+    for index, (records, key, title, caption, unit) in enumerate(_CHARTS):
+        curves = [series(getattr(run, records), key) for run in runs]
+        if (records, key) == ("train", "loss"):
+            curves = [smoothed(points, max(3, len(points) // 25)) for points in curves]
+        named = enumerate(zip(names, curves, strict=True))
+        lines = [Line(name, points, _look(place)) for place, (name, points) in named]
+        yield Chart(title, caption, lines, unit=unit, wide=index < 2, identity=f"{records}-{key}")
+
+
+def _look(place: int) -> str:
+    return f"run-{place % COLOURS}" + (" dashed" if place >= COLOURS else "")

@@ -14,7 +14,7 @@ import zstandard
 
 from zili.errors import DataError
 from zili.evaluation.bits_per_byte import limit_bytes
-from zili.evaluation.figures import byte_size
+from zili.pages.figures import byte_size
 
 ZSTD_LEVEL = 19
 TRAINING_BYTES = 8 << 20

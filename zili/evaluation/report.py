@@ -1,38 +1,17 @@
-"""The report of a run: one HTML file that needs nothing else, neither network nor script.
-
-All text from the run is escaped: a model's samples are untrusted. As a second lock the page's content
-security policy admits only the one script of the template, by its hash.
-"""
+"""The report of a run: one HTML file that needs nothing else, neither network nor script."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import re
 import shlex
-from collections.abc import Iterable
-from datetime import datetime
-from html import escape
-from importlib import resources
 from pathlib import Path
-from string import Template
 from typing import NamedTuple
 
-import zili
 from zili.durable import write_whole
-from zili.evaluation.report_curves import charts
-from zili.evaluation.report_parts import (
-    choices,
-    commands,
-    details,
-    evaluations,
-    header,
-    headline,
-    notes,
-    samples,
-    tiles,
-)
+from zili.evaluation.report_curves import charts, lead
+from zili.evaluation.report_parts import choices, details, evaluations, facts, headline, samples, state, tiles
 from zili.evaluation.run_record import RunRecord, read_run
+from zili.pages import render
+from zili.serving.generate.text_stream import visible
 
 
 class Command(NamedTuple):
@@ -51,39 +30,28 @@ def write_report(run_folder: Path | str) -> Path:
         DataError: the folder is not a run.
     """
     folder = Path(run_folder)
-    page = render(read_run(folder))
-    write_whole(folder / "report.html", page)
+    write_whole(folder / "report.html", page(read_run(folder)))
     return folder / "report.html"
 
 
-def render(run: RunRecord) -> str:
+def page(run: RunRecord) -> str:
     """The whole page."""
-    parts = [
-        header(run),
-        notes(run),
-        headline(run),
-        tiles(run),
-        charts(run),
-        evaluations(run),
-        samples(run),
-        choices(run),
-        details(run),
-        commands(next_commands(run.folder)),
-        f"<footer>Written by Zili {escape(zili.__version__)}, "
-        f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}.</footer>",
-    ]
-    return whole_page(f"{run.name} · Zili", parts)
-
-
-def whole_page(title: str, parts: Iterable[str]) -> str:
-    """`parts`, which are HTML, in the frame that all pages about runs have; `title` is text."""
-    files = resources.files("zili.evaluation")
-    page = files.joinpath("report.html").read_text(encoding="utf-8")
-    return Template(page).substitute(
-        title=escape(title),
-        style=files.joinpath("report.css").read_text(encoding="utf-8"),
-        script_hash=_script_hash(page),
-        body="\n".join(part for part in parts if part),
+    return render(
+        "evaluation/report.html.jinja",
+        title=run.name,
+        state=state(run),
+        facts=facts(run),
+        notes=[visible(note) for note in run.notes],
+        headline=headline(run),
+        tiles=list(tiles(run)),
+        charts=charts(run),
+        lead=lead(run),
+        evaluations=evaluations(run),
+        samples=samples(run),
+        choices=choices(run),
+        details=details(run),
+        recipe=visible(run.recipe),
+        commands=next_commands(run.folder),
     )
 
 
@@ -112,10 +80,3 @@ def _as_typed(path: Path) -> str:
     whole = path.resolve()
     here = Path.cwd()
     return shlex.quote(str(whole.relative_to(here) if whole.is_relative_to(here) else whole))
-
-
-def _script_hash(page: str) -> str:
-    """The content security policy's name for the template's script."""
-    found = re.search(r"<script>(.*?)</script>", page, re.DOTALL)
-    script = found.group(1) if found else ""
-    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

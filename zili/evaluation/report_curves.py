@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from html import escape
 from statistics import median
 
-from zili.evaluation.charts import Chart, Level, Line, Point, drawn, rising_ceiling, smoothed
-from zili.evaluation.figures import byte_size, compact
 from zili.evaluation.run_record import Record, RunRecord, number
+from zili.pages.charts import Chart, Drawing, Level, Line, Point, draw, rising_ceiling, smoothed
+from zili.pages.figures import byte_size, compact
 from zili.plurals import counted
 
 
-def charts(run: RunRecord) -> str:
-    """The section of charts; "" when nothing was recorded."""
+def charts(run: RunRecord) -> list[Drawing]:
+    """What was recorded, drawn."""
     planned = (_loss(run), _bits(run), _rewards(run), _learning_rate(run), _gradient(run), _speed(run), _memory(run))
     last = run.last_step if run.last_step > 1 else None
-    made = [figure for chart in planned if (figure := drawn(replace(chart, last_step=last)))]
-    if not made:
-        return ""
-    return (
-        "<section><h2>Training</h2>"
-        f'<p class="lead">{escape(_lead(run))}</p>'
-        f'<div class="charts">{"".join(made)}</div></section>'
-    )
+    return [drawing for chart in planned if (drawing := draw(replace(chart, last_step=last)))]
+
+
+def lead(run: RunRecord) -> str:
+    """How long the run is, in a sentence."""
+    tokens = number(run.train[-1], "tokens") if run.train else None
+    read = f", {compact(tokens)} tokens" if tokens else ""
+    return f"{counted(run.last_step, 'step')}{read}. Point at a chart for the values of a step."
 
 
 def series(records: list[Record], key: str) -> list[Point]:
@@ -41,10 +40,8 @@ def compressor_levels(run: RunRecord) -> list[Level]:
     return [Level(name, value) for name, value in values if value is not None]
 
 
-def _lead(run: RunRecord) -> str:
-    tokens = number(run.train[-1], "tokens") if run.train else None
-    read = f", {compact(tokens)} tokens" if tokens else ""
-    return f"{counted(run.last_step, 'step')}{read}. Point at a chart for the values of a step."
+_CROSS_ENTROPY = ("Cross entropy in nats a token", "nats a token")
+"""What the loss is of next tokens, and its unit."""
 
 
 def _loss(run: RunRecord) -> Chart:
@@ -57,11 +54,11 @@ def _loss(run: RunRecord) -> Chart:
     ceiling = rising_ceiling(raw)
     above = max((y for _, y in raw if math.isfinite(y)), default=0.0)
     preferences = bool(series(run.train, "reward_chosen"))
-    measure = "Of preferences, the mean over pairs" if preferences else "Cross entropy in nats a token"
+    measure, unit = ("Of preferences, the mean over pairs", "a pair") if preferences else _CROSS_ENTROPY
     caption = f"{measure}; lower is better."
     if ceiling is not None:
         caption += f" It began at {compact(above)}, above the chart."
-    return Chart("Loss", caption, lines, ceiling=ceiling, wide=True, identity="loss")
+    return Chart("Loss", caption, lines, unit=unit, ceiling=ceiling, wide=True, identity="loss")
 
 
 def _bits(run: RunRecord) -> Chart:
@@ -69,7 +66,7 @@ def _bits(run: RunRecord) -> Chart:
     beside = ", next to what compressors need for it" if levels else ""
     lines = _evaluated(run, "bits_per_byte", "model")
     caption = f"On held-out text{beside}; lower is better."
-    return Chart("Bits per byte", caption, lines, levels, identity="bits")
+    return Chart("Bits per byte", caption, lines, levels, unit="bits a byte", identity="bits")
 
 
 def _rewards(run: RunRecord) -> Chart:
@@ -78,7 +75,7 @@ def _rewards(run: RunRecord) -> Chart:
         for name, style in (("chosen", "main"), ("rejected", "other"))
     ]
     caption = "How much likelier each answer is than to the reference, times beta: apart is what is learned."
-    return Chart("Rewards", caption, lines, identity="rewards")
+    return Chart("Rewards", caption, lines, unit="nats, times beta", identity="rewards")
 
 
 def _evaluated(run: RunRecord, key: str, name: str) -> list[Line]:
@@ -101,17 +98,17 @@ def _learning_rate(run: RunRecord) -> Chart:
 def _gradient(run: RunRecord) -> Chart:
     lines = [Line("gradient norm", series(run.train, "gradient_norm"))]
     caption = "Global norm before clipping. Lasting growth or tall spikes warn of divergence."
-    return Chart("Gradient norm", caption, lines, logarithmic=True, identity="gradient")
+    return Chart("Gradient norm", caption, lines, unit="L2 norm", logarithmic=True, identity="gradient")
 
 
 def _speed(run: RunRecord) -> Chart:
     points = series(run.train, "tokens_per_second")
     finite = [y for _, y in points if math.isfinite(y)]
     caption = f"Tokens a second; the median is {compact(median(finite))}." if finite else ""
-    return Chart("Throughput", caption, [Line("tokens/s", points)], from_zero=True, identity="speed")
+    return Chart("Throughput", caption, [Line("throughput", points)], unit="tokens/s", from_zero=True, identity="speed")
 
 
 def _memory(run: RunRecord) -> Chart:
     points = [(step, size / 1e9) for step, size in series(run.train, "memory_bytes")]
     caption = "Most that the first process has had so far, in GB: of its device, on a CPU of the machine's."
-    return Chart("Memory", caption, [Line("GB", points)], from_zero=True, identity="memory")
+    return Chart("Memory", caption, [Line("memory", points)], unit="GB", from_zero=True, identity="memory")

@@ -1,62 +1,44 @@
-"""The parts of a report as HTML, each "" when the run has nothing for it."""
+"""What the parts of a report say, each empty when the run has nothing for it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
-from html import escape
 from statistics import fmean, median
-from typing import Any
+from typing import Any, NamedTuple
 
-from zili.evaluation.figures import byte_size, compact, duration, percent
 from zili.evaluation.report_curves import compressor_levels
 from zili.evaluation.run_record import Record, RunRecord, number, section, values
+from zili.pages.figures import byte_size, compact, duration, percent
 from zili.serving.generate.text_stream import visible
 
-SAMPLES_SHOWN = 6
-"""Samples shown in full; the same one from earlier steps is folded under each."""
 
-
-def header(run: RunRecord) -> str:
-    """Name, state, and the facts one asks first."""
-    facts = "".join(f"<span>{fact}</span>" for fact in _facts(run))
-    return f"""<header>
-<div class="seal" lang="zh" aria-hidden="true">自立</div>
-<div><p class="eyebrow">Zili training run{_state(run)}</p>
-<h1>{escape(run.name)}</h1>
-<div class="facts">{facts}</div></div>
-</header>"""
-
-
-def _state(run: RunRecord) -> str:
+def state(run: RunRecord) -> str:
+    """How far the run is."""
     if not run.train:
-        text = "no step yet"
-    elif run.planned_steps is None:
-        text = f"step {run.last_step:,}"
-    elif run.last_step >= run.planned_steps:
-        text = "finished"
-    else:
-        text = f"step {run.last_step:,} of {run.planned_steps:,}"
-    return f'<span class="state">{text}</span>'
+        return "no step yet"
+    if run.planned_steps is None:
+        return f"step {run.last_step:,}"
+    return "finished" if run.last_step >= run.planned_steps else f"step {run.last_step:,} of {run.planned_steps:,}"
 
 
-def _facts(run: RunRecord) -> list[str]:
+def facts(run: RunRecord) -> list[tuple[str, str]]:
+    """What one asks first: figure (or "") and words."""
     start = run.starts[-1] if run.starts else {}
     size = number(section(run.summary, "model"), "parameters") or number(start, "parameters")
     tokens = number(run.train[-1], "tokens") if run.train else None
-    machine = section(run.summary, "machine")
-    place = machine.get("name") or start.get("device")
+    place = section(run.summary, "machine").get("name") or start.get("device")
     began = _moment(run.starts[0].get("time")) if run.starts else None
     seconds = wall_seconds(run)
     found = [
-        f"<b>{compact(size)}</b> parameters" if size else "",
-        f"<b>{compact(tokens)}</b> tokens read" if tokens else "",
-        f"<b>{escape(duration(seconds))}</b>" if seconds else "",
-        escape(str(place)) if place else "",
-        f"begun {began:%Y-%m-%d %H:%M}" if began else "",
+        size and (compact(size), "parameters"),
+        tokens and (compact(tokens), "tokens read"),
+        seconds and (duration(seconds), ""),
+        place and ("", str(place)),
+        began and ("", f"begun {began:%Y-%m-%d %H:%M}"),
     ]
-    return [fact for fact in found if fact]
+    return [fact for fact in found if isinstance(fact, tuple)]
 
 
 def wall_seconds(run: RunRecord) -> float | None:
@@ -76,39 +58,24 @@ def _moment(value: Any) -> datetime | None:
         return None
 
 
-def notes(run: RunRecord) -> str:
-    """What a reader must know before reading on."""
-    items = "".join(f"<li>{escape(visible(note))}</li>" for note in run.notes)
-    return f'<ul class="notes" role="note">{items}</ul>' if items else ""
+class Headline(NamedTuple):
+    """Final bits per byte beside the compressors': each with a name, what it has seen, and its figure."""
+
+    ours: float
+    verdict: str
+    bars: list[tuple[str, str, float]]
 
 
-def headline(run: RunRecord) -> str:
-    """Final bits per byte, large, beside the compressors as bars from zero."""
+def headline(run: RunRecord) -> Headline | None:
+    """Of the last evaluation."""
     last = next((r for r in reversed(run.evals) if number(r, "bits_per_byte") is not None), None)
     if last is None:
-        return ""
+        return None
     ours = number(last, "bits_per_byte") or 0.0
-    levels = compressor_levels(run)
-    widest = max([ours, *(level.value for level in levels)]) or 1.0
-    bars = _bar("this model", "has read the training text", ours, widest, "ours")
-    bars += "".join(_bar(c.name, _seen(run, c.name), c.value, widest, "theirs") for c in levels)
-    right = f'<div><ol class="bars">{bars}</ol><p class="fine">{_FINE}</p></div>' if levels else ""
-    return f"""<section class="headline{"" if levels else " lone"}">
-<div><p class="big">{ours:.3f}</p><p class="unit">bits per byte of held-out text</p>
-<p class="verdict">{escape(_verdict(ours, [(c.name, c.value) for c in levels], last))}</p></div>
-{right}
-</section>"""
-
-
-_FINE = "Lower is better. Neither the size of the model nor that of the compressors is counted."
-
-
-def _bar(name: str, seen: str, value: float, widest: float, kind: str) -> str:
-    # 78 %: the figure stands to the right of the longest bar.
-    return (
-        f'<li class="{kind}"><span>{escape(name)}<small>{escape(seen)}</small></span><span class="track">'
-        f'<span class="bar" style="width:{78 * value / widest:.1f}%"></span><b>{value:.3f}</b></span></li>'
-    )
+    levels = [(level.name, level.value) for level in compressor_levels(run)]
+    bars = [("this model", "has read the training text", ours)]
+    bars += [(name, _seen(run, name), value) for name, value in levels]
+    return Headline(ours, _verdict(ours, levels, last), bars if levels else [])
 
 
 def _seen(run: RunRecord, name: str) -> str:
@@ -136,17 +103,14 @@ def _verdict(ours: float, levels: Sequence[tuple[str, float]], last: Record) -> 
     return f"{scope} it needs {listed}."
 
 
-def tiles(run: RunRecord) -> str:
-    """A few figures in boxes."""
-    boxes = "".join(
-        f'<div class="tile"><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(remark)}</small></dd></div>'
-        for name, value, remark in [*_loss_tiles(run), *_speed_tiles(run)]
-    )
-    return f'<dl class="tiles">{boxes}</dl>' if boxes else ""
-
-
 Tile = tuple[str, str, str]
 """Name, value, remark."""
+
+
+def tiles(run: RunRecord) -> Iterator[Tile]:
+    """A few figures in boxes."""
+    yield from _loss_tiles(run)
+    yield from _speed_tiles(run)
 
 
 def _loss_tiles(run: RunRecord) -> Iterator[Tile]:
@@ -175,16 +139,11 @@ def _speed_tiles(run: RunRecord) -> Iterator[Tile]:
         yield "Memory", byte_size(max(had)), "at most, of the first process"
 
 
-def evaluations(run: RunRecord) -> str:
-    """Every evaluation as a table, folded: the chart's values for those who want or need numbers."""
-    if not run.evals:
-        return ""
+def evaluations(run: RunRecord) -> tuple[list[str], list[list[str]]]:
+    """Headings, and a row for every evaluation: the chart's values for those who want or need numbers."""
     columns = {name: of for name, of in _EVALUATED.items() if any(number(r, of[0]) is not None for r in run.evals)}
     rows = [[f"{r['step']:,.0f}", *(_figure(r, key, form) for key, form in columns.values())] for r in run.evals]
-    return (
-        f'<details class="fold"><summary>Evaluations as a table ({len(rows)})</summary>'
-        f"{plain_table(['Step', *columns], rows)}</details>"
-    )
+    return ["Step", *columns], rows
 
 
 _EVALUATED = {
@@ -202,37 +161,28 @@ def _figure(record: Record, key: str, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def plain_table(head: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of figures; its text is escaped."""
-    top = "".join(f'<th scope="col" class="figure">{escape(name)}</th>' for name in head)
-    body = "".join(
-        "<tr>" + "".join(f'<td class="figure">{escape(cell)}</td>' for cell in row) + "</tr>" for row in rows
-    )
-    table = f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="scroll" tabindex="0">{table}</div>'
+class Sample(NamedTuple):
+    """A text the model wrote, how it was drawn, and the prompt before it."""
+
+    how: str
+    prompt: str
+    text: str
 
 
-def samples(run: RunRecord) -> str:
-    """What the model wrote: the newest of each prompt and seed, earlier ones folded under it."""
+def samples(run: RunRecord) -> list[list[Sample]]:
+    """What the model wrote, of each prompt and seed the newest first."""
     prompts: dict[tuple[str, Any], list[Record]] = {}
     for sample in run.samples:
         if isinstance(sample.get("text"), str):
             prompts.setdefault((str(sample.get("prompt") or ""), number(sample, "seed")), []).append(sample)
-    if not prompts:
-        return ""
-    blocks = [_sample(drawn) for drawn in list(prompts.values())[:SAMPLES_SHOWN]]
-    more = len(prompts) - len(blocks)
-    rest = f'<p class="fine">{more} more samples are in samples.jsonl.</p>' if more > 0 else ""
-    lead = "What the model writes on its own. The prompt it was given is marked; the rest is the model's."
-    return f'<section><h2>Samples</h2><p class="lead">{lead}</p>{"".join(blocks)}{rest}</section>'
+    return [_newest_first(drawn) for drawn in prompts.values()]
 
 
-def _sample(drawn: list[Record]) -> str:
-    drawn = sorted(drawn, key=lambda s: number(s, "step") or 0)
-    earlier = "".join(
-        f"<details><summary>{escape(_drawn_how(s))}</summary>{_text(s)}</details>" for s in reversed(drawn[:-1])
-    )
-    return f'<article class="sample"><p>{escape(_drawn_how(drawn[-1]))}</p>{_text(drawn[-1])}{earlier}</article>'
+def _newest_first(drawn: list[Record]) -> list[Sample]:
+    oldest_first = sorted(drawn, key=lambda s: number(s, "step") or 0)
+    return [
+        Sample(_drawn_how(s), visible(str(s.get("prompt") or "")), visible(s["text"])) for s in reversed(oldest_first)
+    ]
 
 
 def _drawn_how(sample: Record) -> str:
@@ -245,55 +195,21 @@ def _drawn_how(sample: Record) -> str:
     return " · ".join(part for part in found if part) or "sample"
 
 
-def _text(sample: Record) -> str:
-    prompt, text = str(sample.get("prompt") or ""), str(sample["text"])
-    shown = f'<span class="prompt">{escape(visible(prompt))}</span>' if prompt else ""
-    body = escape(visible(text)) if text else '<span class="empty">(nothing: the model ended the text)</span>'
-    return f'<pre tabindex="0">{shown}{body}</pre>'
-
-
-def choices(run: RunRecord) -> str:
-    """What was chosen for the user, and why."""
+def choices(run: RunRecord) -> list[list[str]]:
+    """What was chosen for the user, and why: setting, value, reason."""
     listed = run.summary.get("choices")
     entries = [c for c in listed if isinstance(c, dict)] if isinstance(listed, list) else []
-    rows = "".join(
-        f'<tr><th scope="row">{escape(str(c.get("name", "")))}</th>'
-        f'<td class="value">{escape(_plain("", c.get("value", "")))}</td>'
-        f"<td>{escape(str(c.get('reason', '')))}</td></tr>"
-        for c in entries
-    )
-    if not rows:
-        return ""
-    head = "".join(f'<th scope="col">{name}</th>' for name in ("Setting", "Value", "Why"))
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-    lead = "Settings the recipe left open. Each can be set with <code>--set</code>."
-    return (
-        f'<section><h2>Chosen automatically</h2><p class="lead">{lead}</p>'
-        f'<div class="scroll stack" tabindex="0">{table}</div></section>'
-    )
+    return [[str(c.get("name", "")), _plain("", c.get("value", "")), str(c.get("reason", ""))] for c in entries]
 
 
-def details(run: RunRecord) -> str:
-    """The summary's tables as they are, and the recipe."""
-    groups = "".join(_group(name, section(run.summary, name)) for name in ("model", "data", "timing", "machine"))
-    recipe = (
-        '<details class="fold"><summary>The resolved recipe (recipe.toml)</summary>'
-        f'<pre tabindex="0">{escape(visible(run.recipe))}</pre></details>'
-        if run.recipe
-        else ""
-    )
-    if not groups and not recipe:
-        return ""
-    return f'<section><h2>Details</h2><div class="groups">{groups}</div>{recipe}</section>'
-
-
-def _group(name: str, table: Record) -> str:
-    rows = "".join(
-        f"<dt>{escape(_label(str(key)))}</dt><dd>{escape(_plain(str(key), value))}</dd>"
-        for key, value in table.items()
-        if value is not None
-    )
-    return f'<div class="group"><h3>{escape(name.capitalize())}</h3><dl>{rows}</dl></div>' if rows else ""
+def details(run: RunRecord) -> dict[str, list[tuple[str, str]]]:
+    """The summary's tables as they are: name, and rows of key and value."""
+    tables = {name.capitalize(): section(run.summary, name) for name in ("model", "data", "timing", "machine")}
+    rows = {
+        name: [(_label(str(key)), _plain(str(key), value)) for key, value in table.items() if value is not None]
+        for name, table in tables.items()
+    }
+    return {name: listed for name, listed in rows.items() if listed}
 
 
 def _label(key: str) -> str:
@@ -320,9 +236,3 @@ def _measured(key: str, value: float) -> str:
         if key.endswith(unit):
             return form(value)
     return f"{value:,}" if isinstance(value, int) else compact(value, 4)
-
-
-def commands(listed: Iterable[tuple[str, str]]) -> str:
-    """What to do next, as command lines."""
-    items = "".join(f"<li><span>{escape(purpose)}</span><code>{escape(line)}</code></li>" for line, purpose in listed)
-    return f'<section><h2>Next</h2><ul class="commands">{items}</ul></section>'

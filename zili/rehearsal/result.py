@@ -14,15 +14,6 @@ from zili.rehearsal.recorder import PARTS, Recorder
 _POINTS = 400
 
 
-def size_text(size: float) -> str:
-    """`12.3 GiB`, with the unit that fits."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            break
-        size /= 1024
-    return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.4g} {unit}"
-
-
 def ranges_text(numbers: Sequence[int]) -> str:
     """`0-11`, or `0-3, 12-15`."""
     runs: list[list[int]] = []

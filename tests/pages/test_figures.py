@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zili.evaluation.figures import (
+from zili.pages.figures import (
     byte_size,
     compact,
     duration,

@@ -51,9 +51,27 @@ def byte_size(size: float) -> str:
     return f"{size:,.0f}{THIN}bytes"
 
 
+def binary_size(size: float) -> str:
+    """Bytes in binary units, as chips' memory is told: `12.3 GiB`."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            break
+        size /= 1024
+    return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.4g} {unit}"
+
+
 def percent(share: float) -> str:
     """`0.713` as `71 %`, one decimal below ten."""
     return f"{_trimmed(100 * share, 2) if abs(share) < 0.1 else round(100 * share)}{THIN}%"
+
+
+def along(share: float) -> str:
+    """A share of a page's element as CSS has it: `12.34%`."""
+    return f"{100 * share:.2f}%"
+
+
+FORMS = (compact, duration, byte_size, binary_size, percent, along)
+"""Filters that every template has."""
 
 
 def linear_ticks(low: float, high: float, wanted: int = 5) -> list[float]:

@@ -1,26 +1,33 @@
-"""Line charts as HTML figures: the curves in an SVG that stretches, the labels in HTML that does not."""
+"""Charts, bars and timelines laid out: Python says where things lie, `parts.html.jinja` draws them as SVG and HTML.
+
+Without a library: the smallest well-kept one (uPlot) adds 50 kB to a page, shows nothing where scripts do not run, and
+would replace some forty lines here, since ticks, thinning, words for screen readers and bars would stay.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
+from itertools import accumulate
+from typing import NamedTuple
 
-from zili.evaluation.figures import compact, linear_ticks, log_ticks, tick_labels
+from zili.pages.figures import compact, linear_ticks, log_ticks, tick_labels
 
 WIDTH, HEIGHT = 1000, 400
 MOST_POINTS = 600
 """Points kept of a line: about one for each pixel column of a wide chart."""
 
 Point = tuple[float, float]
+LegendItem = tuple[str, str, str]
+"""Kind of the key, name, figure."""
 
 
 @dataclass(frozen=True)
 class Line:
     """A curve. `kind` is its look: "raw" (faint), "main", "other" (beside it), "evaluated" and "again" (dots joined by
-    a line)."""
+    a line), "run-0" to "run-5", "part-0" to "part-10"."""
 
     name: str
     points: Sequence[Point]
@@ -33,18 +40,23 @@ class Level:
 
     name: str
     value: float
+    unit: str = ""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One figure. x is the training step; y has `unit`; `ceiling` cuts off what is above it."""
+    """One figure: `along` says what x counts, `unit` is y's, `ceiling` cuts off what is above it."""
 
     title: str
     caption: str
     lines: Sequence[Line]
     levels: Sequence[Level] = ()
+    unit: str = ""
+    along: str = "step"
     logarithmic: bool = False
     from_zero: bool = False
+    stacked: bool = False
+    """Each line on the one before it, as areas; all have a point at every x."""
     ceiling: float | None = None
     last_step: float | None = None
     """Where the axis ends if the points end earlier, so that the charts of a run stand under one another."""
@@ -66,24 +78,101 @@ class Scale:
         return (value - self.low) / (self.high - self.low)
 
 
-def drawn(chart: Chart) -> str:
-    """The figure's HTML; "" when there is not one finite point."""
+@dataclass(frozen=True)
+class Tick:
+    """A label `at` a share of an axis."""
+
+    at: float
+    text: str
+
+    @property
+    def down(self) -> str:
+        """Where it is in an SVG, from the top."""
+        return f"{HEIGHT * (1 - self.at):.1f}"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Paths of one line: its area where lines are stacked, a stroke for each stretch without gaps, dots where there is
+    nothing to join."""
+
+    kind: str
+    area: str = ""
+    stroke: str = ""
+    dots: str = ""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A chart laid out. `described`: it in a sentence, for those who do not see it; `data`: JSON for the tooltip."""
+
+    chart: Chart
+    curves: list[Curve]
+    levels: list[Tick]
+    ticks_x: list[Tick]
+    ticks_y: list[Tick]
+    legend: list[LegendItem]
+    described: str
+    data: str
+
+
+def draw(chart: Chart) -> Drawing | None:
+    """`chart` laid out; None when there is not one finite point."""
     lines = [(line, _kept(line, chart)) for line in chart.lines]
     lines = [(line, points) for line, points in lines if any(map(_finite, points))]
     if not lines:
-        return ""
-    x = _x_scale([p for _, points in lines for p in points], chart.last_step)
-    y = _y_scale(chart, [p for _, points in lines for p in points if _finite(p)])
-    ticks = (log_ticks if y.logarithmic else linear_ticks)(y.low, y.high)
-    return f"""<figure class="chart{" wide" if chart.wide else ""}">
-<figcaption><h3>{escape(chart.title)}</h3><p>{escape(chart.caption)}</p></figcaption>
-<div class="plot" data-chart="{escape(_for_script(lines, chart, x, y))}">
-<div class="ticks-y" aria-hidden="true">{_labels_y(ticks, y)}</div>
-{_svg(chart, lines, x, y, ticks)}
-<div class="ticks-x" aria-hidden="true">{_labels_x(x)}</div>
-</div>
-{_legend(lines, chart)}
-</figure>"""
+        return None
+    tops = _stacked([points for _, points in lines]) if chart.stacked else [points for _, points in lines]
+    everything = [p for points in tops for p in points]
+    x, y = _x_scale(everything, chart.last_step), _y_scale(chart, [p for p in everything if _finite(p)])
+    below = [[(a, y.low) for a, _ in tops[0]], *tops]
+    curves = [
+        _area(line.kind, low, high, x, y) if chart.stacked else _curve(line.kind, high, x, y)
+        for (line, _), low, high in zip(lines, below, tops, strict=False)
+    ]
+    legend = [(line.kind, line.name, "") for line, _ in lines] + [
+        (f"level level-{i}", level.name, f"{compact(level.value, 4)} {level.unit}".strip())
+        for i, level in enumerate(chart.levels)
+    ]
+    levels = [Tick(y.at(level.value), level.name) for level in chart.levels]
+    described, data = _described(chart, lines), _for_script(lines, chart, x)
+    return Drawing(chart, curves, levels, _whole_ticks(x), ticks(y), legend, described, data)
+
+
+class Piece(NamedTuple):
+    """A part of a bar: its `share` of the bar's full width."""
+
+    kind: str
+    name: str
+    text: str
+    share: float
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar of pieces on an axis from 0."""
+
+    pieces: list[Piece]
+    ticks: list[Tick]
+    unit: str
+
+
+def bar(parts: Mapping[str, float], unit: str, whole: float | None = None) -> Bar:
+    """`parts` that are not 0, one after the other; `whole` is the full width, by default their sum. A part's colour
+    depends on its place among all."""
+    scale = Scale(0.0, whole or sum(parts.values()))
+    pieces = [
+        Piece(f"part-{i}", name, f"{size:.3g} {unit}", scale.at(size))
+        for i, (name, size) in enumerate(parts.items())
+        if size > 0
+    ]
+    return Bar(pieces, ticks(scale), unit)
+
+
+def ticks(scale: Scale) -> list[Tick]:
+    """Round values on an axis, labelled."""
+    values = (log_ticks if scale.logarithmic else linear_ticks)(scale.low, scale.high)
+    return [Tick(scale.at(value), text) for value, text in zip(values, tick_labels(values), strict=True)]
 
 
 def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
@@ -128,8 +217,16 @@ def _finite(point: Point) -> bool:
 
 def _kept(line: Line, chart: Chart) -> list[Point]:
     """The points drawn: thinned, and without what a logarithm cannot show."""
+    if chart.stacked:
+        return list(line.points) if any(y for _, y in line.points) else []
     points = [(x, y if not chart.logarithmic or y > 0 else math.nan) for x, y in line.points]
     return thinned(points)
+
+
+def _stacked(lines: Sequence[Sequence[Point]]) -> list[list[Point]]:
+    """The top of each line, on those before it."""
+    columns = [list(accumulate(y for _, y in column)) for column in zip(*lines, strict=True)]
+    return [[(x, column[i]) for (x, _), column in zip(line, columns, strict=True)] for i, line in enumerate(lines)]
 
 
 def _x_scale(points: Sequence[Point], last_step: float | None) -> Scale:
@@ -154,34 +251,22 @@ def _y_scale(chart: Chart, points: Sequence[Point]) -> Scale:
     return Scale(max(bottom, 0.0) if low >= 0 else bottom, high + margin)
 
 
-def _svg(chart: Chart, lines: Sequence[tuple[Line, list[Point]]], x: Scale, y: Scale, ticks: Sequence[float]) -> str:
-    identity = escape(chart.identity)
-    grid = "".join(f'<path class="grid" d="M0 {_y(y, t)}H{WIDTH}"/>' for t in ticks if 0 <= y.at(t) <= 1)
-    levels = "".join(
-        f'<path class="level level-{i}" d="M0 {_y(y, level.value)}H{WIDTH}"/>' for i, level in enumerate(chart.levels)
-    )
-    curves = "".join(_curve(line, points, x, y) for line, points in lines)
-    return f"""<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" \
-aria-labelledby="{identity}-title {identity}-text">
-<title id="{identity}-title">{escape(chart.title)}</title>
-<desc id="{identity}-text">{escape(_described(chart, lines))}</desc>
-{grid}{levels}{curves}</svg>"""
+def _area(kind: str, low: Sequence[Point], high: Sequence[Point], x: Scale, y: Scale) -> Curve:
+    edge = [f"{_x(x, a)} {_y(y, b)}" for a, b in [*high, *reversed(low)]]
+    return Curve(kind, area="M" + "L".join(edge) + "Z")
 
 
-def _curve(line: Line, points: Sequence[Point], x: Scale, y: Scale) -> str:
-    """Paths of one line: a stroke for each stretch without gaps, dots where there is nothing to join."""
+def _curve(kind: str, points: Sequence[Point], x: Scale, y: Scale) -> Curve:
     stretches: list[list[str]] = [[]]
     for point in points:
         if _finite(point):
             stretches[-1].append(f"{_x(x, point[0])} {_y(y, point[1])}")
         elif stretches[-1]:
             stretches.append([])
-    stroke = "".join("M" + "L".join(s) for s in stretches if len(s) > 1)
-    dotted = line.kind in ("evaluated", "again")
-    dots = "".join(f"M{place}h0" for s in stretches for place in s if dotted or len(s) == 1)
-    paths = f'<path class="line {line.kind}" d="{stroke}"/>' if stroke else ""
+    dotted = kind in ("evaluated", "again")
     # A stroke of no length with round ends is a dot that stays round however the picture is stretched.
-    return paths + (f'<path class="dots {line.kind}" d="{dots}"/>' if dots else "")
+    dots = "".join(f"M{place}h0" for s in stretches for place in s if dotted or len(s) == 1)
+    return Curve(kind, stroke="".join("M" + "L".join(s) for s in stretches if len(s) > 1), dots=dots)
 
 
 def _x(scale: Scale, value: float) -> str:
@@ -193,42 +278,23 @@ def _y(scale: Scale, value: float) -> str:
 
 
 def _described(chart: Chart, lines: Sequence[tuple[Line, list[Point]]]) -> str:
-    """The chart in a sentence, for those who do not see it."""
     parts = []
     for line, points in lines:
         finite = [p for p in points if _finite(p)]
         (x0, y0), (x1, y1) = finite[0], finite[-1]
-        parts.append(f"{line.name}: from {compact(y0)} at step {x0:,.0f} to {compact(y1)} at step {x1:,.0f}")
+        first, last = f"{chart.along} {x0:,.0f}", f"{chart.along} {x1:,.0f}"
+        parts.append(f"{line.name}: from {compact(y0)} at {first} to {compact(y1)} at {last}")
     parts += [f"{level.name}: {compact(level.value, 4)}" for level in chart.levels]
     return "; ".join(parts) + "."
 
 
-def _labels_y(ticks: Sequence[float], y: Scale) -> str:
-    return "".join(
-        f'<span style="bottom:{100 * y.at(t):.2f}%">{text}</span>'
-        for t, text in zip(ticks, tick_labels(ticks), strict=True)
-    )
-
-
-def _labels_x(x: Scale) -> str:
+def _whole_ticks(x: Scale) -> list[Tick]:
     # A step is whole, and 5,000 reads better than 5k.
-    ticks = [t for t in linear_ticks(x.low, x.high) if t == round(t) and 0 <= x.at(t) <= 1]
-    labels = [f"{t:,.0f}" if t < 1e6 else compact(t) for t in ticks]
-    spans = [f'<span style="left:{100 * x.at(t):.2f}%">{text}</span>' for t, text in zip(ticks, labels, strict=True)]
-    return "".join(spans) + '<span class="axis">step</span>'
+    values = [t for t in linear_ticks(x.low, x.high) if t == round(t) and 0 <= x.at(t) <= 1]
+    return [Tick(x.at(t), f"{t:,.0f}" if t < 1e6 else compact(t)) for t in values]
 
 
-def _legend(lines: Sequence[tuple[Line, list[Point]]], chart: Chart) -> str:
-    items = [f'<li><i class="key {line.kind}"></i>{escape(line.name)}</li>' for line, _ in lines]
-    items += [
-        f'<li><i class="key level level-{i}"></i>{escape(level.name)} <b>{compact(level.value, 4)}</b></li>'
-        for i, level in enumerate(chart.levels)
-    ]
-    return f'<ul class="legend">{"".join(items)}</ul>' if len(items) > 1 else ""
-
-
-def _for_script(lines: Sequence[tuple[Line, list[Point]]], chart: Chart, x: Scale, y: Scale) -> str:
-    """What the tooltip needs, as JSON."""
+def _for_script(lines: Sequence[tuple[Line, list[Point]]], chart: Chart, x: Scale) -> str:
     curves = [
         {
             "name": line.name,
@@ -237,8 +303,8 @@ def _for_script(lines: Sequence[tuple[Line, list[Point]]], chart: Chart, x: Scal
         }
         for line, points in lines
     ]
-    box = {"x": [x.low, x.high], "y": [y.low, y.high], "log": y.logarithmic}
-    return json.dumps({**box, "lines": curves}, separators=(",", ":"))
+    told = {"x": [x.low, x.high], "along": chart.along, "unit": chart.unit, "lines": curves}
+    return json.dumps(told, separators=(",", ":"))
 
 
 def rising_ceiling(points: Sequence[Point]) -> float | None:

@@ -1,23 +1,6 @@
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src '$script_hash'; base-uri 'none'; form-action 'none'">
-<title>$title</title>
-<style>
-$style
-</style>
-</head>
-<body>
-<main>
-$body
-</main>
-<script>
 "use strict";
 // Values under the pointer. Everything can be read without it: axes, legends, tables.
-for (const plot of document.querySelectorAll(".plot")) {
+for (const plot of document.querySelectorAll(".plot[data-chart]")) {
   const chart = JSON.parse(plot.dataset.chart);
   const svg = plot.querySelector("svg");
   const guide = plot.appendChild(document.createElement("div"));
@@ -39,12 +22,12 @@ for (const plot of document.querySelectorAll(".plot")) {
     const left = box.left - frame.left + box.width * (step - low) / (high - low);
     tip.textContent = "";
     const head = tip.appendChild(document.createElement("b"));
-    head.textContent = "step " + Math.round(step).toLocaleString("en");
+    head.textContent = chart.along + " " + Math.round(step).toLocaleString("en");
     for (const line of lines) {
       const at = nearest(line.at, step);
       const row = tip.appendChild(document.createElement("span"));
       const where = at[0] === step || (line.kind !== "evaluated" && line.kind !== "again") ? "" : " at " + Math.round(at[0]).toLocaleString("en");
-      row.textContent = line.name + where + ": " + figure(at[1]);
+      row.textContent = line.name + where + ": " + figure(at[1]) + (chart.unit && " " + chart.unit);
     }
     guide.style.left = left + "px";
     const right = left > frame.width / 2;
@@ -53,6 +36,3 @@ for (const plot of document.querySelectorAll(".plot")) {
     show(true);
   });
 }
-</script>
-</body>
-</html>
