@@ -16,7 +16,7 @@ from zili.config import load_recipe
 from zili.config.presets import load_preset
 from zili.parallel.layout import lay_out
 from zili.planning.exact.job import Job
-from zili.planning.exact.memory import peak_bytes
+from zili.planning.exact.memory import Peaks
 from zili.planning.fitted.machine import machine
 from zili.planning.fitted.rates import rates_of
 from zili.planning.search.goodput import Failures
@@ -55,7 +55,7 @@ def test_it_finds_layouts_that_fit_and_says_all_that_was_asked(zili: Zili, tmp_p
     layout, written = lay_out(config, 16), plan["chosen"]
     assert (layout.tensor, layout.pipeline) == (written["layout"]["tensor"], written["layout"]["pipeline"])
     assert best["step_seconds"] <= written["step_seconds"] <= (1 + TIE) * best["step_seconds"]
-    places = [sum(peak_bytes(Job(config, layout, place)).values()) for place in range(layout.pipeline)]
+    places = [sum(Peaks(Job(config, layout)).at(place).values()) for place in range(layout.pipeline)]
     assert max(places) == pytest.approx(written["memory_bytes"])
     assert config.training.steps * 256 * 4096 == pytest.approx(1e11, rel=0.01)
 
@@ -77,7 +77,7 @@ def test_what_is_found_can_be_run_and_fits_everywhere(chips: int) -> None:
     for candidate in plan.found.best:
         assert lay_out(candidate.config, chips) == candidate.layout
         for place in range(candidate.layout.pipeline):
-            taken = sum(peak_bytes(Job(candidate.config, candidate.layout, place)).values())
+            taken = sum(Peaks(Job(candidate.config, candidate.layout)).at(place).values())
             assert taken <= min(candidate.bytes * (1 + 1e-9), 0.94 * 64e9)
 
 

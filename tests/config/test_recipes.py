@@ -16,7 +16,7 @@ from zili.chips.catalog import find_chip
 from zili.config import RunConfig, load_recipe
 from zili.parallel.layout import DIMENSIONS, lay_out
 from zili.planning.exact.job import Job
-from zili.planning.exact.memory import fullest, peak_bytes, usable, with_reduce
+from zili.planning.exact.memory import Peaks, fullest, usable, with_reduce
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 WORLDS = {"debug-4d": 4, "own-text": 1, "telechat2-3b": 1, "sft-demo": 1, "dpo-demo": 1}
@@ -98,7 +98,7 @@ def test_a_recipe_rehearsed_fits_the_chip_it_names(path: Path) -> None:
     job, room = planned(path), room_of(path)
     settled = with_reduce(job, room)
     world, pipeline = job.layout.world, job.layout.pipeline
-    by_place = [sum(peak_bytes(replace(settled, place=place)).values()) for place in range(pipeline)]
+    by_place = [sum(Peaks(settled).at(place).values()) for place in range(pipeline)]
     for place in {0, by_place.index(max(by_place)), pipeline - 1}:
         (peak,) = on_processes(1, rehearsed, settled.config, world, place * (world // pipeline), load_chip(path))
         assert peak <= room, f"process {place} of the pipeline takes {peak / 2**30:.1f} GiB"

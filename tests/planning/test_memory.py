@@ -17,7 +17,7 @@ from zili import chips
 from zili.config import RunConfig
 from zili.parallel.layout import lay_out
 from zili.planning.exact.job import Job
-from zili.planning.exact.memory import PARTS, peak_bytes
+from zili.planning.exact.memory import PARTS, Peaks
 from zili.rehearsal.recorder import PARTS as REHEARSED_PARTS
 
 WITHIN = 0.05
@@ -86,7 +86,7 @@ def off(case: Case, folder: Path, *, on_host: bool = False) -> float:
     (truth,) = on_processes(1, rehearsed, config, case.world, rank, "cpu" if on_host else "ascend")
     sharded, grouped = (config.chip.capabilities.get(name, True) for name in ("fsdp2", "grouped_heads_attention"))
     job = Job(config, layout, case.place, sharded, grouped, on_host)
-    return sum(peak_bytes(job).values()) / truth - 1
+    return sum(Peaks(job).at(job.place).values()) / truth - 1
 
 
 def check(cases: Sequence[Case], folder: Path, *, on_host: bool = False) -> list[float]:
@@ -218,5 +218,5 @@ def test_more_takes_more(field: str, tmp_path: Path) -> None:
     section, _, key = name.partition(".")
     typed = int(value) if value.isdigit() else value
     large = small.model_copy(update={section: getattr(small, section).model_copy(update={key: typed})})
-    first, second = (sum(peak_bytes(Job(config, lay_out(config, 1))).values()) for config in (small, large))
+    first, second = (sum(Peaks(Job(config, lay_out(config, 1))).at(0).values()) for config in (small, large))
     assert second > first

@@ -19,7 +19,7 @@ from zili.models.arithmetic import parameter_shapes
 from zili.ops import lowered
 from zili.parallel.layout import Layout
 from zili.planning.exact.job import Job
-from zili.planning.exact.memory import RESERVED, fullest, peak_bytes
+from zili.planning.exact.memory import RESERVED, Peaks, fullest
 from zili.planning.fitted.machine import machine
 from zili.planning.fitted.rates import rates_of
 from zili.planning.search.goodput import Failures
@@ -363,7 +363,7 @@ def test_a_capability_that_does_not_exist_is_refused_with_the_nearest(recipe: Re
 
 def test_weights_that_stay_whole_count_whole(recipe: Recipe) -> None:
     config = recipe("training.micro_batch=1", "chip.precision=fp32", "training.global_batch=8")
-    sharded, whole = (peak_bytes(Job(config, Layout(shards=4), sharded=can)) for can in (True, False))
+    sharded, whole = (Peaks(Job(config, Layout(shards=4), sharded=can)).at(0) for can in (True, False))
     parameters = sum(prod(shape) for shape in parameter_shapes(config.model).values())
     assert whole["weights"] == 4 * parameters and whole["optimizer"] == 8 * parameters
     assert 4 * parameters / 4 <= sharded["weights"] < 1.1 * 4 * parameters / 4

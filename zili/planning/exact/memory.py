@@ -70,13 +70,8 @@ class Peaks:
         return max(map(self.at, places), key=lambda parts: sum(parts.values()))
 
 
-def peak_bytes(job: Job) -> Bytes:
-    """Bytes by part, at the moment at which the process at the job's place has most."""
-    return Peaks(job).at(job.place)
-
-
 def fullest(job: Job) -> Bytes:
-    """`peak_bytes` of the place that has most of all in the job's pipeline."""
+    """Bytes by part of the place that has most of all in the job's pipeline, at the moment at which it does."""
     return Peaks(job).fullest
 
 
