@@ -17,6 +17,7 @@ from zili.models.cache import CacheEntry
 from zili.models.decoder import Block, Decoder
 from zili.models.feed_forward import FeedForward
 from zili.models.layers import Linear
+from zili.models.outputs import Routing
 from zili.serving.cpu.kernels import Kernels
 
 _ROWS = 512
@@ -81,9 +82,9 @@ class PackedBlock(nn.Module):
         sin: Tensor,
         document_ids: Tensor | None,
         cache_entry: CacheEntry,
-        padding: Tensor | None = None,
+        routing: Routing | None = None,
     ) -> Tensor:
-        """As `Block.forward`; there are no experts here that would have to know of padding."""
+        """As `Block.forward`; there are no experts here."""
         joined = self._input(self._kernels.norm(x, *self._norms[0]))
         keys, values = cache_entry.kept
         self._kernels.place(joined, cos, sin, cache_entry.rows, keys, values)
