@@ -108,3 +108,8 @@ def test_reading_text_needs_no_torch() -> None:
 def test_suffixes_are_case_blind(tmp_path: Path) -> None:
     (tmp_path / "A.JSONL.gz").write_bytes(gzip.compress(b'{"text": "hi"}\n'))
     assert [document.text for document in read_documents([tmp_path])] == ["hi"]
+
+
+def test_one_string_is_no_list_of_paths() -> None:
+    with pytest.raises(DataError, match=r"'notes' is a string, where a list of paths is meant: give \['notes'\]"):
+        list_files("notes")

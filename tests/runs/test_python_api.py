@@ -15,7 +15,7 @@ import torch
 
 import zili
 from zili.config import RunConfig, dump_recipe
-from zili.errors import ConfigError
+from zili.errors import ConfigError, LayoutError
 from zili.objectives.next_token import NextToken
 from zili.runs.recipes import read_recipe
 
@@ -197,6 +197,10 @@ def test_plan_and_rehearse_without_a_chip(recipe: Any) -> None:
     )
     with pytest.raises(ConfigError, match=r"chip\.model"):
         zili.plan("telechat2-3b", 64)
+    with pytest.raises(ConfigError, match="a plan is for 1 chip or more, not for 0"):
+        zili.plan("telechat2-3b", 0, "h100")
+    with pytest.raises(LayoutError, match="a rehearsal is of 1 process or more, not of 0"):
+        zili.rehearse(recipe(), 0)
     (found,) = zili.rehearse(recipe("training.micro_batch=2"), 1)
     assert found.peak.bytes > 0 and found.world == 1
 

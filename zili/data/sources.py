@@ -162,8 +162,11 @@ def list_files(paths: Iterable[Source], census: Census | None = None) -> list[So
     """The files under `paths`: paths in the order given, a folder's files before its folders, each sorted.
 
     Hidden names, suffixes that are not text, files given twice and what is no regular file are left out and
-    counted in `census`. Links to folders are not followed. Raises `DataError` for a path that is not there.
+    counted in `census`. Links to folders are not followed. Raises `DataError` for a path that is not there, or for one
+    string in place of a list.
     """
+    if isinstance(paths, str):  # its letters would be taken for paths
+        raise DataError(f"{paths!r} is a string, where a list of paths is meant: give [{paths!r}]")
     skipped = Counter[str]() if census is None else census.skipped
     seen: set[Path] = set()
     files = []

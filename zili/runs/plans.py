@@ -37,6 +37,8 @@ def setting_of(
     Raises:
         ConfigError: it was not understood, or cannot be run.
     """
+    if chips < 1:
+        raise ConfigError(f"a plan is for 1 chip or more, not for {chips}")
     if isinstance(model, str) and not model.endswith(".toml") and not Path(model).is_dir():
         setting = _of_preset(model, chips, tokens or 1e12, sequence, batch, overrides)
     else:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from zili import chips
 from zili.chips.catalog import Chip, find_chip
 from zili.config import RunConfig
-from zili.errors import ConfigError, ZiliError
+from zili.errors import ConfigError, LayoutError, ZiliError
 from zili.parallel.layout import lay_out
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ def rehearse_ranks(
     Raises:
         ZiliError: as `zili.rehearsal.rehearse`, naming the process.
     """
+    if count < 1:
+        raise LayoutError(f"a rehearsal is of 1 process or more, not of {count}")
     pipeline = lay_out(config, count).pipeline
     name = chip or config.chip.model
     as_one = partial(_as_one, config, count, find_chip(name) if name else None, micro_batches)

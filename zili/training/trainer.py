@@ -75,7 +75,7 @@ class Trainer:
         self.callbacks = callbacks
         self.step = 0
         self.interrupted = False
-        """Whether the run was stopped before its last step: by a signal, a callback, or since its time is over."""
+        """Whether the run was stopped before its last step, to go on later: by a signal, or since its time is over."""
         self._told_to_stop = False
         self._clock = RunClock(config, started)
         assert config.chip.precision != "auto", "the configuration is resolved"
@@ -149,9 +149,10 @@ class Trainer:
             callback.on_note(text)
 
     def stop(self, why: str) -> None:
-        """End the run after the step at hand, with a checkpoint, as Ctrl-C does; `why` is told to the user.
+        """End the run after the step at hand as after its last one; `why` is told to the user.
 
-        For callbacks. One process may ask alone: all stop after the same step.
+        For callbacks. One process may ask alone: all stop after the same step. `interrupted` stays false, since the run
+        has come to its end: `zili train` exits with 0.
         """
         self._told_to_stop = True
         self.note(f"stopping after step {self.step}: {why}")
@@ -244,7 +245,7 @@ class Trainer:
                     self._one_step(batches)
                     if self._saves_here():
                         self.save()
-            self.interrupted = not self.done
+            self.interrupted = not self.done and not self._told_to_stop
             if self._saved_at != self.step:
                 self.save()
             self.saver.wait()
@@ -266,18 +267,18 @@ class Trainer:
         self.saver.look()
         tells_time = self.world.is_first
         over = tells_time and self._clock.time_is_over(self._own_bytes)
-        ended = interruption.requested or self._told_to_stop
-        asked = (ended, self.saver.lost, over, tells_time and self._clock.save_is_due())
+        due = tells_time and self._clock.save_is_due()
+        asked = (interruption.requested, self.saver.lost, over, due, self._told_to_stop)
         told = self.world.sum(torch.tensor([float(one) for one in asked]))
-        interrupted, lost, over, due = (bool(count) for count in told)
+        interrupted, lost, over, due, self._told_to_stop = (bool(count) for count in told)
         if lost:
             self.world.agree(self._give_up)
-        if over and not interrupted:
+        if over and not (interrupted or self._told_to_stop):
             hours = self.config.training.hours
             self.note(f"stopping after step {self.step}: training.hours = {hours:g} leaves no time for another")
         elif due and not interrupted and self._saved_at != self.step and self.step:
             self.save()
-        return interrupted or over
+        return interrupted or over or self._told_to_stop
 
     def _own_bytes(self) -> int:
         """About what this process has in a checkpoint: weights and two moments."""
