@@ -150,22 +150,22 @@ def test_numbers_that_are_none_are_not_hidden(dtype: torch.dtype) -> None:
             damaged.copy_(kept)
 
 
-def test_nowhere_to_compile(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nowhere_to_compile(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def nowhere() -> None:
         raise FileNotFoundError("no usable temporary directory")
 
     monkeypatch.setattr("tempfile.TemporaryDirectory", nowhere)
     assert compiled(config(*SHAPES["grouped"]), torch.float32) is None
-    assert "no usable temporary directory" in capsys.readouterr().err
+    assert "no usable temporary directory" in caplog.text
 
 
 @pytest.mark.parametrize(("compiler", "reason"), [("no-such-compiler", "No such file"), ("false", "exit status 1")])
 def test_without_a_compiler(
-    compiler: str, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    compiler: str, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CXX", compiler)
     assert compiled(config(*SHAPES["grouped"]), torch.float32) is None
-    told = capsys.readouterr().err
+    told = caplog.text
     assert "answers come slower" in told and reason in told
 
 
