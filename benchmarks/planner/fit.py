@@ -1,7 +1,7 @@
 """Fit the planner's efficiencies to published runs, and say how far off it is on runs it has not seen.
 
-    python benchmarks/planner/fit.py ../shared/data/published_runs.csv            # accuracy only
-    python benchmarks/planner/fit.py ../shared/data/published_runs.csv --write  # planning/fitted/calibration.toml
+    python benchmarks/planner/fit.py            # accuracy only
+    python benchmarks/planner/fit.py --write    # and zili/planning/fitted/calibration.toml
 
 Needs scipy (`pip install scipy`), and matplotlib for --plot. Error of a row: predicted over published seconds of a
 step, less one. Cross-validation leaves out whole groups of rows (same chip, source and model). Efficiencies have a
@@ -28,6 +28,8 @@ from zili.planning.fitted.published import Row, Unpredictable, read_row
 from zili.planning.fitted.published_memory import memory_gib
 from zili.planning.fitted.rates import Rates
 from zili.planning.fitted.step_time import step_time
+
+_RUNS = Path(__file__).with_name("published_runs.csv")
 
 CALIBRATION = Path(__file__).parents[2] / "zili" / "planning" / "calibration.toml"
 ROBUST = 0.05
@@ -333,7 +335,7 @@ def plot(cases: Sequence[Case], unseen: np.ndarray, path: Path) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, help="table with the columns of published_runs.csv")
+    parser.add_argument("runs", type=Path, nargs="?", default=_RUNS, help="a table with the same columns")
     parser.add_argument("--folds", type=int, default=40)
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--plot", type=Path)

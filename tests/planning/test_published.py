@@ -16,7 +16,8 @@ from zili.planning.fitted.rates import band_of, families, rates_of
 from zili.planning.fitted.runs import COLUMNS, predict_table
 from zili.planning.fitted.step_time import step_time
 
-SHARED = Path(__file__).parents[3] / "shared" / "data" / "published_runs.csv"
+RUNS = Path(__file__).parents[2] / "benchmarks" / "planner" / "published_runs.csv"
+"""Published training runs, each row with its source."""
 ROW = {
     "id": "one", "model": "Llama2-7B", "layers": "32", "hidden": "4096", "ffn_hidden": "11008", "heads": "32",
     "kv_heads": "32", "vocab": "32000", "seq_len": "4096", "chip": "A100-80G-SXM", "chips": "8", "TP": "1", "PP": "1",
@@ -37,11 +38,10 @@ def predicted(**cells: str) -> dict[str, str]:
     return next(csv.DictReader(io.StringIO(text)))
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="the table of published runs is not here")
 def test_it_explains_what_it_was_fitted_to() -> None:
     """A fit's own rows: cross-validated errors are the fit's to say (benchmarks/planner/fit.py)."""
     errors, inside, memory = [], [], []
-    for cells in csv.DictReader(SHARED.open(encoding="utf-8")):
+    for cells in csv.DictReader(RUNS.open(encoding="utf-8")):
         try:
             row = read_row(cells)
         except Unpredictable:
