@@ -154,6 +154,7 @@ def test_what_has_no_weight_is_not_learned(tmp_path: Path, tokenizer: Tokenizer,
         ({"messages": [USER, ANSWER], "rejected_answers": ["5"]}, "of an unknown form"),
         ({"messages": [USER, ANSWER], "chosen": "4", "rejected": None}, "of an unknown form"),
         ({"system": "a", "messages": [{"role": "system", "content": "b"}, USER, ANSWER]}, "with two system prompts"),
+        ({"system": "a", "messages": [{"role": "system", "content": False}, USER, ANSWER]}, "with two system prompts"),
     ],
 )
 def test_what_changes_what_is_learned_is_refused(tmp_path: Path, record: Any, reason: str) -> None:

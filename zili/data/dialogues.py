@@ -270,7 +270,8 @@ class _Reader:
             return turns
         first = {"role": "system", "content": system}
         if turns and turns[0]["role"] == "system":
-            if turns[0]["content"].strip() != system.strip():
+            said = turns[0]["content"]
+            if not isinstance(said, str) or said.strip() != system.strip():
                 raise Unfit("with two system prompts", "it has one as its first turn and another beside its turns")
             return turns
         return [first, *turns]

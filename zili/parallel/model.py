@@ -141,7 +141,9 @@ class ParallelModel:
     def ask_teacher(self, batch: Batch) -> None:
         """A pass of the teacher on this process's rows, after which its weights are as every later step finds them."""
         with self.autocast():
-            self._with_teacher(self._own(batch))
+            asked = self._with_teacher(self._own(batch))
+        if self.teacher is not None and asked.teacher is not None:
+            self.teacher.outputs(asked)
 
     def _with_teacher(self, batch: Batch) -> Batch:
         """`batch` with what the teacher, if there is one, makes of it: its head is asked later."""

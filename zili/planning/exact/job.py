@@ -148,9 +148,15 @@ class Job:
         return any(stage.stop == self.model.layers for stage in self.stages)
 
     @property
+    def learns_further(self) -> bool:
+        """Whether multi-token prediction, if the model has it, is among what is learned: only of plain text."""
+        config = self.config
+        return bool(self.model.mtp_layers) and config.preference is None and self.teacher is None
+
+    @property
     def predicts_further(self) -> bool:
-        """Whether it has multi-token prediction, which has no part in preferences."""
-        return self.has_last and bool(self.model.mtp_layers) and self.config.preference is None
+        """Whether it has multi-token prediction, and learns it."""
+        return self.has_last and self.learns_further
 
     def shapes(self, layer: int) -> dict[str, Shape]:
         """Tensors of a layer, whole."""

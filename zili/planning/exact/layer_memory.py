@@ -83,7 +83,7 @@ class Held:
         self.ends = [_ends(job, stage) for stage in job.stages]
         idle = layer_groups(job, job.model.layers) if job.has_last and job.model.mtp_layers else ()
         self.idle = () if job.predicts_further else _gathered(job, tuple(idle))
-        """Weights that take no part: of multi-token prediction beside preferences."""
+        """Weights that take no part: of multi-token prediction where it is not learned."""
 
     @cached_property
     def groups(self) -> list[Gathered]:

@@ -215,7 +215,7 @@ def _buckets(job: Job, stage: range) -> Iterator[int]:
 def _figures(job: Job) -> Some:
     """Sums over the world: loss, targets, norm; and what experts were given."""
     world = job.layout.world
-    further = 3 if job.config.preference is not None else bool(job.model.mtp_layers)
+    further = 3 if job.config.preference is not None else job.learns_further
     if job.teacher is not None:
         further = 2
     yield Message("all_reduce", "world", world, (3 + further) * _FP32), 1

@@ -21,7 +21,7 @@ class Parameter(NamedTuple):
     cut: int | None
     """In which dimension tensor- or expert-parallel processes cut it; None: it is whole."""
     learned: bool
-    """Whether it has a gradient: beside adapters nothing else has, nor has what preferences leave out."""
+    """Whether it has a gradient: beside adapters nothing else has, nor has multi-token prediction where it is not learned."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Group:
     whole: bool = False
     """Whether it is not cut, and so not gathered."""
     used: bool = True
-    """Whether a step goes through it: not through multi-token prediction where it learns preferences."""
+    """Whether a step goes through it: not through multi-token prediction where that is not learned."""
 
     def pieces(self, shards: int, learned: bool = False) -> int:
         """Elements of one of `shards`: each weight is cut along its first dimension, the last pieces filled up; stacks
@@ -105,7 +105,7 @@ def _last(job: Job, stage: range) -> list[str]:
 def _split(job: Job, shapes: dict[str, Shape]) -> Iterator[Group]:
     """A block's weights, and those of its experts, who are shared by other processes."""
     parameters = [_parameter(job, name, shape) for name, shape in shapes.items() if not name.endswith("expert_bias")]
-    used = job.config.preference is None or not any(name.startswith("next_tokens.") for name in shapes)
+    used = job.learns_further or not any(name.startswith("next_tokens.") for name in shapes)
     experts = tuple(parameter for parameter in parameters if ".experts." in parameter.name)
     if experts:
         yield Group(experts, of_experts=True, used=used)
@@ -130,7 +130,7 @@ def _around_whole(job: Job, parameters: list[Parameter], stays: bool = False, us
 
 def _parameter(job: Job, name: str, shape: Shape) -> Parameter:
     learned = job.learns and is_learned(job.model, name)
-    if job.config.preference is not None and name.startswith("next_tokens."):
+    if name.startswith("next_tokens.") and not job.learns_further:
         learned = False
     if ".experts." in name:
         return Parameter(name, (shape[0] // job.layout.expert, *shape[1:]), 0, learned)
