@@ -21,7 +21,8 @@ class Parameter(NamedTuple):
     cut: int | None
     """In which dimension tensor- or expert-parallel processes cut it; None: it is whole."""
     learned: bool
-    """Whether it has a gradient: beside adapters nothing else has, nor has multi-token prediction where it is not learned."""
+    """Whether it has a gradient. Beside adapters nothing else has one, and multi-token prediction only where it is
+    learned."""
 
 
 @dataclass(frozen=True)
