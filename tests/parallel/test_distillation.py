@@ -24,7 +24,7 @@ WEIGHT, TEMPERATURE = 0.7, 2.0
 
 @pytest.fixture(scope="session")
 def taught(runs: Runs) -> dict[str, tuple[str, ...]]:
-    """Of each kind of teacher the overrides that name it; it has learned a little."""
+    """Overrides that name a teacher, by its kind. Each teacher has learned a little."""
     found: dict[str, tuple[str, ...]] = {}
     for kind in ("dense", "mixture"):
         config = runs.recipe(kind, "training.steps=2", "model.embedding_multiplier=2.0", "model.logit_multiplier=1.5")

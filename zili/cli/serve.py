@@ -75,10 +75,7 @@ def serve(
     """Answer over HTTP as OpenAI's API does: /v1/chat/completions, /v1/completions, /v1/models, /tokenize."""
     if path is None and not demo:
         raise typer.BadParameter("give a model, or --demo")
-    if trust_remote_code and engine is not Engines.vllm:
-        raise typer.BadParameter("--trust-remote-code is for --engine vllm; Zili's own engine runs no code of a folder")
-    if allow_host and engine is Engines.vllm:
-        raise typer.BadParameter("--allow-host is for Zili's own engine; vLLM checks no names")
+    _check_engine(engine, trust_remote_code, allow_host or ())
     if path is not None:
         model_at(path)
     origins, hosts = _origins(allow_origin or ()), _hosts(allow_host or ())
@@ -104,6 +101,14 @@ def serve(
         allow_host=hosts,
         chip=chip,
     )
+
+
+def _check_engine(engine: Engines, trust_remote_code: bool, allow_host: Sequence[str]) -> None:
+    """Refuse options that the engine does not have."""
+    if trust_remote_code and engine is not Engines.vllm:
+        raise typer.BadParameter("--trust-remote-code is for --engine vllm; Zili's own engine runs no code of a folder")
+    if allow_host and engine is Engines.vllm:
+        raise typer.BadParameter("--allow-host is for Zili's own engine; vLLM checks no names")
 
 
 def _demo(chip: str) -> Path:

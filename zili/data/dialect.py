@@ -129,7 +129,7 @@ class Dialect:
     # ---- thoughts and calls
 
     def opening(self, prompt: Sequence[int]) -> str:
-        """What of an answer's thoughts a prompt has said already, such as `<think>\\n`; mostly nothing."""
+        """The beginning of an answer's thoughts that a prompt holds already, such as `<think>\\n`; mostly empty."""
         return opening(self.tokenizer.decode(prompt[-_OPENING:]))
 
     @property

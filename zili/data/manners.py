@@ -53,7 +53,7 @@ class Manners:
 
 
 def opening(prompt: str) -> str:
-    """What of an answer's thoughts the end of a prompt has said already, such as `<think>\\n`; or nothing."""
+    """The beginning of an answer's thoughts at the end of a prompt, such as `<think>\\n`; or an empty text."""
     return prompt[prompt.rindex(THINK) :] if prompt.rstrip().endswith(THINK) else ""
 
 

@@ -84,7 +84,7 @@ class Reply:
         self._looked = 0
         """Characters of `_held` in which no call ends: a long one is not looked through again with each piece."""
         self.calls = 0
-        """Of tools, so far."""
+        """Calls of tools so far."""
 
     def push(self, text: str) -> Parts:
         self._held += text

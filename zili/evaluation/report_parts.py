@@ -67,7 +67,7 @@ class Headline(NamedTuple):
 
 
 def headline(run: RunRecord) -> Headline | None:
-    """Of the last evaluation."""
+    """Figures of the last evaluation."""
     last = next((r for r in reversed(run.evals) if number(r, "bits_per_byte") is not None), None)
     if last is None:
         return None

@@ -117,7 +117,7 @@ class KeyValueCache:
         return torch.tensor([ids], device=self.keys.device), last
 
     def _planned(self, pieces: list[Piece], length: int) -> Plan:
-        """Of pieces with single tokens first."""
+        """The layout of pieces, those with a single token first."""
         device, kv_heads = self.keys.device, self.keys.shape[2]
         slots = torch.tensor([piece.slot for piece in pieces for _ in piece.ids], device=device)
         where = torch.tensor([place for piece in pieces for place in range(piece.start, piece.end)], device=device)

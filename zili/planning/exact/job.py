@@ -150,8 +150,8 @@ class Job:
     @property
     def learns_further(self) -> bool:
         """Whether multi-token prediction, if the model has it, is among what is learned: only of plain text."""
-        config = self.config
-        return bool(self.model.mtp_layers) and config.preference is None and self.teacher is None
+        other = self.config.preference is not None or self.teacher is not None or self.config.objective.brought
+        return bool(self.model.mtp_layers) and not other
 
     @property
     def predicts_further(self) -> bool:

@@ -66,7 +66,7 @@ class Dialogue(Conversation):
     new: str = "A new conversation."
     goes_on: bool = False
     _opening: str = ""
-    """What of an answer the prompt has said already, such as `<think>`."""
+    """The beginning of an answer that the prompt holds already, such as `<think>`."""
 
     def __post_init__(self) -> None:
         self.tokenizer = self.dialect.tokenizer
