@@ -94,11 +94,9 @@ def test_all_hear_the_first_that_spoke_and_the_first_gets_every_value(machines: 
 def test_channels_do_not_meet() -> None:
     with tree(2) as controls:
         works = [
-            lambda c=control, r=rank, channel=channel: (
-                c.turn(f"{channel}".encode() if r == 3 else None, channel=channel).word
-            )
+            lambda c=control, word=word, channel=channel: c.turn(word, channel=channel).word
             for channel in (0, 1)
-            for rank, control in enumerate(controls)
+            for control, word in zip(controls, [None, None, None, str(channel).encode()], strict=True)
         ]
         assert at_once(works) == [b"0"] * 4 + [b"1"] * 4
 
