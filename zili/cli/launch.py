@@ -1,0 +1,73 @@
+"""`zili launch`: train under supervision, on one machine or on many."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import socket
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+import zili
+from zili.cli.options import Overrides, Recipe
+from zili.errors import ConfigError
+from zili.runs.recipes import read_recipe
+
+
+def launch(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    processes: Annotated[int, typer.Option(min=1, help="Processes on each machine.")] = 1,
+    machines: Annotated[str, typer.Option(help="How many machines work: COUNT, or LEAST:MOST.")] = "1",
+    host: Annotated[str, typer.Option(help="Where other machines reach this one; listened at.")] = "127.0.0.1",
+    machine: Annotated[str | None, typer.Option(help="Name of this machine, else its host name.")] = None,
+    wait: Annotated[float, typer.Option(help="Seconds to wait for a missing machine before going on with fewer.")] = 60,
+    cold: Annotated[bool, typer.Option("--cold", help="Begin each process anew in place of forking a warm one.")] = False,
+) -> None:
+    """Train a recipe as `zili train` does, on several processes, and begin them anew when something breaks.
+
+    On several machines start the same command on each, with `--machines` and `--host`.
+    """
+    config = read_recipe(recipe, overrides or ())
+    from zili import chips
+    from zili.supervision.agent import Agent, Machine
+    from zili.supervision.folder import SupervisionFolder
+    from zili.supervision.state import Job
+
+    console = Console(stderr=True)
+    least, most = _counts(machines)
+    words = ["train", str(recipe), *(word for text in overrides or () for word in ("--set", text))]
+    identity = {
+        "Zili": zili.__version__,
+        "torch": version("torch"),
+        "recipe": hashlib.sha256(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:12],
+    }
+    chip = chips.choose(config.chip.name).backend
+    name = machine or socket.gethostname()
+    folder = SupervisionFolder(config.folder)
+    job = Job(tuple(words), processes, least, most, wait, tuple(range(least, most + 1)))
+
+    def show(text: str) -> None:
+        console.print(f"zili launch: {text}", highlight=False, markup=False, soft_wrap=True)
+
+    async def supervise() -> int:
+        return await Agent(config.folder, folder, job, Machine(name, host, chip.name, cold, identity), show).run()
+
+    with folder.machine(name):
+        raise typer.Exit(asyncio.run(supervise()))
+
+
+def _counts(text: str) -> tuple[int, int]:
+    """`4` or `3:5` as the least and the most."""
+    least, _, most = text.partition(":")
+    try:
+        found = int(least), int(most or least)
+    except ValueError:
+        found = 0, 0
+    if not 0 < found[0] <= found[1]:
+        raise ConfigError(f"--machines {text}: give a number, or LEAST:MOST")
+    return found

@@ -1,0 +1,275 @@
+"""The agent of one machine: it begins, watches and ends the machine's processes, as the root says."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+from zili.errors import ConfigError
+from zili.parallel.control.links import Link, Unproven, connect
+from zili.parallel.control.member import AGENT
+from zili.parallel.control.node import Node, below
+from zili.supervision.folder import GENERATION, SupervisionFolder
+from zili.supervision.nursery import STACKS
+from zili.supervision.processes import Processes
+from zili.supervision.root import BEAT, INTERRUPTED, PATIENCE
+from zili.supervision.state import Job, State, state_of
+
+_TRIES = 1.0
+"""Seconds for which a root that does not answer is asked again, before this machine takes its place."""
+_REACH = 2.0
+"""Seconds for a connection to the root."""
+_TAIL = 16_384
+"""Bytes of a log's end that are read for why a process ended."""
+_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """This machine, as the others know it."""
+
+    name: str
+    host: str
+    """Where the others reach it."""
+    chip: str
+    cold: bool
+    identity: dict[str, str]
+    """What has to be equal on all machines, by name."""
+
+
+class Agent:
+    """One machine's part of a run's supervision."""
+
+    def __init__(
+        self, run: Path, folder: SupervisionFolder, job: Job, machine: Machine, show: Callable[[str], None]
+    ) -> None:
+        self._run = run
+        self._folder = folder
+        self._job = job
+        self._machine = machine
+        self._show = show
+        self._own = Path(mkdtemp(prefix="zili-", dir="/tmp"))
+        self._state = State()
+        self._term = 0
+        self._link: Link | None = None
+        self._generation = 0
+        self._node: Node | None = None
+        self._place: dict[str, Any] = {}
+        self._endings: dict[int, dict[str, Any]] = {}
+        self._stopping = False
+        self._asked = 0
+        self._work: set[asyncio.Task[None]] = set()
+        self._root: subprocess.Popen[bytes] | None = None
+
+    async def run(self) -> int:
+        """Supervise until the run is over; returns its exit code."""
+        self._processes = Processes(self._machine.chip, cold=self._machine.cold, ended=self._bury)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, self._interrupt)
+        beating = asyncio.ensure_future(self._beat())
+        try:
+            await self._processes.ready
+            while True:
+                self._link = await self._reach_root()
+                over = await self._serve(self._link)
+                if over is not None:
+                    return over
+        finally:
+            beating.cancel()
+            self._processes.close()
+            if self._node is not None:
+                await self._node.close(0)
+            shutil.rmtree(self._own, ignore_errors=True)
+            if self._root is not None:
+                await asyncio.to_thread(self._root.wait)
+
+    # ---------------------------------------------------------------- the root
+
+    async def _reach_root(self) -> Link:
+        """The root of the run. Where none answers, this machine begins one; of several that do, one gets the term."""
+        lost = time.monotonic()
+        while True:
+            term, record = self._folder.root()
+            if term > self._term or (term and term == self._term):
+                try:
+                    link = await asyncio.wait_for(connect(record["address"], self._folder.secret), _REACH)
+                except Unproven as error:
+                    raise ConfigError(f"what listens at {record['address']} is not this run's root: {error}") from error
+                except OSError:
+                    link = None
+                if link is not None:
+                    self._term = term
+                    self._greet(link)
+                    return link
+            if not term or time.monotonic() - lost > _TRIES:
+                self._begin_root(term + 1)
+                lost = time.monotonic()
+            await asyncio.sleep(0.02)
+
+    def _begin_root(self, term: int) -> None:
+        """Begin the root of `term` here, unless another machine has that term."""
+        with socket.create_server((self._machine.host, 0), backlog=2048) as listening:
+            address = f"{self._machine.host}:{listening.getsockname()[1]}"
+            if not self._folder.become_root(term, {"address": address, "machine": self._machine.name}):
+                return
+            words = [sys.executable, "-m", "zili.supervision.root", str(self._run), str(term), str(listening.fileno())]
+            self._root = subprocess.Popen(
+                words, stdin=subprocess.PIPE, pass_fds=[listening.fileno()], start_new_session=True
+            )
+        assert self._root.stdin is not None
+        self._root.stdin.write(json.dumps(asdict(self._job)).encode())
+        self._root.stdin.close()
+
+    def _greet(self, link: Link) -> None:
+        self._say(
+            link,
+            machine=self._machine.name,
+            identity=self._machine.identity,
+            generation=self._generation,
+            endings=list(self._endings.values()),
+            state=self._state.as_table(),
+        )
+
+    async def _serve(self, link: Link) -> int | None:
+        """Obey the root until its link ends: None; or the run: its exit code."""
+        while True:
+            try:
+                raw = await asyncio.wait_for(link.receive(), PATIENCE)
+            except TimeoutError:
+                raw = None  # it is there and says nothing
+            if raw is None:
+                link.close()
+                return None
+            order = json.loads(raw)
+            what = order.pop("do")
+            if what == "state":
+                self._state = state_of(order["state"])
+            elif what == "note":
+                self._show(order["text"])
+            elif what == "end":
+                return self._end(**order)
+            elif what != "beat":
+                self._follow({"prepare": self._prepare, "start": self._start, "stop": self._stop}[what](**order))
+
+    def _end(self, code: int, text: str) -> int:
+        if text:
+            self._show(text)
+        return code
+
+    def _say(self, link: Link | None = None, **thing: Any) -> None:
+        link = link or self._link
+        if link is not None:
+            link.send(json.dumps(thing).encode())
+
+    async def _beat(self) -> None:
+        while True:
+            self._say(say="beat")
+            await asyncio.sleep(BEAT)
+
+    def _follow(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._work.add(task)
+        task.add_done_callback(self._work.discard)
+
+    def _interrupt(self) -> None:
+        self._asked += 1
+        self._say(say="interrupt", hard=self._asked > 1)
+        if self._asked > 2:
+            raise SystemExit(INTERRUPTED)
+
+    # ---------------------------------------------------------------- a life
+
+    async def _prepare(self, generation: int, life: int, number: int, of: int, ranks: tuple[int, int]) -> None:
+        """Make this machine's node of a new life."""
+        if self._node is not None:
+            await self._node.close(0)
+        first, count = ranks
+        self._generation, self._endings, self._stopping = generation, {}, False
+        self._place = {"life": life, "number": number, "of": of, "first": first, "count": count}
+        self._node = Node(number, range(first, first + count), below(number, of), self._folder.secret)
+        self._socket = self._own / f"node-{life}"
+        await self._node.listen_here(self._socket)
+        port = await self._node.listen(self._machine.host) if below(number, of) else 0
+        self._say(say="prepared", generation=generation, address=f"{self._machine.host}:{port}")
+
+    async def _start(self, generation: int, parent: str) -> None:
+        if generation != self._generation or self._node is None:
+            return
+        for local in range(self._place["count"]):
+            self._begin(local)
+        if parent:
+            with suppress(OSError):  # then a machine is gone, which the root knows
+                await self._node.join(parent, PATIENCE)
+
+    def _begin(self, local: int) -> None:
+        place = self._place
+        rank, world = place["first"] + local, place["of"] * place["count"]
+        logs = self._run / "logs" / f"life-{place['life']:04d}"
+        logs.mkdir(parents=True, exist_ok=True)
+        environment = {
+            **{"RANK": str(rank), "LOCAL_RANK": str(local), "GROUP_RANK": str(place["number"])},
+            **{"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(place["count"]), "GROUP_WORLD_SIZE": str(place["of"])},
+            "TORCHELASTIC_RUN_ID": str(self._run),
+            "TORCHELASTIC_RESTART_COUNT": str(place["life"] - 1),
+            _ERROR_FILE: str(self._error_file(rank)),
+            AGENT: str(self._socket),
+            GENERATION: str(self._generation),
+            STACKS: str(self._own / f"stacks-{rank}"),
+        }
+        self._error_file(rank).unlink(missing_ok=True)
+        self._processes.begin(
+            rank, list(self._job.words), environment, logs / f"rank-{rank:05d}.log", shown=rank == 0
+        )
+
+    async def _stop(self, generation: int, gentle: bool) -> None:
+        """End this machine's processes: by SIGTERM, at which they save; else at once."""
+        if generation == self._generation:
+            self._stopping = True
+            if self._processes.alive:
+                self._processes.signal(signal.SIGTERM if gentle else signal.SIGKILL)
+            await self._processes.none.wait()
+        self._say(say="stopped", generation=generation, endings=list(self._endings.values()))
+
+    def _bury(self, rank: int, code: int) -> None:
+        """A process of this machine has ended."""
+        ending = {
+            "rank": rank,
+            "machine": self._machine.name,
+            "code": code,
+            "stopped": self._stopping and code in (-signal.SIGKILL, INTERRUPTED, -signal.SIGTERM),
+            "error": self._error(rank),
+            "log": self._log_end(rank) if code else "",
+        }
+        self._endings[rank] = ending
+        if not self._stopping:
+            self._say(say="ended", generation=self._generation, ending=ending)
+
+    def _error_file(self, rank: int) -> Path:
+        return self._own / f"error-{rank}.json"
+
+    def _error(self, rank: int) -> str:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            said = json.loads(self._error_file(rank).read_text(encoding="utf-8"))["message"]
+            return str(said["message"] if isinstance(said, dict) else said)[-_TAIL:]
+        return ""
+
+    def _log_end(self, rank: int) -> str:
+        file = self._run / "logs" / f"life-{self._place['life']:04d}" / f"rank-{rank:05d}.log"
+        with suppress(OSError), file.open("rb") as opened:
+            opened.seek(max(0, os.fstat(opened.fileno()).st_size - _TAIL))
+            return opened.read().decode("utf-8", "replace")
+        return ""

@@ -1,0 +1,135 @@
+"""What machines find one another by: files in the run's folder, which all of them see.
+
+- `secret`: what only those know who can read the run's folder as this user.
+- `root-NNNNNN.json`: who became the root, by terms. The one with the highest term counts. A term is taken once: the
+  file appears whole, or not at all, or somebody else has it (`os.link`, on a network file system too).
+- `state.json`: what the root knew; its agents have copies.
+- `generation`: the newest life. A worker of an older one writes no checkpoint any more.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from zili.durable import write_whole
+from zili.errors import ConfigError
+from zili.user_cache import cache_folder
+
+GENERATION = "ZILI_GENERATION"
+"""Variable that tells a worker its generation."""
+_CLAIM = re.compile(r"root-(\d{6})\.json")
+_KEPT = 3
+_TERM = 1_000_000
+"""Generations of a term: a root that lost its term cannot pass off an old life as a newer one."""
+
+
+class SupervisionFolder:
+    """`RUN/supervision`, readable by this user alone."""
+
+    def __init__(self, run: Path) -> None:
+        """Raises: ConfigError, it cannot be made."""
+        self.path = run / "supervision"
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.secret = self._secret()
+        except OSError as error:
+            raise ConfigError(f"{self.path} cannot be used: {error}; choose another folder for the run") from error
+
+    def _secret(self) -> bytes:
+        file = self.path / "secret"
+        if not file.exists():
+            with suppress(FileExistsError):  # another machine was first
+                self._appear(file, secrets.token_hex())
+        return bytes.fromhex(file.read_text(encoding="ascii"))
+
+    def root(self) -> tuple[int, dict[str, Any]]:
+        """Term and record of the newest root; 0 and nothing where there has been none."""
+        newest = max(self._terms(), default=0)
+        if not newest:
+            return 0, {}
+        with suppress(FileNotFoundError):
+            return newest, json.loads(self._claim(newest).read_text(encoding="utf-8"))
+        return self.root()  # a newer one has swept it away
+
+    def become_root(self, term: int, record: dict[str, Any]) -> bool:
+        """Take `term`; whether nobody else had."""
+        if term <= max(self._terms(), default=0):
+            return False
+        try:
+            self._appear(self._claim(term), json.dumps(record))
+        except FileExistsError:
+            return False
+        for old in sorted(self._terms())[:-_KEPT]:
+            self._claim(old).unlink(missing_ok=True)
+        return True
+
+    def is_root(self, term: int) -> bool:
+        """Whether no newer root has come."""
+        return term >= max(self._terms(), default=0)
+
+    def read_state(self) -> dict[str, Any]:
+        """What the last root knew; empty where that cannot be read."""
+        with suppress(OSError, ValueError):
+            found = json.loads((self.path / "state.json").read_text(encoding="utf-8"))
+            return found if isinstance(found, dict) else {}
+        return {}
+
+    def write_state(self, state: dict[str, Any]) -> None:
+        """Keep what the root knows. Where the disk refuses, the agents' copies are left."""
+        with suppress(OSError):
+            write_whole(self.path / "state.json", json.dumps(state))
+
+    def begin(self, term: int, life: int) -> int:
+        """The generation of a new life, which is the newest from now on."""
+        generation = term * _TERM + life
+        write_whole(self.path / "generation", str(generation))
+        return generation
+
+    @contextmanager
+    def machine(self, name: str) -> Iterator[None]:
+        """Be the one supervisor of this run on machine `name`.
+
+        Raises:
+            ConfigError: there is one already.
+        """
+        # On this machine's disk: some network file systems have no locks.
+        place = cache_folder("supervised") or self.path
+        key = hashlib.sha256(f"{self.path.resolve()}\n{name}".encode()).hexdigest()[:24]
+        handle = os.open(place / key, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"machine {name} has a supervisor of {self.path.parent} already; stop that one first, or give this "
+                "run another folder"
+            ) from error
+        finally:
+            os.close(handle)
+
+    def _terms(self) -> list[int]:
+        return [int(found[1]) for entry in self.path.iterdir() if (found := _CLAIM.fullmatch(entry.name))]
+
+    def _claim(self, term: int) -> Path:
+        return self.path / f"root-{term:06d}.json"
+
+    def _appear(self, file: Path, text: str) -> None:
+        """Make a file that is whole when it is there. Raises: FileExistsError, it is there already."""
+        aside = self.path / f".{secrets.token_hex(8)}"
+        try:
+            with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as opened:
+                opened.write(text)
+                opened.flush()
+                os.fsync(opened.fileno())
+            os.link(aside, file)
+        finally:
+            aside.unlink(missing_ok=True)

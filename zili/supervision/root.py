@@ -1,0 +1,343 @@
+"""The root: it knows the machines of a run, begins its lives, finds out why one ended, and decides what follows.
+
+    python -m zili.supervision.root RUN TERM SOCKET     (the job is read from standard input)
+
+It computes nothing and holds no state that its agents do not have too. When it is gone, workers go on, and the agents
+have another one within seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import sys
+import time
+from collections.abc import Iterable
+from enum import Enum, auto
+from pathlib import Path
+from typing import Any
+
+from zili.errors import ZiliError
+from zili.parallel.control.links import Link, Unproven
+from zili.parallel.control.node import above
+from zili.plurals import counted
+from zili.supervision.folder import SupervisionFolder
+from zili.supervision.state import Job, State, state_of
+
+BEAT = 0.5
+"""Seconds between two signs of life, in both directions."""
+PATIENCE = 3.0
+"""Seconds without one after which a machine counts as gone."""
+_LONELY = 10.0
+"""Seconds that a root without any machine waits for one."""
+_HINDSIGHT = 2.0
+"""Seconds in which the cause may yet show itself where a process ended since another was gone."""
+INTERRUPTED = 130
+
+
+class Phase(Enum):
+    """What the root is waiting for."""
+
+    GATHERING = auto()
+    """Machines enough to begin a life."""
+    PREPARING = auto()
+    """The machines of a life, each to say where its node is."""
+    RUNNING = auto()
+    STOPPING = auto()
+    """All processes of a life to have ended."""
+    OVER = auto()
+
+
+class Member:
+    """A machine's agent, as the root knows it."""
+
+    def __init__(self, name: str, link: Link) -> None:
+        self.name = name
+        self.link = link
+        self.heard = time.monotonic()
+        self.address = ""
+        self.prepared = self.stopped = False
+        self.draining = False
+
+    def tell(self, **order: Any) -> None:
+        self.link.send(json.dumps(order).encode())
+
+
+class Root:
+    """Its methods run in one loop of asyncio: each is done before the next begins."""
+
+    def __init__(self, folder: SupervisionFolder, term: int, job: Job) -> None:
+        self._folder = folder
+        self._term = term
+        self._job = job
+        self._state = state_of(folder.read_state())
+        self._phase = Phase.RUNNING if self._state.running else Phase.GATHERING
+        self._members: dict[str, Member] = {}
+        self._since = time.monotonic()
+        """When the present phase began."""
+        self._endings: dict[int, dict[str, Any]] = {}
+        self._done: set[int] = set()
+        self._lost: list[str] = []
+        self._interrupted = False
+        self._over = asyncio.Event()
+        self._code = 0
+
+    async def serve(self, listening: socket.socket) -> int:
+        """Serve until the run is over; returns the exit code."""
+        server = await asyncio.start_server(self._take, sock=listening, backlog=2048)
+        async with server:
+            while not self._over.is_set():
+                self._look()
+                try:
+                    await asyncio.wait_for(self._over.wait(), BEAT)
+                except TimeoutError:
+                    continue
+            await asyncio.gather(*(member.link.closed() for member in self._members.values()))
+        return self._code
+
+    # ---------------------------------------------------------------- machines come and go
+
+    async def _take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        link, member = Link(reader, writer), None
+        try:
+            await link.prove(self._folder.secret, above=True)
+            while (raw := await link.receive()) is not None:
+                said = json.loads(raw)
+                if member is None:
+                    member = self._welcome(said, link)
+                else:
+                    self._hear(member, said)
+        except (Unproven, ValueError, KeyError):
+            pass  # a stranger, or garbage
+        finally:
+            link.close()
+            if member is not None and self._members.get(member.name) is member:
+                self._lose(member, "is gone")
+
+    def _welcome(self, said: dict[str, Any], link: Link) -> Member:
+        """A machine's first word."""
+        member = Member(said["machine"], link)
+        if member.name in self._members:
+            member.tell(do="end", code=3, text=f"machine {member.name} has a supervisor of this run already")
+            raise ValueError(member.name)
+        refusal = self._refusal(said)
+        if refusal:
+            member.tell(do="end", code=3, text=refusal)
+            raise ValueError(refusal)
+        self._members[member.name] = member
+        self._take_state(state_of(said["state"]))
+        self._adopt(member, said)
+        self._mirror()
+        self._look()
+        return member
+
+    def _refusal(self, said: dict[str, Any]) -> str:
+        """Why a machine may not take part."""
+        first = next(iter(self._members.values()), None)
+        if first is None:
+            self._identity: dict[str, str] = said["identity"]
+        others = {name: value for name, value in said["identity"].items() if self._identity.get(name) != value}
+        if others:
+            name, value = next(iter(others.items()))
+            return f"{said['machine']} has {name} {value}, the others have {self._identity.get(name)}: make them equal"
+        return self._state.left_out.get(said["machine"], "")
+
+    def _adopt(self, member: Member, said: dict[str, Any]) -> None:
+        """Go on with the life whose processes this machine still has, after another root began it."""
+        life = said["generation"]
+        if not life:
+            return
+        if life != self._state.generation or self._phase is not Phase.RUNNING:
+            member.tell(do="stop", generation=life, gentle=False)
+            return
+        for ending in said["endings"]:
+            self._ended(ending)
+
+    def _take_state(self, theirs: State) -> None:
+        if theirs.age > self._state.age:
+            self._state = theirs
+            if self._phase is Phase.GATHERING and theirs.running:
+                self._turn(Phase.RUNNING)
+
+    def _lose(self, member: Member, how: str) -> None:
+        del self._members[member.name]
+        member.link.close()
+        self._missed(member.name, how)
+
+    def _missed(self, name: str, how: str) -> None:
+        if self._phase in (Phase.RUNNING, Phase.PREPARING) and name in self._state.machines:
+            self._lost.append(name)
+            self._note(f"machine {name} {how}")
+            self._stop()
+        self._look()
+
+    def _hear(self, member: Member, said: dict[str, Any]) -> None:
+        member.heard = time.monotonic()
+        what, life = said["say"], said.get("generation")
+        if what == "interrupt":
+            self._interrupt(hard=said["hard"])
+        elif what == "drain":
+            self._drain(said["machine"])
+        elif life != self._state.generation:
+            return  # of an earlier life, or a beat
+        elif what == "prepared":
+            member.address, member.prepared = said["address"], True
+            self._look()
+        elif what == "ended":
+            self._ended(said["ending"])
+        elif what == "stopped":
+            for ending in said["endings"]:
+                self._endings.setdefault(ending["rank"], ending)
+            member.stopped = True
+            self._look()
+
+    # ---------------------------------------------------------------- lives
+
+    def _look(self) -> None:
+        """See whether what the root waits for is there. Called whenever something has changed, and twice a second."""
+        now = time.monotonic()
+        for member in tuple(self._members.values()):
+            member.tell(do="beat")
+            if now - member.heard > PATIENCE:
+                self._lose(member, f"says nothing for {PATIENCE:.0f} s")
+        if not self._folder.is_root(self._term) or (not self._members and now - self._since > _LONELY):
+            self._over.set()
+        elif self._phase is Phase.GATHERING:
+            self._gather(now - self._since)
+        elif self._phase is Phase.PREPARING and all(member.prepared for member in self._workers()):
+            self._start()
+        elif self._phase is Phase.RUNNING:
+            absent = [name for name in self._state.machines if name not in self._members]
+            if absent and now - self._since > PATIENCE:  # a new root waits for them that long
+                self._missed(absent[0], "did not come back to the new root")
+        elif self._phase is Phase.STOPPING and all(member.stopped for member in self._workers()):
+            self._conclude()
+
+    def _gather(self, waited: float) -> None:
+        fit = [m.name for m in self._members.values() if m.name not in self._state.left_out and not m.draining]
+        # Those that worked keep their places; who stood by comes after them.
+        order = [name for name in self._state.machines if name in fit]
+        order += [name for name in fit if name not in order]
+        job = self._job
+        sizes = [size for size in job.shrinks if job.least <= size <= min(job.most, len(order))]
+        if job.most in sizes or (sizes and waited > job.wait):
+            self._prepare(order[: max(sizes)])
+        elif waited > 10 * job.wait:
+            self._end(11, f"{counted(len(order), 'machine')} of {job.least} came within {waited:.0f} s")
+
+    def _prepare(self, machines: list[str]) -> None:
+        state = self._state
+        state.life += 1
+        state.generation = self._folder.begin(self._term, state.life)
+        state.version, state.machines, state.running = 0, machines, True
+        self._endings, self._done, self._lost = {}, set(), []
+        self._turn(Phase.PREPARING)
+        for number, member in enumerate(self._workers()):
+            member.prepared = member.stopped = False
+            ranks = (number * self._job.processes, self._job.processes)
+            member.tell(
+                do="prepare", generation=state.generation, life=state.life, number=number, of=len(machines), ranks=ranks
+            )
+
+    def _start(self) -> None:
+        self._turn(Phase.RUNNING)
+        workers = self._workers()
+        world = counted(len(workers) * self._job.processes, "process")
+        self._note(f"life {self._state.life}: {world} on {counted(len(workers), 'machine')}")
+        for number, member in enumerate(workers):
+            parent = above(number)
+            member.tell(
+                do="start",
+                generation=self._state.generation,
+                parent="" if parent is None else workers[parent].address,
+            )
+        self._mirror()
+
+    def _ended(self, ending: dict[str, Any]) -> None:
+        """A process has ended by itself."""
+        self._endings.setdefault(ending["rank"], ending)
+        if ending["code"] == 0:
+            self._done.add(ending["rank"])
+            if len(self._done) == len(self._state.machines) * self._job.processes:
+                self._end(0, "")
+        elif self._phase is Phase.RUNNING:
+            self._stop()
+
+    def _stop(self, *, gentle: bool = False) -> None:
+        self._turn(Phase.STOPPING)
+        for member in self._workers():
+            member.tell(do="stop", generation=self._state.generation, gentle=gentle)
+
+    def _conclude(self) -> None:
+        """All processes of a life have ended: what was it, and what follows?"""
+        self._state.running = False
+        if self._interrupted:
+            self._end(INTERRUPTED, "interrupted; the checkpoint is written")
+            return
+        bad = [e for e in self._endings.values() if e["code"] != 0 and not e["stopped"]]
+        for ending in bad:
+            self._note(f"process {ending['rank']} on {ending['machine']} ended with {ending['code']}")
+        self._turn(Phase.GATHERING)
+        self._mirror()
+        self._look()
+
+    def _interrupt(self, *, hard: bool) -> None:
+        self._interrupted = True
+        if self._phase is Phase.GATHERING:
+            self._end(INTERRUPTED, "interrupted before a life began")
+        elif self._phase is not Phase.OVER:
+            self._stop(gentle=not hard)
+
+    def _drain(self, name: str) -> None:
+        if name in self._members:
+            self._members[name].draining = True
+            self._note(f"machine {name} is to be left")
+            if name in self._state.machines and self._phase is Phase.RUNNING:
+                self._stop(gentle=True)
+
+    def _end(self, code: int, text: str) -> None:
+        self._turn(Phase.OVER)
+        self._state.running = False
+        self._folder.write_state(self._state.as_table())
+        for member in self._members.values():
+            member.tell(do="end", code=code, text=text)
+        self._code = code
+        self._over.set()
+
+    # ---------------------------------------------------------------- what all know
+
+    def _workers(self) -> list[Member]:
+        """Of the newest life, in the order of their ranks, as far as they are here."""
+        return [self._members[name] for name in self._state.machines if name in self._members]
+
+    def _turn(self, phase: Phase) -> None:
+        self._phase, self._since = phase, time.monotonic()
+
+    def _mirror(self) -> None:
+        self._state.version += 1
+        table = self._state.as_table()
+        self._folder.write_state(table)
+        for member in self._members.values():
+            member.tell(do="state", state=table)
+
+    def _note(self, text: str) -> None:
+        """Tell a line to whoever watches: the first machine of the run shows it."""
+        for member in self._workers()[:1] or list(self._members.values())[:1]:
+            member.tell(do="note", text=text)
+
+
+def main(words: Iterable[str] = ()) -> int:
+    """Be the root of a run; the exit code is the run's."""
+    run, term, number = tuple(words) or sys.argv[1:]
+    listening = socket.socket(fileno=int(number))
+    try:
+        root = Root(SupervisionFolder(Path(run)), int(term), Job(**json.load(sys.stdin)))
+        return asyncio.run(root.serve(listening))
+    except ZiliError as error:
+        print(f"zili: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""What the root knows of a run. It lies in the run's folder and with every agent, so that another root can go on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to run, as the command line said; the same on every machine."""
+
+    words: tuple[str, ...]
+    """Of the worker's command: `train RECIPE ...`."""
+    processes: int
+    """Of each machine."""
+    least: int = 1
+    """Machines that a life needs."""
+    most: int = 1
+    """Machines that work at most; further ones are spares."""
+    wait: float = 60.0
+    """Seconds to wait for a machine that is missing, before a life begins with fewer."""
+    shrinks: tuple[int, ...] = ()
+    """Numbers of machines that the recipe can be laid out on."""
+
+
+@dataclass
+class State:
+    """Where the run stands."""
+
+    generation: int = 0
+    """Of the newest life."""
+    life: int = 0
+    """Lives begun."""
+    version: int = 0
+    """Rises with each change within a generation."""
+    machines: list[str] = field(default_factory=list)
+    """Of the newest life, in the order of their ranks."""
+    running: bool = False
+    """Whether that life was begun and is not known to have ended."""
+    failures: list[dict[str, Any]] = field(default_factory=list)
+    """What ended the lives before, oldest first."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Machines that are not to be used any more, and why."""
+
+    def as_table(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def age(self) -> tuple[int, int]:
+        """Of two states the newer is the larger."""
+        return self.generation, self.version
+
+
+def state_of(table: dict[str, Any]) -> State:
+    """The reverse of `State.as_table`; an empty one where the table is none."""
+    known = {one.name for one in fields(State)}
+    try:
+        return State(**{name: value for name, value in table.items() if name in known})
+    except TypeError:
+        return State()
