@@ -32,7 +32,7 @@ class ContextPart:
 
     def __init__(self, world: World) -> None:
         self.size, self.rank = world.layout.context, world.context_rank
-        self.peers = world.peers("context")
+        self.communicator = world.communicator("context")
 
     def pieces(self, length: int) -> tuple[range, range]:
         """Positions of this process in rows of `length` tokens, in two runs."""
@@ -48,11 +48,11 @@ class ContextPart:
 
     def total(self, x: Tensor) -> Tensor:
         """The sum of what all have, on each; the gradient is each one's own."""
-        return AllSum.apply(x, self.peers.group)
+        return AllSum.apply(x, self.communicator.group)
 
     def gather(self, x: Tensor) -> Tensor:
         """`[B, S / size, ...]` -> `[B, S, ...]`, in the order of positions."""
-        parts = gather(x, 1, self.peers).chunk(2 * self.size, 1)
+        parts = gather(x, 1, self.communicator).chunk(2 * self.size, 1)
         # Each process's two pieces lie side by side; the second ones run backwards.
         return torch.cat((*parts[0::2], *reversed(parts[1::2])), 1)
 

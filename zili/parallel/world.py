@@ -18,7 +18,7 @@ from zili import errors
 from zili.chips.device import Device
 from zili.durable import refused_by_disk
 from zili.errors import ZiliError
-from zili.parallel.collectives import Peers
+from zili.parallel.collectives import Communicator
 from zili.parallel.layout import Layout, processes
 from zili.parallel.lives import own_life
 
@@ -136,9 +136,9 @@ class World:
         """Whether weights are cut for storage; else each process holds those of its stage and matrices whole."""
         return self.size > 1 and self.device.capability("fsdp2").value
 
-    def peers(self, mesh: str) -> Peers:
+    def communicator(self, mesh: str) -> Communicator:
         """This process and those it shares `mesh` with, for collectives with gradients."""
-        return Peers(self.mesh(mesh).get_group(), self.device.capability("bf16_reduce").value)
+        return Communicator(self.mesh(mesh).get_group(), self.device.capability("bf16_reduce").value)
 
     @property
     def is_first(self) -> bool:
