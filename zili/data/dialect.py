@@ -217,7 +217,7 @@ def _tokens(guard: Guard, text: str) -> Rendered:
     turns: list[Turn] = []
     whole, spoken = [], ""
     begun: int | None = None
-    for part in guard.pieces(text):
+    for part in guard.segments(text):
         if part.text in (BEGIN, END):
             if begun is not None:
                 turns.append(Turn(begun, len(ids), spoken))
