@@ -29,7 +29,7 @@ from torch import Tensor
 from zili.data.store import TokenStore
 from zili.data.tokenizer import Tokenizer
 from zili.errors import ConfigError, DataError
-from zili.evaluation.windows import Batch, Window, batches, pack, windows_of
+from zili.evaluation.windows import Window, WindowBatch, batches, pack, windows_of
 
 if TYPE_CHECKING:
     from zili.evaluation.compressors import CompressorFigure
@@ -220,7 +220,7 @@ def _evaluating(model: LossModel) -> Iterator[None]:
 
 def _batches(
     documents: Iterable[tuple[np.ndarray, int]], start: int, length: int, batch_size: int, tally: _Tally
-) -> Iterator[Batch]:
+) -> Iterator[WindowBatch]:
     for held in _held(documents, start, length, batch_size, tally):
         yield from batches(pack(held, length), length, batch_size, start)
 

@@ -146,7 +146,7 @@ class Experts(nn.Module):
         return self.exchange.back(ops.grouped_matmul(ops.swiglu(gate, up), local(self.down), ends), ticket)
 
 
-class Mixture(nn.Module):
+class MixtureOfExperts(nn.Module):
     """`x [B, S, D]` -> `[B, S, D]`: the chosen experts' outputs, weighted, and the shared expert's."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -175,4 +175,4 @@ class Mixture(nn.Module):
 
 def feed_forward_of(config: ModelConfig, layer: int) -> nn.Module:
     """What layer `layer` has between its second norm and the residual."""
-    return Mixture(config, layer) if config.has_experts(layer) else FeedForward(config)
+    return MixtureOfExperts(config, layer) if config.has_experts(layer) else FeedForward(config)
