@@ -1,8 +1,8 @@
 """Keeps what is said in a conversation apart from what its template writes.
 
-Before a template is rendered every spelling of a guarded token in what people, tools and system prompts say is replaced
-by a code of two characters that no text has; only a spelling that is whole afterwards, the template's own, becomes the
-token. A mark that the tokenizer has no token for cannot be told apart so: a text that holds one is refused.
+People, tools and system prompts may spell a guarded token. Before a template is rendered, every such spelling is
+replaced by a code of two characters that no text has. Only a spelling that is whole afterwards, the template's own,
+becomes the token. A mark that the tokenizer has no token for cannot be told apart so: a text that holds one is refused.
 """
 
 from __future__ import annotations

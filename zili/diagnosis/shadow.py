@@ -1,6 +1,6 @@
 """Every operation of a training step, checked as it runs: its inputs go to the CPU too, in their precision and in fp64.
 
-Errors do not add up, since each operation begins with what the chip has: the first one outside of its band is where the
+Errors do not add up, since each operation begins with what the chip has. The first one outside of its band is where the
 chip leaves the reference, and every other one found is wrong by itself.
 """
 

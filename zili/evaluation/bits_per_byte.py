@@ -9,8 +9,8 @@ laid side by side. The convention here:
   `zili.evaluation.compressors` get the documents joined, with no mark between them either;
 - every other token is scored exactly once, with at least half a window of context after the first window.
 
-Like every figure of this kind it is an upper bound: the tokenizer's one way of cutting a text is charged
-for, while the model also gives probability to other ways of spelling the same bytes.
+Like every figure of this kind it is an upper bound. The tokenizer's one way of cutting a text is charged for, while the
+model also gives probability to other ways of spelling the same bytes.
 """
 
 from __future__ import annotations

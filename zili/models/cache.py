@@ -1,8 +1,8 @@
 """Keys and values of tokens already seen, of several sequences of different lengths at once, and attention over them.
 
-A forward pass is either rows of one length, `[B, S]`, each going on with what the cache has of it; or one row of tokens
-of any sequences, as `lay` puts them: products see all of them together, which is what makes many answers cheap, and
-only attention looks where each lies. A `Decoder` runs alike in both.
+A forward pass is one of two. It is rows of one length, `[B, S]`, each going on with what the cache has of it. Or it is
+one row of tokens of any sequences, as `lay` puts them: products see all of them together, which makes many answers
+cheap, and only attention looks where each lies. A `Decoder` runs alike in both.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class Chunk:
 class KeyValueCache:
     """Room for `max_length` tokens in each of `slots` sequences.
 
-    Some rotary rules change every table when the sequence grows: telechat_ntk's base at each doubling and its
-    magnitude at every token past training_length, tele_flm_ntk's base at each doubling. The keys of the
-    second layer on come from hidden states that change with them, so turning the cached keys again would not
-    be enough: once the tables have changed a sequence is computed again from its first token (`holds`).
-    So decoding equals the full forward pass, at the price of a full forward pass per change.
+    Some rotary rules change every table when the sequence grows: telechat_ntk's base at each doubling and its magnitude
+    at every token past training_length, tele_flm_ntk's base at each doubling. The keys of the second layer on come from
+    hidden states that change with them, so turning the cached keys again would not be enough. Once the tables have
+    changed, a sequence is computed again from its first token (`holds`). So decoding equals the full forward pass, at
+    the price of a full forward pass per change.
 
     The published code does not do this: TeleChat's cached loop leaves old keys as they were first turned, so
     its cached continuation leaves its own uncached one once the tables have moved (golden
@@ -137,8 +137,8 @@ class KeyValueCache:
     def extend(self, input_ids: Tensor) -> tuple[Tensor, Tensor, int]:
         """What a forward pass computes: ids, their positions in their sequences, and the length of these.
 
-        The ids are `input_ids`, which are those that were laid, or `[B, S]` that go on with the cache's rows; after a
-        change of tables they are all ids of the rows so far.
+        The ids are `input_ids`: those that were laid, or `[B, S]` that go on with the cache's rows. After a change of
+        tables they are all ids of the rows so far.
 
         Raises:
             ValueError: more tokens than there is room for, or another number of rows.

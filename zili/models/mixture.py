@@ -1,7 +1,7 @@
 """A mixture of experts: a router, experts as stacks of matrices, and what keeps their load even.
 
-Everything that is counted or averaged is taken a sequence, or the whole step, at a time, never a micro-batch: a token's
-route and a step's losses do not depend on how the batch was cut.
+Everything that is counted or averaged is taken a sequence, or the whole step, at a time, never a micro-batch. So a
+token's route and a step's losses do not depend on how the batch was cut.
 """
 
 from __future__ import annotations

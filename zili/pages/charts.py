@@ -1,7 +1,7 @@
 """Charts, bars and timelines laid out: Python says where things lie, `parts.html.jinja` draws them as SVG and HTML.
 
-Without a library: the smallest well-kept one (uPlot) adds 50 kB to a page, shows nothing where scripts do not run, and
-would replace some forty lines here, since ticks, thinning, words for screen readers and bars would stay.
+There is no library here. The smallest well-kept one (uPlot) adds 50 kB to a page and shows nothing where scripts do not
+run. It would replace some forty lines, since ticks, thinning, words for screen readers and bars would stay.
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ def build_parts(
     """The stages this process has, their weights set: one, the whole model, where there is no pipeline.
 
     `make` builds the part of the model with some layers. The order of what follows matters. Matrices are cut first,
-    since everything after must see the parts; blocks are compiled before they are sharded, so that gathering stays
-    outside of what is compiled; and memory is taken last, for what is left.
+    since everything after must see the parts. Blocks are compiled before they are sharded, so that gathering stays
+    outside of what is compiled. Memory is taken last, for what is left.
     """
     ranges = stage_ranges(config.parallel, config.model.layers)
     parts = []

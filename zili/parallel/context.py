@@ -1,9 +1,9 @@
 """Context parallelism: each process has some of every sequence's tokens, and sees the keys of all of them.
 
 Keys and values are gathered; K heads of them are fewer than H of queries, and their gradients are summed on the way
-back. Masks stay what they are in one process: a piece of consecutive queries attends to the keys up to its end
-(`ops.attention` with fewer queries than keys), whatever the documents and the backend. Ring attention would hold fewer
-keys at a time, but its stock form is tied to kernels that return their log-sum-exp.
+back. Masks stay what they are in one process, whatever the documents and the backend: a piece of consecutive queries
+attends to the keys up to its end (`ops.attention` with fewer queries than keys). Ring attention would hold fewer keys
+at a time, but its stock form is tied to kernels that return their log-sum-exp.
 
 A causal sequence cut into equal consecutive parts gives the last process most of the work. So it is cut into twice as
 many pieces and a process has one from the front and its mirror image from the back (Llama 3, section 3.3.2).

@@ -45,7 +45,7 @@ def export_model(
 ) -> Release:
     """Write any model `load` takes as a release folder; returns its record.
 
-    `layout` "auto" takes the layout the weights came in, else the first that can hold the model; a model exported so
+    `layout` "auto" takes the layout the weights came in, else the first that can hold the model. A model exported so
     gets its original config.json back, with what has changed since put in. A layout that is named gets a model that
     computes the same, where its own words cannot say it (`zili.release.equivalent`). `evaluations` go into the card.
 

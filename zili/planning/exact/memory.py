@@ -1,9 +1,9 @@
 """Bytes that one process takes in a step, in closed form: the moments at which most is there.
 
 A step is a sequence of forward and backward passes over this process's stages. Between two of them lie weights, what
-the optimizer keeps, gradients so far, and what micro-batches in flight have left for their backward passes; inside one,
-what it makes and gives back. So the step is walked through pass by pass, and a backward pass layer by layer.
-A rehearsal runs the real thing; tests/planning/test_memory.py compares the two.
+the optimizer keeps, gradients so far, and what micro-batches in flight have left for their backward passes. Inside one
+lies what it makes and gives back. So the step is walked through pass by pass, and a backward pass layer by layer. A
+rehearsal runs the real thing; tests/planning/test_memory.py compares the two.
 """
 
 from __future__ import annotations
