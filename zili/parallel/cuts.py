@@ -39,12 +39,12 @@ def cut_of(module: str, parameter: str) -> int | None:
 
     Of an adapter `B A` the factor that has the cut dimension of the matrix is cut with it.
     """
-    rule = next(rule for rule in PARAMETERS if fnmatchcase(module, rule.modules))
+    cut = next(cut for cut in PARAMETERS if fnmatchcase(module, cut.modules))
     if parameter == "lora_a":
-        return COLUMNS if rule.weight == COLUMNS else WHOLE
+        return COLUMNS if cut.weight == COLUMNS else WHOLE
     if parameter == "lora_b":
-        return ROWS if rule.weight == ROWS else WHOLE
-    return rule.bias if parameter == "bias" else rule.weight
+        return ROWS if cut.weight == ROWS else WHOLE
+    return cut.bias if parameter == "bias" else cut.weight
 
 
 def stays_fp32(name: str) -> bool:
