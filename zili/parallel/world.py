@@ -33,6 +33,7 @@ _FAILED, _MADE = b"F", b"M"
 _others = False
 """Whether this process has begun to join others."""
 _control: Control | None = None
+_store: dist.Store | None = None
 
 
 def join(device: Device) -> None:
@@ -50,13 +51,13 @@ def join(device: Device) -> None:
 
 def _enter(size: int, patience: timedelta) -> tuple[int, dist.Store]:
     """Begin the control messages; this process's rank, and a store that is this life's alone."""
-    global _control  # noqa: PLW0603
+    global _control, _store  # noqa: PLW0603
     if path := os.environ.get(AGENT):
         from zili.parallel.control.store import NodeStore
 
-        rank = processes()[0]
+        rank, _store = processes()[0], NodeStore(path)
         _control = Control(path, rank)
-        return rank, NodeStore(path)
+        return rank, _store
     found, rank, _ = next(rendezvous("env://", timeout=patience))
     store = own_life(found, rank, size, patience)
     _control = meet(store, rank, size)

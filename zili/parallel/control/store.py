@@ -19,7 +19,10 @@ _PATIENCE = timedelta(minutes=30)
 
 
 class NodeStore(dist.Store):
-    """The store of one life of a run, for `init_process_group`. Threads may ask at the same time."""
+    """The store of one life of a run, for `init_process_group`. Threads may ask at the same time.
+
+    Who makes one keeps it: torch holds only its C++ half, which can do nothing without this one.
+    """
 
     def __init__(self, path: str) -> None:
         """`path`: the socket of the machine's node."""
