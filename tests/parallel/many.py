@@ -138,13 +138,19 @@ def _on_one(
 
 
 class Stop(Callback):
-    """Ends a run after one step, by a signal to its last process alone: the others must hear of it."""
+    """Ends a run after one step, by a signal to its last process alone: the others must hear of it.
+
+    They do after two steps more. A run that is to end before that is told so on each process."""
 
     def __init__(self, step: int) -> None:
         self.step = step
 
     def after_step(self, trainer: Trainer) -> None:
-        if trainer.step == self.step and trainer.world.rank == trainer.world.size - 1:
+        requests = trainer._requests
+        if self.step <= requests.delay:
+            if trainer.step == self.step:
+                requests.due = lambda: {"interrupt"}  # type: ignore[method-assign]
+        elif trainer.step == self.step - requests.delay and trainer.world.rank == trainer.world.size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -8,7 +8,6 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import chdir, contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -132,7 +131,7 @@ def test_a_disk_that_is_full_for_one_process_ends_the_run_for_all_at_one_step(re
     assert first == last
     (kind, text, _), step = first
     assert kind is CheckpointError and "3 saves in a row failed" in text and "No space left on device" in text
-    assert 8 <= step <= 10, "saves at 4, 6 and 8 failed; it is told at the next step, or the next save"
+    assert 8 <= step <= 12, "saves at 4, 6 and 8 failed; it is told at the next step or save, and done two steps later"
     kept = checkpoints.list_checkpoints(config.folder / "checkpoints")
     assert [path.name for path in kept] == ["step-00000002"]
 
@@ -158,7 +157,7 @@ def hashing(module: Any, function: str, seconds: float) -> Iterator[list[str]]:
 
 def hashed_together(checkpoint: Path, store: Path) -> dict[str, Any]:
     """Who hashes what of a checkpoint and of a token store, the first process slowly, and how damage is met."""
-    with mock.patch.object(world_module, "_TIMEOUT", timedelta(seconds=HASH_SECONDS - 2)):
+    with mock.patch.object(world_module, "SECONDS", HASH_SECONDS - 2):
         world = world_here(2)
     found: dict[str, Any] = {}
     with hashing(checksums, "sha256", 0 if world.rank else HASH_SECONDS) as found["checkpoint"]:

@@ -9,8 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
-from tiny_run import At, Recipe, Recorder, interrupt, open_trainer, start, train
+from tiny_run import At, Recipe, Recorder, interrupt, start, train
 from torch.distributed.launcher.api import LaunchConfig
 
 from zili.config import RunConfig
@@ -65,17 +64,6 @@ def test_a_callback_ends_a_run_with_a_checkpoint(recipe: Recipe, step: int, ends
     assert saved.name == f"step-0000000{ends}"
     assert ([f"stopping after step {step}: the figures got worse"] if step else []) == callback.notes
     assert train(config).step == 6, "the same call goes on"
-
-
-def test_what_another_process_was_told_ends_the_run_here_too(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = open_trainer(recipe())
-    add = trainer.world.sum
-    # The last of the five that are asked for at each step.
-    monkeypatch.setattr(
-        trainer.world, "sum", lambda x: add(x + (torch.arange(5) == 4) * (trainer.step >= 2) if x.shape == (5,) else x)
-    )
-    trainer.fit()
-    assert (trainer.step, trainer.interrupted) == (2, False)
 
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import pickle
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from multiprocessing.pool import ThreadPool
 from typing import TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -17,33 +18,50 @@ from torch.distributed.rendezvous import rendezvous
 from zili import errors
 from zili.chips.device import Device
 from zili.durable import refused_by_disk
-from zili.errors import ZiliError
+from zili.errors import PeerError, ZiliError
 from zili.parallel.collectives import Communicator
+from zili.parallel.control.member import AGENT, AGENT_SECRET, Control, Turn, meet
+from zili.parallel.control.member import PATIENCE as SECONDS
 from zili.parallel.layout import Layout, processes
 from zili.parallel.lives import own_life
 
 Result = TypeVar("Result")
-_TIMEOUT = timedelta(minutes=30)
-_PATIENCE = timedelta(seconds=10)
+_PATIENCE = 10.0
+"""Seconds in which the others hear what this process has said, before it ends."""
+_FAILED, _MADE = b"F", b"M"
+"""First byte of a word: why a process failed, or what the first one made."""
 _others = False
 """Whether this process has begun to join others."""
-_ROUND = 1.0
-"""Seconds between two signs of life of processes that are at long work."""
+_control: Control | None = None
+_store: dist.Store | None = None
 
 
 def join(device: Device) -> None:
-    """Enter the process group of the run; nothing where there is one process. `leave` ends it.
+    """Enter the run: its control messages and its process group; nothing where there is one process. `leave` ends it.
 
-    Tensors of the device go by the backend's collectives, those of the host by Gloo.
+    No group over Gloo spans the processes of accelerators: what is not a tensor of theirs goes by control messages.
     """
-    global _others  # noqa: PLW0603 - so is the process group
-    if processes()[1] > 1 and not dist.is_initialized():
-        _others = True
-        collectives = device.backend.collectives
-        named = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{collectives}"
-        store, rank, size = next(rendezvous("env://", timeout=_TIMEOUT))
-        life = own_life(store, rank, size, _TIMEOUT)
-        dist.init_process_group(named, store=life, rank=rank, world_size=size, timeout=_TIMEOUT)
+    global _others
+    _, size, _ = processes()
+    if size > 1 and not dist.is_initialized():
+        _others, patience = True, timedelta(seconds=SECONDS)
+        rank, store = _enter(size, patience)
+        dist.init_process_group(device.backend.collectives, store=store, rank=rank, world_size=size, timeout=patience)
+
+
+def _enter(size: int, patience: timedelta) -> tuple[int, dist.Store]:
+    """Begin the control messages; this process's rank, and a store that is this life's alone."""
+    global _control, _store  # noqa: PLW0603
+    if address := os.environ.get(AGENT):
+        from zili.parallel.control.store import NodeStore
+
+        rank, secret = processes()[0], bytes.fromhex(os.environ[AGENT_SECRET])
+        _control, _store = Control(address, secret, rank), NodeStore(address, secret)
+        return rank, _store
+    found, rank, _ = next(rendezvous("env://", timeout=patience))
+    store = own_life(found, rank, size, patience)
+    _control = meet(store, rank, size)
+    return rank, store
 
 
 def has_others() -> bool:
@@ -52,19 +70,24 @@ def has_others() -> bool:
 
 
 def leave() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group and the control messages, if there are any."""
+    global _control  # noqa: PLW0603
     if dist.is_initialized():
         dist.destroy_process_group()
+    if _control is not None:
+        _control.close(_PATIENCE)
+        _control = None
 
 
 def await_the_others() -> None:
     """Before this process ends by an error that all agreed on: wait, for seconds at most, until all have heard it.
 
-    A process that ends while another still reads its last message can take that message along.
+    The process that has a machine's node would take the last answers along.
     """
-    if dist.is_initialized():
-        with suppress(RuntimeError):  # the others may be gone, which is as good
-            dist.all_reduce(torch.zeros(1), async_op=True).wait(_PATIENCE)
+    if _control is not None:
+        with suppress(PeerError):  # the others may be gone, which is as good
+            _control.turn(patience=_PATIENCE)
+        _control.close(_PATIENCE)
 
 
 def is_of_the_others(error: Exception) -> bool:
@@ -159,66 +182,80 @@ class World:
 
     def count(self, true: bool) -> int:
         """On how many processes it is `true`; all of them ask and all of them learn."""
-        return int(self.sum(torch.tensor(float(true))))
+        return int(true) if self.size == 1 else self._turn(b"" if true else None).spoke
 
     def from_first(self, make: Callable[[], Result]) -> Result:
         """What the first process makes, on every process; if it fails there, it fails everywhere."""
-        made: list[Result | None] = [self.agree(lambda: make() if self.is_first else None)]
-        if self.size > 1:
-            dist.broadcast_object_list(made, src=0, device=torch.device("cpu"))
-        return made[0]  # type: ignore[return-value]
+        if self.size == 1:
+            return self.agree(make)
+        made, failure = _tried(make) if self.is_first else (None, None)
+        word = _failed(failure, self.rank) or (_MADE + pickle.dumps(made) if self.is_first else None)
+        told = self._turn(word).word
+        if told.startswith(_FAILED):
+            raise _agreed(failure, told)
+        return made if self.is_first else pickle.loads(told[1:])  # type: ignore[return-value]  # a process of this run
 
-    def agree(self, work: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
+    def agree(self, work: Callable[[], Result], channel: int = 0, patience: float | None = SECONDS) -> Result:
         """`work()` on every process. If it fails on one, all of them raise: none is left waiting.
+
+        Args:
+            channel: another one for a thread that works beside the steps.
+            patience: seconds that one process may take longer than another; None: whatever it takes.
 
         Raises:
             ZiliError: of the first process that raised one; where one met a defect, which it raises itself, the others
                 raise that this process failed.
         """
-        failure: Exception | None = None
-        result: Result | None = None
-        try:
-            result = work()
-        except Exception as error:
-            failure = refused_by_disk(error) or error
+        result, failure = _tried(work)
         if self.size > 1:
-            everyones: list[tuple[str, str] | None] = [None] * self.size
-            dist.all_gather_object(everyones, _said(failure, self.rank), group=group)
-            failure = _agreed(failure, everyones)
+            turn = self._turn(_failed(failure, self.rank), channel=channel, patience=patience)
+            failure = _agreed(failure, turn.word) if turn.word else None
         if failure is not None:
             raise failure
         return result  # type: ignore[return-value]
 
-    def agree_patiently(self, work: Callable[[], Result]) -> Result:
-        """`agree`, for work that may take one process longer than the others may wait in a collective.
-
-        It runs in a thread and must leave the device alone; meanwhile all tell one another that they are at it.
-        """
+    def gathered(self, value: str, channel: int = 0) -> list[str]:
+        """The `value` of every process, by rank, on the first; nothing elsewhere."""
         if self.size == 1:
-            return self.agree(work)
-        with ThreadPool(1) as thread:
-            made, busy = thread.apply_async(work), True
-            while busy:
-                made.wait(_ROUND)
-                busy = bool(self.sum(torch.tensor(float(not made.ready()))))
-            return self.agree(made.get)
+            return [value]
+        return [one.decode() for one in self._turn(None, value.encode(), channel=channel).values]
+
+    def _turn(
+        self,
+        word: bytes | None,
+        value: bytes | None = None,
+        *,
+        channel: int = 0,
+        patience: float | None = SECONDS,
+    ) -> Turn:
+        assert _control is not None, "World is made by processes that have joined"
+        return _control.turn(word, value, channel=channel, patience=patience)
 
 
-def _said(failure: Exception | None, rank: int) -> tuple[str, str] | None:
-    """What the other processes get of an error: its class and its text."""
+def _tried(work: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
+    """What `work` makes, or why it failed."""
+    try:
+        return work(), None
+    except Exception as error:
+        return None, refused_by_disk(error) or error
+
+
+def _failed(failure: Exception | None, rank: int) -> bytes | None:
+    """What the other processes get of a failure: its class and its text."""
     if failure is None:
         return None
-    if isinstance(failure, ZiliError):
-        return type(failure).__name__, str(failure)
-    return ZiliError.__name__, f"process {rank} failed: {type(failure).__name__}: {failure}"
+    kind, text = type(failure).__name__, str(failure)
+    if not isinstance(failure, ZiliError):
+        kind, text = ZiliError.__name__, f"process {rank} failed: {kind}: {failure}"
+    return _FAILED + json.dumps([kind, text]).encode()
 
 
-def _agreed(own: Exception | None, everyones: list[tuple[str, str] | None]) -> Exception | None:
-    """What this process raises when `everyones` failures are known; a defect keeps its own traceback."""
-    first = next((said for said in everyones if said is not None), None)
-    if first is None or not (own is None or isinstance(own, ZiliError)):
+def _agreed(own: Exception | None, word: bytes) -> Exception:
+    """What this process raises where `word` is what the first to fail said; a defect keeps its own traceback."""
+    if own is not None and not isinstance(own, ZiliError):
         return own
-    kind, text = first
-    failure = own if own is not None and (type(own).__name__, str(own)) == first else getattr(errors, kind)(text)
+    kind, text = json.loads(word[1:])
+    same = own is not None and (type(own).__name__, str(own)) == (kind, text)
+    failure: ZiliError = own if own is not None and same else getattr(errors, kind)(text)
     failure.agreed = True
     return failure

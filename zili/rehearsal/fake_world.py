@@ -31,7 +31,7 @@ _SEND_AND_RECEIVE = schedules._batch_p2p
 class FakeWorld(World):
     """The processes of a run, of which only this one is there: what it decides, all decide."""
 
-    def agree(self, work: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
+    def agree(self, work: Callable[[], Result], channel: int = 0, patience: float | None = None) -> Result:
         return work()
 
     def from_first(self, make: Callable[[], Result]) -> Result:

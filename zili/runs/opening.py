@@ -119,7 +119,8 @@ def _verify(stores: list[TokenStore], world: World) -> None:
     from zili.data.store import verify_stores
 
     _, _, here = processes()
-    world.agree_patiently(lambda: verify_stores(stores, here, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    world.agree(lambda: verify_stores(stores, here, beside), patience=None)
 
 
 def _open_data(recipe: RunConfig) -> tuple[Tokenizer, Batches, list[TokenStore]]:

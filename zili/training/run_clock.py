@@ -54,11 +54,12 @@ class RunClock:
         """Whether the last checkpoint is `checkpoint.minutes` old."""
         return self._between > 0 and self._clock() - self._saved >= self._between
 
-    def time_is_over(self, size: Callable[[], int]) -> bool:
-        """Whether another step and a checkpoint after it, of `size` bytes of this process, might end too late."""
+    def time_is_over(self, size: Callable[[], int], further: int = 0) -> bool:
+        """Whether another step, `further` ones and a checkpoint after them, of `size` bytes of this process, might end
+        too late."""
         if not self._limit:
             return False
         guess = min(_SAVES * size() / _BYTES_A_SECOND, _MOST_UNKNOWN * self._limit) if not self._slowest_save else 0.0
         margin = min(_MOST_MARGIN, _MARGIN * self._limit)
-        needed = max(self._steps, default=0.0) + _SAVES * self._slowest_save + guess + margin
+        needed = (1 + further) * max(self._steps, default=0.0) + _SAVES * self._slowest_save + guess + margin
         return self._clock() - self._started + needed >= self._limit

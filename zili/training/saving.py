@@ -31,6 +31,8 @@ from zili.training.checkpoints import RUN_FILE, RunState, list_checkpoints, one_
 Result = TypeVar("Result")
 _LOG = logging.getLogger(__name__)
 _SLOWEST = timedelta(days=1)
+_CHANNEL = 1
+"""A save in the background says its control messages beside those of the steps."""
 
 
 class _Written(NamedTuple):
@@ -202,11 +204,8 @@ class Saver:
             self._told.put(f"{path} is no longer needed and cannot be deleted: {error}")
 
     def _gathered(self, written: dict[str, _Written]) -> dict[str, _Written]:
-        if self._group is None:
-            return written
-        everyones: list[dict[str, _Written] | None] = [None] * self._world.size
-        dist.all_gather_object(everyones, written, group=self._group)
-        return {name: file for own in everyones if own for name, file in own.items()}
+        everyones = self._world.gathered(json.dumps(written), _CHANNEL)
+        return {name: _Written(*file) for own in everyones for name, file in json.loads(own).items()}
 
     def _together(self, target: Path, work: Callable[[], Result]) -> Result:
         """`work()` on every process; where it fails on one, all say so."""
@@ -219,7 +218,7 @@ class Saver:
                     f"cannot write the checkpoint {target}: {_cause(error)}; free some space or choose another folder"
                 ) from error
 
-        return self._world.agree(attempt, self._group)
+        return self._world.agree(attempt, _CHANNEL, patience=None)
 
 
 def _write_tensors(aside: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:

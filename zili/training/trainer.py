@@ -33,6 +33,7 @@ from zili.training import checkpoints
 from zili.training.callbacks.base import Callback, StepRecord
 from zili.training.interruption import Interruption
 from zili.training.optimizers import build_optimizers, set_learning_rate
+from zili.training.requests import Requests
 from zili.training.run_clock import RunClock
 from zili.training.saving import Saved, Saver
 from zili.training.schedules import learning_rate_share
@@ -76,6 +77,7 @@ class Trainer:
         self.step = 0
         self.interrupted = False
         """Whether the run was stopped before its last step, to go on later: by a signal, or since its time is over."""
+        self._requests = Requests(self.world)
         self._told_to_stop = False
         self._clock = RunClock(config, started)
         assert config.chip.precision != "auto", "the configuration is resolved"
@@ -151,11 +153,12 @@ class Trainer:
     def stop(self, why: str) -> None:
         """End the run after the step at hand as after its last one; `why` is told to the user.
 
-        For callbacks. One process may ask alone: all stop after the same step. `interrupted` stays false, since the run
-        has come to its end: `zili train` exits with 0.
+        For callbacks. One process may ask alone: all stop after the same step, which with several processes is the
+        second from here (`Requests`). `interrupted` stays false, since the run has come to its end: `zili train` exits
+        with 0.
         """
-        self._told_to_stop = True
-        self.note(f"stopping after step {self.step}: {why}")
+        self._requests.own["stop"] = True
+        self.note(f"stopping after step {self.step + self._requests.delay}: {why}")
 
     def _tell_saved(self, saved: Saved) -> None:
         self._clock.save_took(saved.seconds)
@@ -265,20 +268,26 @@ class Trainer:
             CheckpointError: too many saves in a row have failed.
         """
         self.saver.look()
-        tells_time = self.world.is_first
-        over = tells_time and self._clock.time_is_over(self._own_bytes)
-        due = tells_time and self._clock.save_is_due()
-        asked = (interruption.requested, self.saver.lost, over, due, self._told_to_stop)
-        told = self.world.sum(torch.tensor([float(one) for one in asked]))
-        interrupted, lost, over, due, self._told_to_stop = (bool(count) for count in told)
-        if lost:
+        self._ask(interruption)
+        due = self._requests.due()
+        self._told_to_stop = "stop" in due
+        if "give_up" in due:
             self.world.agree(self._give_up)
-        if over and not (interrupted or self._told_to_stop):
+        if "over" in due and not due & {"interrupt", "stop"}:
             hours = self.config.training.hours
             self.note(f"stopping after step {self.step}: training.hours = {hours:g} leaves no time for another")
-        elif due and not interrupted and self._saved_at != self.step and self.step:
+        elif "save" in due and "interrupt" not in due and self._saved_at != self.step and self.step:
             self.save()
-        return interrupted or over or self._told_to_stop
+        return bool(due & {"interrupt", "over", "stop"})
+
+    def _ask(self, interruption: Interruption) -> None:
+        """Put what this process wants of all into its next sum."""
+        own, first = self._requests.own, self.world.is_first
+        own["interrupt"], own["give_up"] = interruption.requested, self.saver.lost
+        own["over"] = first and self._clock.time_is_over(self._own_bytes, self._requests.delay)
+        own["save"] = first and self._clock.save_is_due()
+        if own["save"]:
+            self._clock.save_began()  # asked for once, although it begins steps later
 
     def _own_bytes(self) -> int:
         """About what this process has in a checkpoint: weights and two moments."""
@@ -328,7 +337,9 @@ class Trainer:
         batch was cut.
         """
         terms = (own.loss, own.count, self.parallel.squared_gradient(), *own.figures.values())
-        loss, count, squared, *others = self.world.sum(torch.stack(terms))
+        summed = self.world.sum(torch.cat((torch.stack(terms), self._requests.terms())))
+        loss, count, squared, *others = summed[: len(terms)]
+        self._requests.take(summed[len(terms) :])
         count = count.clamp(min=1)
         norm = squared.sqrt() / count
         self._further = {name: total / count for name, total in zip(own.figures, others, strict=True)}
