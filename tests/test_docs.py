@@ -313,5 +313,4 @@ def test_what_is_not_there_would_be_found(tmp_path: Path) -> None:
 
 
 def test_the_map_of_the_package_is_the_tree() -> None:
-    page = module_map.PAGE.read_text(encoding="utf-8")
-    assert page == module_map.with_map(page), "run `python tools/module_map.py`"
+    assert module_map.PAGE.read_text(encoding="utf-8") == module_map.page(), "run `python tools/module_map.py`"

@@ -50,6 +50,11 @@ VENDORS = {"ascend", "cambricon", "nvidia"}
 VENDOR_WORDS = VENDORS | {"npu", "mlu", "cuda", "nccl", "hccl", "cncl", "torch_npu", "torch_mlu"}
 
 
+TWO_CLASSES = {
+    "Guide": "an interface, and what Zili has of it",
+    "Message": "one of a chat, in OpenAI's words; and one between processes",
+}
+"""Names that two classes may have, and why."""
 USED_IN_PLACE = {private.path.replace(":", ".") for private in IN_PLACE}
 
 
@@ -211,7 +216,18 @@ def unchecked_copies(package: Path) -> list[str]:
     ]
 
 
+def names_of_two_classes(package: Path) -> list[str]:
+    """Public classes of the same name: a reader who meets one takes it for the other."""
+    places: dict[str, list[str]] = defaultdict(list)
+    for source in sources(package):
+        for node in source.tree.body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places[node.name].append(f"{source.where}:{node.lineno}")
+    return [f"{name}: {', '.join(all_)}" for name, all_ in places.items() if len(all_) > 1 and name not in TWO_CLASSES]
+
+
 RULES = [
+    names_of_two_classes,
     unchecked_copies,
     unknown_rooms,
     upward_imports,
@@ -245,6 +261,7 @@ def plant(folder: Path, **files: str) -> Path:
 
 
 PLANTED = [
+    (names_of_two_classes, {"parallel__x": "class Layout: pass", "release__x": "class Layout: pass"}),
     (unknown_rooms, {"helpers__x": ""}),
     (upward_imports, {"data__x": "from zili.models.decoder import Decoder"}),
     (upward_imports, {"data__x": "def f():\n    import zili.cli.app"}),
@@ -273,6 +290,7 @@ def test_a_planted_violation_is_found(rule, files, tmp_path):
 
 LAZY = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    "
 ALLOWED = [
+    (names_of_two_classes, {"parallel__x": "class _Layout: pass", "release__x": "class _Layout: pass"}),
     (upward_imports, {"models__x": "from zili.data.store import Store\nfrom zili.errors import DataError"}),
     (circles, {"release__x": "import zili.serving.y", "serving__y": "import zili.models"}),
     (vendor_names, {"chips__x": "'npu'", "ops__ascend": "'npu'", "ops__registry": "import zili.ops.ascend"}),

@@ -1,5 +1,5 @@
-"""Writes the map of the package into docs/architecture.md: `python tools/module_map.py`. tests/test_docs.py fails where
-the page is behind the tree."""
+"""Writes docs/modules.md, the map of the package: `python tools/module_map.py`. tests/test_docs.py fails where the page
+is behind the tree."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ from itertools import groupby
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "architecture.md"
-BEGIN, END = "<!-- the map: python tools/module_map.py -->\n", "<!-- the map ends -->\n"
+PAGE = ROOT / "docs" / "modules.md"
+BEGINNING = """# Every module
+
+This page has a line for each module of `zili/`, room by room: the first sentence of its docstring. It is made by
+`python tools/module_map.py`. [architecture.md](architecture.md) says what the rooms are for.
+"""
 
 
-def module_map() -> str:
-    """A list of every module, room by room: its name, and the first sentence of its docstring."""
+def page() -> str:
+    """A heading for each room; under it its modules, each with the first sentence of its docstring."""
     files = [path for path in sorted((ROOT / "zili").rglob("*.py")) if path.name != "__init__.py"]
-    lines = []
+    lines = [BEGINNING]
     for room, inside in groupby(sorted(files, key=lambda path: (path.parent, path.name)), key=lambda path: path.parent):
-        lines += [f"\n`{room.relative_to(ROOT)}/`\n\n"]
+        lines += [f"\n## `{room.relative_to(ROOT)}/`\n\n"]
         lines += [f"- `{path.name}`: {_first_sentence(path)}\n" for path in inside]
-    return "".join(lines) + "\n"
+    return "".join(lines)
 
 
 def _first_sentence(path: Path) -> str:
@@ -28,11 +32,5 @@ def _first_sentence(path: Path) -> str:
     return sentence + "." * bool(dot)
 
 
-def with_map(page: str) -> str:
-    """The page, with the map as the tree is now."""
-    before, _, rest = page.partition(BEGIN)
-    return before + BEGIN + module_map() + END + rest.partition(END)[2]
-
-
 if __name__ == "__main__":
-    PAGE.write_text(with_map(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(page(), encoding="utf-8")

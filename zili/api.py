@@ -269,22 +269,19 @@ def serve(
     Returns:
         The application.
     Raises:
+        ChipError: the chip is unknown or not here.
         ConfigError: a package is missing (`pip install 'zili[serve]'`), or the address cannot be listened at.
         CheckpointError: there is no model, or it is damaged.
     Example:
         >>> app = zili.serve("runs/quickstart", block=False)
     """
-    from zili.serving.place import open_device, prepared
-
-    # Before anything else loads torch; not in this thread, since choosing operations multiplies.
-    device = prepared(lambda: open_device(chip))
     from zili.serving.handover import Offer, called
     from zili.serving.opening import open_served
 
     place = Path(model)
     limits = {"waiting": queue, "answer_seconds": timeout}
     offer = Offer(host, port, called(place, name), slots, context, dtype)
-    served = open_served(place, offer, device, keys, template, limits, allow_origin, allow_host)
+    served = open_served(place, offer, chip, keys, template, limits, allow_origin, allow_host)
     from zili.serving.http.server import listen, with_engine
 
     if block:

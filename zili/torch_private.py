@@ -1,7 +1,7 @@
 """Every private name of torch that Zili uses, in one list: a new torch may change any of them without a word.
 
-`from zili.torch_private import tree_leaves` gives what the list says, and loads it only then. Where a name has to be
-used in its place (a method that is overridden or replaced, an attribute of an object) it stands in `IN_PLACE`.
+`from zili.torch_private import tree_leaves` gives what the list says, and loads it only then. Some names have to be
+used in their place: a method that is overridden or replaced, an attribute of an object. They stand in `IN_PLACE`.
 tests/test_torch_private.py tries each name alone and says which torch broke it; tests/test_house.py keeps private names
 out of all other files.
 """

@@ -53,7 +53,7 @@ def test_variables_that_come_too_late_are_named(bare, monkeypatch):
     opened = activate(find_backend("cpu"))
     set_by_us = names(opened.applied) - {"TORCH_DEVICE_BACKEND_AUTOLOAD"}
     assert bool(opened.warnings) == bool(set_by_us)
-    warning = activation._late_warning("torch", (activation.Setting("A_B", "1", "why"),))
+    warning = activation._late_warning("torch", (activation.SetVariable("A_B", "1", "why"),))
     assert warning == (
         "torch was imported before A_B could be set; they may have no effect: call zili.setup before what imports "
         "torch, or set them where the program is started",

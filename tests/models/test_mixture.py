@@ -10,7 +10,7 @@ from zili.config.mixture import LatentConfig, MixtureConfig
 from zili.config.model import ModelConfig
 from zili.data.loader import Batch
 from zili.models.decoder import Decoder
-from zili.models.mixture import Mixture, Router
+from zili.models.mixture import MixtureOfExperts, Router
 from zili.models.outputs import Routing
 from zili.objectives import Alone, learner, of_text
 from zili.objectives.next_token import NextToken
@@ -31,7 +31,7 @@ def config(mixture=None, **changes):
 def layer(mixture=None, seed=0):
     """One mixture whose every number is drawn."""
     torch.manual_seed(seed)
-    built = Mixture(config(mixture), 0)
+    built = MixtureOfExperts(config(mixture), 0)
     with torch.no_grad():
         for tensor in built.parameters():
             tensor.normal_(0.0, 0.5)

@@ -17,7 +17,7 @@ import zili
 from zili.chips.catalog import find_chip
 from zili.config.presets import load_preset
 from zili.diagnosis import align
-from zili.diagnosis.shadow import Alignment, Offence, Seen
+from zili.diagnosis.shadow import Alignment, Checked, Offence
 from zili.evaluation import comparison, report
 from zili.ops.yardstick import Distance
 from zili.planning.exact.messages import Message
@@ -37,7 +37,7 @@ def alignment() -> Alignment:
     offence = Offence(
         1, "forward", f"layers.0.{ATTACK}", "aten.silu.default", (4, 512, 2048), "torch.bfloat16", distance
     )
-    seen = {"aten.silu.default": Seen(40, 2.9), "aten._fused_rms_norm_backward.default": Seen(7, 0.25)}
+    seen = {"aten.silu.default": Checked(40, 2.9), "aten._fused_rms_norm_backward.default": Checked(7, 0.25)}
     return Alignment("mlu", [(9.25, 9.25), (8.75, 8.5)], [offence] * 3, seen, {"aten.native_dropout.default"})
 
 

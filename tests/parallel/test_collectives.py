@@ -13,7 +13,7 @@ from many import on_processes
 from tiny_models import slow
 from torch import Tensor
 
-from zili.parallel.collectives import AllSum, Peers, exchange, gather, scatter_sum
+from zili.parallel.collectives import AllSum, Communicator, exchange, gather, scatter_sum
 
 SHAPE = (4, 8, 3)
 """Its first two dimensions are divided by 2 and 4."""
@@ -42,15 +42,15 @@ def all_here(size: int) -> dict[str, Any]:
     dist.init_process_group("gloo")
     group, rank = dist.group.WORLD, dist.get_rank()
     assert group is not None
-    peers = Peers(group)
+    communicator = Communicator(group)
     x, weights = made(*SHAPE, seed=rank), 100 + rank
     found: dict[str, tuple[Tensor, Tensor]] = {}
     for dimension in (0, 1):
         for name, collective in (("gather", gather), ("scatter_sum", scatter_sum)):
-            call = partial(collective, dimension=dimension, peers=peers)
+            call = partial(collective, dimension=dimension, communicator=communicator)
             found[f"{name} {dimension}"] = forward_and_back(x, call, weights)
     # Views whose memory is not in order, as attention's are.
-    found["gather turned"] = forward_and_back(x, lambda x: gather(x.transpose(0, 1), 1, peers), weights)
+    found["gather turned"] = forward_and_back(x, lambda x: gather(x.transpose(0, 1), 1, communicator), weights)
     found["all_sum"] = forward_and_back(x, lambda x: AllSum.apply(x, group), 100)
     to, back = ROWS[size][rank], [row[rank] for row in ROWS[size]]
     rows = made(sum(to), WIDTH, seed=rank)

@@ -35,12 +35,12 @@ def tree(machines: int) -> Iterator[list[Control]]:
     for number in range(machines):
         ranks = range(EACH * number, EACH * number + EACH)
         hosted.append(Hosted(Node(number, ranks, below(number, machines), SECRET)))
-    ports = [one.listen("127.0.0.1") for one in hosted]
+    addresses = [f"127.0.0.1:{one.listen('127.0.0.1')}" for one in hosted]
     for number, one in enumerate(hosted):
         parent = above(number)
         if parent is not None:
-            one.join(f"127.0.0.1:{ports[parent]}")
-    controls = [Control(str(hosted[rank // EACH].path), rank) for rank in range(EACH * machines)]
+            one.join(addresses[parent])
+    controls = [Control(addresses[rank // EACH], SECRET, rank) for rank in range(EACH * machines)]
     try:
         yield controls
     finally:
@@ -119,8 +119,9 @@ def test_who_is_gone_is_named_in_the_same_turn(gone: int) -> None:
 
 def test_a_machine_that_is_gone_takes_its_processes_along() -> None:
     nodes = [Hosted(Node(number, [number], below(number, 2), SECRET)) for number in (0, 1)]
-    nodes[1].join(f"127.0.0.1:{nodes[0].listen('127.0.0.1')}")
-    controls = [Control(str(node.path), rank) for rank, node in enumerate(nodes)]
+    addresses = [f"127.0.0.1:{node.listen('127.0.0.1')}" for node in nodes]
+    nodes[1].join(addresses[0])
+    controls = [Control(address, SECRET, rank) for rank, address in enumerate(addresses)]
     assert [turn.spoke for turn in at_once([control.turn for control in controls])] == [0, 0]
     nodes[1].close(0)
     first, last = at_once([control.turn for control in controls])
@@ -136,19 +137,17 @@ def test_who_does_not_come_is_not_awaited_for_ever() -> None:
 
 def test_strangers_and_garbage_disturb_nobody() -> None:
     with tree(1) as controls:
-        path = controls[0].path
+        address = controls[0]._address
         for garbage in (b"", b"GET / HTTP/1.1\r\n\r\n", os.urandom(500), b"\xff" * 8):
-            with socket.socket(socket.AF_UNIX) as link:
-                link.connect(path)
+            with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as link:
                 link.sendall(garbage)
-        stranger = PlainLink(path)
         for hello in (Message(Kind.PROCESS, rank=7), Message(Kind.TURN), Message(Kind.NODE, rank=1)):
-            stranger = PlainLink(path)
+            stranger = PlainLink(address, SECRET)
             stranger.send(hello.packed())
             with pytest.raises(ConnectionError):
                 stranger.receive()
         assert [turn.spoke for turn in at_once([control.turn for control in controls])] == [0, 0]
-        twice = PlainLink(path)
+        twice = PlainLink(address, SECRET)
         twice.send(Message(Kind.PROCESS, rank=0).packed())
         with pytest.raises(ConnectionError):
             twice.receive()
@@ -166,7 +165,7 @@ def test_who_does_not_know_the_secret_is_refused() -> None:
 
 def test_a_message_that_is_too_large_ends_its_link() -> None:
     with tree(1) as controls:
-        link = PlainLink(controls[0].path)
+        link = PlainLink(controls[0]._address, SECRET)
         link._socket.sendall((LARGEST + 1).to_bytes(4, "big"))
         with pytest.raises(ConnectionError):
             link.receive()
@@ -220,12 +219,12 @@ def contents(store: dist.Store) -> list[Any]:
 
 def test_the_store_answers_as_torchs(tmp_path: Path) -> None:
     with tree(1) as controls:
-        assert contents(NodeStore(controls[0].path)) == contents(dist.HashStore())
+        assert contents(NodeStore(controls[0]._address, SECRET)) == contents(dist.HashStore())
 
 
 def test_a_key_is_awaited_from_every_machine_and_asked_for_once_each() -> None:
     with tree(3) as controls:
-        stores = [NodeStore(control.path) for control in controls]
+        stores = [NodeStore(control._address, SECRET) for control in controls]
 
         def late() -> bytes:
             time.sleep(0.3)
@@ -243,23 +242,22 @@ def test_a_key_is_awaited_from_every_machine_and_asked_for_once_each() -> None:
 
 def test_questions_to_the_store_that_make_no_sense_end_their_link_only() -> None:
     with tree(1) as controls:
-        link = PlainLink(controls[0].path)
+        link = PlainLink(controls[0]._address, SECRET)
         link.send(Message(Kind.STORE, word=b'["no such operation"]').packed())
         with pytest.raises(ConnectionError):
             link.receive()
-        store = NodeStore(controls[0].path)
+        store = NodeStore(controls[0]._address, SECRET)
         store.set("a", "1")
         assert store.num_keys() == 1
 
 
 def test_a_node_waits_for_those_below_until_its_patience_is_over() -> None:
     node = Hosted(Node(0, [0], (), SECRET))
-    control = Control(str(node.path), 0)
+    control = Control(f"127.0.0.1:{node.listen('127.0.0.1')}", SECRET, 0)
     control.turn()
     begun = time.monotonic()
     node.close(0.3)
     assert time.monotonic() - begun >= 0.3
-    assert not node.path.parent.exists()
 
 
 def test_what_is_said_before_the_node_above_is_there_is_not_lost() -> None:

@@ -14,7 +14,7 @@ from tiny_models import BOUND, STEPS, Kind, Layout, Row, Runs, slow
 from zili.chips import find_backend
 from zili.config import RunConfig
 from zili.parallel import layout
-from zili.parallel.collectives import Peers, gather, scatter_sum
+from zili.parallel.collectives import Communicator, gather, scatter_sum
 from zili.runs.opening import open_run
 from zili.training.setup import _fallbacks
 
@@ -114,7 +114,7 @@ def sums_that_travel(sums_bf16: bool) -> list[torch.dtype]:
     """In what the sums of a bf16 `gather` and `scatter_sum`, forward and backward, go from process to process."""
     dist.init_process_group("gloo")
     assert dist.group.WORLD is not None
-    peers, seen = Peers(dist.group.WORLD, sums_bf16), []
+    communicator, seen = Communicator(dist.group.WORLD, sums_bf16), []
     real = funcol.reduce_scatter_single
 
     def watched(x: torch.Tensor, *rest: object) -> torch.Tensor:
@@ -124,7 +124,7 @@ def sums_that_travel(sums_bf16: bool) -> list[torch.dtype]:
     with mock.patch.object(funcol, "reduce_scatter_single", watched):
         for collective in (gather, scatter_sum):
             x = torch.ones(2, 4, dtype=torch.bfloat16, requires_grad=True)
-            y = collective(x, 1, peers)
+            y = collective(x, 1, communicator)
             y.sum().backward()
             assert y.dtype == torch.bfloat16 and x.grad is not None and x.grad.dtype == torch.bfloat16
     return seen

@@ -11,7 +11,7 @@ from torch.distributed.pipelining import schedules
 
 from zili.config.parallel import Schedule
 from zili.parallel.layout import uneven_rounds
-from zili.planning.exact.schedule import Action, Plan, actions, makespan, simulate
+from zili.planning.exact.schedule import Action, PipelinePlan, actions, makespan, simulate
 
 KINDS = {"F": "forward", "B": "backward", "I": "inputs", "W": "weights"}
 CASES: list[tuple[Schedule, int, int, int]] = [
@@ -24,7 +24,7 @@ CASES: list[tuple[Schedule, int, int, int]] = [
 ]
 
 
-def of_torch(plan: Plan, process: int) -> list[Action]:
+def of_torch(plan: PipelinePlan, process: int) -> list[Action]:
     """What torch's own schedule has a process do."""
     if plan.schedule == "1f1b":
         made: Any = SimpleNamespace(_num_stages=plan.processes, pp_group_size=plan.processes)
@@ -53,7 +53,7 @@ def of_torch(plan: Plan, process: int) -> list[Action]:
 
 @pytest.mark.parametrize(("schedule", "processes", "virtual", "micro_batches"), CASES)
 def test_the_order_is_torchs(schedule: Schedule, processes: int, virtual: int, micro_batches: int) -> None:
-    plan = Plan(schedule, processes, virtual, micro_batches)
+    plan = PipelinePlan(schedule, processes, virtual, micro_batches)
     for process in range(processes):
         assert list(actions(plan)[process]) == of_torch(plan, process)
 
@@ -62,7 +62,7 @@ def test_the_order_is_torchs(schedule: Schedule, processes: int, virtual: int, m
 def test_even_stages_wait_as_the_closed_form_says(virtual: int, schedule: Schedule) -> None:
     """(p - 1)(F + B) / v of idle time (Narayanan et al. 2021, section 2.2)."""
     processes, micro_batches, forward, backward = 8, 32, 1.0, 2.0
-    plan = Plan(schedule, processes, virtual, micro_batches)
+    plan = PipelinePlan(schedule, processes, virtual, micro_batches)
     spans = simulate(plan, lambda action: (forward if action.kind == "forward" else backward) / virtual)
     work = micro_batches * (forward + backward)
     assert makespan(spans) == pytest.approx(work + (processes - 1) * (forward + backward) / virtual)
@@ -73,12 +73,12 @@ def test_weight_gradients_fill_bubbles(schedule: Schedule) -> None:
     """A third of 1F1B's bubble, with v stages a v-th of that: what the last process waits for at the beginning (Qi et
     al. 2023, table 1, whose last schedule hides that too, by an optimizer that does not wait for the others)."""
     processes, micro_batches, virtual = 8, 32, 2
-    plan = Plan(schedule, processes, virtual, micro_batches)
+    plan = PipelinePlan(schedule, processes, virtual, micro_batches)
     spans = simulate(plan, lambda _: 1 / virtual)
     assert makespan(spans) == pytest.approx(3 * micro_batches + (processes - 1) / virtual)
 
 
 def test_every_action_comes_once() -> None:
-    plan = Plan("zero_bubble", 4, 3, 8)
+    plan = PipelinePlan("zero_bubble", 4, 3, 8)
     found = [action for queue in actions(plan) for action in queue]
     assert len(found) == len(set(found)) == 3 * 12 * 8

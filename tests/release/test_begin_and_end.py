@@ -15,7 +15,7 @@ from zili.evaluation.harness import Scorer
 from zili.release.companions import chat_template_of, tokenizer_of
 from zili.release.exporting import export_model
 from zili.release.importing import import_model
-from zili.serving.generate.conversation import Dialogue, RunningText
+from zili.serving.generate.conversation import LiveDialogue, RunningText
 from zili.serving.model_folder import OpenedModel
 
 SPECIAL = [
@@ -82,7 +82,7 @@ def check(place: Path, theirs: Any) -> None:
     assert dialect.render(ASKED, add_generation_prompt=True).ids == list(expected)
     assert [*tokenizer.begin_ids, *tokenizer.encode("hello world")] == theirs("hello world")["input_ids"]
     named = {theirs.convert_tokens_to_ids(text) for text in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")}
-    assert Dialogue(dialect).stop_ids >= named
+    assert LiveDialogue(dialect).stop_ids >= named
 
 
 def test_bos_and_ends_there_and_back(folder: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from zili.data.dialect import Dialect
 from zili.data.tokenizer import Tokenizer
 from zili.models.decoder import Decoder
 from zili.serving.generate import terminal
-from zili.serving.generate.conversation import Conversation, Dialogue, RunningText
+from zili.serving.generate.conversation import Conversation, LiveDialogue, RunningText
 from zili.serving.generate.generation import Sampling
 from zili.serving.generate.terminal import Chat, typed_text
 
@@ -39,7 +39,7 @@ def test_a_base_model_says_so_and_continues(chat: Recorded) -> None:
 
 
 def test_a_chat_model_is_greeted_as_one(model: Decoder, tokenizer: Tokenizer) -> None:
-    chat = Recorded(model, Dialogue(Dialect.named("telechat2", tokenizer)), max_new_tokens=3)
+    chat = Recorded(model, LiveDialogue(Dialect.named("telechat2", tokenizer)), max_new_tokens=3)
     chat.run(iter(["hello"]))
     assert "base model" not in chat.noted[0]
     assert chat.conversation.turns[0][-1]["role"] == "assistant"

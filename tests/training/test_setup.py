@@ -143,7 +143,7 @@ def test_a_plan_and_a_run_count_the_same_repeated_heads() -> None:
     # 40 heads more of 128 numbers, twice, in bf16, of 4,096 tokens in each of 64 layers; an eighth of them here.
     assert found.bytes - fewer.bytes == 40 * 128 * 2 * 2 * 4096 * 64 / 8
     device = RehearsedDevice(find_backend("cambricon"), chip, {})
-    assert sum(fullest(setup.job_on(found.config, found.layout, device)).values()) == found.bytes
+    assert sum(fullest(setup.job_here(found.config, found.layout, device)).values()) == found.bytes
 
 
 def test_whole_gradients_are_kept_only_where_they_fit(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

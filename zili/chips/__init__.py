@@ -1,7 +1,7 @@
 """Backends and chip figures. Importing this does not import torch; only `activate` and `Device` do."""
 
-from zili.chips.activation import Activation, Setting, activate, apply_environment
-from zili.chips.backend import CAPABILITIES, Backend, Capability, Refusal, Variable, VersionFile
+from zili.chips.activation import Activation, SetVariable, activate, apply_environment
+from zili.chips.backend import CAPABILITIES, Backend, Capability, RefusedCall, Variable, VersionFile
 from zili.chips.catalog import Chip, catalog, find_chip
 from zili.chips.device import Device
 from zili.chips.presence import Presence, Selection, choose, detect
@@ -15,9 +15,9 @@ __all__ = [
     "Chip",
     "Device",
     "Presence",
-    "Refusal",
+    "RefusedCall",
     "Selection",
-    "Setting",
+    "SetVariable",
     "Variable",
     "VersionFile",
     "activate",

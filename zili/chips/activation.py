@@ -28,7 +28,7 @@ AUTOLOAD = Variable(
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class SetVariable:
     """One environment variable as it stands after activation."""
 
     name: str
@@ -47,9 +47,9 @@ class Activation:
     device: torch.device
     count: int
     """Devices of this kind in sight."""
-    applied: tuple[Setting, ...]
+    applied: tuple[SetVariable, ...]
     """Set by us."""
-    kept: tuple[Setting, ...]
+    kept: tuple[SetVariable, ...]
     """The user's own values, left as they were."""
     process: str | None
     """What `Backend.process_setup` did."""
@@ -82,7 +82,9 @@ def activate(backend: Backend, *, index: int = 0, deterministic: bool = False) -
     return Activation(backend, device, count, applied, kept, process, _versions(backend, torch), warnings)
 
 
-def apply_environment(backend: Backend, deterministic: bool = False) -> tuple[tuple[Setting, ...], tuple[Setting, ...]]:
+def apply_environment(
+    backend: Backend, deterministic: bool = False
+) -> tuple[tuple[SetVariable, ...], tuple[SetVariable, ...]]:
     """Set the default environment where the user set nothing; returns (set by us, the user's own).
 
     Does not import torch, so a launcher can call it for its children.
@@ -91,10 +93,10 @@ def apply_environment(backend: Backend, deterministic: bool = False) -> tuple[tu
     for variable in (AUTOLOAD, *backend.environment):
         own = [name for name in (variable.name, *variable.older_names) if name in os.environ]
         if own:
-            kept.append(Setting(own[0], os.environ[own[0]], variable.reason))
+            kept.append(SetVariable(own[0], os.environ[own[0]], variable.reason))
         elif variable.value is not None and (deterministic or not variable.only_deterministic):
             os.environ[variable.name] = variable.value
-            applied.append(Setting(variable.name, variable.value, variable.reason))
+            applied.append(SetVariable(variable.name, variable.value, variable.reason))
     return tuple(applied), tuple(kept)
 
 
@@ -104,7 +106,7 @@ def _already_imported(backend: Backend) -> str | None:
     return module if module in sys.modules else None
 
 
-def _late_warning(module: str, applied: tuple[Setting, ...]) -> tuple[str, ...]:
+def _late_warning(module: str, applied: tuple[SetVariable, ...]) -> tuple[str, ...]:
     names = [setting.name for setting in applied if setting.name != AUTOLOAD.name]
     if not names:
         return ()

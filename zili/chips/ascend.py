@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zili.chips.backend import Backend, Capability, Refusal, Variable, VersionFile
+from zili.chips.backend import Backend, Capability, RefusedCall, Variable, VersionFile
 
 ASCEND = Backend(
     name="ascend",
@@ -66,8 +66,8 @@ ASCEND = Backend(
     },
     refusals=(
         # Divided by hand instead, on every chip (zili/parallel/data.py).
-        Refusal("c10d::PREMUL_SUM", "ByteDance-Seed/VeOmni#241, December 2025"),
-        Refusal("aten::logsumexp", "verl's pull request 198, early 2025", dtype="bfloat16"),
+        RefusedCall("c10d::PREMUL_SUM", "ByteDance-Seed/VeOmni#241, December 2025"),
+        RefusedCall("aten::logsumexp", "verl's pull request 198, early 2025", dtype="bfloat16"),
     ),
     notes=(
         "Not run on hardware by us: written from the sources named and torch_npu 2.13's wheel.",

@@ -67,7 +67,7 @@ class Capability:
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class RefusedCall:
     """A call that torch takes and the vendor's software is known to turn down: emulated devices do too."""
 
     operation: str
@@ -149,7 +149,7 @@ class Backend:
     """Module with this vendor's fused operations, `VERSIONS` of `zili.ops.versions.Version`."""
     capabilities: Mapping[str, Capability | Callable[[], Capability]] = field(default_factory=dict)
     """The answers by name. A function, called on demand, where the machine must be looked at."""
-    refusals: tuple[Refusal, ...] = ()
+    refusals: tuple[RefusedCall, ...] = ()
     """What its software is known to turn down."""
     notes: tuple[str, ...] = ()
     vllm_plugin: str | None = None

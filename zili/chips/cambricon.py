@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zili.chips.backend import Backend, Capability, Refusal, Variable, VersionFile
+from zili.chips.backend import Backend, Capability, RefusedCall, Variable, VersionFile
 
 CAMBRICON = Backend(
     name="cambricon",
@@ -44,7 +44,7 @@ CAMBRICON = Backend(
         "inf_nan": Capability(True, "no public statement"),
     },
     refusals=(
-        Refusal(
+        RefusedCall(
             "aten::scaled_dot_product_attention",
             "flagos-ai/sglang-plugin-FL#90, September 2026: Neuware 4.7.2, which has torch_mlu 1.33.1 for torch 2.11",
             argument="enable_gqa",

@@ -47,7 +47,7 @@ def chat(
     from zili.serving.place import open_device
 
     device = open_device(chip)
-    from zili.serving.generate.conversation import Conversation, Dialogue, RunningText
+    from zili.serving.generate.conversation import Conversation, LiveDialogue, RunningText
     from zili.serving.generate.generation import Sampling
     from zili.serving.generate.terminal import Chat, piped_lines, typed_lines, write_note, write_output
     from zili.serving.model_folder import demo_file, open_folder
@@ -56,7 +56,7 @@ def chat(
     talks = mode is Mode.chat or (mode is Mode.auto and opened.conversational)
     conversation: Conversation = RunningText(opened.tokenizer)
     if talks and opened.dialect is not None:
-        conversation = Dialogue(opened.dialect, system, {"enable_thinking": thinking})
+        conversation = LiveDialogue(opened.dialect, system, {"enable_thinking": thinking})
     elif mode is Mode.chat:
         write_note("The model has no chat template and its tokenizer no marks of one: the text is continued as it is.")
     terminal = Chat(

@@ -42,8 +42,8 @@ def end_by(error: Exception) -> NoReturn:
 
 
 def stay_behind() -> None:
-    """Let another process end first: torchrun ends those of a machine as soon as one has ended, and names that one as
-    the root cause, so it should be one that says why."""
+    """Let another process end first. torchrun ends those of a machine as soon as one has ended, and names that one as
+    the root cause: it should be one that says why."""
     if _ERROR_FILE in os.environ:
         time.sleep(_SECONDS_BEHIND)
 

@@ -72,8 +72,9 @@ def print_next(folder: Path, to: Console) -> None:
 
 @contextmanager
 def working(text: str = "") -> Iterator[Callable[[str], None]]:
-    """Say on standard error what a command is doing while it prints nothing else: on a terminal one line that changes;
-    elsewhere a line at the start, and every `_SECONDS` one if there is news. Gives the function that takes news."""
+    """Say on standard error what a command is doing while it prints nothing else. On a terminal it is one line that
+    changes; elsewhere a line at the start, and every `_SECONDS` one if there is news. Gives the function that takes
+    news."""
     to = console(stderr=True)
     if to.is_terminal:
         with to.status(text) as status:

@@ -38,6 +38,12 @@ AllowHost = Annotated[
         help="Host name that clients without a key may use on this machine, such as chat.example.org. May be repeated."
     ),
 ]
+Dtype = Annotated[
+    str | None, typer.Option(help="bfloat16, float16 or float32 (ours by default) for weights and products.")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="With vllm: run Python code of the folder that is not Zili's.")
+]
 
 
 def serve(
@@ -55,9 +61,7 @@ def serve(
     ] = None,
     slots: Annotated[int, typer.Option(help="Answers at once, if memory suffices; others wait.", min=1)] = 16,
     context: Annotated[int | None, typer.Option(help="Tokens of prompt and answer; the model's by default.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="bfloat16, float16 or float32 (ours by default) for weights and products.")
-    ] = None,
+    dtype: Dtype = None,
     queue: Annotated[int, typer.Option(help="Answers that may wait; others are refused.", min=1)] = 256,
     timeout: Annotated[
         float, typer.Option(help="Seconds that an answer may take, with its waiting.", min=1, callback=finite)
@@ -67,9 +71,7 @@ def serve(
     engine: Annotated[
         Engines, typer.Option(help="vllm: hand a released folder to vLLM, with the right arguments.")
     ] = Engines.zili,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="With vllm: run Python code of the folder that is not Zili's.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     chip: Chip = "auto",
 ) -> None:
     """Answer over HTTP as OpenAI's API does: /v1/chat/completions, /v1/completions, /v1/models, /tokenize."""

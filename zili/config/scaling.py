@@ -11,8 +11,8 @@ def scaled_down(model: ModelConfig, hidden_size: int) -> ModelConfig:
     """A model of `hidden_size` (a multiple of 16) with everything of `model` that is not a size.
 
     Kept: rules, switches, biases, multipliers, and the proportions of hidden size, feed-forward layers and low ranks.
-    Cut to what 8 processes can share: 8 heads, and of key/value heads at least 2; 4 layers, of which the first is dense
-    if any was; 8 experts, 2 a token; a vocabulary of 8192.
+    Cut to what 8 processes can share: 8 heads, and of key/value heads at least 2; 8 experts, 2 a token; a vocabulary of
+    8192. There are 4 layers, of which the first is dense if any was.
     """
     factor = hidden_size / model.hidden_size
 

@@ -63,8 +63,8 @@ class Rendered:
 
 
 def find_dialect(tokenizer: Tokenizer, own: ChatTemplate | None = None, named: str | None = None) -> Dialect | None:
-    """The dialect of a model with this tokenizer: in the template `named` (one of Zili's, or a file), else in the
-    model's `own`, else in that of the family which its special tokens are of. None: there is none.
+    """The dialect of a model with this tokenizer. Its template is the `named` one (one of Zili's, or a file), else the
+    model's `own`, else that of the family which its special tokens are of. None: there is none.
 
     Raises: DataError, there is no template of that name.
     """
@@ -217,7 +217,7 @@ def _tokens(guard: Guard, text: str) -> Rendered:
     turns: list[Turn] = []
     whole, spoken = [], ""
     begun: int | None = None
-    for part in guard.pieces(text):
+    for part in guard.segments(text):
         if part.text in (BEGIN, END):
             if begun is not None:
                 turns.append(Turn(begun, len(ids), spoken))

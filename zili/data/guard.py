@@ -1,8 +1,8 @@
 """Keeps what is said in a conversation apart from what its template writes.
 
-Before a template is rendered every spelling of a guarded token in what people, tools and system prompts say is replaced
-by a code of two characters that no text has; only a spelling that is whole afterwards, the template's own, becomes the
-token. A mark that the tokenizer has no token for cannot be told apart so: a text that holds one is refused.
+People, tools and system prompts may spell a guarded token. Before a template is rendered, every such spelling is
+replaced by a code of two characters that no text has. Only a spelling that is whole afterwards, the template's own,
+becomes the token. A mark that the tokenizer has no token for cannot be told apart so: a text that holds one is refused.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _DEEPEST = 64
 
 
 @dataclass(frozen=True)
-class Piece:
+class Segment:
     """A part of a rendered text; the signs of what is said have no ids."""
 
     text: str
@@ -89,19 +89,19 @@ class Guard:
             )
         return self._cut.sub(lambda found: self._codes[found[0]], text)
 
-    def pieces(self, text: str) -> Iterator[Piece]:
+    def segments(self, text: str) -> Iterator[Segment]:
         """The parts of a rendered text, and their ids."""
         for part in self._cut.split(text):
             if part in (BEGIN, END):
-                yield Piece(part, [])
+                yield Segment(part, [])
             elif part in self._ids:
-                yield Piece(part, [self._ids[part]])
+                yield Segment(part, [self._ids[part]])
             elif part:
                 said = _CODE.sub(lambda found: self._texts.get(found[0], found[0]), part)
                 ids = self._tokenizer.encode(said).tolist()
                 if not self._never.isdisjoint(ids):
                     raise MarkSpoken(f"the tokenizer takes part of a text for one of its special tokens: {said[:60]!r}")
-                yield Piece(said, ids)
+                yield Segment(said, ids)
 
 
 def any_of(words: Collection[str]) -> str:

@@ -151,10 +151,10 @@ class MixedRows(ABC):
 class Loader(MixedRows):
     """Packs documents of several stores into rows of one length, in a mixture, shuffled.
 
-    Each source is read in epochs: its documents are shuffled and laid end to end, the line is cut into
-    windows of S+1 tokens of which neighbours share one, and the windows are shuffled. So an epoch predicts
-    every token once, except the first of the line and the last (fewer than S) that fill no window. Nothing
-    depends on how many processes read, or on what was read before.
+    Each source is read in epochs. Its documents are shuffled and laid end to end, the line is cut into windows of S+1
+    tokens of which neighbours share one, and the windows are shuffled. So an epoch predicts every token once, except
+    the first of the line and the last (fewer than S) that fill no window. Nothing depends on how many processes read,
+    or on what was read before.
 
     Memory: 16 bytes a document, and for each source's two latest epochs 16 a document and 8 a window.
     """

@@ -20,8 +20,8 @@ _SMALLEST_WEIGHT = 1e-6
 def permutation(count: int, seed: int, *purpose: int) -> NDArray[np.int64]:
     """A shuffle of `0 .. count-1` that depends on nothing but the arguments.
 
-    numpy promises that a bit generator's raw stream never changes, and of `Generator.permutation` that it may
-    (NEP 19): so the shuffle is the order of raw random numbers, and a run can resume under a newer numpy.
+    numpy promises that a bit generator's raw stream never changes, and of `Generator.permutation` that it may (NEP 19).
+    So the shuffle is the order of raw random numbers, and a run can resume under a newer numpy.
     """
     keys = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=purpose)).random_raw(count)
     return np.argsort(keys, kind="stable")
@@ -30,9 +30,9 @@ def permutation(count: int, seed: int, *purpose: int) -> NDArray[np.int64]:
 class Mixture:
     """Which source the global sample `n` comes from, and which of that source's samples it is.
 
-    Samples come in blocks, shuffled within. The first b blocks hold the largest-remainder share of each
-    source, so its count is within one sample of its weight at the end of every block, however long the run;
-    and the share being a closed form, any sample is found without walking there.
+    Samples come in blocks, shuffled within. The first b blocks hold the largest-remainder share of each source. So its
+    count is within one sample of its weight at the end of every block, however long the run. The share is a closed
+    form: any sample is found without walking there.
     """
 
     def __init__(self, weights: Sequence[float], seed: int) -> None:

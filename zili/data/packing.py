@@ -25,8 +25,8 @@ def packed(lengths: Sequence[int], room: int, order: Iterable[int]) -> list[list
     """Which items share a row of `room`: each, in the `order` given, goes where it leaves the least (best fit, Johnson
     1974). Items longer than `room` are in none.
 
-    An order at random fills rows to 99 % and mixes what a row teaches; the longest first would fill them to 99.9 % with
-    conversations of one length, which are often of one kind.
+    An order at random fills rows to 99 % and mixes what a row teaches. The longest first would fill them to 99.9 %,
+    with conversations of one length, which are often of one kind.
     """
     rows: list[list[int]] = []
     open_rows: dict[int, list[int]] = {}

@@ -1,9 +1,9 @@
 """SentencePiece models as the text of a `tokenizer.json`, with the same ids and the same ids of a text.
 
-What SentencePiece does (google/sentencepiece src/bpe_model.cc, normalizer.cc) in terms of Hugging Face's parts: a space
-is U+2581, one is put before the text; a piece that the user defined is matched before anything else, the longest first;
-the pair whose union has the highest score is merged first, the leftmost of equals; a character without a piece is its
-UTF-8 bytes.
+What SentencePiece does (google/sentencepiece src/bpe_model.cc, normalizer.cc) in terms of Hugging Face's parts. A space
+is U+2581, and one is put before the text. A piece that the user defined is matched before anything else, the longest
+first. The pair whose union has the highest score is merged first, the leftmost of equals. A character without a piece
+is its UTF-8 bytes.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ def content_key(text: str) -> int:
 class Split:
     """Holds a text out when its key is below a threshold.
 
-    A pure function of content: exact duplicates land on one side, and a document stays on its side when the
-    corpus around it grows, is reordered, or is read on another machine.
+    A pure function of content: exact duplicates land on one side. A document stays on its side when the corpus around
+    it grows, is reordered, or is read on another machine.
     """
 
     threshold: int

@@ -361,8 +361,8 @@ _BYTES = _byte_letters()
 class DecodeStream:
     """Ids in one at a time, text out as soon as it is whole, for chat.
 
-    Some tokenizers decode a token differently after another, and one character may take several tokens:
-    so a short window is decoded again with each id, and text that ends in U+FFFD waits for its rest.
+    Some tokenizers decode a token differently after another, and one character may take several tokens. So a short
+    window is decoded again with each id, and text that ends in U+FFFD waits for its rest.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True, before: Sequence[int] = ()) -> None:

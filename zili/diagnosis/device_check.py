@@ -2,7 +2,7 @@
 
     python -m zili.diagnosis.device_check [--chip NAME] [--folder DIR] [--only PART ...]
 
-Each part runs in a process of its own, for so long and no longer: what hangs, crashes or is not there is a line of the
+Each part runs in a process of its own, for so long and no longer. What hangs, crashes or is not there is a line of the
 report, and the next part follows. This process imports Python's own library alone, so it reports whatever else is
 missing. It ends in one page to read and one JSON to send back, which `zili plan --doctor` takes. Ten minutes at most,
 nothing is fetched, and what is written is readable by its owner alone, without names of machines, people or folders.

@@ -1,6 +1,6 @@
 """Every operation of a training step, checked as it runs: its inputs go to the CPU too, in their precision and in fp64.
 
-Errors do not add up, since each operation begins with what the chip has: the first one outside of its band is where the
+Errors do not add up, since each operation begins with what the chip has. The first one outside of its band is where the
 chip leaves the reference, and every other one found is wrong by itself.
 """
 
@@ -66,7 +66,7 @@ class Offence:
 
 
 @dataclass
-class Seen:
+class Checked:
     """What was checked of one kind of operation."""
 
     calls: int = 0
@@ -81,7 +81,7 @@ class Shadow(TorchDispatchMode):
         super().__init__()
         self.device_type = device_type
         self.offences: list[Offence] = []
-        self.seen: dict[str, Seen] = {}
+        self.seen: dict[str, Checked] = {}
         self.unchecked: set[str] = set()
         """Operations that were not compared: random ones, a vendor's own, and what the CPU does not have."""
         self.step = 0
@@ -237,7 +237,7 @@ class Shadow(TorchDispatchMode):
 
     def _note(self, operation: str, way: str, module: str, result: Tensor, measured: Distance) -> None:
         dtype = str(result.dtype).removeprefix("torch.")
-        kind = self.seen.setdefault(f"{operation} {dtype}", Seen())
+        kind = self.seen.setdefault(f"{operation} {dtype}", Checked())
         kind.calls += 1
         kind.worst = max(kind.worst, measured.share)
         if not measured.fits:
@@ -296,7 +296,7 @@ class Alignment:
     losses: list[tuple[float, float]]
     """The chip's and the CPU's, for each step."""
     offences: list[Offence]
-    seen: dict[str, Seen] = field(default_factory=dict)
+    seen: dict[str, Checked] = field(default_factory=dict)
     unchecked: set[str] = field(default_factory=set)
 
     @property

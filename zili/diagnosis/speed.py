@@ -50,7 +50,7 @@ def examine_speed(device: Device) -> Iterator[Finding]:
 def numbers(device: Device, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """What speeds are measured with: normally distributed, as training's numbers are.
 
-    Of ones or zeros fewer bits flip, so that a chip takes less power and keeps a higher clock: the same product ran at
+    Of ones or zeros fewer bits flip, so that a chip takes less power and keeps a higher clock. The same product ran at
     295 TFLOP/s with zeros and 257 with these (He 2024, "Strangely, Matrix Multiplications on GPUs Run Faster When Given
     'Predictable' Data"). And what can pack or skip them does.
     """

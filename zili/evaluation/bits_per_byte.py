@@ -9,8 +9,8 @@ laid side by side. The convention here:
   `zili.evaluation.compressors` get the documents joined, with no mark between them either;
 - every other token is scored exactly once, with at least half a window of context after the first window.
 
-Like every figure of this kind it is an upper bound: the tokenizer's one way of cutting a text is charged
-for, while the model also gives probability to other ways of spelling the same bytes.
+Like every figure of this kind it is an upper bound. The tokenizer's one way of cutting a text is charged for, while the
+model also gives probability to other ways of spelling the same bytes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor
 from zili.data.store import TokenStore
 from zili.data.tokenizer import Tokenizer
 from zili.errors import ConfigError, DataError
-from zili.evaluation.windows import Batch, Window, batches, pack, windows_of
+from zili.evaluation.windows import Window, WindowBatch, batches, pack, windows_of
 
 if TYPE_CHECKING:
     from zili.evaluation.compressors import CompressorFigure
@@ -220,7 +220,7 @@ def _evaluating(model: LossModel) -> Iterator[None]:
 
 def _batches(
     documents: Iterable[tuple[np.ndarray, int]], start: int, length: int, batch_size: int, tally: _Tally
-) -> Iterator[Batch]:
+) -> Iterator[WindowBatch]:
     for held in _held(documents, start, length, batch_size, tally):
         yield from batches(pack(held, length), length, batch_size, start)
 

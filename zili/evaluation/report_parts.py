@@ -161,7 +161,7 @@ def _figure(record: Record, key: str, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-class Sample(NamedTuple):
+class DrawnText(NamedTuple):
     """A text the model wrote, how it was drawn, and the prompt before it."""
 
     how: str
@@ -169,7 +169,7 @@ class Sample(NamedTuple):
     text: str
 
 
-def samples(run: RunRecord) -> list[list[Sample]]:
+def samples(run: RunRecord) -> list[list[DrawnText]]:
     """What the model wrote, of each prompt and seed the newest first."""
     prompts: dict[tuple[str, Any], list[Record]] = {}
     for sample in run.samples:
@@ -178,10 +178,11 @@ def samples(run: RunRecord) -> list[list[Sample]]:
     return [_newest_first(drawn) for drawn in prompts.values()]
 
 
-def _newest_first(drawn: list[Record]) -> list[Sample]:
+def _newest_first(drawn: list[Record]) -> list[DrawnText]:
     oldest_first = sorted(drawn, key=lambda s: number(s, "step") or 0)
     return [
-        Sample(_drawn_how(s), visible(str(s.get("prompt") or "")), visible(s["text"])) for s in reversed(oldest_first)
+        DrawnText(_drawn_how(s), visible(str(s.get("prompt") or "")), visible(s["text"]))
+        for s in reversed(oldest_first)
     ]
 
 

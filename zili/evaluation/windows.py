@@ -21,7 +21,7 @@ class Window:
     labels: np.ndarray
 
 
-class Batch(NamedTuple):
+class WindowBatch(NamedTuple):
     """What the model is called with; all three `[B, S]` int64."""
 
     input_ids: Tensor
@@ -67,7 +67,7 @@ def pack(windows: Sequence[Window], length: int) -> list[list[Window]]:
     return rows
 
 
-def batches(rows: Sequence[Sequence[Window]], length: int, batch_size: int, filler: int) -> Iterator[Batch]:
+def batches(rows: Sequence[Sequence[Window]], length: int, batch_size: int, filler: int) -> Iterator[WindowBatch]:
     """Batches of exactly `[batch_size, length]`, each window a document of its own, gaps filled and unscored.
 
     One shape for every batch: the model compiled for training runs without being compiled again.
@@ -85,4 +85,4 @@ def batches(rows: Sequence[Sequence[Window]], length: int, batch_size: int, fill
                 document_ids[row, column:end] = number
                 column = end
             document_ids[row, column:] = len(windows)
-        yield Batch(input_ids, labels, document_ids)
+        yield WindowBatch(input_ids, labels, document_ids)

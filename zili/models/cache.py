@@ -1,8 +1,8 @@
 """Keys and values of tokens already seen, of several sequences of different lengths at once, and attention over them.
 
-A forward pass is either rows of one length, `[B, S]`, each going on with what the cache has of it; or one row of tokens
-of any sequences, as `lay` puts them: products see all of them together, which is what makes many answers cheap, and
-only attention looks where each lies. A `Decoder` runs alike in both.
+A forward pass is one of two. It is rows of one length, `[B, S]`, each going on with what the cache has of it. Or it is
+one row of tokens of any sequences, as `lay` puts them: products see all of them together, which makes many answers
+cheap, and only attention looks where each lies. A `Decoder` runs alike in both.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class AttentionKernels(Protocol):
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """Consecutive tokens of one sequence: `ids` at positions from `start` on, in slot `slot`."""
 
     slot: int
@@ -46,11 +46,11 @@ class Piece:
 class KeyValueCache:
     """Room for `max_length` tokens in each of `slots` sequences.
 
-    Some rotary rules change every table when the sequence grows: telechat_ntk's base at each doubling and its
-    magnitude at every token past training_length, tele_flm_ntk's base at each doubling. The keys of the
-    second layer on come from hidden states that change with them, so turning the cached keys again would not
-    be enough: once the tables have changed a sequence is computed again from its first token (`holds`).
-    So decoding equals the full forward pass, at the price of a full forward pass per change.
+    Some rotary rules change every table when the sequence grows: telechat_ntk's base at each doubling and its magnitude
+    at every token past training_length, tele_flm_ntk's base at each doubling. The keys of the second layer on come from
+    hidden states that change with them, so turning the cached keys again would not be enough. Once the tables have
+    changed, a sequence is computed again from its first token (`holds`). So decoding equals the full forward pass, at
+    the price of a full forward pass per change.
 
     The published code does not do this: TeleChat's cached loop leaves old keys as they were first turned, so
     its cached continuation leaves its own uncached one once the tables have moved (golden
@@ -81,7 +81,7 @@ class KeyValueCache:
         self._turned: list[Scaling | None] = [None] * slots
         """How the keys of each slot were turned."""
         self._ids: Tensor | None = None
-        self.plan: Plan | None = None
+        self.plan: PassPlan | None = None
 
     def holds(self, slot: int, length: int) -> bool:
         """Whether the keys in a slot are those that a sequence of `length` tokens has."""
@@ -98,47 +98,47 @@ class KeyValueCache:
             kept[:, target, :, :length] = kept[:, source, :, :length]
         self._turned[target] = self._turned[source]
 
-    def lay(self, pieces: Sequence[Piece], length: int) -> tuple[Tensor, list[int]]:
-        """Plan a forward pass: its ids `[1, N]`, and for each piece in the order given the place of its last token.
+    def lay(self, chunks: Sequence[Chunk], length: int) -> tuple[Tensor, list[int]]:
+        """Plan a forward pass: its ids `[1, N]`, and for each chunk in the order given the place of its last token.
 
         `length`: of the sequences, as rotary tables have it. Where these change with it (`stretches`) a pass is of
         sequences of one length.
         """
-        order = sorted(range(len(pieces)), key=lambda i: (len(pieces[i].ids) > 1, pieces[i].slot))
+        order = sorted(range(len(chunks)), key=lambda i: (len(chunks[i].ids) > 1, chunks[i].slot))
         ids: list[int] = []
-        last = [0] * len(pieces)
+        last = [0] * len(chunks)
         for number in order:
-            ids += pieces[number].ids
+            ids += chunks[number].ids
             last[number] = len(ids) - 1
-        self.plan = self._planned([pieces[number] for number in order], length)
+        self.plan = self._planned([chunks[number] for number in order], length)
         if self.stretches:
-            for piece in pieces:
-                self._turned[piece.slot] = self._scaling(length)
+            for chunk in chunks:
+                self._turned[chunk.slot] = self._scaling(length)
         return torch.tensor([ids], device=self.keys.device), last
 
-    def _planned(self, pieces: list[Piece], length: int) -> Plan:
-        """The layout of pieces, those with a single token first."""
+    def _planned(self, chunks: list[Chunk], length: int) -> PassPlan:
+        """The layout of chunks, those with a single token first."""
         device, kv_heads = self.keys.device, self.keys.shape[2]
-        slots = torch.tensor([piece.slot for piece in pieces for _ in piece.ids], device=device)
-        where = torch.tensor([place for piece in pieces for place in range(piece.start, piece.end)], device=device)
+        slots = torch.tensor([chunk.slot for chunk in chunks for _ in chunk.ids], device=device)
+        where = torch.tensor([place for chunk in chunks for place in range(chunk.start, chunk.end)], device=device)
         heads = slots[:, None] * kv_heads + torch.arange(kv_heads, device=device)
         rows = (heads * self.max_length + where[:, None]).flatten()
-        singles = [piece for piece in pieces if len(piece.ids) == 1]
+        singles = [chunk for chunk in chunks if len(chunk.ids) == 1]
         parts: list[_Singles | _Run | _Longer] = []
         if self._kernels is None:
             parts += _runs(singles, self.keys)
         elif singles:
             parts.append(_Singles(self._kernels, where[: len(singles)], rows))
-        parts += (_longer(piece, self.keys) for piece in pieces[len(singles) :])
-        return Plan(rows, where, length, tuple(parts))
+        parts += (_longer(chunk, self.keys) for chunk in chunks[len(singles) :])
+        return PassPlan(rows, where, length, tuple(parts))
 
     # ---- what a `Decoder` asks
 
     def extend(self, input_ids: Tensor) -> tuple[Tensor, Tensor, int]:
         """What a forward pass computes: ids, their positions in their sequences, and the length of these.
 
-        The ids are `input_ids`, which are those that were laid, or `[B, S]` that go on with the cache's rows; after a
-        change of tables they are all ids of the rows so far.
+        The ids are `input_ids`: those that were laid, or `[B, S]` that go on with the cache's rows. After a change of
+        tables they are all ids of the rows so far.
 
         Raises:
             ValueError: more tokens than there is room for, or another number of rows.
@@ -267,8 +267,8 @@ class _Longer(NamedTuple):
         return attended[0].transpose(0, 1)
 
 
-class Plan(NamedTuple):
-    """Where the tokens of a pass go: single tokens first, by slot, then longer pieces."""
+class PassPlan(NamedTuple):
+    """Where the tokens of a pass go: single tokens first, by slot, then longer chunks."""
 
     rows: Tensor
     """Of `[slots * K * T]`, `[N * K]`: where each token's keys go."""
@@ -279,14 +279,14 @@ class Plan(NamedTuple):
     parts: tuple[_Singles | _Run | _Longer, ...]
 
 
-def _runs(singles: list[Piece], like: Tensor) -> Iterator[_Run]:
+def _runs(singles: list[Chunk], like: Tensor) -> Iterator[_Run]:
     """Of single tokens in the order of their slots; masks are `like` keys."""
     start = 0
     for stop in range(1, len(singles) + 1):
         if stop < len(singles) and singles[stop].slot == singles[stop - 1].slot + 1:
             continue
         run = singles[start:stop]
-        ends, slots = [piece.end for piece in run], slice(run[0].slot, run[-1].slot + 1)
+        ends, slots = [chunk.end for chunk in run], slice(run[0].slot, run[-1].slot + 1)
         visible = None
         if min(ends) < (longest := max(ends)):
             places = torch.arange(longest, device=like.device)
@@ -295,12 +295,12 @@ def _runs(singles: list[Piece], like: Tensor) -> Iterator[_Run]:
         start = stop
 
 
-def _longer(piece: Piece, like: Tensor) -> _Longer:
+def _longer(chunk: Chunk, like: Tensor) -> _Longer:
     visible = None
-    if piece.start:
-        places = torch.arange(piece.end, device=like.device)
-        visible = _added(places > places[piece.start :, None], like)
-    return _Longer(len(piece.ids), piece.slot, piece.end, visible)
+    if chunk.start:
+        places = torch.arange(chunk.end, device=like.device)
+        visible = _added(places > places[chunk.start :, None], like)
+    return _Longer(len(chunk.ids), chunk.slot, chunk.end, visible)
 
 
 def _added(hidden: Tensor, like: Tensor) -> Tensor:

@@ -81,8 +81,8 @@ class Decoder(nn.Module):
     `init_weights` or a checkpoint sets others. `recompute` is the trainer's switch: "full" keeps only each
     block's input for the backward pass.
 
-    `part` builds some consecutive layers: the part with the first layer has the embedding and takes ids, every other
-    takes the hidden states of the part before it; the part with the last layer has norm and head.
+    `part` builds some consecutive layers. The part with the first layer has the embedding and takes ids; every other
+    takes the hidden states of the part before it. The part with the last layer has norm and head.
 
     A subclass may override `make_block` to have blocks of its own kind.
     """

@@ -40,7 +40,7 @@ class Entrance(Seam):
 def local(parameter: Tensor) -> Tensor:
     """This process's part of a parameter, as a plain tensor.
 
-    A parameter that tensor-parallel processes hold whole acts on different tokens in each of them, so what each
+    A parameter that tensor-parallel processes hold whole acts on different tokens in each of them. So what each
     computes is a term of its gradient, and the terms are still to be summed.
     """
     if not isinstance(parameter, DTensor):

@@ -1,7 +1,7 @@
 """A mixture of experts: a router, experts as stacks of matrices, and what keeps their load even.
 
-Everything that is counted or averaged is taken a sequence, or the whole step, at a time, never a micro-batch: a token's
-route and a step's losses do not depend on how the batch was cut.
+Everything that is counted or averaged is taken a sequence, or the whole step, at a time, never a micro-batch. So a
+token's route and a step's losses do not depend on how the batch was cut.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class Experts(nn.Module):
         return self.exchange.back(ops.grouped_matmul(ops.swiglu(gate, up), local(self.down), ends), ticket)
 
 
-class Mixture(nn.Module):
+class MixtureOfExperts(nn.Module):
     """`x [B, S, D]` -> `[B, S, D]`: the chosen experts' outputs, weighted, and the shared expert's."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -175,4 +175,4 @@ class Mixture(nn.Module):
 
 def feed_forward_of(config: ModelConfig, layer: int) -> nn.Module:
     """What layer `layer` has between its second norm and the residual."""
-    return Mixture(config, layer) if config.has_experts(layer) else FeedForward(config)
+    return MixtureOfExperts(config, layer) if config.has_experts(layer) else FeedForward(config)

@@ -1,9 +1,8 @@
 """Rotary position tables: every length-extension rule of the family, as frequencies and a magnitude.
 
-All rules turn pairs (i, i + d/2) of a head by `position * frequency_i` (Su et al. 2021, rotate-half as in
-GPT-NeoX) and multiply cos and sin by one magnitude. Two rules look at the length of the whole sequence: their
-tables at 70 tokens are not a prefix of those at 60, which is why a key/value cache asks `scaling` before it
-trusts its keys.
+All rules turn pairs (i, i + d/2) of a head by `position * frequency_i` (Su et al. 2021, rotate-half as in GPT-NeoX) and
+multiply cos and sin by one magnitude. Two rules look at the length of the whole sequence: their tables at 70 tokens are
+not a prefix of those at 60. So a key/value cache asks `scaling` before it trusts its keys.
 """
 
 from __future__ import annotations
@@ -104,9 +103,9 @@ def rotary_tables(
 
     `kept` is where a model keeps what its earlier calls sent to a device.
 
-    Computed once a forward pass and shared by the layers. telechat_ntk's are rounded to fp16 if
-    `half_tables`, the magnitude multiplied in fp16, because the published code does both whatever the model's dtype
-    (the rounding moves logits by about 1e-3 relative).
+    Computed once a forward pass and shared by the layers. telechat_ntk's are rounded to fp16 if `half_tables`, and the
+    magnitude is multiplied in fp16. The published code does both whatever the model's dtype (the rounding moves logits
+    by about 1e-3 relative).
     """
     base, magnitude = scaling(rotary, head_dim, length)
     kept, key = ({} if kept is None else kept), (base, positions.device)

@@ -1,7 +1,7 @@
 """Causal attention for the CPU, a block of queries at a time, each product a large matrix product.
 
 torch's CPU kernel multiplies small tiles through its BLAS. Here the G query heads that share a key/value head become
-rows of one matrix, so a block of 128 positions is a product of 128 G rows, by the library that `linear` uses; keys
+rows of one matrix. So a block of 128 positions is a product of 128 G rows, by the library that `linear` uses. Keys
 after the block, or before the first document in it, are never touched. The backward pass computes the probabilities
 again (Dao et al. 2022, algorithm 4), so memory grows with S, not S^2.
 """

@@ -1,5 +1,5 @@
-"""Inputs of every operation: some of the shapes of a small training step, to time its versions on, and some to compare
-them on, of all kinds of use and of other scales: where eps, a mask, a limit or a long sum counts."""
+"""Inputs of every operation. Some have the shapes of a small training step: versions are timed on them. Versions are
+compared on others, of all kinds of use and of other scales, where eps, a mask, a limit or a long sum counts."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Liger Kernel's fused operations (`pip install liger-kernel`, 0.8 read), where it is installed; else torch's own.
 
-Not run by us: there is no NVIDIA device here. A version is compared with the reference on the device when it is chosen,
-and not taken where it differs, fails or is no faster, nor where blocks are compiled, since torch fuses it there.
+Not run by us: there is no NVIDIA device here. A version is compared with the reference on the device when it is chosen.
+It is not taken where it differs, fails or is no faster, nor where blocks are compiled, since torch fuses it there.
 Attention is torch's `scaled_dot_product_attention`, which brings its flash kernels, and blocks are compiled where
 Triton is.
 """

@@ -1,8 +1,8 @@
 """One matrix product, `a @ b^T`, by the faster of the libraries that torch carries.
 
-torch sends fp32 products to its BLAS. That BLAS (MKL in the wheels) is slow on CPUs that are not its maker's: on an
-AMD Zen 5 it reached 205 GFLOP/s where oneDNN, in the same wheel, reached 465 (docs/benchmarks.md). oneDNN's fp32
-product is reachable only as `mkldnn::_linear_pointwise`, which has no gradient: `linear` adds one.
+torch sends fp32 products to its BLAS. That BLAS (MKL in the wheels) is slow on CPUs that are not its maker's. On an AMD
+Zen 5 it reached 205 GFLOP/s, and oneDNN, in the same wheel, reached 465 (docs/benchmarks.md). oneDNN's fp32 product is
+reachable only as `mkldnn::_linear_pointwise`, which has no gradient: `linear` adds one.
 """
 
 from __future__ import annotations

@@ -148,7 +148,7 @@ def linear_cross_entropy(
     caller divides by the number of targets of the whole batch, which one rank or micro-batch does not know. With the
     `reduction` "none" the rows' own, `[N]` fp32.
 
-    With `part`, `weight` is some rows of the whole matrix: the sum is that of all of it, on every process alike, and
+    With `part`, `weight` is some rows of the whole matrix. The sum is that of all of it, on every process alike, and
     the gradient of `hidden` is this process's term (Shoeybi et al. 2019, section 3).
     """
     logits = linear(hidden, weight).float() * multiplier

@@ -1,7 +1,7 @@
 """Charts, bars and timelines laid out: Python says where things lie, `parts.html.jinja` draws them as SVG and HTML.
 
-Without a library: the smallest well-kept one (uPlot) adds 50 kB to a page, shows nothing where scripts do not run, and
-would replace some forty lines here, since ticks, thinning, words for screen readers and bars would stay.
+There is no library here. The smallest well-kept one (uPlot) adds 50 kB to a page and shows nothing where scripts do not
+run. It would replace some forty lines, since ticks, thinning, words for screen readers and bars would stay.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def draw(chart: Chart) -> Drawing | None:
     return Drawing(chart, curves, levels, _whole_ticks(x), ticks(y), legend, described, data)
 
 
-class Piece(NamedTuple):
+class BarPart(NamedTuple):
     """A part of a bar: its `share` of the bar's full width."""
 
     kind: str
@@ -150,9 +150,9 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar of pieces on an axis from 0."""
+    """A bar of parts on an axis from 0."""
 
-    pieces: list[Piece]
+    parts: list[BarPart]
     ticks: list[Tick]
     unit: str
 
@@ -161,12 +161,12 @@ def bar(parts: Mapping[str, float], unit: str, whole: float | None = None) -> Ba
     """`parts` that are not 0, one after the other; `whole` is the full width, by default their sum. A part's colour
     depends on its place among all."""
     scale = Scale(0.0, whole or sum(parts.values()))
-    pieces = [
-        Piece(f"part-{i}", name, f"{size:.3g} {unit}", scale.at(size))
+    drawn = [
+        BarPart(f"part-{i}", name, f"{size:.3g} {unit}", scale.at(size))
         for i, (name, size) in enumerate(parts.items())
         if size > 0
     ]
-    return Bar(pieces, ticks(scale), unit)
+    return Bar(drawn, ticks(scale), unit)
 
 
 def ticks(scale: Scale) -> list[Tick]:

@@ -8,7 +8,7 @@ import torch
 
 from zili.config import RunConfig
 from zili.models.decoder import Decoder
-from zili.models.mixture import Mixture
+from zili.models.mixture import MixtureOfExperts
 from zili.parallel.context import ContextPart, apply_context_parallel
 from zili.parallel.data import apply_sharding
 from zili.parallel.expert import apply_expert_parallel
@@ -36,8 +36,8 @@ def build_parts(
     """The stages this process has, their weights set: one, the whole model, where there is no pipeline.
 
     `make` builds the part of the model with some layers. The order of what follows matters. Matrices are cut first,
-    since everything after must see the parts; blocks are compiled before they are sharded, so that gathering stays
-    outside of what is compiled; and memory is taken last, for what is left.
+    since everything after must see the parts. Blocks are compiled before they are sharded, so that gathering stays
+    outside of what is compiled. Memory is taken last, for what is left.
     """
     ranges = stage_ranges(config.parallel, config.model.layers)
     parts = []
@@ -70,7 +70,7 @@ def _compile(part: Decoder) -> None:
     for block in part.layers:
         # Which rows go to which expert is known only when it runs, so there is no graph to compile. Said here and not
         # where a mixture is defined, since it imports the compiler, and that takes a second.
-        for mixture in (module for module in block.modules() if isinstance(module, Mixture)):
+        for mixture in (module for module in block.modules() if isinstance(module, MixtureOfExperts)):
             mixture.forward = torch.compiler.disable(mixture.forward)  # type: ignore[method-assign]
         # One graph serves every block of the same shape, so the first costs the time of all.
         block.compile(dynamic=False)

@@ -11,22 +11,22 @@ from torch import Tensor
 from zili.torch_private import functional_collectives as funcol
 
 
-class Peers(NamedTuple):
-    """Processes that share something, and how they add up."""
+class Communicator(NamedTuple):
+    """A process group, and the precision in which its processes add up."""
 
     group: dist.ProcessGroup
     sums_bf16: bool = True
     """Whether their collectives sum bfloat16; else such sums travel in fp32."""
 
 
-def gather(x: Tensor, dimension: int, peers: Peers) -> Tensor:
+def gather(x: Tensor, dimension: int, communicator: Communicator) -> Tensor:
     """The parts of all processes joined along `dimension`; backward, gradients are summed and each gets its part."""
-    return _Gather.apply(x, dimension, peers)
+    return _Gather.apply(x, dimension, communicator)
 
 
-def scatter_sum(x: Tensor, dimension: int, peers: Peers) -> Tensor:
+def scatter_sum(x: Tensor, dimension: int, communicator: Communicator) -> Tensor:
     """The sum over all processes, of which each gets its part of `dimension`; backward, gradients are joined."""
-    return _ScatterSum.apply(x, dimension, peers)
+    return _ScatterSum.apply(x, dimension, communicator)
 
 
 def gathered(x: Tensor, dimension: int, group: dist.ProcessGroup) -> Tensor:
@@ -36,33 +36,34 @@ def gathered(x: Tensor, dimension: int, group: dist.ProcessGroup) -> Tensor:
     return parts if dimension == 0 else torch.cat(parts.chunk(dist.get_world_size(group)), dimension)
 
 
-def _scattered(x: Tensor, dimension: int, peers: Peers) -> Tensor:
+def _scattered(x: Tensor, dimension: int, communicator: Communicator) -> Tensor:
     if dimension != 0:
-        x = torch.cat(x.chunk(dist.get_world_size(peers.group), dimension))
-    travelling = x.float() if x.dtype == torch.bfloat16 and not peers.sums_bf16 else x
-    return funcol.wait_tensor(funcol.reduce_scatter_single(travelling.contiguous(), "sum", 0, peers.group)).to(x.dtype)
+        x = torch.cat(x.chunk(dist.get_world_size(communicator.group), dimension))
+    travelling = x.float() if x.dtype == torch.bfloat16 and not communicator.sums_bf16 else x
+    summed = funcol.reduce_scatter_single(travelling.contiguous(), "sum", 0, communicator.group)
+    return funcol.wait_tensor(summed).to(x.dtype)
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dimension: int, peers: Peers) -> Tensor:
-        ctx.dimension, ctx.peers = dimension, peers
-        return gathered(x, dimension, peers.group)
+    def forward(ctx: Any, x: Tensor, dimension: int, communicator: Communicator) -> Tensor:
+        ctx.dimension, ctx.communicator = dimension, communicator
+        return gathered(x, dimension, communicator.group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _scattered(grad, ctx.dimension, ctx.peers), None, None
+        return _scattered(grad, ctx.dimension, ctx.communicator), None, None
 
 
 class _ScatterSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dimension: int, peers: Peers) -> Tensor:
-        ctx.dimension, ctx.peers = dimension, peers
-        return _scattered(x, dimension, peers)
+    def forward(ctx: Any, x: Tensor, dimension: int, communicator: Communicator) -> Tensor:
+        ctx.dimension, ctx.communicator = dimension, communicator
+        return _scattered(x, dimension, communicator)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return gathered(grad, ctx.dimension, ctx.peers.group), None, None
+        return gathered(grad, ctx.dimension, ctx.communicator.group), None, None
 
 
 class AllSum(torch.autograd.Function):

@@ -1,9 +1,9 @@
 """Context parallelism: each process has some of every sequence's tokens, and sees the keys of all of them.
 
 Keys and values are gathered; K heads of them are fewer than H of queries, and their gradients are summed on the way
-back. Masks stay what they are in one process: a piece of consecutive queries attends to the keys up to its end
-(`ops.attention` with fewer queries than keys), whatever the documents and the backend. Ring attention would hold fewer
-keys at a time, but its stock form is tied to kernels that return their log-sum-exp.
+back. Masks stay what they are in one process, whatever the documents and the backend: a piece of consecutive queries
+attends to the keys up to its end (`ops.attention` with fewer queries than keys). Ring attention would hold fewer keys
+at a time, but its stock form is tied to kernels that return their log-sum-exp.
 
 A causal sequence cut into equal consecutive parts gives the last process most of the work. So it is cut into twice as
 many pieces and a process has one from the front and its mirror image from the back (Llama 3, section 3.3.2).
@@ -32,7 +32,7 @@ class ContextPart:
 
     def __init__(self, world: World) -> None:
         self.size, self.rank = world.layout.context, world.context_rank
-        self.peers = world.peers("context")
+        self.communicator = world.communicator("context")
 
     def pieces(self, length: int) -> tuple[range, range]:
         """Positions of this process in rows of `length` tokens, in two runs."""
@@ -48,11 +48,11 @@ class ContextPart:
 
     def total(self, x: Tensor) -> Tensor:
         """The sum of what all have, on each; the gradient is each one's own."""
-        return AllSum.apply(x, self.peers.group)
+        return AllSum.apply(x, self.communicator.group)
 
     def gather(self, x: Tensor) -> Tensor:
         """`[B, S / size, ...]` -> `[B, S, ...]`, in the order of positions."""
-        parts = gather(x, 1, self.peers).chunk(2 * self.size, 1)
+        parts = gather(x, 1, self.communicator).chunk(2 * self.size, 1)
         # Each process's two pieces lie side by side; the second ones run backwards.
         return torch.cat((*parts[0::2], *reversed(parts[1::2])), 1)
 

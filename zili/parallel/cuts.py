@@ -9,7 +9,7 @@ from typing import NamedTuple
 ROWS, COLUMNS, WHOLE = 0, 1, None
 
 
-class Rule(NamedTuple):
+class Cut(NamedTuple):
     """How the parameters of the modules that match a name are cut: a dimension, or not."""
 
     modules: str
@@ -18,18 +18,18 @@ class Rule(NamedTuple):
 
 
 PARAMETERS = (
-    Rule("embedding", ROWS),
-    Rule("head", ROWS),
-    Rule("*.attention.query", ROWS, ROWS),
-    Rule("*.attention.key", ROWS, ROWS),
-    Rule("*.attention.value", ROWS, ROWS),
-    Rule("*.attention.query_up", ROWS),
-    Rule("*.attention.key_value_up", ROWS),
-    Rule("*.attention.output", COLUMNS),
-    Rule("*.feed_forward.gate", ROWS, ROWS),
-    Rule("*.feed_forward.up", ROWS, ROWS),
-    Rule("*.feed_forward.down", COLUMNS),
-    Rule("*", WHOLE),
+    Cut("embedding", ROWS),
+    Cut("head", ROWS),
+    Cut("*.attention.query", ROWS, ROWS),
+    Cut("*.attention.key", ROWS, ROWS),
+    Cut("*.attention.value", ROWS, ROWS),
+    Cut("*.attention.query_up", ROWS),
+    Cut("*.attention.key_value_up", ROWS),
+    Cut("*.attention.output", COLUMNS),
+    Cut("*.feed_forward.gate", ROWS, ROWS),
+    Cut("*.feed_forward.up", ROWS, ROWS),
+    Cut("*.feed_forward.down", COLUMNS),
+    Cut("*", WHOLE),
 )
 """The first that matches holds. What is whole acts on some of the tokens, so its gradients are terms of a sum."""
 
@@ -39,12 +39,12 @@ def cut_of(module: str, parameter: str) -> int | None:
 
     Of an adapter `B A` the factor that has the cut dimension of the matrix is cut with it.
     """
-    rule = next(rule for rule in PARAMETERS if fnmatchcase(module, rule.modules))
+    cut = next(cut for cut in PARAMETERS if fnmatchcase(module, cut.modules))
     if parameter == "lora_a":
-        return COLUMNS if rule.weight == COLUMNS else WHOLE
+        return COLUMNS if cut.weight == COLUMNS else WHOLE
     if parameter == "lora_b":
-        return ROWS if rule.weight == ROWS else WHOLE
-    return rule.bias if parameter == "bias" else rule.weight
+        return ROWS if cut.weight == ROWS else WHOLE
+    return cut.bias if parameter == "bias" else cut.weight
 
 
 def stays_fp32(name: str) -> bool:

@@ -33,8 +33,8 @@ _BUCKET = 64 << 20
 def apply_sharding(model: Decoder, world: World, dtype: torch.dtype) -> None:
     """Shard `model`, still on the meta device: a group a block, and those of what lies around the blocks.
 
-    Every weight is taken in the dtype in which one process takes it (autocast sees to that there): what products
-    multiply is gathered in `dtype`, the embedding in fp32, norms and routers are left whole. Gradients are reduced in
+    Every weight is taken in the dtype in which one process takes it (autocast sees to that there). What products
+    multiply is gathered in `dtype`, the embedding in fp32; norms and routers are left whole. Gradients are reduced in
     fp32. What goes into a module keeps its own dtype: the residual stream and the angles of positions are fp32.
     """
     weights = world.mesh("weights")

@@ -40,7 +40,7 @@ class ProcessExchange(Exchange):
         super().__init__()
         self.group = group
         self.size = dist.get_world_size(group)
-        self.sizes: Callable[[Tensor, Tensor, int], tuple[list[int], list[int]]] = counted
+        self.sizes: Callable[[Tensor, Tensor, int], tuple[list[int], list[int]]] = rows_by_process
 
     def there(self, rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Ticket]:
         by_process = counts.view(self.size, -1)
@@ -60,7 +60,7 @@ class ProcessExchange(Exchange):
         return exchange(rows[inverse], ticket.received, ticket.sent, self.group)
 
 
-def counted(by_process: Tensor, arriving: Tensor, rows: int) -> tuple[list[int], list[int]]:
+def rows_by_process(by_process: Tensor, arriving: Tensor, rows: int) -> tuple[list[int], list[int]]:
     """How many of `rows` go to each process, and come from it: sums of `by_process, arriving [processes, experts]`."""
     # The host must know how much to send: the one wait of a layer, for both numbers at once.
     sent, received = torch.stack((by_process.sum(1), arriving.sum(1))).tolist()

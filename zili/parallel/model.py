@@ -234,7 +234,7 @@ class ParallelModel:
         """This process's term of the squared norm of the whole gradient, 0-d fp32.
 
         A part that several processes hold counts in each by its share, so that one sum over the world serves every
-        layout: norms of DTensors on meshes of their own could not be joined.
+        layout. Norms of DTensors on meshes of their own could not be joined.
         """
         total = torch.zeros((), device=self.world.device.type)
         for name, parameter in self.named_parameters():

@@ -1,7 +1,7 @@
 """Pipeline parallelism: a run of layers on each process, and torch's schedules to keep them busy.
 
-What torch 2.13 keeps to the end of a step is given back here as soon as it was used: buffers of all messages that
-arrive, tensors that were sent, gradients of whole weights.
+torch 2.13 keeps some things to the end of a step; here they are given back as soon as they were used. They are buffers
+of all messages that arrive, tensors that were sent, and gradients of whole weights.
 """
 
 from __future__ import annotations

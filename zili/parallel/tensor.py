@@ -19,7 +19,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 from zili.models.decoder import Decoder
 from zili.models.layers import Seam, lowered
 from zili.models.mixture import Experts
-from zili.parallel.collectives import AllSum, Peers, gather, scatter_sum
+from zili.parallel.collectives import AllSum, Communicator, gather, scatter_sum
 from zili.parallel.cuts import cut_of
 from zili.parallel.world import World
 from zili.torch_private import functional_collectives as funcol
@@ -31,25 +31,25 @@ _SEQUENCE = 1
 class GatherTokens(Seam):
     """Some tokens of each sequence in, all of them out."""
 
-    def __init__(self, peers: Peers) -> None:
+    def __init__(self, communicator: Communicator) -> None:
         super().__init__()
-        self.peers = peers
+        self.communicator = communicator
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, S / t, D]` -> `[B, S, D]`."""
-        return gather(lowered(x), _SEQUENCE, self.peers)
+        return gather(lowered(x), _SEQUENCE, self.communicator)
 
 
 class ScatterSum(Seam):
     """Terms of every token in, the sum of some tokens out."""
 
-    def __init__(self, peers: Peers) -> None:
+    def __init__(self, communicator: Communicator) -> None:
         super().__init__()
-        self.peers = peers
+        self.communicator = communicator
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, S, D]` -> `[B, S / t, D]`."""
-        return scatter_sum(x, _SEQUENCE, self.peers)
+        return scatter_sum(x, _SEQUENCE, self.communicator)
 
 
 SEAMS: dict[str, type[GatherTokens | ScatterSum]] = {
@@ -79,7 +79,7 @@ class VocabularyRows:
 
 def apply_tensor_parallel(model: Decoder, world: World) -> None:
     """Cut `model`, still on the meta device, over the processes that share matrices."""
-    mesh, peers = world.mesh("tensor"), world.peers("tensor")
+    mesh, communicator = world.mesh("tensor"), world.communicator("tensor")
     for name, module in list(model.named_modules()):
         if isinstance(module, Experts):
             continue  # they are whole here: `expert` parallelism shares them, among these processes too
@@ -91,10 +91,10 @@ def apply_tensor_parallel(model: Decoder, world: World) -> None:
         for key in SEAM_NAMES:
             kind = next((kind for pattern, kind in SEAMS.items() if fnmatchcase(f"{name}.{key}", pattern)), None)
             if kind is not None and hasattr(module, key):
-                setattr(module, key, kind(peers))
+                setattr(module, key, kind(communicator))
     first = mesh.get_local_rank() * (model.config.vocab_size // mesh.size())
     if model.embedding is not None:
         model.embedding.first_row = first
     if model.norm is not None:
         model.tokens = lambda rows: rows.chunk(mesh.size(), _SEQUENCE)[mesh.get_local_rank()]
-        model.vocabulary = VocabularyRows(first, peers.group)
+        model.vocabulary = VocabularyRows(first, communicator.group)

@@ -19,8 +19,8 @@ from zili import errors
 from zili.chips.device import Device
 from zili.durable import refused_by_disk
 from zili.errors import PeerError, ZiliError
-from zili.parallel.collectives import Peers
-from zili.parallel.control.member import AGENT, Control, Turn, meet
+from zili.parallel.collectives import Communicator
+from zili.parallel.control.member import AGENT, AGENT_SECRET, Control, Turn, meet
 from zili.parallel.control.member import PATIENCE as SECONDS
 from zili.parallel.layout import Layout, processes
 from zili.parallel.lives import own_life
@@ -52,11 +52,11 @@ def join(device: Device) -> None:
 def _enter(size: int, patience: timedelta) -> tuple[int, dist.Store]:
     """Begin the control messages; this process's rank, and a store that is this life's alone."""
     global _control, _store  # noqa: PLW0603
-    if path := os.environ.get(AGENT):
+    if address := os.environ.get(AGENT):
         from zili.parallel.control.store import NodeStore
 
-        rank, _store = processes()[0], NodeStore(path)
-        _control = Control(path, rank)
+        rank, secret = processes()[0], bytes.fromhex(os.environ[AGENT_SECRET])
+        _control, _store = Control(address, secret, rank), NodeStore(address, secret)
         return rank, _store
     found, rank, _ = next(rendezvous("env://", timeout=patience))
     store = own_life(found, rank, size, patience)
@@ -159,9 +159,9 @@ class World:
         """Whether weights are cut for storage; else each process holds those of its stage and matrices whole."""
         return self.size > 1 and self.device.capability("fsdp2").value
 
-    def peers(self, mesh: str) -> Peers:
+    def communicator(self, mesh: str) -> Communicator:
         """This process and those it shares `mesh` with, for collectives with gradients."""
-        return Peers(self.mesh(mesh).get_group(), self.device.capability("bf16_reduce").value)
+        return Communicator(self.mesh(mesh).get_group(), self.device.capability("bf16_reduce").value)
 
     @property
     def is_first(self) -> bool:

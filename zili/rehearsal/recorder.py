@@ -94,7 +94,7 @@ def _grouped_flops(rows: torch.Size, others: torch.Size, *_: Any, **__: Any) -> 
 
 
 @dataclass
-class Block:
+class Allocation:
     """Some memory, from when to when, and what for."""
 
     part: str
@@ -115,8 +115,8 @@ class Recorder(TorchDispatchMode):
     operations: Counter[str] = field(default_factory=Counter)
     messages: Counter[Message] = field(default_factory=Counter)
     changes: list[tuple[int, int, int]] = field(default_factory=list)
-    """Time, number of the block, bytes more or less."""
-    blocks: list[Block] = field(default_factory=list)
+    """Time, number of the allocation, bytes more or less."""
+    allocations: list[Allocation] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -132,15 +132,17 @@ class Recorder(TorchDispatchMode):
     def is_for(self, part: str, tensors: Iterable[Tensor]) -> None:
         """Say what `tensors` are, whatever they looked like when they were made."""
         for tensor in tensors:
-            self.blocks[self._number(plain(tensor), part, "before the step")].part = part
+            self.allocations[self._number(plain(tensor), part, "before the step")].part = part
 
     def _number(self, tensor: Tensor, part: str, made_by: str) -> int:
-        """The block of a tensor's memory; a new one where it was not known."""
+        """The allocation of a tensor's memory; a new one where it was not known."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._numbers:
-            number = len(self.blocks)
-            self.blocks.append(Block(part, made_by, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")))
+            number = len(self.allocations)
+            self.allocations.append(
+                Allocation(part, made_by, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            )
             self._numbers[key], self._sizes[key] = number, 0
             self._held[key] = ref(storage, lambda _: self._freed(key))
             self._resized(key, storage.nbytes())
@@ -166,7 +168,7 @@ class Recorder(TorchDispatchMode):
             if (key := storage._cdata) in self._numbers:
                 self._resized(key, storage.nbytes())
                 if size:  # FSDP2 gives and takes the memory of gathered weights so, by no operation
-                    self.blocks[self._numbers[key]].part = GATHERED
+                    self.allocations[self._numbers[key]].part = GATHERED
             return done
 
         with ExitStack() as stack:
@@ -268,9 +270,9 @@ class Recorder(TorchDispatchMode):
             return
         tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
         for tensor in tensors:
-            block = self.blocks[self._number(tensor, MESSAGES, str(function))]
-            if block.part in (ACTIVATIONS, BACKWARD):
-                block.part = MESSAGES
+            allocation = self.allocations[self._number(tensor, MESSAGES, str(function))]
+            if allocation.part in (ACTIVATIONS, BACKWARD):
+                allocation.part = MESSAGES
         group = _group(function, arguments)
         size = max(tensor.nbytes for tensor in tensors)
         if kind == "all_gather" and function.namespace == "_c10d_functional":

@@ -28,7 +28,7 @@ from zili.rehearsal.fake_world import FakeWorld, RehearsedDevice, as_rank, evenl
 from zili.rehearsal.recorder import Recorder
 from zili.rehearsal.result import Rehearsal, memory
 from zili.rehearsal.stand_ins import FUSED, stand_in
-from zili.training.setup import job_on, resolve
+from zili.training.setup import job_here, resolve
 from zili.training.trainer import Trainer
 
 
@@ -84,7 +84,7 @@ def _decided(
     device = RehearsedDevice(backend, chip if left_to_us else None, config.chip.capabilities)
     eager = _eagerly(config, device, backend.device_type == "cpu")
     if chip is not None and not left_to_us:
-        eager = with_reduce(job_on(eager, layout, device), usable(1e9 * chip.require("memory_gb"))).config
+        eager = with_reduce(job_here(eager, layout, device), usable(1e9 * chip.require("memory_gb"))).config
     whole, choices = resolve(eager, layout, device)
     lay_out(whole, layout.world)
     return device, whole, choices

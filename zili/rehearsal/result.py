@@ -84,7 +84,7 @@ def memory(recorder: Recorder) -> tuple[Peak, list[tuple[int, dict[str, int]]]]:
         highest, then = -1, {}
         for time, number, difference in changes:
             live[number] += difference
-            parts[recorder.blocks[number].part] += difference
+            parts[recorder.allocations[number].part] += difference
             total += difference
             if total > highest:
                 highest, then = total, dict(parts)
@@ -107,5 +107,5 @@ def _in_all(alike: tuple[tuple[int, str], int]) -> int:
 
 
 def _said(recorder: Recorder, number: int) -> str:
-    block = recorder.blocks[number]
-    return f"{block.part}: {list(block.shape)} {block.dtype} of {block.made_by}"
+    allocation = recorder.allocations[number]
+    return f"{allocation.part}: {list(allocation.shape)} {allocation.dtype} of {allocation.made_by}"

@@ -1,7 +1,7 @@
 """The same function under another layout: what one layout can only say in other words.
 
 A model's own layout may have what others do not: muP multipliers, a bias on one matrix of a layer, a rotary rule that
-follows the length. Where another model gives the same logits, up to the length that the first was trained for, its
+follows the length. Another model may give the same logits, up to the length that the first was trained for. Then its
 configuration and weights are put together here, read from the first's as they are asked for.
 """
 

@@ -24,7 +24,7 @@ from zili.release.equivalent import Equivalent, llama_equivalent, telechat2_equi
 from zili.release.folder import write_json
 from zili.release.gguf.file import GGUF_FILE, write_gguf
 from zili.release.gguf.tokenizer import write_tokenizer
-from zili.release.layouts.layout import Layout, PublishedConfig, Variant
+from zili.release.layouts.layout import PublishedConfig, PublishedLayout, Variant
 from zili.release.layouts.mapping import PublishedTensors
 from zili.release.opening import GGUF_LAYOUT, LAYOUTS, OpenModel, open_model
 from zili.release.probe import TOLERANCE, Probe, answered, make_probe
@@ -45,7 +45,7 @@ def export_model(
 ) -> Release:
     """Write any model `load` takes as a release folder; returns its record.
 
-    `layout` "auto" takes the layout the weights came in, else the first that can hold the model; a model exported so
+    `layout` "auto" takes the layout the weights came in, else the first that can hold the model. A model exported so
     gets its original config.json back, with what has changed since put in. A layout that is named gets a model that
     computes the same, where its own words cannot say it (`zili.release.equivalent`). `evaluations` go into the card.
 
@@ -88,7 +88,7 @@ def export_model(
     return release
 
 
-def _said(name: str, model: OpenModel) -> tuple[Layout, Equivalent]:
+def _said(name: str, model: OpenModel) -> tuple[PublishedLayout, Equivalent]:
     """The layout and the model in its words."""
     by_name = {layout.name: layout for layout in (*LAYOUTS, GGUF_LAYOUT)}
     if name == "auto":
@@ -109,7 +109,7 @@ def _said(name: str, model: OpenModel) -> tuple[Layout, Equivalent]:
     return chosen, said
 
 
-def _held(model: OpenModel) -> Layout:
+def _held(model: OpenModel) -> PublishedLayout:
     by_name = {layout.name: layout for layout in LAYOUTS}
     first = by_name.get(model.origin.layout, LAYOUTS[0]) if model.origin else LAYOUTS[0]
     for layout in (first, *LAYOUTS):
@@ -120,7 +120,7 @@ def _held(model: OpenModel) -> Layout:
 
 
 def _write_model(
-    aside: Path, model: OpenModel, chosen: Layout, said: Equivalent, max_shard_bytes: int, *, keep: bool
+    aside: Path, model: OpenModel, chosen: PublishedLayout, said: Equivalent, max_shard_bytes: int, *, keep: bool
 ) -> bool:
     """config.json and the weights; `keep` gives an original config.json that still holds back, byte for byte.
 
@@ -152,7 +152,7 @@ def _write_gguf(
 
 
 def _published_config(
-    model: OpenModel, layout: Layout, variant: Variant, said: Equivalent, keep: bool
+    model: OpenModel, layout: PublishedLayout, variant: Variant, said: Equivalent, keep: bool
 ) -> dict[str, Any]:
     """The original config.json where there is one, with the keys of what has changed since."""
     written = layout.write_config(said.config)

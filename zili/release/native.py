@@ -1,9 +1,9 @@
 """Zili's own model folder: weights under Zili's names beside a `model.json`.
 
-`model.json` holds `format` and `version`, `model` (the ModelConfig), `source` (where the weights came from,
-so that an export can give back what the decoder does not model: layout, variant and the original config.json,
-or null) and `files` (sha256 of each weight file). A run or checkpoint folder may hold a `model.json` too,
-without weights: then only its `source` is used.
+`model.json` holds `format` and `version`, `model` (the ModelConfig), `source` and `files` (sha256 of each weight file).
+`source` says where the weights came from: layout, variant and the original config.json, or null. So an export can give
+back what the decoder does not model. A run or checkpoint folder may hold a `model.json` too, without weights: then only
+its `source` is used.
 """
 
 from __future__ import annotations

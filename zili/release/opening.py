@@ -22,7 +22,7 @@ from zili.release.folder import read_json
 from zili.release.gguf.file import find_gguf, open_gguf
 from zili.release.layouts.deepseek import DeepSeek
 from zili.release.layouts.gguf import GGUF
-from zili.release.layouts.layout import Layout, PublishedConfig, recognise
+from zili.release.layouts.layout import PublishedConfig, PublishedLayout, recognise
 from zili.release.layouts.llama import Llama, TeleChat3, TeleFLM
 from zili.release.layouts.mapping import ImportedTensors, check_tensors
 from zili.release.layouts.telechat2 import TeleChat2
@@ -31,7 +31,7 @@ from zili.release.native import MODEL_FILE, Origin, is_native, read_model_file, 
 from zili.release.tensors import Index, Tensors, open_tensors
 from zili.torch_private import compute_local_shape_and_global_offset
 
-LAYOUTS: tuple[Layout, ...] = (TeleChat2(), Llama(), TeleChat3(), TeleFLM(), TeleChat52(), DeepSeek())
+LAYOUTS: tuple[PublishedLayout, ...] = (TeleChat2(), Llama(), TeleChat3(), TeleFLM(), TeleChat52(), DeepSeek())
 """In the order `export_model` tries them for a model that was never published."""
 GGUF_LAYOUT = GGUF()
 """Apart, as it is no folder with a config.json."""
@@ -160,7 +160,9 @@ def open_published(folder: Path) -> OpenModel:
     return _recognised(LAYOUTS, config, open_tensors(folder), folder)
 
 
-def _recognised(layouts: tuple[Layout, ...], config: PublishedConfig, published: Tensors, place: Path) -> OpenModel:
+def _recognised(
+    layouts: tuple[PublishedLayout, ...], config: PublishedConfig, published: Tensors, place: Path
+) -> OpenModel:
     described = published.describe()
     layout = recognise(layouts, config, set(described))
     names = {name for name in described if not layout.ignored.search(name)}

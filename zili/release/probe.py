@@ -1,7 +1,7 @@
 """What a model says to a few fixed tokens: log-probabilities by which two folders are known to be one model.
 
-A model is run a layer at a time, each read from disk when its turn comes, so that one of 115 billion parameters is
-probed in the memory of its largest part.
+A model is run a layer at a time, each read from disk when its turn comes. So one of 115 billion parameters is probed in
+the memory of its largest part.
 """
 
 from __future__ import annotations

@@ -9,19 +9,19 @@ import sys
 from pathlib import Path
 
 from zili.config import ModelConfig
-from zili.config.model_folder import shape_in as own_shape_in
+from zili.config.model_folder import shape_in
 from zili.errors import ZiliError
 from zili.release.gguf.file import find_gguf
 from zili.release.opening import is_published, open_gguf_model, open_published
 
 
-def shape_in(folder: Path) -> ModelConfig | None:
+def any_shape_in(folder: Path) -> ModelConfig | None:
     """The shape of a model in any folder that `load` takes; None: there is none.
 
     Raises:
         CheckpointError: a published model that is broken, or of no layout that is known.
     """
-    own = own_shape_in(folder)
+    own = shape_in(folder)
     if own is not None:
         return own
     if is_published(folder):
@@ -32,7 +32,7 @@ def shape_in(folder: Path) -> ModelConfig | None:
 
 if __name__ == "__main__":
     try:
-        shape = shape_in(Path(sys.argv[1]))
+        shape = any_shape_in(Path(sys.argv[1]))
         print("null" if shape is None else shape.model_dump_json())
     except ZiliError as error:
         print(error, file=sys.stderr)

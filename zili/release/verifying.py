@@ -34,14 +34,14 @@ _MANY = 8
 
 
 @dataclass(frozen=True)
-class Finding:
+class Check:
     """One thing that was compared and held."""
 
     what: str
     detail: str
 
 
-def verify_release(folder: Path, *, against: Path | None = None, transformers: bool | None = None) -> list[Finding]:
+def verify_release(folder: Path, *, against: Path | None = None, transformers: bool | None = None) -> list[Check]:
     """Check a release folder; what is returned held.
 
     `against`: the run or checkpoint it was made from, to be computed again. `transformers`: compare with its classes
@@ -65,7 +65,7 @@ def verify_release(folder: Path, *, against: Path | None = None, transformers: b
     return findings
 
 
-def _check_files(folder: Path) -> Iterator[Finding]:
+def _check_files(folder: Path) -> Iterator[Check]:
     """Those that are listed have their hashes. Git, hubs and desktops add files of their own: these are said."""
     sums = read_sums(folder, [RELEASE_FILE], others=True)
     added = sorted(entry.name for entry in folder.iterdir() if entry.name not in {*sums, SUMS_FILE})
@@ -80,12 +80,12 @@ def _check_files(folder: Path) -> Iterator[Finding]:
             detail = f"{folder / name} is damaged: sha256 {found[:12]}..., expected {sums[name][:12]}..."
             raise CheckpointError(what_it_is(folder / name, detail))
         lines.append(name)
-    yield Finding("files", f"{len(sums)} hashed again")
+    yield Check("files", f"{len(sums)} hashed again")
     if lines:
-        yield Finding("line ends", f"git has written them otherwise (CRLF) in {', '.join(lines)}; the text is the same")
+        yield Check("line ends", f"git has written them otherwise (CRLF) in {', '.join(lines)}; the text is the same")
     if added:
         more = f" and {len(added) - _MANY} more" if len(added) > _MANY else ""
-        yield Finding("not listed", f"{', '.join(added[:_MANY])}{more}: not of the release, and not looked at")
+        yield Check("not listed", f"{', '.join(added[:_MANY])}{more}: not of the release, and not looked at")
 
 
 def _differs_in_line_ends(path: Path, expected: str) -> bool:
@@ -94,19 +94,19 @@ def _differs_in_line_ends(path: Path, expected: str) -> bool:
     return hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest() == expected
 
 
-def _check_tokenizer(folder: Path, release: Release, tokenizer: Tokenizer | None) -> Finding:
+def _check_tokenizer(folder: Path, release: Release, tokenizer: Tokenizer | None) -> Check:
     text = release.probe.text
     if text is None or tokenizer is None:
         if text is not None:
             raise CheckpointError(f"{folder} was released with a tokenizer, and there is none now")
-        return Finding("tokenizer", "none, as released")
+        return Check("tokenizer", "none, as released")
     ids = [tokenizer.end_id, *tokenizer.encode(text).tolist()][: len(release.probe.ids[0])]
     if ids != release.probe.ids[0]:
         raise CheckpointError(f"{folder}: its tokenizer gives other ids than it was released with; it is another one")
-    return Finding("tokenizer", f"{len(ids)} ids of the probe's text")
+    return Check("tokenizer", f"{len(ids)} ids of the probe's text")
 
 
-def _compare(what: str, found: Probe, expected: Probe, allowed: float, where: str) -> Finding:
+def _compare(what: str, found: Probe, expected: Probe, allowed: float, where: str) -> Check:
     difference = found.difference(expected)
     if not difference <= allowed:
         raise CheckpointError(
@@ -114,10 +114,10 @@ def _compare(what: str, found: Probe, expected: Probe, allowed: float, where: st
         )
     mine, others = (list(chain.from_iterable(probe.greedy)) for probe in (found, expected))
     same = sum(a == b for a, b in zip(mine, others, strict=True))
-    return Finding(what, f"{where}, within {difference:.2g} nats; {same} of {len(others)} likeliest ids equal")
+    return Check(what, f"{where}, within {difference:.2g} nats; {same} of {len(others)} likeliest ids equal")
 
 
-def _against(source: Path, release: Release) -> Finding:
+def _against(source: Path, release: Release) -> Check:
     model = open_model(source)
     if release.model.vocab_size != model.config.vocab_size:
         raise CheckpointError(
@@ -134,7 +134,7 @@ def _against(source: Path, release: Release) -> Finding:
     same = _compare("source", found, release.probe, apart + TOLERANCE, f"that {source.name} has in {release.dtype}")
     trained = answered(model, release.probe.ids, release.probe.text)
     detail = _compare("", trained, release.probe, math.inf, "as it is stored").detail
-    return Finding(same.what, f"{same.detail}; {detail}")
+    return Check(same.what, f"{same.detail}; {detail}")
 
 
 def _recorded(release: Release) -> str:
@@ -160,7 +160,7 @@ def _transformers_can(folder: Path, release: Release) -> bool:
     return is_our_code(folder) and (room is None or fp32 < room / 2)
 
 
-def _in_transformers(folder: Path, release: Release) -> Finding:
+def _in_transformers(folder: Path, release: Release) -> Check:
     if not is_our_code(folder):
         raise CheckpointError(f"{folder} brings Python code that is not Zili's; it is not run")
     import transformers

@@ -32,7 +32,7 @@ def setting_of(
     overrides: Overrides = (),
 ) -> Setting:
     """`model`, a preset or a recipe, as it is to be planned: on `tokens`, in `sequence` tokens and `batch` sequences a
-    step, and as `layout` says; what is None is the recipe's, or chosen.
+    step, and as `layout` says. What is None is the recipe's, or chosen.
 
     Raises:
         ConfigError: it was not understood, or cannot be run.

@@ -70,7 +70,7 @@ def _shape_in(folder: Path) -> ModelConfig | None:
     if own is not None or not folder.exists():
         return own
     if "torch" in sys.modules:
-        from zili.release.shape import shape_in as any_shape_in
+        from zili.release.shape import any_shape_in
 
         return any_shape_in(folder)
     # In a process of its own, without a chip's plugin: reading published layouts takes torch, which must not be here

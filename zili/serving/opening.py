@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from zili.errors import ConfigError
 from zili.serving.handover import Offer
-from zili.serving.place import prepared
+from zili.serving.place import open_device, prepared
 
 if TYPE_CHECKING:
     import torch
@@ -22,19 +22,22 @@ if TYPE_CHECKING:
 def open_served(
     place: Path,
     offer: Offer,
-    device: torch.device,
+    chip: str,
     keys: Path | None,
     template: str | None,
     limits: Mapping[str, Any],
     origins: Sequence[str],
     hosts: Sequence[str],
 ) -> Served:
-    """The model in `place`, its engine running. A line on standard error says how many answers have room.
+    """The model in `place` on `chip`, its engine running. A line on standard error says how many answers have room.
 
     Raises:
+        ChipError: the chip is unknown or not here.
         ConfigError: what serving takes is not installed, or there is no such dtype.
         CheckpointError: there is no model, or it is damaged.
     """
+    # Before anything else loads torch; not in this thread, since choosing operations multiplies.
+    device = prepared(lambda: open_device(chip))
     try:
         from zili.serving.http.api import Served
         from zili.serving.http.gate import Limits

@@ -38,9 +38,9 @@ def open_device(name: str = "auto") -> torch.device:
 def prepared(prepare: Callable[[], T]) -> T:
     """What `prepare` returns, run in a thread that ends with it: for what is to be used by another thread.
 
-    Whichever thread asks for a product has OpenMP start helpers for it, which stay with it. Once there are more of them
-    in the process than CPUs, none waits busily for the next product any more, and an engine's small products take up to
-    half as long again.
+    Whichever thread asks for a product has OpenMP start helpers for it, which stay with it. Once the process has more
+    of them than CPUs, none waits busily for the next product any more. Then an engine's small products take up to half
+    as long again.
     """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(prepare).result()

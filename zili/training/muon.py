@@ -30,10 +30,10 @@ _ADAMW_SIZE = 0.2
 class Muon(Optimizer):
     """`torch.optim.Muon` with Nesterov momentum, for parts of matrices and for stacks of them too.
 
-    A parameter `[E, O, I]` is E matrices, as the experts of a mixture are. `dtype` is that of the iteration: in bf16
-    the results are torch's, bit for bit; in fp32 they do not depend on the last bit of a gradient, which bf16 rounds
-    to one neighbour or the other. Sources: Jordan 2024, "Muon: an optimizer for hidden layers"; the update is scaled
-    to AdamW's size (Liu et al. 2025, "Muon is scalable", eq. 4).
+    A parameter `[E, O, I]` is E matrices, as the experts of a mixture are. `dtype` is that of the iteration. In bf16
+    the results are torch's, bit for bit. In fp32 they do not depend on the last bit of a gradient, which bf16 rounds to
+    one neighbour or the other. Sources: Jordan 2024, "Muon: an optimizer for hidden layers"; the update is scaled to
+    AdamW's size (Liu et al. 2025, "Muon is scalable", eq. 4).
     """
 
     def __init__(

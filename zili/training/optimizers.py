@@ -24,11 +24,11 @@ def build_optimizers(
 ) -> list[Optimizer]:
     """One AdamW over everything, or a Muon and an AdamW that share the parameters out.
 
-    Muon takes the matrices of the blocks, experts' and multi-token prediction's among them; embeddings, head, routers,
+    Muon takes the matrices of the blocks, experts' and multi-token prediction's among them. Embeddings, head, routers,
     norms and biases stay with AdamW, as in Jordan's description (2024, "Muon: an optimizer for hidden layers").
     Adapters are such matrices too, and leave AdamW nothing: then there is none. Muon's update is scaled to AdamW's size
-    so that both share learning rate and decay, and its iteration runs in `dtype`, the precision of the run.
-    `fused`: AdamW in one kernel, where torch has one for the device.
+    so that both share learning rate and decay, and its iteration runs in `dtype`, the precision of the run. `fused`:
+    AdamW in one kernel, where torch has one for the device.
     """
     named = [(name, p) for name, p in named if p.requires_grad]
     hidden = [p for name, p in named if is_hidden_matrix(name, tuple(p.shape))]

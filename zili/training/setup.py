@@ -79,7 +79,7 @@ def set_up(config: RunConfig) -> Setup:
     started = [Choice("chip.name", device.backend.name, selection.reason), *_environment(activation)]
     resolved, choices = world.from_first(lambda: resolve(config, layout, device))
     lay_out(resolved, size)
-    world.from_first(lambda: _refuse_without_room_for_copies(job_on(resolved, layout, device)))
+    world.from_first(lambda: _refuse_without_room_for_copies(job_here(resolved, layout, device)))
     if resolved.chip.compile and (folder := cache_folder("compiled")) is not None:
         # torch's own place is below /tmp, which is everybody's and empty after each start of the machine.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
@@ -254,7 +254,7 @@ def _fitted(
     free = _free_bytes(device)
     room = math.inf if free is None else free
     asked = config.training.micro_batch
-    jobs = [job_on(_with(config, size), layout, device) for size in _sizes(config, layout)]
+    jobs = [job_here(_with(config, size), layout, device) for size in _sizes(config, layout)]
     before = _kept_job(config, layout, device, previous)
     # Auto leaves a margin: evaluation needs room too, and of what is free others may want some.
     margin = room if asked != "auto" else _AUTO_SHARE * room
@@ -291,14 +291,14 @@ def _kept_job(config: RunConfig, layout: Layout, device: Device, previous: RunSt
     micro = _table(previous, "training").get("micro_batch")
     if micro not in _sizes(config, layout):
         return None
-    job = job_on(_with(config, micro), layout, device)
+    job = job_here(_with(config, micro), layout, device)
     reduce = _table(previous, "parallel").get("reduce", "auto")
     if config.parallel.reduce != "auto" or (reduce == "micro_batch" and not may_sum_each(job)):
         return job
     return reducing(job, reduce)
 
 
-def job_on(config: RunConfig, layout: Layout, device: Device) -> Job:
+def job_here(config: RunConfig, layout: Layout, device: Device) -> Job:
     """What `zili.planning` says the memory of, here: on the host a save's copies are among it."""
     return Job(
         config,

@@ -128,7 +128,7 @@ def reset() -> None:
 
 
 def refuse(refusals: Iterable[Any]) -> None:
-    """Turn down what a vendor is known to (`zili.chips.Refusal`), as its software does: with a TypeError.
+    """Turn down what a vendor is known to (`zili.chips.RefusedCall`), as its software does: with a TypeError.
 
     What is said of sums over processes is left to Gloo, behind all of these names, which turns the same down.
     """

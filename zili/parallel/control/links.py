@@ -17,7 +17,7 @@ PATIENCE = 10.0
 _LENGTH = struct.Struct("!I")
 _NONCE = 32
 _BELOW, _ABOVE = b"below", b"above"
-_QUIET = ((socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 3), (socket.TCP_KEEPCNT, 5))
+_QUIET = (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 3), ("TCP_KEEPCNT", 5))
 """When a connection counts as lost on which nothing comes any more: 20 s, where the system's own would be two hours."""
 
 
@@ -35,12 +35,6 @@ class Link:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
         quick(writer.get_extra_info("socket"))
-
-    @property
-    def host(self) -> str:
-        """Address of this end, as the other one sees it. Of a Unix socket "localhost"."""
-        name = self._writer.get_extra_info("sockname")
-        return name[0] if isinstance(name, tuple) else "localhost"
 
     def send(self, message: bytes) -> None:
         """Put a message on its way. To an end that is gone it is lost, which the next `receive` tells."""
@@ -87,13 +81,14 @@ class Link:
 class PlainLink:
     """The end below of a connection, for a process that waits for each answer."""
 
-    def __init__(self, address: str, secret: bytes = b"") -> None:
-        """`address` is as `connect` takes it.
+    def __init__(self, address: str, secret: bytes) -> None:
+        """`address`: `HOST:PORT`.
 
         Raises:
             OSError: nobody listens there, or `Unproven`.
         """
-        self._socket = _open(address)
+        self._socket = socket.create_connection(_host_and_port(address), PATIENCE)
+        quick(self._socket)
         own = secrets.token_bytes(_NONCE)
         self._socket.settimeout(PATIENCE)
         self.send(own)
@@ -131,13 +126,12 @@ class PlainLink:
 
 
 async def connect(address: str, secret: bytes) -> Link:
-    """Reach `address`, a path or `HOST:PORT`, as the end below.
+    """Reach `address`, `HOST:PORT`, as the end below.
 
     Raises:
         OSError: nobody listens there, or `Unproven`.
     """
-    path, host, port = _parts(address)
-    link = Link(*await (asyncio.open_unix_connection(path) if path else asyncio.open_connection(host, port)))
+    link = Link(*await asyncio.open_connection(*_host_and_port(address)))
     try:
         await link.prove(secret, above=False)
     except BaseException:
@@ -146,35 +140,15 @@ async def connect(address: str, secret: bytes) -> Link:
     return link
 
 
-def _open(address: str) -> socket.socket:
-    path, host, port = _parts(address)
-    if not path:
-        found = socket.create_connection((host, port), PATIENCE)
-        quick(found)
-        return found
-    found = socket.socket(socket.AF_UNIX)
-    try:
-        found.settimeout(PATIENCE)
-        found.connect(path)
-    except OSError:
-        found.close()
-        raise
-    return found
-
-
 def quick(link: socket.socket) -> None:
     """Send small messages at once, and notice within seconds that the other machine is gone."""
-    if link.family == socket.AF_UNIX:
-        return
     link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in _QUIET:
-        link.setsockopt(socket.IPPROTO_TCP, option, value)
+        if hasattr(socket, option):  # macOS lacks one
+            link.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
-def _parts(address: str) -> tuple[str, str, int]:
-    """Path, or host and port."""
-    if address.startswith("/"):
-        return address, "", 0
+def _host_and_port(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
-    return "", host.strip("[]"), int(port)
+    return host.strip("[]"), int(port)

@@ -6,13 +6,9 @@ import asyncio
 import json
 import os
 import secrets
-import shutil
 import socket
 import threading
 from collections.abc import Coroutine
-from contextlib import suppress
-from pathlib import Path
-from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from zili.errors import PeerError
@@ -24,20 +20,20 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 Result = TypeVar("Result")
-AGENT = "ZILI_AGENT"
-"""Variable in which `zili launch` gives its processes the path of their machine's node."""
+AGENT, AGENT_SECRET = "ZILI_AGENT", "ZILI_AGENT_SECRET"
+"""Variables in which `zili launch` gives its processes the address of their machine's node, and the run's secret."""
 PATIENCE = 1800.0
 """Seconds that a process waits for the others in one turn, as in a collective."""
-_LONGEST_PATH = 90
-"""Characters of the folder of a Unix socket, whose path has 107 at most."""
+_LOOPBACK = "127.0.0.1"
 
 
 class Control:
     """How one process speaks with all others of its run: in turns, which all of them take in the same order."""
 
-    def __init__(self, path: str, rank: int, hosted: Hosted | None = None) -> None:
-        """`path`: the socket of the machine's node. `hosted`: that node, where this process has it."""
-        self.path = path
+    def __init__(self, address: str, secret: bytes, rank: int, hosted: Hosted | None = None) -> None:
+        """`address`: the machine's node. `hosted`: that node, where this process has it."""
+        self._address = address
+        self._secret = secret
         self._rank = rank
         self._hosted = hosted
         self._links: dict[int, PlainLink] = {}
@@ -82,7 +78,7 @@ class Control:
 
     def _link(self, channel: int) -> PlainLink:
         if channel not in self._links:
-            self._links[channel] = link = PlainLink(self.path)
+            self._links[channel] = link = PlainLink(self._address, self._secret)
             link.send(Message(Kind.PROCESS, channel, rank=self._rank).packed())
         return self._links[channel]
 
@@ -113,13 +109,10 @@ class Hosted:
     def __init__(self, node: Node) -> None:
         self._node = node
         self._loop = asyncio.new_event_loop()
-        self._folder = Path(mkdtemp(prefix="zili-", dir=_short_folder()))
         threading.Thread(target=self._loop.run_forever, name="zili-control", daemon=True).start()
-        self.path = self._folder / "node"
-        self._do(node.listen_here(self.path))
 
     def listen(self, host: str) -> int:
-        """Take the nodes below; returns the port."""
+        """`Node.listen`."""
         return self._do(self._node.listen(host))
 
     def join(self, address: str) -> None:
@@ -130,7 +123,6 @@ class Hosted:
         """`Node.close`."""
         self._do(self._node.close(patience))
         self._loop.call_soon_threadsafe(self._loop.stop)
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _do(self, work: Coroutine[Any, Any, Result]) -> Result:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
@@ -145,19 +137,19 @@ def meet(store: Store, rank: int, size: int) -> Control:
     """
     machine, machines, ranks = _place(rank, size)
     hosted = _hosted(store, machine, machines, ranks) if rank == ranks[0] else None
-    path = json.loads(store.get(f"control/{machine}"))["path"]
-    return Control(path, rank, hosted)
+    address = json.loads(store.get(f"control/{machine}"))["here"]
+    return Control(address, bytes.fromhex(store.get("control/secret").decode()), rank, hosted)
 
 
 def _hosted(store: Store, machine: int, machines: int, ranks: range) -> Hosted:
     """This machine's node; the store says where it is."""
     if machine == 0:
         store.set("control/secret", secrets.token_hex())
-    node = Node(machine, ranks, below(machine, machines), bytes(store.get("control/secret")))
-    hosted = Hosted(node)
-    host, bound = _own_host(machine) if machines > 1 else ("", "")
-    address = f"{host}:{hosted.listen(bound)}" if machines > 1 else ""
-    store.set(f"control/{machine}", json.dumps({"path": str(hosted.path), "address": address}))
+    secret = bytes.fromhex(store.get("control/secret").decode())
+    hosted = Hosted(Node(machine, ranks, below(machine, machines), secret))
+    host, bound = _own_host(machine) if machines > 1 else (_LOOPBACK, _LOOPBACK)
+    port = hosted.listen(bound)
+    store.set(f"control/{machine}", json.dumps({"here": f"{bound or _LOOPBACK}:{port}", "address": f"{host}:{port}"}))
     parent = above(machine)
     if parent is not None:
         hosted.join(json.loads(store.get(f"control/{parent}"))["address"])
@@ -184,11 +176,3 @@ def _own_host(machine: int) -> tuple[str, str]:
     # The others reach the first machine by this name, which to itself may mean loopback (/etc/hosts).
     named_loopback = own.startswith("127.") and name not in (own, "localhost")
     return name, "" if named_loopback else own
-
-
-def _short_folder() -> str | None:
-    """Where a folder for a Unix socket has a path that is short enough."""
-    with suppress(KeyError):
-        if len(os.environ["TMPDIR"]) > _LONGEST_PATH:
-            return "/tmp"
-    return None

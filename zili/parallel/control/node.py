@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Iterable
 from contextlib import suppress
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 from zili.parallel.control.keys import Keys, Reply, waits
@@ -59,19 +57,15 @@ class Node:
         self._parent: Link | None = None
         self._held: list[Message] = []
         """What is for the node above, until it is there."""
-        self._servers: list[asyncio.Server] = []
+        self._server: asyncio.Server | None = None
         self._open: set[Link] = set()
         self._work: set[asyncio.Task[None]] = set()
 
-    async def listen_here(self, path: Path) -> None:
-        """Take the processes of this machine. `path` is to lie in a folder that only this user can enter."""
-        self._servers.append(await asyncio.start_unix_server(partial(self._take, b""), path, backlog=256))
-
     async def listen(self, host: str) -> int:
-        """Take the nodes below; returns the port."""
-        server = await asyncio.start_server(partial(self._take, self._secret), host, 0, backlog=64)
-        self._servers.append(server)
-        return int(server.sockets[0].getsockname()[1])
+        """Take the processes of this machine and the nodes below, at any address of this machine where `host` is "";
+        returns the port."""
+        self._server = await asyncio.start_server(self._take, host, 0, backlog=256)
+        return int(self._server.sockets[0].getsockname()[1])
 
     async def join(self, address: str, patience: float) -> None:
         """Take `address` as the node above.
@@ -88,8 +82,8 @@ class Node:
         """End it when all below have left, at the latest after `patience` seconds."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._all_gone.wait(), patience)
-        for server in self._servers:
-            server.close()
+        if self._server is not None:
+            self._server.close()
         for task in tuple(self._work):
             task.cancel()
         for link in (*self._open, *filter(None, [self._parent])):
@@ -100,11 +94,11 @@ class Node:
         self._work.add(task)  # the loop itself holds no reference
         task.add_done_callback(self._work.discard)
 
-    async def _take(self, secret: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         link, place = Link(reader, writer), None
         self._open.add(link)
         try:
-            await link.prove(secret, above=True)
+            await link.prove(self._secret, above=True)
             while (raw := await link.receive()) is not None:
                 message = unpacked(raw)
                 if message.kind in (Kind.PROCESS, Kind.NODE) and place is None:

@@ -24,10 +24,10 @@ class NodeStore(dist.Store):
     Who makes one keeps it: torch holds only its C++ half, which can do nothing without this one.
     """
 
-    def __init__(self, path: str) -> None:
-        """`path`: the socket of the machine's node."""
+    def __init__(self, address: str, secret: bytes) -> None:
+        """`address`: the machine's node."""
         super().__init__()
-        self._path = path
+        self._node = address, secret
         self._patience = _PATIENCE
         # A thread that waits for a key holds its link; torch's own threads cannot keep one each.
         self._free: SimpleQueue[PlainLink] = SimpleQueue()
@@ -37,7 +37,7 @@ class NodeStore(dist.Store):
         try:
             link = self._free.get_nowait()
         except Empty:
-            link = PlainLink(self._path)
+            link = PlainLink(*self._node)
         try:
             link.send(asked.packed())
             answer = unpacked(link.receive((patience or self._patience).total_seconds()))

@@ -1,9 +1,9 @@
 """Bytes that one process takes in a step, in closed form: the moments at which most is there.
 
 A step is a sequence of forward and backward passes over this process's stages. Between two of them lie weights, what
-the optimizer keeps, gradients so far, and what micro-batches in flight have left for their backward passes; inside one,
-what it makes and gives back. So the step is walked through pass by pass, and a backward pass layer by layer.
-A rehearsal runs the real thing; tests/planning/test_memory.py compares the two.
+the optimizer keeps, gradients so far, and what micro-batches in flight have left for their backward passes. Inside one
+lies what it makes and gives back. So the step is walked through pass by pass, and a backward pass layer by layer. A
+rehearsal runs the real thing; tests/planning/test_memory.py compares the two.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from math import inf
 from zili.planning.exact.job import Job
 from zili.planning.exact.layer_memory import FP32, Gathered, Held, Kinds, LayerMemory
 from zili.planning.exact.messages import rows_at_once
-from zili.planning.exact.schedule import Action, Plan, actions, asked_for
+from zili.planning.exact.schedule import Action, PipelinePlan, actions, asked_for
 
 _INT32, _INT64 = 4, 8
 Bytes = dict[str, float]
@@ -242,7 +242,7 @@ class _Step:
         """Weights are gathered once, gradients summed at the end or after each micro-batch."""
         job = self.job
         count = enough(job)
-        plan = Plan(job.config.parallel.schedule, job.layout.pipeline, len(job.stages), count)
+        plan = PipelinePlan(job.config.parallel.schedule, job.layout.pipeline, len(job.stages), count)
         home = {number: place for place, number in enumerate(job.stage_numbers)}
         if job.lowered or not job.whole:
             self.live[GATHERED] = self.held.gathered + self._stays
@@ -254,7 +254,7 @@ class _Step:
             if action.kind in ("backward", "weights") and action.micro_batch == count - 1 and not job.whole:
                 self._sum_stage(home[action.stage])
 
-    def _act(self, action: Action, home: dict[int, int], plan: Plan) -> None:
+    def _act(self, action: Action, home: dict[int, int], plan: PipelinePlan) -> None:
         """One action of the stage that is this process's `home[stage]`-th."""
         kind, place = action.kind, home[action.stage]
         first, flying = not self._summed[place], self._flying[place]

@@ -23,7 +23,7 @@ class Action(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class PipelinePlan:
     """A schedule on so many processes, with so many stages each."""
 
     schedule: Schedule
@@ -38,7 +38,7 @@ class Plan:
 
 
 @lru_cache(maxsize=64)
-def actions(plan: Plan) -> tuple[tuple[Action, ...], ...]:
+def actions(plan: PipelinePlan) -> tuple[tuple[Action, ...], ...]:
     """The actions of each process, in order."""
     if plan.schedule == "1f1b":
         queues = (_one_forward_one_backward(plan, process) for process in range(plan.processes))
@@ -50,7 +50,7 @@ def actions(plan: Plan) -> tuple[tuple[Action, ...], ...]:
     return tuple(map(tuple, queues))
 
 
-def _one_forward_one_backward(plan: Plan, process: int) -> Iterator[Action]:
+def _one_forward_one_backward(plan: PipelinePlan, process: int) -> Iterator[Action]:
     """Narayanan et al. 2021, figure 4, above."""
     ahead = min(plan.micro_batches, plan.processes - process)
     yield from (Action("forward", process, number) for number in range(ahead))
@@ -60,7 +60,7 @@ def _one_forward_one_backward(plan: Plan, process: int) -> Iterator[Action]:
             yield Action("forward", process, ahead + number)
 
 
-def _interleaved(plan: Plan, process: int, zero_bubble: bool) -> Iterator[Action]:
+def _interleaved(plan: PipelinePlan, process: int, zero_bubble: bool) -> Iterator[Action]:
     """Narayanan et al. 2021, figure 4, below; zero bubble: Qi et al. 2023, ZB-H1, with several stages."""
     rounds = max(1, plan.micro_batches // plan.processes)
     each = plan.micro_batches // rounds
@@ -92,7 +92,7 @@ def _interleaved(plan: Plan, process: int, zero_bubble: bool) -> Iterator[Action
         yield from (act("weights", back(index)) for index in range(weights, total))
 
 
-def _shape_of_a_v(plan: Plan, process: int) -> Iterator[Action]:
+def _shape_of_a_v(plan: PipelinePlan, process: int) -> Iterator[Action]:
     """Qi et al. 2024 (2405.15362), ZB-V, in the form that torch gives it."""
     stages = (process, plan.stages - 1 - process)
     counts: dict[tuple[Kind, int], int] = defaultdict(int)
@@ -127,7 +127,7 @@ def _shape_of_a_v(plan: Plan, process: int) -> Iterator[Action]:
 
 
 @lru_cache(maxsize=256)
-def asked_for(plan: Plan) -> tuple[tuple[int, ...], ...]:
+def asked_for(plan: PipelinePlan) -> tuple[tuple[int, ...], ...]:
     """For each process, as each of its actions begins: messages that were asked for and are not used yet, its own not
     counted.
 
@@ -167,7 +167,7 @@ class Span(NamedTuple):
     end: float
 
 
-def simulate(plan: Plan, seconds: Callable[[Action], float], between: float = 0.0) -> list[list[Span]]:
+def simulate(plan: PipelinePlan, seconds: Callable[[Action], float], between: float = 0.0) -> list[list[Span]]:
     """When each process does what, if an action takes `seconds` and a message between processes `between`.
 
     An action starts when its process is free and what it needs is there: the stage before has gone forward, the stage

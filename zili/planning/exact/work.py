@@ -1,6 +1,6 @@
 """FLOPs of a step on one process, as they are executed: products, attention, and what is computed again.
 
-Convention: two a multiplication and addition; attention by the shapes its kernel is given, so that a causal row of S
+Convention: two a multiplication and addition. Attention counts by the shapes its kernel is given: a causal row of S
 tokens counts S^2 although a kernel may skip half of it. A model's own FLOPs, of which utilisation is a share, are
 `zili.models.arithmetic.training_flops_per_token`.
 """

@@ -114,8 +114,8 @@ def share_sent(collective: str, processes: float) -> float:
 
     This is what makes speeds of collectives comparable: a collective's rate, in `zili doctor` and in `Machine.link`, is
     the bytes that a process has to send, over the time. That is what its link carries in one direction, if the
-    collective moves no byte that it need not: a ring, or for an exchange and a message the direct way (Thakur,
-    Rabenseifner and Gropp 2005; "bus bandwidth" of nccl-tests' PERFORMANCE.md).
+    collective moves no byte that it need not. Such a collective goes round a ring; an exchange or a message goes the
+    direct way (Thakur, Rabenseifner and Gropp 2005; "bus bandwidth" of nccl-tests' PERFORMANCE.md).
     """
     if collective in ("broadcast", "send and receive"):
         return 1.0

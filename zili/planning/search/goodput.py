@@ -1,9 +1,9 @@
 """What failures cost: interruptions, the best interval between checkpoints, and the share of time that trains.
 
-A run that N chips share is interrupted N r + r0 times a day: by a chip or what is around it, r a chip-day, and for
-reasons that do not grow with it, r0 a day. After each it is found out, chips are replaced, the state is read and the
-first steps warm up; what was done since the last checkpoint is done again. Young 1974, Daly 2006; Kokolis et al. 2024
-(2410.21680) for effective time as a share of the whole, ETTR.
+A run that N chips share is interrupted N r + r0 times a day. A chip or what is around it interrupts r times a chip-day,
+and reasons that do not grow with it r0 times a day. After each it is found out, chips are replaced, the state is read
+and the first steps warm up; what was done since the last checkpoint is done again. Young 1974, Daly 2006; Kokolis et
+al. 2024 (2410.21680) for effective time as a share of the whole, ETTR.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _of_chips(chips: int, failures: Failures) -> float:
 def effective_share(interval: float, between: float, restart: float, checkpoint: float) -> float:
     """Share of the time that trains, with checkpoints `interval` seconds of training apart.
 
-    Exact for interruptions at random, at any time, in a restart as well (Daly 2006, equation 20): an interval and its
+    Exact for interruptions at random, at any time, in a restart as well (Daly 2006, equation 20). An interval and its
     checkpoint must pass without one, and each costs what was done since the last, and a restart.
     """
     if between == float("inf"):

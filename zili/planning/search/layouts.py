@@ -434,8 +434,8 @@ def _simplest(ranked: Sequence[Candidate], options: Sequence[_Option], room: _Ro
 
 
 def complexity(run: Run) -> tuple[int, int, int]:
-    """How much of a layout whoever runs it must know: kinds of parallelism beside data's; then what its schedule, its
-    recomputation and its sums of gradients add; then the processes that share a copy of the model."""
+    """How much of a layout whoever runs it must know. First count kinds of parallelism beside data's; then what its
+    schedule, its recomputation and its sums of gradients add; then the processes that share a copy of the model."""
     kinds = sum(size > 1 for size in (run.tensor, run.context, run.pipeline, run.expert))
     more = _SCHEDULES.index(run.schedule) + (run.recompute != "none") + run.software.sums_each
     return kinds, more, run.tensor * run.context * run.pipeline

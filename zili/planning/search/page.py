@@ -60,7 +60,7 @@ def _other(plan: Plan) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Pipeline:
+class Timeline:
     """The timeline of a pipeline's processes, for its first micro-batches. `busy`: share of the time."""
 
     micro_batches: int
@@ -73,14 +73,14 @@ class Pipeline:
     ticks: list[Tick]
 
 
-def _pipeline(candidate: Candidate, machine: Machine, rates: Rates) -> Pipeline:
+def _pipeline(candidate: Candidate, machine: Machine, rates: Rates) -> Timeline:
     run = candidate.run
     # As many micro-batches as show every phase; the rest only lengthens the middle.
     count = int(min(run.micro_batches, 3 * run.pipeline))
     queues = timeline(candidate.job, machine, rates, count)
     end, rows = makespan(queues), len(queues)
     labelled = range(0, rows, -(-rows // 16))
-    return Pipeline(
+    return Timeline(
         micro_batches=count,
         seconds=end,
         busy=sum(span.end - span.start for queue in queues for span in queue) / end / run.pipeline,

@@ -270,8 +270,8 @@ def _does_not_fit(
 
 
 def usual_batch(chips: int, sequence: int, compute: float = inf) -> int:
-    """Sequences of a step that layouts on `chips` divide, every odd factor of the chips among them: near what the rule
-    has for a run of `compute` FLOPs, at least one for eight chips, and 16 Mi tokens at most."""
+    """Sequences of a step that layouts on `chips` divide, every odd factor of the chips among them. They are near what
+    the rule has for a run of `compute` FLOPs, at least one for eight chips, and 16 Mi tokens at most."""
     odd = chips
     while odd % 2 == 0:
         odd //= 2

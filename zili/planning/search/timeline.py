@@ -7,7 +7,7 @@ from functools import cache
 
 from zili.parallel.layout import stage_ranges
 from zili.planning.exact.job import Job
-from zili.planning.exact.schedule import Kind, Plan, Span, makespan, simulate
+from zili.planning.exact.schedule import Kind, PipelinePlan, Span, makespan, simulate
 from zili.planning.fitted.machine import Machine
 from zili.planning.fitted.rates import Rates
 from zili.planning.fitted.step_time import StepTime, between_stages, micro_batch_time
@@ -22,7 +22,7 @@ def timeline(job: Job, machine: Machine, rates: Rates, micro_batches: int) -> li
     each: dict[Kind, float] = {"forward": known.forward, "backward": whole - known.forward, "weights": known.weights}
     each["inputs"] = each["backward"] - known.weights
     ends: dict[Kind, float] = {"forward": 1 / 3, "backward": 2 / 3, "inputs": 1 / 3, "weights": 1 / 3}
-    plan = Plan(parallel.schedule, run.pipeline, run.virtual, micro_batches)
+    plan = PipelinePlan(parallel.schedule, run.pipeline, run.virtual, micro_batches)
 
     @cache
     def seconds(kind: Kind, stage: int) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 from zili.config.mixture import MixtureConfig
 from zili.config.model import ModelConfig
 from zili.errors import CheckpointError
-from zili.release.layouts.layout import Layout, PublishedConfig, Variant
+from zili.release.layouts.layout import PublishedConfig, PublishedLayout, Variant
 from zili.release.layouts.mapping import Rule, paired_rows, same, stacked
 
 # DeepSeek-V2 has the same names for another order of normalising and scaling the experts' weights.
@@ -37,7 +37,7 @@ _NEXT_TOKENS = {
 }
 
 
-class DeepSeek(Layout):
+class DeepSeek(PublishedLayout):
     name = "deepseek"
     prefix = "model."
     embedding = "embed_tokens.weight"

@@ -12,7 +12,7 @@ from typing import Any
 
 from zili.config.model import ModelConfig
 from zili.errors import CheckpointError
-from zili.release.layouts.layout import Layout, PublishedConfig, Variant
+from zili.release.layouts.layout import PublishedConfig, PublishedLayout, Variant
 from zili.release.layouts.mapping import Rule, paired_rows, same
 
 _PARTS = {
@@ -27,7 +27,7 @@ _PARTS = {
 _TURNED = ("attn_q", "attn_k")
 
 
-class GGUF(Layout):
+class GGUF(PublishedLayout):
     name = "gguf"
     prefix = ""
     embedding = "token_embd.weight"

@@ -83,7 +83,7 @@ class Variant:
     """A tied model's embedding was stored a second time, as the head."""
 
 
-class Layout(ABC):
+class PublishedLayout(ABC):
     """One way of publishing a decoder: names and shapes of tensors, keys of config.json."""
 
     name: str
@@ -172,7 +172,7 @@ def refuse_mixtures(config: PublishedConfig) -> None:
             )
 
 
-def recognise(layouts: tuple[Layout, ...], config: PublishedConfig, names: set[str]) -> Layout:
+def recognise(layouts: tuple[PublishedLayout, ...], config: PublishedConfig, names: set[str]) -> PublishedLayout:
     """The layout of a folder, by its config keys and tensor names together.
 
     Raises:

@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from zili.config.model import ModelConfig, RotaryConfig
-from zili.release.layouts.layout import Layout, PublishedConfig
+from zili.release.layouts.layout import PublishedConfig, PublishedLayout
 from zili.release.layouts.mapping import Rule, same
 from zili.release.layouts.mup import PUBLISHED_LENGTH, read_mup, write_mup
 
@@ -33,7 +33,7 @@ _PARTS = {
 }
 
 
-class Llama(Layout):
+class Llama(PublishedLayout):
     name = "llama"
     prefix = "model."
     embedding = "embed_tokens.weight"

@@ -13,7 +13,7 @@ from typing import Any
 from zili.config.mixture import MixtureConfig
 from zili.config.model import ModelConfig
 from zili.errors import CheckpointError
-from zili.release.layouts.layout import Layout, PublishedConfig
+from zili.release.layouts.layout import PublishedConfig, PublishedLayout
 from zili.release.layouts.mapping import Rule, interleaved_by_head, same, stacked
 
 _SAME = {
@@ -38,7 +38,7 @@ _TABLES = "rotary_table_dtype"
 """A key of ours: that cos and sin are not rounded to fp16."""
 
 
-class TeleChat2(Layout):
+class TeleChat2(PublishedLayout):
     name = "telechat2"
     prefix = "transformer."
     embedding = "word_embeddings.weight"

@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from zili.config.model import ModelConfig
-from zili.release.layouts.layout import Layout, PublishedConfig
+from zili.release.layouts.layout import PublishedConfig, PublishedLayout
 from zili.release.layouts.mapping import Rule, same, transposed_columns
 from zili.release.layouts.mup import PUBLISHED_LENGTH, read_mup, write_mup
 
@@ -24,7 +24,7 @@ _FIXED = {
 }
 
 
-class TeleChat52(Layout):
+class TeleChat52(PublishedLayout):
     """Matrices are Conv1D's `[in, out]`; c_attn is query | key | value, c_fc is gate | up, side by side."""
 
     name = "telechat52"

@@ -1,6 +1,6 @@
 """Weights in the order in which the CPU's products read them.
 
-A product of few rows takes as long as its weight takes to be read, if it is read as it lies; a library copies a weight
+A product of few rows takes as long as its weight takes to be read, if it is read as it lies. A library copies a weight
 that lies in rows into blocks of its own at each product. Blocks cannot be trained or saved, so this is for a model that
 answers only.
 """

@@ -2,7 +2,7 @@
 
 A grammar's automaton ignores what it does not know (lookahead, anchors inside) and says what a JSON string must escape
 where a class allows it. So an expression is read by Python's parser, and is kept only if a text that matches it as a
-whole matches it in every engine: what is left is groups, alternatives, repetitions and classes of plain characters.
+whole matches it in every engine. What is left is groups, alternatives, repetitions and classes of plain characters.
 """
 
 from __future__ import annotations

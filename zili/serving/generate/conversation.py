@@ -53,7 +53,7 @@ class Conversation(Protocol):
 
 
 @dataclass
-class Dialogue(Conversation):
+class LiveDialogue(Conversation):
     """Turns of a user and an assistant, in the words of a chat template."""
 
     dialect: Dialect

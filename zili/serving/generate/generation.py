@@ -1,6 +1,6 @@
 """Token by token generation: what is asked, how a token is drawn, and the step that `generate` and the engine take.
 
-A step is one forward pass over what every sequence has next: a token of those that answer, a piece of the prompt of
+A step is one forward pass over what every sequence has next: a token of those that answer, a chunk of the prompt of
 those that begin (chunked prefill). `generate` takes it with one sequence, `Engine` with many.
 
 One rule for the context: prompt and answer together hold at most the model's `max_length` tokens. A prompt
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from zili.errors import CheckpointError, ConfigError
-from zili.models.cache import KeyValueCache, Piece
+from zili.models.cache import Chunk, KeyValueCache
 from zili.models.decoder import Decoder
 
 _COLDEST = 1e-5
@@ -267,31 +267,31 @@ class Steps:
         A cache whose keys change with the length of a sequence (`KeyValueCache.stretches`) takes one at a time.
         """
         assert len(sequences) <= 1 or not self._cache.stretches
-        pieces = self._pieces(sequences)
-        if not pieces:
+        chunks = self._chunks(sequences)
+        if not chunks:
             return []
-        row, last = self._cache.lay([piece for _, piece in pieces], max(len(sequence.ids) for sequence, _ in pieces))
+        row, last = self._cache.lay([chunk for _, chunk in chunks], max(len(sequence.ids) for sequence, _ in chunks))
         hidden = self._model.hidden_states(row, cache=self._cache)[0]
         speaking = []
-        for (sequence, piece), place in zip(pieces, last, strict=True):
-            sequence.computed = piece.end
+        for (sequence, chunk), place in zip(chunks, last, strict=True):
+            sequence.computed = chunk.end
             if sequence.ask.of_prompt and not sequence.said:
-                self._tell_prompt(sequence, piece, hidden[place + 1 - len(piece.ids) : place + 1])
+                self._tell_prompt(sequence, chunk, hidden[place + 1 - len(chunk.ids) : place + 1])
             if sequence.computed == len(sequence.ids):
                 speaking.append((sequence, place))
         return self._scored(speaking, hidden)
 
-    def _pieces(self, sequences: Sequence[T]) -> list[tuple[T, Piece]]:
+    def _chunks(self, sequences: Sequence[T]) -> list[tuple[T, Chunk]]:
         """Who answers goes first; prompts share what is left of the step, the oldest first."""
-        pieces, left = [], self._tokens_a_step
+        chunks, left = [], self._tokens_a_step
         for sequence in sequences:
             if not self._cache.holds(sequence.slot, len(sequence.ids)):
                 sequence.computed = 0
         for sequence in sorted(sequences, key=lambda one: len(one.ids) - one.computed > 1):
             if ids := sequence.ids[sequence.computed : sequence.computed + left]:
-                pieces.append((sequence, Piece(sequence.slot, sequence.computed, ids)))
+                chunks.append((sequence, Chunk(sequence.slot, sequence.computed, ids)))
                 left -= len(ids)
-        return pieces
+        return chunks
 
     def _scored(self, speaking: list[tuple[T, int]], hidden: Tensor) -> list[tuple[T, Scores]]:
         if not speaking:
@@ -302,12 +302,12 @@ class Steps:
         each = zip(speaking, logits, best.tolist(), likeliest.tolist(), strict=True)
         return [(sequence, Scores(*scores)) for (sequence, _), *scores in each]
 
-    def _tell_prompt(self, sequence: ActiveSequence, piece: Piece, hidden: Tensor) -> None:
-        """Log-probabilities of the tokens after those of `piece`, as far as they are the prompt's."""
+    def _tell_prompt(self, sequence: ActiveSequence, chunk: Chunk, hidden: Tensor) -> None:
+        """Log-probabilities of the tokens after those of `chunk`, as far as they are the prompt's."""
         prompt = sequence.ask.prompt
-        if piece.start == 0:
+        if chunk.start == 0:
             sequence.prompt.append(Token(prompt[0], None, {}))
-        following = prompt[piece.start + 1 : piece.end + 1]
+        following = prompt[chunk.start + 1 : chunk.end + 1]
         if following:
             logits = self._logits(hidden[: len(following)])
             sequence.prompt += [_token(sequence.ask, id_, row) for id_, row in zip(following, logits, strict=True)]

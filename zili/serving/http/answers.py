@@ -1,7 +1,7 @@
 """The answers to one request: begun where there is room, and handed on piece by piece as the engine says them.
 
-A token is handed on once: the engine's `Token` goes into a `Piece`, beside what it adds to the answer. Whoever streams
-sends each piece; a whole answer is its pieces joined.
+A token is handed on once: the engine's `Token` goes into an `AnswerPiece`, beside what it adds to the answer. Whoever
+streams sends each piece; a whole answer is its pieces joined.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _AT_ONCE = 64
 
 
 @dataclass(slots=True)
-class Piece:
+class AnswerPiece:
     """What has come of an answer: what it says that is safe to send, and the tokens since the last piece."""
 
     parts: Parts
@@ -42,14 +42,14 @@ class Piece:
     """OpenAI's word for why the answer ended, with its last piece."""
 
 
-def joined(pieces: Sequence[Piece]) -> Piece:
+def joined(pieces: Sequence[AnswerPiece]) -> AnswerPiece:
     """A whole answer."""
     parts = Parts(
         "".join(piece.parts.reasoning for piece in pieces),
         "".join(piece.parts.content for piece in pieces),
         [call for piece in pieces for call in piece.parts.calls],
     )
-    return Piece(parts, [token for piece in pieces for token in piece.tokens], pieces[-1].finish)
+    return AnswerPiece(parts, [token for piece in pieces for token in piece.tokens], pieces[-1].finish)
 
 
 def refusal_of(error: Exception) -> Refusal:
@@ -117,7 +117,7 @@ class Stream:
         if self._watch is not None:
             self._watch.ended(reason, self.answer.reused)
 
-    def take(self) -> Piece | None:
+    def take(self) -> AnswerPiece | None:
         """What has come since the last time; None: nothing. It has at most `_AT_ONCE` tokens: more may be there.
 
         Raises: what ended the answer, where that is an error.
@@ -144,13 +144,13 @@ class Stream:
             self.cancel()
         return self._piece(said, kept, reason) if said or kept or reason else None
 
-    def _piece(self, said: str, tokens: list[Token], reason: str | None) -> Piece:
+    def _piece(self, said: str, tokens: list[Token], reason: str | None) -> AnswerPiece:
         if self._reply is None:
-            return Piece(Parts(content=said), tokens, reason)
+            return AnswerPiece(Parts(content=said), tokens, reason)
         parts = self._reply.push(said)
         if reason is not None:
             parts += self._reply.finish()
-        return Piece(parts, tokens, "tool_calls" if reason == "stop" and self._reply.calls else reason)
+        return AnswerPiece(parts, tokens, "tool_calls" if reason == "stop" and self._reply.calls else reason)
 
 
 class Answers:
@@ -160,7 +160,7 @@ class Answers:
         """`news`: of all `streams`."""
         self.streams, self._news = streams, news
 
-    async def pieces(self, request: Request, seconds: float) -> AsyncGenerator[tuple[int, Piece]]:
+    async def pieces(self, request: Request, seconds: float) -> AsyncGenerator[tuple[int, AnswerPiece]]:
         """Each with the number of its answer, as they come. Whoever hangs up meanwhile frees the slots.
 
         Raises: Refusal, it takes longer than `seconds`, or whoever asked has gone; what ended an answer, where that is
@@ -188,9 +188,9 @@ class Answers:
             for stream in self.streams:
                 stream.cancel()
 
-    async def whole(self, request: Request, seconds: float) -> list[Piece]:
+    async def whole(self, request: Request, seconds: float) -> list[AnswerPiece]:
         """All answers to their end. Raises: as `pieces`."""
-        found: list[list[Piece]] = [[] for _ in self.streams]
+        found: list[list[AnswerPiece]] = [[] for _ in self.streams]
         async with aclosing(self.pieces(request, seconds)) as pieces:
             async for index, piece in pieces:
                 found[index].append(piece)

@@ -27,7 +27,7 @@ from zili.errors import ConfigError
 from zili.serving.forms.guides import Form, TooManyForms
 from zili.serving.forms.structure import Forms
 from zili.serving.generate.engine import Engine
-from zili.serving.http.answers import Answers, Asked, Beginner, Piece, refusal_of
+from zili.serving.http.answers import AnswerPiece, Answers, Asked, Beginner, refusal_of
 from zili.serving.http.choices import ChatChoices, Choices, CompletionChoices, usage
 from zili.serving.http.gate import Aside, Gate, Intake, Limits
 from zili.serving.http.keys import Keys
@@ -165,7 +165,7 @@ class Telling:
     head: dict[str, Any]
     """What the answer, or each event of it, begins with."""
 
-    def whole(self, answers: Sequence[Piece]) -> dict[str, Any]:
+    def whole(self, answers: Sequence[AnswerPiece]) -> dict[str, Any]:
         """All of it, from whole answers."""
         told = [self.choices.whole(index, answer) for index, answer in enumerate(answers)]
         return {**self.head, "choices": told, "usage": self._usage()}

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from zili.data.reply import Call, Parts
 from zili.data.tokenizer import Tokenizer
 from zili.serving.generate.generation import Token
-from zili.serving.http.answers import Piece, Stream
+from zili.serving.http.answers import AnswerPiece, Stream
 from zili.serving.http.prompts import Ready
 from zili.serving.http.protocol import ChatRequest, CompletionRequest
 
@@ -20,10 +20,10 @@ Choice = dict[str, Any]
 class Choices(Protocol):
     """Words one request's choices."""
 
-    def whole(self, index: int, answer: Piece) -> Choice:
+    def whole(self, index: int, answer: AnswerPiece) -> Choice:
         """The choice of answer `index`, all of it; an iterator in one is a list that is made as it is written."""
 
-    def piece(self, index: int, piece: Piece) -> Choice:
+    def piece(self, index: int, piece: AnswerPiece) -> Choice:
         """The choice for a piece of answer `index`."""
 
 
@@ -36,7 +36,7 @@ class ChatChoices:
         self._calls: dict[int, int] = {}
         """How many calls each answer that has begun has made."""
 
-    def whole(self, index: int, answer: Piece) -> Choice:
+    def whole(self, index: int, answer: AnswerPiece) -> Choice:
         told = {"content": self._tellers[index].each(answer.tokens), "refusal": None}
         return {
             "index": index,
@@ -45,7 +45,7 @@ class ChatChoices:
             "logprobs": told if self._asked.logprobs else None,
         }
 
-    def piece(self, index: int, piece: Piece) -> Choice:
+    def piece(self, index: int, piece: AnswerPiece) -> Choice:
         logprobs = self._tellers[index].chat(piece.tokens) if self._asked.logprobs else None
         begins, before = index not in self._calls, self._calls.get(index, 0)
         self._calls[index] = before + len(piece.parts.calls)
@@ -67,7 +67,7 @@ class CompletionChoices:
         before: list[Sequence[int]] = [() if asked.echo else prompt for prompt in ready.each]
         self._tellers = [Told(tokenizer, prompt, skip_special=asked.skip_special_tokens) for prompt in before]
 
-    def whole(self, index: int, answer: Piece) -> Choice:
+    def whole(self, index: int, answer: AnswerPiece) -> Choice:
         choice = self.piece(index, answer)
         return {**choice, "text": self._before(index) + choice["text"]}
 
@@ -85,7 +85,7 @@ class CompletionChoices:
         unsaid = self._ready.unsaid[index // self._asked.n]
         return joined(teller.echoed(self._streams[index].answer.prompt, unsaid), teller.completion(tokens))
 
-    def piece(self, index: int, piece: Piece) -> Choice:
+    def piece(self, index: int, piece: AnswerPiece) -> Choice:
         logprobs = self._told(index, piece.tokens) if self._asked.logprobs is not None else None
         return {"index": index, "text": piece.parts.content, "logprobs": logprobs, "finish_reason": piece.finish}
 

@@ -26,8 +26,9 @@ _PACE = 100
 class ProgressDisplay(Callback):
     """Loss, tokens a second, share of the matmul peak and time left.
 
-    A bar on a terminal. Elsewhere (a file, a cluster's log) lines, each with date and time: one at the first and one at
-    the last record, one every `logging.line_seconds` between them, and one for each evaluation, checkpoint and note.
+    A bar on a terminal. Elsewhere (a file, a cluster's log) it prints lines, each with date and time. There is one at
+    the first and one at the last record, one every `logging.line_seconds` between them, and one for each evaluation,
+    checkpoint and note.
     """
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
