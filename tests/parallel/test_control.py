@@ -18,8 +18,8 @@ import torch.distributed as dist
 
 from zili.errors import PeerError
 from zili.parallel.control.links import LARGEST, PlainLink, Unproven
-from zili.parallel.control.member import Control, Hosted, Turn
-from zili.parallel.control.messages import NOBODY, Kind, Message, entries, entry, together, unpacked
+from zili.parallel.control.member import Control, Heard, Hosted
+from zili.parallel.control.messages import NOBODY, About, Message, entries, entry, together, unpacked
 from zili.parallel.control.node import FAN, Node, above, below
 from zili.parallel.control.store import NodeStore
 
@@ -86,7 +86,7 @@ def test_all_hear_the_first_that_spoke_and_the_first_gets_every_value(machines: 
         heard = at_once(works)
         first = min(speakers)
         for rank, (before, told, after) in enumerate(heard):
-            assert before == after == Turn(0, NOBODY, b"", [])
+            assert before == after == Heard(0, NOBODY, b"", [])
             assert (told.spoke, told.rank, told.word) == (len(speakers), first, speakers[first])
             assert told.values == ([f"value {r}".encode() for r in range(size)] if rank == 0 else [])
 
@@ -141,14 +141,14 @@ def test_strangers_and_garbage_disturb_nobody() -> None:
         for garbage in (b"", b"GET / HTTP/1.1\r\n\r\n", os.urandom(500), b"\xff" * 8):
             with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as link:
                 link.sendall(garbage)
-        for hello in (Message(Kind.PROCESS, rank=7), Message(Kind.TURN), Message(Kind.NODE, rank=1)):
+        for hello in (Message(About.PROCESS, rank=7), Message(About.TURN), Message(About.NODE, rank=1)):
             stranger = PlainLink(address, SECRET)
             stranger.send(hello.packed())
             with pytest.raises(ConnectionError):
                 stranger.receive()
         assert [turn.spoke for turn in at_once([control.turn for control in controls])] == [0, 0]
         twice = PlainLink(address, SECRET)
-        twice.send(Message(Kind.PROCESS, rank=0).packed())
+        twice.send(Message(About.PROCESS, rank=0).packed())
         with pytest.raises(ConnectionError):
             twice.receive()
         assert [turn.spoke for turn in at_once([control.turn for control in controls])] == [0, 0]
@@ -172,7 +172,7 @@ def test_a_message_that_is_too_large_ends_its_link() -> None:
 
 
 def test_messages_travel_unchanged() -> None:
-    message = Message(Kind.TURN, 1, 2**31, 3, -1, b"word\n", entry(5, b"") + entry(2, b"two"))
+    message = Message(About.TURN, 1, 2**31, 3, -1, b"word\n", entry(5, b"") + entry(2, b"two"))
     assert unpacked(message.packed()) == message
     assert entries(message.list) == [b"two", b""]
     for broken in (b"", b"\x02", b"\x09" + bytes(17)):
@@ -182,11 +182,11 @@ def test_messages_travel_unchanged() -> None:
 
 def test_of_several_words_the_lowest_ranks_counts() -> None:
     said = [
-        Message(Kind.TURN, spoke=1, rank=4, word=b"b"),
-        Message(Kind.TURN),
-        Message(Kind.TURN, spoke=2, rank=1, word=b"a"),
+        Message(About.TURN, spoke=1, rank=4, word=b"b"),
+        Message(About.TURN),
+        Message(About.TURN, spoke=2, rank=1, word=b"a"),
     ]
-    assert together(said) == Message(Kind.TURN, spoke=3, rank=1, word=b"a")
+    assert together(said) == Message(About.TURN, spoke=3, rank=1, word=b"a")
 
 
 # ------------------------------------------------------------------ the store
@@ -243,7 +243,7 @@ def test_a_key_is_awaited_from_every_machine_and_asked_for_once_each() -> None:
 def test_questions_to_the_store_that_make_no_sense_end_their_link_only() -> None:
     with tree(1) as controls:
         link = PlainLink(controls[0]._address, SECRET)
-        link.send(Message(Kind.STORE, word=b'["no such operation"]').packed())
+        link.send(Message(About.STORE, word=b'["no such operation"]').packed())
         with pytest.raises(ConnectionError):
             link.receive()
         store = NodeStore(controls[0]._address, SECRET)
@@ -265,10 +265,10 @@ def test_what_is_said_before_the_node_above_is_there_is_not_lost() -> None:
         upper, lower = Node(0, [0], [1], SECRET), Node(1, [1], (), SECRET)
         port = await upper.listen("127.0.0.1")
         heard: list[Message] = []
-        lower._hear((Kind.PROCESS, 1), None, Message(Kind.TURN, rank=1, spoke=1, word=b"early"))  # type: ignore[arg-type]
+        lower._hear((About.PROCESS, 1), None, Message(About.TURN, rank=1, spoke=1, word=b"early"))  # type: ignore[arg-type]
         upper._answer = heard.append  # type: ignore[method-assign]
         await lower.join(f"127.0.0.1:{port}", 1)
-        upper._hear((Kind.PROCESS, 0), None, Message(Kind.TURN))  # type: ignore[arg-type]
+        upper._hear((About.PROCESS, 0), None, Message(About.TURN))  # type: ignore[arg-type]
         for _ in range(100):
             if heard:
                 break

@@ -21,12 +21,12 @@ from zili.runs.recipes import read_recipe
 def launch(
     recipe: Recipe,
     overrides: Overrides = None,
-    processes: Annotated[int, typer.Option(min=1, help="Processes on each machine.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="LocalProcesses on each machine.")] = 1,
     machines: Annotated[str, typer.Option(help="How many machines work: COUNT, or LEAST:MOST.")] = "1",
     host: Annotated[str, typer.Option(help="Where other machines reach this one; listened at.")] = "127.0.0.1",
     machine: Annotated[str | None, typer.Option(help="Name of this machine, else its host name.")] = None,
     wait: Annotated[float, typer.Option(help="Seconds to wait for a missing machine before going on with fewer.")] = 60,
-    cold: Annotated[bool, typer.Option("--cold", help="Begin each process anew in place of forking a warm one.")] = False,
+    cold: Annotated[bool, typer.Option("--cold", help="Begin every process anew, and fork no warm one.")] = False,
 ) -> None:
     """Train a recipe as `zili train` does, on several processes, and begin them anew when something breaks.
 
@@ -34,9 +34,9 @@ def launch(
     """
     config = read_recipe(recipe, overrides or ())
     from zili import chips
-    from zili.supervision.agent import Agent, Machine
+    from zili.supervision.agent import Agent, ThisMachine
     from zili.supervision.folder import SupervisionFolder
-    from zili.supervision.state import Job
+    from zili.supervision.state import Launch
 
     console = Console(stderr=True)
     least, most = _counts(machines)
@@ -49,13 +49,13 @@ def launch(
     chip = chips.choose(config.chip.name).backend
     name = machine or socket.gethostname()
     folder = SupervisionFolder(config.folder)
-    job = Job(tuple(words), processes, least, most, wait, tuple(range(least, most + 1)))
+    job = Launch(tuple(words), processes, least, most, wait, tuple(range(least, most + 1)))
 
     def show(text: str) -> None:
         console.print(f"zili launch: {text}", highlight=False, markup=False, soft_wrap=True)
 
     async def supervise() -> int:
-        return await Agent(config.folder, folder, job, Machine(name, host, chip.name, cold, identity), show).run()
+        return await Agent(config.folder, folder, job, ThisMachine(name, host, chip.name, cold, identity), show).run()
 
     with folder.machine(name):
         raise typer.Exit(asyncio.run(supervise()))

@@ -20,7 +20,7 @@ from zili.chips.device import Device
 from zili.durable import refused_by_disk
 from zili.errors import PeerError, ZiliError
 from zili.parallel.collectives import Communicator
-from zili.parallel.control.member import AGENT, AGENT_SECRET, Control, Turn, meet
+from zili.parallel.control.member import AGENT, AGENT_SECRET, Control, Heard, meet
 from zili.parallel.control.member import PATIENCE as SECONDS
 from zili.parallel.layout import Layout, processes
 from zili.parallel.lives import own_life
@@ -227,7 +227,7 @@ class World:
         *,
         channel: int = 0,
         patience: float | None = SECONDS,
-    ) -> Turn:
+    ) -> Heard:
         assert _control is not None, "World is made by processes that have joined"
         return _control.turn(word, value, channel=channel, patience=patience)
 

@@ -15,18 +15,17 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 from zili.errors import ConfigError
 from zili.parallel.control.links import Link, Unproven, connect
-from zili.parallel.control.member import AGENT
+from zili.parallel.control.member import AGENT, AGENT_SECRET
 from zili.parallel.control.node import Node, below
 from zili.supervision.folder import GENERATION, SupervisionFolder
 from zili.supervision.nursery import STACKS
-from zili.supervision.processes import Processes
+from zili.supervision.processes import LocalProcesses
 from zili.supervision.root import BEAT, INTERRUPTED, PATIENCE
-from zili.supervision.state import Job, State, state_of
+from zili.supervision.state import Launch, State, state_of
 
 _TRIES = 1.0
 """Seconds for which a root that does not answer is asked again, before this machine takes its place."""
@@ -38,7 +37,7 @@ _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
 
 @dataclass(frozen=True)
-class Machine:
+class ThisMachine:
     """This machine, as the others know it."""
 
     name: str
@@ -54,14 +53,14 @@ class Agent:
     """One machine's part of a run's supervision."""
 
     def __init__(
-        self, run: Path, folder: SupervisionFolder, job: Job, machine: Machine, show: Callable[[str], None]
+        self, run: Path, folder: SupervisionFolder, job: Launch, machine: ThisMachine, show: Callable[[str], None]
     ) -> None:
         self._run = run
         self._folder = folder
         self._job = job
         self._machine = machine
         self._show = show
-        self._own = Path(mkdtemp(prefix="zili-", dir="/tmp"))
+        self._own = _own_folder(folder, machine.name)
         self._state = State()
         self._term = 0
         self._link: Link | None = None
@@ -76,7 +75,7 @@ class Agent:
 
     async def run(self) -> int:
         """Supervise until the run is over; returns its exit code."""
-        self._processes = Processes(self._machine.chip, cold=self._machine.cold, ended=self._bury)
+        self._processes = LocalProcesses(self._machine.chip, cold=self._machine.cold, ended=self._bury)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._interrupt)
@@ -163,7 +162,9 @@ class Agent:
             elif what == "end":
                 return self._end(**order)
             elif what != "beat":
-                self._follow({"prepare": self._prepare, "start": self._start, "stop": self._stop}[what](**order))
+                orders: dict[str, Callable[..., Coroutine[Any, Any, None]]]
+                orders = {"prepare": self._prepare, "start": self._start, "stop": self._stop}
+                self._follow(orders[what](**order))
 
     def _end(self, code: int, text: str) -> int:
         if text:
@@ -201,10 +202,8 @@ class Agent:
         self._generation, self._endings, self._stopping = generation, {}, False
         self._place = {"life": life, "number": number, "of": of, "first": first, "count": count}
         self._node = Node(number, range(first, first + count), below(number, of), self._folder.secret)
-        self._socket = self._own / f"node-{life}"
-        await self._node.listen_here(self._socket)
-        port = await self._node.listen(self._machine.host) if below(number, of) else 0
-        self._say(say="prepared", generation=generation, address=f"{self._machine.host}:{port}")
+        self._address = f"{self._machine.host}:{await self._node.listen(self._machine.host)}"
+        self._say(say="prepared", generation=generation, address=self._address)
 
     async def _start(self, generation: int, parent: str) -> None:
         if generation != self._generation or self._node is None:
@@ -226,14 +225,12 @@ class Agent:
             "TORCHELASTIC_RUN_ID": str(self._run),
             "TORCHELASTIC_RESTART_COUNT": str(place["life"] - 1),
             _ERROR_FILE: str(self._error_file(rank)),
-            AGENT: str(self._socket),
+            **{AGENT: self._address, AGENT_SECRET: self._folder.secret.hex()},
             GENERATION: str(self._generation),
             STACKS: str(self._own / f"stacks-{rank}"),
         }
         self._error_file(rank).unlink(missing_ok=True)
-        self._processes.begin(
-            rank, list(self._job.words), environment, logs / f"rank-{rank:05d}.log", shown=rank == 0
-        )
+        self._processes.begin(rank, list(self._job.words), environment, logs / f"rank-{rank:05d}.log", shown=rank == 0)
 
     async def _stop(self, generation: int, gentle: bool) -> None:
         """End this machine's processes: by SIGTERM, at which they save; else at once."""
@@ -273,3 +270,11 @@ class Agent:
             opened.seek(max(0, os.fstat(opened.fileno()).st_size - _TAIL))
             return opened.read().decode("utf-8", "replace")
         return ""
+
+
+def _own_folder(folder: SupervisionFolder, machine: str) -> Path:
+    """An empty folder on this machine's disk, for this user alone. What an agent left there that was killed is gone."""
+    own = folder.own_place(machine).with_suffix(".d")
+    shutil.rmtree(own, ignore_errors=True)
+    own.mkdir(mode=0o700)
+    return own

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from zili.durable import write_whole
+from zili.durable import sync, write_whole
 from zili.errors import ConfigError
 from zili.user_cache import cache_folder
 
@@ -94,6 +94,11 @@ class SupervisionFolder:
         write_whole(self.path / "generation", str(generation))
         return generation
 
+    def own_place(self, name: str) -> Path:
+        """A name for files of this run on machine `name`'s own disk: some network file systems have no locks."""
+        place = cache_folder("supervised") or self.path
+        return place / hashlib.sha256(f"{self.path.resolve()}\n{name}".encode()).hexdigest()[:24]
+
     @contextmanager
     def machine(self, name: str) -> Iterator[None]:
         """Be the one supervisor of this run on machine `name`.
@@ -101,10 +106,7 @@ class SupervisionFolder:
         Raises:
             ConfigError: there is one already.
         """
-        # On this machine's disk: some network file systems have no locks.
-        place = cache_folder("supervised") or self.path
-        key = hashlib.sha256(f"{self.path.resolve()}\n{name}".encode()).hexdigest()[:24]
-        handle = os.open(place / key, os.O_RDWR | os.O_CREAT, 0o600)
+        handle = os.open(self.own_place(name), os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
@@ -126,10 +128,9 @@ class SupervisionFolder:
         """Make a file that is whole when it is there. Raises: FileExistsError, it is there already."""
         aside = self.path / f".{secrets.token_hex(8)}"
         try:
-            with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as opened:
-                opened.write(text)
-                opened.flush()
-                os.fsync(opened.fileno())
+            aside.touch(mode=0o600, exist_ok=False)
+            aside.write_text(text, encoding="utf-8")
+            sync(aside)
             os.link(aside, file)
         finally:
             aside.unlink(missing_ok=True)

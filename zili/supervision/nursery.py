@@ -1,7 +1,7 @@
 """A process that has imported what a worker needs, and forks workers on request: they begin in a tenth of a second.
 
-It has one thread and no device. Its agent sends lines of JSON over a socket, `{"do": "begin", ...}`; it answers the same
-way. It alone ends its children, since whoever else signals a number may hit another process that got it meanwhile. When
+It has one thread and no device. Its agent sends lines of JSON over a socket, `{"do": "begin", ...}`; it answers the
+same way. It alone ends its children: whoever else signals a number may hit another process that got it meanwhile. When
 the agent is gone, so are they.
 
     python -m zili.supervision.nursery SOCKET CHIP [cold]
@@ -25,6 +25,7 @@ import time
 import traceback
 from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
 _WARM = (
@@ -58,14 +59,15 @@ class Nursery:
         os.set_blocking(told, False)
         signal.set_wakeup_fd(told, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)  # the agent decides, and its end is ours
+        for asked in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(asked, signal.SIG_IGN)  # the agent decides, and its end is ours
 
     def run(self) -> list[str] | None:
         """Serve until the agent is gone: None then. In a child: the words of its command."""
         rest = b""
         while True:
-            ready, _, _ = select.select([self._link, self._heard], [], [])
+            watched: list[Any] = [self._link, self._heard]
+            ready, _, _ = select.select(watched, [], [])
             if self._heard in ready:
                 os.read(self._heard, 4096)
                 self._bury()
@@ -131,8 +133,8 @@ def _become(order: dict[str, Any]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(order["environment"])
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    for number in (2,) if order["shown"] else (1, 2):
-        os.dup2(log, number)
+    for output in (2,) if order["shown"] else (1, 2):
+        os.dup2(log, output)
     os.close(log)
     if STACKS in os.environ:
         answer_with_stacks()
@@ -141,7 +143,7 @@ def _become(order: dict[str, Any]) -> None:
 def answer_with_stacks() -> None:
     """At SIGUSR1 write the stacks of all threads into the file that `STACKS` names: also where the lock of Python is
     held by a call that does not return."""
-    file = open(os.environ[STACKS], "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process lives
+    file = Path(os.environ[STACKS]).open("w", encoding="utf-8")  # noqa: SIM115 - for as long as the process lives
     faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
 
 
@@ -158,8 +160,9 @@ def main() -> None:
     nursery = Nursery(link, cold=cold)
     nursery._say(say="ready", seconds=time.monotonic() - begun)
     words = nursery.run()
-    if words is not None:
-        _run(words)
+    if words is None:
+        os._exit(0)  # some modules complain of being taken apart
+    _run(words)
 
 
 def _run(words: list[str]) -> NoReturn:

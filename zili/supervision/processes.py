@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 
-class Processes:
+class LocalProcesses:
     """One life's processes of this machine. `ended(rank, code)` is called when one has."""
 
     def __init__(self, chip: str, *, cold: bool, ended: Callable[[int, int], None]) -> None:

@@ -23,7 +23,7 @@ from zili.parallel.control.links import Link, Unproven
 from zili.parallel.control.node import above
 from zili.plurals import counted
 from zili.supervision.folder import SupervisionFolder
-from zili.supervision.state import Job, State, state_of
+from zili.supervision.state import Launch, State, state_of
 
 BEAT = 0.5
 """Seconds between two signs of life, in both directions."""
@@ -36,7 +36,7 @@ _HINDSIGHT = 2.0
 INTERRUPTED = 130
 
 
-class Phase(Enum):
+class Waiting(Enum):
     """What the root is waiting for."""
 
     GATHERING = auto()
@@ -67,12 +67,12 @@ class Member:
 class Root:
     """Its methods run in one loop of asyncio: each is done before the next begins."""
 
-    def __init__(self, folder: SupervisionFolder, term: int, job: Job) -> None:
+    def __init__(self, folder: SupervisionFolder, term: int, job: Launch) -> None:
         self._folder = folder
         self._term = term
         self._job = job
         self._state = state_of(folder.read_state())
-        self._phase = Phase.RUNNING if self._state.running else Phase.GATHERING
+        self._phase = Waiting.RUNNING if self._state.running else Waiting.GATHERING
         self._members: dict[str, Member] = {}
         self._since = time.monotonic()
         """When the present phase began."""
@@ -148,7 +148,7 @@ class Root:
         life = said["generation"]
         if not life:
             return
-        if life != self._state.generation or self._phase is not Phase.RUNNING:
+        if life != self._state.generation or self._phase is not Waiting.RUNNING:
             member.tell(do="stop", generation=life, gentle=False)
             return
         for ending in said["endings"]:
@@ -157,8 +157,8 @@ class Root:
     def _take_state(self, theirs: State) -> None:
         if theirs.age > self._state.age:
             self._state = theirs
-            if self._phase is Phase.GATHERING and theirs.running:
-                self._turn(Phase.RUNNING)
+            if self._phase is Waiting.GATHERING and theirs.running:
+                self._turn(Waiting.RUNNING)
 
     def _lose(self, member: Member, how: str) -> None:
         del self._members[member.name]
@@ -166,7 +166,7 @@ class Root:
         self._missed(member.name, how)
 
     def _missed(self, name: str, how: str) -> None:
-        if self._phase in (Phase.RUNNING, Phase.PREPARING) and name in self._state.machines:
+        if self._phase in (Waiting.RUNNING, Waiting.PREPARING) and name in self._state.machines:
             self._lost.append(name)
             self._note(f"machine {name} {how}")
             self._stop()
@@ -203,15 +203,15 @@ class Root:
                 self._lose(member, f"says nothing for {PATIENCE:.0f} s")
         if not self._folder.is_root(self._term) or (not self._members and now - self._since > _LONELY):
             self._over.set()
-        elif self._phase is Phase.GATHERING:
+        elif self._phase is Waiting.GATHERING:
             self._gather(now - self._since)
-        elif self._phase is Phase.PREPARING and all(member.prepared for member in self._workers()):
+        elif self._phase is Waiting.PREPARING and all(member.prepared for member in self._workers()):
             self._start()
-        elif self._phase is Phase.RUNNING:
+        elif self._phase is Waiting.RUNNING:
             absent = [name for name in self._state.machines if name not in self._members]
             if absent and now - self._since > PATIENCE:  # a new root waits for them that long
                 self._missed(absent[0], "did not come back to the new root")
-        elif self._phase is Phase.STOPPING and all(member.stopped for member in self._workers()):
+        elif self._phase is Waiting.STOPPING and all(member.stopped for member in self._workers()):
             self._conclude()
 
     def _gather(self, waited: float) -> None:
@@ -232,7 +232,7 @@ class Root:
         state.generation = self._folder.begin(self._term, state.life)
         state.version, state.machines, state.running = 0, machines, True
         self._endings, self._done, self._lost = {}, set(), []
-        self._turn(Phase.PREPARING)
+        self._turn(Waiting.PREPARING)
         for number, member in enumerate(self._workers()):
             member.prepared = member.stopped = False
             ranks = (number * self._job.processes, self._job.processes)
@@ -241,7 +241,7 @@ class Root:
             )
 
     def _start(self) -> None:
-        self._turn(Phase.RUNNING)
+        self._turn(Waiting.RUNNING)
         workers = self._workers()
         world = counted(len(workers) * self._job.processes, "process")
         self._note(f"life {self._state.life}: {world} on {counted(len(workers), 'machine')}")
@@ -261,11 +261,11 @@ class Root:
             self._done.add(ending["rank"])
             if len(self._done) == len(self._state.machines) * self._job.processes:
                 self._end(0, "")
-        elif self._phase is Phase.RUNNING:
+        elif self._phase is Waiting.RUNNING:
             self._stop()
 
     def _stop(self, *, gentle: bool = False) -> None:
-        self._turn(Phase.STOPPING)
+        self._turn(Waiting.STOPPING)
         for member in self._workers():
             member.tell(do="stop", generation=self._state.generation, gentle=gentle)
 
@@ -278,26 +278,26 @@ class Root:
         bad = [e for e in self._endings.values() if e["code"] != 0 and not e["stopped"]]
         for ending in bad:
             self._note(f"process {ending['rank']} on {ending['machine']} ended with {ending['code']}")
-        self._turn(Phase.GATHERING)
+        self._turn(Waiting.GATHERING)
         self._mirror()
         self._look()
 
     def _interrupt(self, *, hard: bool) -> None:
         self._interrupted = True
-        if self._phase is Phase.GATHERING:
+        if self._phase is Waiting.GATHERING:
             self._end(INTERRUPTED, "interrupted before a life began")
-        elif self._phase is not Phase.OVER:
+        elif self._phase is not Waiting.OVER:
             self._stop(gentle=not hard)
 
     def _drain(self, name: str) -> None:
         if name in self._members:
             self._members[name].draining = True
             self._note(f"machine {name} is to be left")
-            if name in self._state.machines and self._phase is Phase.RUNNING:
+            if name in self._state.machines and self._phase is Waiting.RUNNING:
                 self._stop(gentle=True)
 
     def _end(self, code: int, text: str) -> None:
-        self._turn(Phase.OVER)
+        self._turn(Waiting.OVER)
         self._state.running = False
         self._folder.write_state(self._state.as_table())
         for member in self._members.values():
@@ -311,7 +311,7 @@ class Root:
         """Of the newest life, in the order of their ranks, as far as they are here."""
         return [self._members[name] for name in self._state.machines if name in self._members]
 
-    def _turn(self, phase: Phase) -> None:
+    def _turn(self, phase: Waiting) -> None:
         self._phase, self._since = phase, time.monotonic()
 
     def _mirror(self) -> None:
@@ -332,7 +332,7 @@ def main(words: Iterable[str] = ()) -> int:
     run, term, number = tuple(words) or sys.argv[1:]
     listening = socket.socket(fileno=int(number))
     try:
-        root = Root(SupervisionFolder(Path(run)), int(term), Job(**json.load(sys.stdin)))
+        root = Root(SupervisionFolder(Path(run)), int(term), Launch(**json.load(sys.stdin)))
         return asyncio.run(root.serve(listening))
     except ZiliError as error:
         print(f"zili: {error}", file=sys.stderr)

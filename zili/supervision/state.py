@@ -7,7 +7,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Job:
+class Launch:
     """What is to run, as the command line said; the same on every machine."""
 
     words: tuple[str, ...]

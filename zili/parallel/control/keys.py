@@ -25,7 +25,7 @@ class _Waiter:
     reply: Reply
 
 
-class Keys:
+class KeyValues:
     """The names and values of one life of a run; they are where the first node is."""
 
     def __init__(self) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from zili.errors import PeerError
 from zili.parallel.control.links import PlainLink
-from zili.parallel.control.messages import NOBODY, Kind, Message, entries, entry, unpacked
+from zili.parallel.control.messages import NOBODY, About, Message, entries, entry, unpacked
 from zili.parallel.control.node import GONE, Node, above, below
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Control:
         *,
         channel: int = 0,
         patience: float | None = PATIENCE,
-    ) -> Turn:
+    ) -> Heard:
         """Say a `word`, or nothing, and hear the first one that was said; send a `value` to the first process.
 
         `channel`: turns of threads beside one another must not meet. `patience`: seconds; None: without end.
@@ -55,7 +55,7 @@ class Control:
             PeerError: a process is gone, or has not come within `patience`.
         """
         said = Message(
-            Kind.TURN,
+            About.TURN,
             channel,
             self._turns.get(channel, 0),
             spoke=int(word is not None),
@@ -74,12 +74,12 @@ class Control:
             raise PeerError(f"the control messages of this machine have ended ({error})") from error
         if heard.word.startswith(GONE) and heard.rank != NOBODY:
             raise PeerError(f"{heard.word[1:].decode()}; it may have said why")
-        return Turn(heard.spoke, heard.rank, heard.word, entries(heard.list))
+        return Heard(heard.spoke, heard.rank, heard.word, entries(heard.list))
 
     def _link(self, channel: int) -> PlainLink:
         if channel not in self._links:
             self._links[channel] = link = PlainLink(self._address, self._secret)
-            link.send(Message(Kind.PROCESS, channel, rank=self._rank).packed())
+            link.send(Message(About.PROCESS, channel, rank=self._rank).packed())
         return self._links[channel]
 
     def close(self, patience: float) -> None:
@@ -90,7 +90,7 @@ class Control:
             self._hosted.close(patience)
 
 
-class Turn(NamedTuple):
+class Heard(NamedTuple):
     """What a process hears in a turn."""
 
     spoke: int

@@ -11,7 +11,7 @@ _ENTRY = struct.Struct("!iI")
 NOBODY = -1
 
 
-class Kind(IntEnum):
+class About(IntEnum):
     """What a message is about."""
 
     PROCESS = 0
@@ -27,7 +27,7 @@ class Kind(IntEnum):
 class Message(NamedTuple):
     """One message. Which fields matter depends on its kind."""
 
-    kind: Kind
+    kind: About
     channel: int = 0
     """Turns of one channel follow one another; a save in the background has a channel of its own."""
     number: int = 0
@@ -57,7 +57,7 @@ def unpacked(raw: bytes) -> Message:
     except struct.error as error:
         raise ValueError(f"{len(raw)} bytes are no message") from error
     body = raw[_HEAD.size :]
-    return Message(Kind(kind), channel, number, spoke, rank, body[:size], body[size:])
+    return Message(About(kind), channel, number, spoke, rank, body[:size], body[size:])
 
 
 def together(said: list[Message]) -> Message:

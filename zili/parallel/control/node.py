@@ -7,9 +7,9 @@ from collections.abc import Coroutine, Iterable
 from contextlib import suppress
 from typing import Any
 
-from zili.parallel.control.keys import Keys, Reply, waits
+from zili.parallel.control.keys import KeyValues, Reply, waits
 from zili.parallel.control.links import Link, Unproven, connect
-from zili.parallel.control.messages import NOBODY, Kind, Message, together, unpacked
+from zili.parallel.control.messages import NOBODY, About, Message, together, unpacked
 
 FAN = 8
 """Nodes directly below one, at most: with the processes of a machine a node has a few dozen connections."""
@@ -17,9 +17,9 @@ GONE = b"G"
 """First byte of the word that a node says for a process that is gone."""
 _BETWEEN = 0.05
 """Seconds between two attempts to reach the node above, which may not be there yet."""
-Place = tuple[Kind, int]
-"""Who is directly below a node: `(Kind.PROCESS, rank)` or `(Kind.NODE, number)`."""
-Turn = tuple[int, int]
+Place = tuple[About, int]
+"""Who is directly below a node: `(About.PROCESS, rank)` or `(About.NODE, number)`."""
+TurnOf = tuple[int, int]
 """Channel and number."""
 
 
@@ -40,16 +40,16 @@ class Node:
         """`ranks`: the processes of this machine. `nodes`: the numbers of those directly below."""
         self.number = number
         self._secret = secret
-        self._lowest: dict[Place, int] = {(Kind.PROCESS, rank): rank for rank in ranks}
+        self._lowest: dict[Place, int] = {(About.PROCESS, rank): rank for rank in ranks}
         self._own = min(self._lowest.values())
-        self._lowest |= dict.fromkeys([(Kind.NODE, node) for node in nodes], NOBODY)  # each will say it
+        self._lowest |= dict.fromkeys([(About.NODE, node) for node in nodes], NOBODY)  # each will say it
         self._links: dict[tuple[Place, int], Link] = {}
         self._gone: set[Place] = set()
         self._all_gone = asyncio.Event()
-        self._turns: dict[Turn, dict[Place, Message]] = {}
-        self._sent: set[Turn] = set()
-        """Turns that wait for the answer of the node above."""
-        self._keys = Keys()
+        self._turns: dict[TurnOf, dict[Place, Message]] = {}
+        self._sent: set[TurnOf] = set()
+        """TurnOf that wait for the answer of the node above."""
+        self._keys = KeyValues()
         self._asked: dict[int, list[Reply]] = {}
         """Questions that went to the node above, by their numbers."""
         self._awaited: dict[bytes, int] = {}
@@ -74,7 +74,7 @@ class Node:
             OSError: it is not there within `patience` seconds, or does not know the run's secret.
         """
         self._parent = await _reached(address, self._secret, patience)
-        for message in (Message(Kind.NODE, number=self._own, rank=self.number), *self._held):
+        for message in (Message(About.NODE, number=self._own, rank=self.number), *self._held):
             self._parent.send(message.packed())
         self._begin(self._hear_parent(self._parent))
 
@@ -101,7 +101,7 @@ class Node:
             await link.prove(self._secret, above=True)
             while (raw := await link.receive()) is not None:
                 message = unpacked(raw)
-                if message.kind in (Kind.PROCESS, Kind.NODE) and place is None:
+                if message.kind in (About.PROCESS, About.NODE) and place is None:
                     place = self._welcome(link, message)
                 else:
                     self._hear(place, link, message)
@@ -118,16 +118,16 @@ class Node:
         if place not in self._lowest or place in self._gone or (place, hello.channel) in self._links:
             raise ValueError(f"{place} is not one that is still to come")
         self._links[place, hello.channel] = link
-        if hello.kind is Kind.NODE:
+        if hello.kind is About.NODE:
             self._lowest[place] = hello.number
         return place
 
     def _hear(self, place: Place | None, link: Link, message: Message) -> None:
-        if message.kind is Kind.TURN and place is not None:
+        if message.kind is About.TURN and place is not None:
             turn = (message.channel, message.number)
             self._turns.setdefault(turn, {})[place] = message
             self._conclude(turn)
-        elif message.kind is Kind.STORE:
+        elif message.kind is About.STORE:
             self._ask(message, lambda value: link.send(message._replace(word=b"", list=value).packed()))
         else:
             raise ValueError(f"{message.kind!r} has no place here")
@@ -139,7 +139,7 @@ class Node:
         if self._gone >= self._lowest.keys():
             self._all_gone.set()
 
-    def _conclude(self, turn: Turn) -> None:
+    def _conclude(self, turn: TurnOf) -> None:
         """When all below have spoken or are gone: pass on what they said, or answer."""
         heard = self._turns[turn]
         if turn in self._sent or not heard.keys() | self._gone >= self._lowest.keys():
@@ -157,22 +157,22 @@ class Node:
         else:
             self._parent.send(message.packed())
 
-    def _epitaph(self, turn: Turn, place: Place) -> Message:
+    def _epitaph(self, turn: TurnOf, place: Place) -> Message:
         kind, rank = place[0], self._lowest[place]
-        who = f"process {rank}" if kind is Kind.PROCESS else f"the machine of process {rank}"
-        return Message(Kind.TURN, *turn, spoke=1, rank=rank, word=GONE + f"{who} is gone".encode())
+        who = f"process {rank}" if kind is About.PROCESS else f"the machine of process {rank}"
+        return Message(About.TURN, *turn, spoke=1, rank=rank, word=GONE + f"{who} is gone".encode())
 
     def _answer(self, said: Message) -> None:
         short, turn = said._replace(list=b"").packed(), (said.channel, said.number)
         self._sent.discard(turn)
         for place in self._turns.pop(turn):
-            link = self._links[place, said.channel if place[0] is Kind.PROCESS else 0]
-            link.send(said.packed() if place == (Kind.PROCESS, 0) else short)
+            link = self._links[place, said.channel if place[0] is About.PROCESS else 0]
+            link.send(said.packed() if place == (About.PROCESS, 0) else short)
 
     async def _hear_parent(self, link: Link) -> None:
         while (raw := await link.receive()) is not None:
             message = unpacked(raw)
-            if message.kind is Kind.TURN:
+            if message.kind is About.TURN:
                 self._answer(message)
             else:
                 self._awaited = {word: number for word, number in self._awaited.items() if number != message.number}

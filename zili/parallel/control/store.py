@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from zili.parallel.control.links import PlainLink
-from zili.parallel.control.messages import Kind, Message, unpacked
+from zili.parallel.control.messages import About, Message, unpacked
 
 _PATIENCE = timedelta(minutes=30)
 
@@ -33,7 +33,7 @@ class NodeStore(dist.Store):
         self._free: SimpleQueue[PlainLink] = SimpleQueue()
 
     def _ask(self, *question: Any, value: bytes = b"", patience: timedelta | None = None) -> bytes:
-        asked = Message(Kind.STORE, word=json.dumps(question).encode(), list=value)
+        asked = Message(About.STORE, word=json.dumps(question).encode(), list=value)
         try:
             link = self._free.get_nowait()
         except Empty:
