@@ -19,7 +19,7 @@ from zili.config.mixture import LatentConfig, MixtureConfig
 from zili.config.model import ModelConfig
 from zili.errors import CheckpointError
 from zili.objectives import learner
-from zili.release import export_model, import_model, load_into, open_model
+from zili.release import export_model, import_model, load_into, open_model, weights_fingerprint
 from zili.release.tensors import Tensors
 
 MIXTURE = ModelConfig(
@@ -62,9 +62,13 @@ def test_parts_of_a_zili_folder_and_of_pickled_weights(publish, tmp_path):
     folder = publish("telechat2")
     import_model(folder, tmp_path / "zili", max_shard_bytes=6000)
     check_parts(open_model(tmp_path / "zili").tensors)
+    known = weights_fingerprint(open_model(folder))
+    assert weights_fingerprint(open_model(tmp_path / "zili")) == known
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     check_parts(open_model(folder).tensors)
+    assert weights_fingerprint(open_model(folder)) == known
+    assert weights_fingerprint(open_model(publish("llama"))) != known
 
 
 @pytest.mark.parametrize("shards", [1, 3])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from zili.models.decoder import Decoder
     from zili.objectives.objective import Objective
     from zili.parallel.world import World
+    from zili.release.opening import OpenModel
     from zili.training.callbacks import Callback
     from zili.training.trainer import Trainer
 
@@ -133,18 +135,20 @@ def begin(trainer: Trainer, held_out: TokenStore | DialogueLoader | None = None)
         ZiliError: neither can be read, or belongs to this run.
     """
     from zili.data.packing import DialogueLoader
+    from zili.release import weights_fingerprint
     from zili.training.reference_model import set_reference
 
+    distill = trainer.config.objective.distill
+    if distill is not None and trainer.parallel.teacher is not None:
+        opened = _fill(trainer, trainer.parallel.teacher.parts, distill.teacher)
+        trainer.teacher = trainer.world.from_first(lambda: weights_fingerprint(opened()))
+        trainer.note(f"teacher from {distill.teacher}")
     start, resumed = trainer.config.training.start_from, trainer.resume()
     if not resumed and start is not None:
         _start_from(trainer, start)
     elif not resumed and isinstance(trainer.loader, DialogueLoader):
         seed = trainer.config.seed
         trainer.note(f"weights drawn from seed {seed}: no model is named to go on from (training.start_from)")
-    distill = trainer.config.objective.distill
-    if distill is not None and trainer.parallel.teacher is not None:
-        _fill(trainer, trainer.parallel.teacher.parts, distill.teacher)
-        trainer.note(f"teacher from {distill.teacher}")
     loaders = (trainer.loader, held_out)
     of_pairs = [loader for loader in loaders if isinstance(loader, DialogueLoader) and loader.pairs]
     if of_pairs:
@@ -156,16 +160,18 @@ def _start_from(trainer: Trainer, folder: Path) -> None:
     trainer.note(f"weights from {folder}")
 
 
-def _fill(trainer: Trainer, parts: Sequence[Decoder], folder: Path) -> None:
-    """Read the weights of a model from a folder, the same for all processes."""
+def _fill(trainer: Trainer, parts: Sequence[Decoder], folder: Path) -> Callable[[], OpenModel]:
+    """Read the weights of a model from a folder, the same for all processes; returns what opens it."""
     from zili.parallel.machines import check_same
-    from zili.release import identity, load_into
+    from zili.release.opening import fill_from, identity, open_model
     from zili.training.checkpoints import find_checkpoint
 
     world = trainer.world
     check_same(world, f"files in {folder}", world.agree(lambda: identity(folder)))
     found = world.agree(lambda: find_checkpoint(folder, trainer.note, world))
-    world.agree(lambda: load_into(parts, found or folder, hashed=found is not None))
+    opened = partial(open_model, found or folder, hashed=found is not None)
+    world.agree(lambda: fill_from(parts, opened()))
+    return opened
 
 
 def _leave_a_whole_run_folder(opened: OpenedRun) -> None:

@@ -56,6 +56,8 @@ class RunState:
     """Global count of samples consumed: the whole data position."""
     config: dict[str, Any]
     data_fingerprint: str
+    teacher: str = ""
+    """Fingerprint of the teacher's weights (`zili.release.weights_fingerprint`); empty: there is none."""
     operations: dict[str, str] = field(default_factory=dict)
     """Version of each operation by name; a resumed run keeps them, so that its numbers stay the same bits."""
     versions: dict[str, str] = field(default_factory=dict)

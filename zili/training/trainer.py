@@ -73,6 +73,8 @@ class Trainer:
         self.device = device
         self.world = world or World(Layout(), device)
         self.callbacks = callbacks
+        self.teacher = ""
+        """Fingerprint of the weights that a teacher was given (`zili.runs.running.begin`)."""
         self.step = 0
         self.interrupted = False
         """Whether the run was stopped before its last step, to go on later: by a signal, or since its time is over."""
@@ -166,7 +168,8 @@ class Trainer:
         """Go to the newest sound checkpoint of the run folder, if there is one.
 
         Raises:
-            CheckpointError: every checkpoint is damaged, or they belong to another model, optimizer or data order.
+            CheckpointError: every checkpoint is damaged, or they belong to another model, optimizer, data order or
+                teacher.
         """
         world = self.world
         found = world.agree(lambda: checkpoints.newest_sound(self.checkpoint_folder, self.note, world))
@@ -209,6 +212,7 @@ class Trainer:
             samples=self.step * self.config.training.global_batch,
             config=self.config.model_dump(mode="json"),
             data_fingerprint=self.loader.fingerprint(),
+            teacher=self.teacher,
             operations=ops.chosen(),
             versions={"zili": __version__, "torch": torch.__version__, "python": platform.python_version()},
         )
@@ -368,7 +372,7 @@ class Trainer:
         raise error
 
     def _state_that_belongs(self, path: Path) -> checkpoints.RunState:
-        """`run.json` of `path`; refuses to go on with another model or another order of data than the checkpoint's."""
+        """`run.json` of `path`; refuses to go on with another model, order of data or teacher than its own."""
         state = checkpoints.read_state(path)
         there, here = state.config, self.config.model_dump(mode="json")
         # A run from before a key was there had what is now its default.
@@ -382,6 +386,12 @@ class Trainer:
             raise CheckpointError(
                 f"{path} was trained on other data, or on the same in another order: {order}; "
                 "restore it, or give the run another folder"
+            )
+        if self.teacher and state.teacher not in ("", self.teacher):  # empty before it was written down
+            raise CheckpointError(
+                f"{path} learned from another teacher: the fingerprint of its weights was {state.teacher[:12]}, that "
+                f"of objective.distill.teacher is {self.teacher[:12]}; name the one before, or give the run another "
+                f"folder and training.start_from = '{self.config.folder}'"
             )
         return state
 
