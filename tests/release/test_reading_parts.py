@@ -19,7 +19,7 @@ from zili.config.mixture import LatentConfig, MixtureConfig
 from zili.config.model import ModelConfig
 from zili.errors import CheckpointError
 from zili.objectives import learner
-from zili.release import export_model, import_model, load_into, open_model, weights_fingerprint
+from zili.release import export_model, fill_from, import_model, open_model, weights_fingerprint
 from zili.release.tensors import Tensors
 
 MIXTURE = ModelConfig(
@@ -223,7 +223,7 @@ LAYOUTS = (
 
 
 def what_differs(rank, folders):
-    """As process `rank` of 8, in each layout: what `load_into` filled otherwise than `init_weights`, which cuts the
+    """As process `rank` of 8, in each layout: what `fill_from` filled otherwise than `init_weights`, which cuts the
     same values by another way."""
     torch.distributed.init_process_group("fake", rank=rank, world_size=8, store=FakeStore())
     different = []
@@ -235,7 +235,7 @@ def what_differs(rank, folders):
         with torch.no_grad():
             for _, tensor in local:
                 tensor.fill_(torch.nan)
-        load_into(parts, folder)
+        fill_from(parts, open_model(folder))
         same = [torch.equal(tensor, value) for (_, tensor), value in zip(local, expected, strict=True)]
         different += [(parallel, folder.name, name) for (name, _), equal in zip(local, same, strict=True) if not equal]
     return different
@@ -253,6 +253,6 @@ def test_each_process_reads_its_own_part(tmp_path):
 def test_another_model_is_refused(tmp_path):
     write_checkpoint(tmp_path / "step-00000003", learner(MIXTURE.model_copy(update={"mtp_layers": 0})))
     with pytest.raises(CheckpointError, match=r"\d+ missing of \d+ tensors .*next_tokens"):
-        load_into([learner(MIXTURE)], tmp_path)
+        fill_from([learner(MIXTURE)], open_model(tmp_path))
     with pytest.raises(CheckpointError, match=r"tensors of another shape .*head.weight is \(64, 32\), not \(72, 32\)"):
-        load_into([learner(MIXTURE.model_copy(update={"vocab_size": 72, "mtp_layers": 0}))], tmp_path)
+        fill_from([learner(MIXTURE.model_copy(update={"vocab_size": 72, "mtp_layers": 0}))], open_model(tmp_path))

@@ -14,7 +14,7 @@ from zili.checksums import sha256, write_sums
 from zili.errors import ConfigError
 from zili.models.arithmetic import is_adapter, parameter_shapes, training_state_bytes
 from zili.models.decoder import Decoder
-from zili.release import export_model, load_into
+from zili.release import export_model, fill_from, open_model
 from zili.release.verifying import verify_release
 
 LORA = "model.lora={rank=4, alpha=16.0}"
@@ -74,7 +74,7 @@ def test_a_run_with_adapters_goes_on_bit_by_bit_and_starts_from_a_plain_model(re
             config = recipe(*start, f"training.steps={count}", f"folder={tmp_path / folder}", "schedule.kind=constant")
             trainer = open_trainer(config, [seen])
             if not trainer.resume():
-                load_into(trainer.parallel.parts, tmp_path / "base")
+                fill_from(trainer.parallel.parts, open_model(tmp_path / "base"))
             trainer.fit()
         return seen, final_tensors(config)
 

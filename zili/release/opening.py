@@ -77,22 +77,16 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | 
     return decoder.eval()
 
 
-def load_into(parts: Iterable[Decoder], folder: str | Path, *, hashed: bool = False) -> None:
-    """Fill the weights of `parts`, decoders or parts of one as a training process has them, from any folder `load`
-    takes.
+@torch.no_grad()
+def fill_from(parts: Iterable[Decoder], model: OpenModel) -> None:
+    """Fill the weights of `parts`, decoders or parts of one as a training process has them, from any model.
 
     Of a weight that is cut over processes each reads the part it has, in whatever form the folder is; nothing crosses
-    processes. Weights keep their dtype. `hashed`: `folder` is a checkpoint whose hashes were verified already.
+    processes. Weights keep their dtype.
 
     Raises:
         CheckpointError: as `load`, or `parts` are of another model.
     """
-    fill_from(parts, open_model(Path(folder), hashed=hashed))
-
-
-@torch.no_grad()
-def fill_from(parts: Iterable[Decoder], model: OpenModel) -> None:
-    """`load_into`, of a model that is open."""
     # No dict: two parts of a pipeline in one process may have an embedding each.
     wanted = [named for part in parts for named in part.named_tensors()]
     shapes = {name: tuple(tensor.shape) for name, tensor in wanted}
@@ -145,8 +139,9 @@ def weights_fingerprint(model: OpenModel) -> str:
     return digest.hexdigest()
 
 
-def open_model(folder: Path, *, hashed: bool = False) -> OpenModel:
-    """Any folder `load` takes, as names, shapes and a way to read them. `hashed` as `load_into` has it."""
+def open_model(folder: Path, *, hashed: bool = False, decoder: type[Decoder] = Decoder) -> OpenModel:
+    """Any folder `load` takes, as names, shapes and a way to read them. `hashed` and `decoder` as `open_checkpoint`
+    has them."""
     if is_native(folder):
         config, origin, tensors = read_native(folder)
         return OpenModel(config, tensors, origin, folder)
@@ -155,7 +150,7 @@ def open_model(folder: Path, *, hashed: bool = False) -> OpenModel:
     file = find_gguf(folder)
     if file is not None:
         return open_gguf_model(file)
-    config, tensors, found = open_checkpoint(folder, hashed=hashed)
+    config, tensors, found = open_checkpoint(folder, hashed=hashed, decoder=decoder)
     around = [place for place in run_places(folder) if (place / MODEL_FILE).is_file()]
     origin = read_model_file(around[0])[1] if around else None
     return OpenModel(config, tensors, origin, _tokenizer_folder(folder), found)

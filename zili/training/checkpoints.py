@@ -34,6 +34,7 @@ from zili.config import ModelConfig
 from zili.errors import CheckpointError
 from zili.models.arithmetic import parameter_shapes
 from zili.models.decoder import Decoder
+from zili.plugins import place_of
 
 if TYPE_CHECKING:
     from zili.parallel.world import World
@@ -58,6 +59,8 @@ class RunState:
     data_fingerprint: str
     teacher: str = ""
     """Fingerprint of the teacher's weights (`zili.release.weights_fingerprint`); empty: there is none."""
+    classes: dict[str, str] = field(default_factory=dict)
+    """`objective` and `model`, as `zili.train` takes them: `zili.plugins.place_of` their classes."""
     operations: dict[str, str] = field(default_factory=dict)
     """Version of each operation by name; a resumed run keeps them, so that its numbers stay the same bits."""
     versions: dict[str, str] = field(default_factory=dict)
@@ -188,12 +191,14 @@ def load_model(path: Path, decoder: type[Decoder] = Decoder) -> Decoder:
     `decoder`: the kind that it was trained as.
 
     Raises:
-        CheckpointError: no sound checkpoint there.
+        CheckpointError: no sound checkpoint there, or it is of another kind.
     """
     found = find_checkpoint(path)
     if found is None:
         raise CheckpointError(f"{path} holds no checkpoint; give a run folder or a step-... folder")
-    config = ModelConfig.model_validate(read_state(found).config["model"])
+    state = read_state(found)
+    check_decoder(found, state, decoder)
+    config = ModelConfig.model_validate(state.config["model"])
     with torch.device("meta"):
         model = decoder(config)
     model.to_empty(device="cpu")
@@ -202,6 +207,18 @@ def load_model(path: Path, decoder: type[Decoder] = Decoder) -> Decoder:
     _check_same_keys(found, metadata.keys() & tensors.keys(), set(tensors))
     _read(found, tensors, metadata)
     return model.eval()
+
+
+def check_decoder(path: Path, state: RunState, decoder: type[Decoder]) -> None:
+    """Refuse what was trained as a decoder of one's own, and would be opened as another: blocks of equal names may
+    compute other things."""
+    trained = state.classes.get("model", place_of(Decoder))
+    if trained not in (place_of(Decoder), place_of(decoder)):
+        name = trained.rpartition(":")[2]
+        raise CheckpointError(
+            f"{path} was trained with model={trained}, which was given to zili.train, and {place_of(decoder)} cannot "
+            f"stand for it; open it in Python: zili.training.checkpoints.load_model(run, {name})"
+        )
 
 
 def find_checkpoint(

@@ -29,6 +29,7 @@ from zili.parallel.apply import Materialize, with_first_weights
 from zili.parallel.layout import Layout
 from zili.parallel.model import ParallelModel
 from zili.parallel.world import World
+from zili.plugins import place_of
 from zili.training import checkpoints
 from zili.training.callbacks.base import Callback, StepRecord
 from zili.training.interruption import Interruption
@@ -71,6 +72,7 @@ class Trainer:
         self.config = config
         self.loader = loader
         self.device = device
+        self.decoder = decoder
         self.world = world or World(Layout(), device)
         self.callbacks = callbacks
         self.teacher = ""
@@ -115,6 +117,11 @@ class Trainer:
     def model(self) -> Decoder:
         """The model; of a pipeline, this process's first stage."""
         return self.parallel.parts[0]
+
+    @property
+    def classes(self) -> dict[str, str]:
+        """Importable names of what is learned and of the kind of model, which the recipe may not say."""
+        return {"objective": place_of(type(self.parallel.objective)), "model": place_of(self.decoder)}
 
     @cached_property
     def matmul_peak(self) -> float:
@@ -168,8 +175,8 @@ class Trainer:
         """Go to the newest sound checkpoint of the run folder, if there is one.
 
         Raises:
-            CheckpointError: every checkpoint is damaged, or they belong to another model, optimizer, data order or
-                teacher.
+            CheckpointError: every checkpoint is damaged, or they belong to another model, optimizer, data order,
+                teacher or objective.
         """
         world = self.world
         found = world.agree(lambda: checkpoints.newest_sound(self.checkpoint_folder, self.note, world))
@@ -213,6 +220,7 @@ class Trainer:
             config=self.config.model_dump(mode="json"),
             data_fingerprint=self.loader.fingerprint(),
             teacher=self.teacher,
+            classes=self.classes,
             operations=ops.chosen(),
             versions={"zili": __version__, "torch": torch.__version__, "python": platform.python_version()},
         )
@@ -372,7 +380,7 @@ class Trainer:
         raise error
 
     def _state_that_belongs(self, path: Path) -> checkpoints.RunState:
-        """`run.json` of `path`; refuses to go on with another model, order of data or teacher than its own."""
+        """`run.json` of `path`; refuses to go on with another model, order of data, teacher or objective than its."""
         state = checkpoints.read_state(path)
         there, here = state.config, self.config.model_dump(mode="json")
         # A run from before a key was there had what is now its default.
@@ -393,6 +401,13 @@ class Trainer:
                 f"of objective.distill.teacher is {self.teacher[:12]}; name the one before, or give the run another "
                 f"folder and training.start_from = '{self.config.folder}'"
             )
+        for argument, kind in self.classes.items():
+            before = state.classes.get(argument, kind)
+            if before != kind:
+                raise CheckpointError(
+                    f"{path} was trained with {argument}={before}, and this run has {kind}; give the same, by "
+                    f"zili.train({argument}=...) if it was given so, or give the run another folder"
+                )
         return state
 
 
