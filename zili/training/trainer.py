@@ -107,6 +107,8 @@ class Trainer:
         )
         self._saved_at: int | None = None
         self._last: tuple[Tensor, Tensor] | None = None
+        self._own: Terms | None = None
+        self._agrees = self.world.layout.tensor == 1
         self._loads: Tensor | None = None
         self._further: dict[str, Tensor] = {}
         # Dropout's: each process drops other elements.
@@ -244,7 +246,8 @@ class Trainer:
         """Train to `training.steps`, or until interrupted; a checkpoint is written either way.
 
         Raises:
-            TrainingError: the loss or the gradient is no longer a finite number.
+            TrainingError: the loss or the gradient is no longer a finite number, or an objective takes a part of the
+                vocabulary for the whole.
             CheckpointError: the last save failed, or `checkpoint.patience` of them in a row.
         """
         self.parallel.train()
@@ -308,6 +311,8 @@ class Trainer:
         share = learning_rate_share(self.step, self.config.training.steps, self.config.schedule)
         _, batch = next(batches)
         loss, norm = self.train_step(batch)
+        if not self._agrees:
+            self._refuse_other_sums()
         if self.step % self.config.logging.every == 0 or self.done:
             record = self._record(loss, norm, share, started, batches.waited - waited)
             self._refuse_non_finite(loss, norm)
@@ -324,7 +329,8 @@ class Trainer:
         """
         share = learning_rate_share(self.step, self.config.training.steps, self.config.schedule)
         set_learning_rate(self.optimizers, share)
-        loss, norm = self._average(self.parallel.accumulate(batch))
+        self._own = self.parallel.accumulate(batch)
+        loss, norm = self._average(self._own)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -332,6 +338,20 @@ class Trainer:
         self.step += 1
         self._last = loss, norm
         return loss, norm
+
+    def _refuse_other_sums(self) -> None:
+        """After the first step: whether the objective knows that vocabularies are cut."""
+        assert self._own is not None
+        if self.world.count(self.parallel.disagrees(self._own)):
+            error = TrainingError(
+                f"{type(self.parallel.objective).__name__}.terms gives another loss or figure on each process of "
+                "parallel.tensor: outputs.logits() has a part of the vocabulary there, and outputs.hidden some of the "
+                "tokens. Sum over the others by outputs.logsumexp, outputs.vocabulary.sum and outputs.total "
+                "(docs/extending/loss.md), or set parallel.tensor = 1"
+            )
+            error.agreed = True  # the count is that of all processes
+            raise error
+        self._agrees = True
 
     def _average(self, own: Terms) -> tuple[Tensor, Tensor]:
         """Divide summed loss and gradients by the number of targets, and clip: one small sum over the world.
