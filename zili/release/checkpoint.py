@@ -113,6 +113,10 @@ class MergedTensors(Tensors):
         self._tensors, self._lora = tensors, lora
         self._there = tensors.describe()
 
+    @property
+    def stored(self) -> Tensors:
+        return self._tensors
+
     def describe(self) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in self._there.items() if not is_adapter(name)}
 

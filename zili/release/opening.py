@@ -129,12 +129,12 @@ def identity(folder: Path) -> str:
 def weights_fingerprint(model: OpenModel) -> str:
     """Tells models apart by their weights, wherever a folder lies and in whatever form: of each matrix the row in the
     middle, each vector whole, as fp32. Training changes every row of what it trains, but rows of an embedding."""
-    digest = hashlib.sha256()
+    digest, tensors = hashlib.sha256(), model.tensors.stored
     wanted = parameter_shapes(model.config)
-    for name, shape in sorted((name, tensor.shape) for name, tensor in model.tensors.describe().items()):
-        if name in wanted:
+    for name, shape in sorted((name, tensor.shape) for name, tensor in tensors.describe().items()):
+        if name in wanted or is_adapter(name):
             index = *(slice(size // 2, size // 2 + 1) for size in shape[:-1]), slice(0, shape[-1])
-            row = model.tensors.read(name, index).float().contiguous()
+            row = tensors.read(name, index).float().contiguous()
             digest.update(f"{name} {list(shape)} ".encode() + row.numpy().tobytes())
     return digest.hexdigest()
 
