@@ -151,7 +151,7 @@ def begin(trainer: Trainer, held_out: TokenStore | DialogueLoader | None = None)
     distill = trainer.config.objective.distill
     if distill is not None and trainer.parallel.teacher is not None:
         opened = _fill(trainer, trainer.parallel.teacher.parts, distill.teacher, Decoder)
-        trainer.teacher = trainer.world.from_first(lambda: weights_fingerprint(opened()))
+        trainer.teacher_fingerprint = trainer.world.from_first(lambda: weights_fingerprint(opened()))
         trainer.note(f"teacher from {distill.teacher}")
     start, resumed = trainer.config.training.start_from, trainer.resume()
     if not resumed and start is not None:

@@ -57,7 +57,7 @@ class RunState:
     """Global count of samples consumed: the whole data position."""
     config: dict[str, Any]
     data_fingerprint: str
-    teacher: str = ""
+    teacher_fingerprint: str = ""
     """Fingerprint of the teacher's weights (`zili.release.weights_fingerprint`); empty: there is none."""
     classes: dict[str, str] = field(default_factory=dict)
     """`objective` and `model`, as `zili.train` takes them: `zili.plugins.place_of` their classes."""
@@ -145,8 +145,8 @@ def read_state(path: Path) -> RunState:
         if raw.get("format") != FORMAT:
             raise CheckpointError(f"{path} has format {raw.get('format')!r}; this version reads {FORMAT}")
         state = RunState(**raw)
-        if not isinstance(state.config["model"], dict):
-            raise TypeError("its model configuration is not a table")
+        if not isinstance(state.config["model"], dict) or not isinstance(state.classes, dict):
+            raise TypeError("its model configuration, or its classes, are not a table")
         return state
     except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
         raise CheckpointError(f"{path / RUN_FILE} cannot be read: {error!r}") from error
@@ -212,7 +212,7 @@ def load_model(path: Path, decoder: type[Decoder] = Decoder) -> Decoder:
 def check_decoder(path: Path, state: RunState, decoder: type[Decoder]) -> None:
     """Refuse what was trained as a decoder of one's own, and would be opened as another: blocks of equal names may
     compute other things."""
-    trained = state.classes.get("model", place_of(Decoder))
+    trained = str(state.classes.get("model", place_of(Decoder)))
     if trained not in (place_of(Decoder), place_of(decoder)):
         name = trained.rpartition(":")[2]
         raise CheckpointError(

@@ -75,7 +75,7 @@ class Trainer:
         self.decoder = decoder
         self.world = world or World(Layout(), device)
         self.callbacks = callbacks
-        self.teacher = ""
+        self.teacher_fingerprint = ""
         """Fingerprint of the weights that a teacher was given (`zili.runs.running.begin`)."""
         self.step = 0
         self.interrupted = False
@@ -221,7 +221,7 @@ class Trainer:
             samples=self.step * self.config.training.global_batch,
             config=self.config.model_dump(mode="json"),
             data_fingerprint=self.loader.fingerprint(),
-            teacher=self.teacher,
+            teacher_fingerprint=self.teacher_fingerprint,
             classes=self.classes,
             operations=ops.chosen(),
             versions={"zili": __version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -415,20 +415,24 @@ class Trainer:
                 f"{path} was trained on other data, or on the same in another order: {order}; "
                 "restore it, or give the run another folder"
             )
-        if self.teacher and state.teacher not in ("", self.teacher):  # empty before it was written down
+        self._refuse_other_learning(path, state)
+        return state
+
+    def _refuse_other_learning(self, path: Path, state: checkpoints.RunState) -> None:
+        """Another teacher, objective or kind of model; of one from before they were written down nothing is known."""
+        before, here = state.teacher_fingerprint, self.teacher_fingerprint
+        if here and before not in ("", here):
             raise CheckpointError(
-                f"{path} learned from another teacher: the fingerprint of its weights was {state.teacher[:12]}, that "
-                f"of objective.distill.teacher is {self.teacher[:12]}; name the one before, or give the run another "
-                f"folder and training.start_from = '{self.config.folder}'"
+                f"{path} learned from another teacher: the fingerprint of its weights was {before[:12]}, that of "
+                f"objective.distill.teacher is {here[:12]}; name the one before, or give the run another folder and "
+                f"training.start_from = '{self.config.folder}'"
             )
         for argument, kind in self.classes.items():
-            before = state.classes.get(argument, kind)
-            if before != kind:
+            if state.classes.get(argument, kind) != kind:
                 raise CheckpointError(
-                    f"{path} was trained with {argument}={before}, and this run has {kind}; give the same, by "
-                    f"zili.train({argument}=...) if it was given so, or give the run another folder"
+                    f"{path} was trained with {argument}={state.classes[argument]}, and this run has {kind}; give the "
+                    f"same, by zili.train({argument}=...) if it was given so, or give the run another folder"
                 )
-        return state
 
 
 def is_sound(loss: float, norm: float, *, saturates: bool) -> bool:
