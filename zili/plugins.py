@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from pydantic import ValidationError, create_model
@@ -93,6 +95,16 @@ def checked(place: str, make: Any, settings: Mapping[str, Any]) -> dict[str, Any
         flaws = "; ".join(f"{'.'.join(map(str, flaw['loc']))}: {flaw['msg']}" for flaw in error.errors())
         known = ", ".join(taken.model_fields) or "none"
         raise ConfigError(f"{place}: {flaws}. Its settings: {known}") from error
+
+
+def place_of(kind: type) -> str:
+    """The name by which a class is imported, "module:class". Zili's own have the package alone, since modules move."""
+    module = kind.__module__
+    if module == "__main__":  # a script: what it is called when it is imported
+        main = sys.modules[module]
+        spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+        module = spec.name if spec else Path(file).stem if file else module
+    return f"{OURS if module.startswith(f'{OURS}.') else module}:{kind.__qualname__}"
 
 
 def _settings_of(make: Any) -> type[Section]:

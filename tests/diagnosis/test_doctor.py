@@ -114,6 +114,16 @@ def test_silence_is_counted_from_the_first_word(monkeypatch: pytest.MonkeyPatch)
     assert "a product" in silent.seen
 
 
+def test_processes_that_share_a_core_have_longer_to_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 1000, 50))
+    monkeypatch.setattr(collectives.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(collectives.time, "sleep", lambda _: None)
+    monkeypatch.setattr(collectives.os, "cpu_count", lambda: 2)
+    workers = [collectives._Process(rank, Running()) for rank in range(4)]
+    (silent,) = collectives._watch(workers, 10.0)
+    assert "did not end in 120 s" in silent.seen
+
+
 def test_a_last_word_that_is_read_late_is_no_death(monkeypatch: pytest.MonkeyPatch) -> None:
     assert watched(monkeypatch, Gone(), 60.0, {"done": True}) == []
     (dead,) = watched(monkeypatch, Gone(), 60.0, {"begin": "a product"})

@@ -13,6 +13,7 @@ import pytest
 
 import zili
 from zili.config import dump_recipe
+from zili.training.checkpoints import newest_state
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -66,3 +67,9 @@ def test_of_your_own(name: str, run, recipe, tmp_path: Path) -> None:
     assert "step 3/3" in run(name, file)
     last = json.loads((recipe().folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     assert ("z_loss" in last) == (name == "own_objective")
+    state = newest_state(recipe().folder / "checkpoints")
+    own = {
+        "own_objective": ("own_objective:ZLoss", "zili:Decoder"),
+        "own_model": ("zili:NextToken", "own_model:OwnDecoder"),
+    }
+    assert state is not None and tuple(state.classes.values()) == own.get(name, ("zili:NextToken", "zili:Decoder"))

@@ -15,7 +15,7 @@ from tiny_models import BOUND, Kind, Layout, Row, Runs, slow
 import zili
 from zili.config import RunConfig
 from zili.data import Tokenizer
-from zili.errors import ConfigError
+from zili.errors import CheckpointError, ConfigError
 from zili.runs.opening import _refuse_other_words
 from zili.runs.running import begin
 
@@ -85,6 +85,32 @@ def test_a_layout_has_the_curve_of_one_process(
     one, other = runs.alone(kind, *taught[teacher]), runs.on(layout, kind, *taught[teacher], steps=5)
     Row.of(f"{layout}, {teacher} teacher", layout.world, kind, one, other, 2e-4, 2e-3).check(request)
     assert one.losses[-1] < one.losses[0] - 0.1
+
+
+def test_a_run_goes_on_with_the_teacher_that_it_began_with(
+    taught: dict[str, tuple[str, ...]], runs: Runs, tmp_path: Path
+) -> None:
+    """A copy of it elsewhere is the same one; another of the same shape, names and sizes is refused."""
+    begun = runs.recipe("dense", *taught["dense"], "training.steps=1")
+    assert begun.objective.distill is not None
+    copy, other = tmp_path / "copy", runs.recipe("dense", "training.steps=2", "seed=1")
+    shutil.copytree(begun.objective.distill.teacher, copy)
+    curve_of(other, 1)
+
+    def going_on(teacher: Path) -> RunConfig:
+        changes = (f"folder={begun.folder}", "training.steps=2", f"objective.distill.teacher={teacher}")
+        return runs.recipe("dense", *taught["dense"], *changes)
+
+    curve_of(begun, 1)
+    (said,) = on_processes(1, _refused, going_on(other.folder))
+    assert "step-00000001 learned from another teacher: the fingerprint of its weights was" in said
+    assert len(curve_of(going_on(copy), 1).losses) == 1
+
+
+def _refused(config: RunConfig) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        begin(open_trainer(config))
+    return str(caught.value)
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(taught: dict[str, tuple[str, ...]], runs: Runs) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from zili.config import RunConfig
 from zili.config.model import ModelConfig
 from zili.data.loader import Batch
+from zili.errors import TrainingError
 from zili.models.layers import Linear
 from zili.models.outputs import Outputs
 from zili.objectives import Objective, Peers, Terms
@@ -106,6 +107,43 @@ def _step_of_wrong(config: RunConfig, objective: Objective) -> tuple[str, str]:
     except Exception as error:
         return type(error).__name__, str(error)
     return "", ""
+
+
+class Partial(Objective):
+    """The next token and a z-loss, which forgets that there is more vocabulary elsewhere."""
+
+    figures = ("z",)
+
+    def terms(self, outputs: Outputs, batch: Batch, peers: Peers) -> Terms:
+        counted = batch.labels != IGNORE_INDEX
+        z = (outputs.logits().logsumexp(-1).square() * counted).sum()
+        return Terms(outputs.cross_entropy(batch.labels) + 1e-4 * z, {"z": z.detach()}, counted.sum())
+
+
+@pytest.mark.parametrize(
+    ("objective", "layout"),
+    [
+        (Partial(), Layout("tensor=2")),
+        (OddTokens(), Layout("tensor=2")),
+        slow(Partial(), Layout("tensor=2 pipeline=2")),
+        slow(OddTokens(), Layout("tensor=2 context=2")),
+    ],
+)
+def test_taking_a_part_of_the_vocabulary_for_the_whole_is_refused(
+    objective: Objective, layout: Layout, runs: Runs
+) -> None:
+    overrides = (*layout.overrides, "training.steps=1")
+    said = on_processes(layout.world, _fit, runs.recipe("dense", *overrides), objective)
+    wrong = "Partial.terms gives another loss or figure on each process of parallel.tensor: outputs.logits() has a part"
+    assert all(word.startswith(wrong) if isinstance(objective, Partial) else word == "" for word in said), said
+
+
+def _fit(config: RunConfig, objective: Objective) -> str:
+    try:
+        open_trainer(config, objective=objective).fit()
+    except TrainingError as error:
+        return str(error)
+    return ""
 
 
 OWN = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "own_model.py"), run_name="own_model")

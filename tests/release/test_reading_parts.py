@@ -19,7 +19,7 @@ from zili.config.mixture import LatentConfig, MixtureConfig
 from zili.config.model import ModelConfig
 from zili.errors import CheckpointError
 from zili.objectives import learner
-from zili.release import export_model, import_model, load_into, open_model
+from zili.release import export_model, fill_from, import_model, open_model, weights_fingerprint
 from zili.release.tensors import Tensors
 
 MIXTURE = ModelConfig(
@@ -62,9 +62,13 @@ def test_parts_of_a_zili_folder_and_of_pickled_weights(publish, tmp_path):
     folder = publish("telechat2")
     import_model(folder, tmp_path / "zili", max_shard_bytes=6000)
     check_parts(open_model(tmp_path / "zili").tensors)
+    known = weights_fingerprint(open_model(folder))
+    assert weights_fingerprint(open_model(tmp_path / "zili")) == known
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     check_parts(open_model(folder).tensors)
+    assert weights_fingerprint(open_model(folder)) == known
+    assert weights_fingerprint(open_model(publish("llama"))) != known
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -219,7 +223,7 @@ LAYOUTS = (
 
 
 def what_differs(rank, folders):
-    """As process `rank` of 8, in each layout: what `load_into` filled otherwise than `init_weights`, which cuts the
+    """As process `rank` of 8, in each layout: what `fill_from` filled otherwise than `init_weights`, which cuts the
     same values by another way."""
     torch.distributed.init_process_group("fake", rank=rank, world_size=8, store=FakeStore())
     different = []
@@ -231,7 +235,7 @@ def what_differs(rank, folders):
         with torch.no_grad():
             for _, tensor in local:
                 tensor.fill_(torch.nan)
-        load_into(parts, folder)
+        fill_from(parts, open_model(folder))
         same = [torch.equal(tensor, value) for (_, tensor), value in zip(local, expected, strict=True)]
         different += [(parallel, folder.name, name) for (name, _), equal in zip(local, same, strict=True) if not equal]
     return different
@@ -249,6 +253,6 @@ def test_each_process_reads_its_own_part(tmp_path):
 def test_another_model_is_refused(tmp_path):
     write_checkpoint(tmp_path / "step-00000003", learner(MIXTURE.model_copy(update={"mtp_layers": 0})))
     with pytest.raises(CheckpointError, match=r"\d+ missing of \d+ tensors .*next_tokens"):
-        load_into([learner(MIXTURE)], tmp_path)
+        fill_from([learner(MIXTURE)], open_model(tmp_path))
     with pytest.raises(CheckpointError, match=r"tensors of another shape .*head.weight is \(64, 32\), not \(72, 32\)"):
-        load_into([learner(MIXTURE.model_copy(update={"vocab_size": 72, "mtp_layers": 0}))], tmp_path)
+        fill_from([learner(MIXTURE.model_copy(update={"vocab_size": 72, "mtp_layers": 0}))], open_model(tmp_path))

@@ -16,7 +16,7 @@ from zili.config.model import ModelConfig, RotaryConfig
 from zili.config.presets import load_preset, preset_names
 from zili.errors import CheckpointError, ConfigError
 from zili.objectives import learner
-from zili.release import export_model, import_model, load_into, open_model
+from zili.release import export_model, fill_from, import_model, open_model
 from zili.release.layouts.layout import PublishedConfig, Variant
 from zili.release.native import write_native
 from zili.release.opening import LAYOUTS
@@ -307,7 +307,7 @@ def test_a_layer_of_multi_token_prediction_is_read_and_its_copies_are_left_out(p
     }
     assert after == {name: before[name] for name in after}
     tensors, model = load_file(folder / "model.safetensors"), learner(open_model(folder).config).bfloat16()
-    load_into([model], folder)
+    fill_from([model], open_model(folder))
     assert torch.equal(model.next_tokens.projection.weight, tensors["model.layers.2.eh_proj.weight"])
     assert torch.equal(model.next_tokens.embedding_norm.weight, tensors["model.layers.2.enorm.weight"])
     stack = model.next_tokens.block.feed_forward.experts.down

@@ -14,8 +14,9 @@ from zili.checksums import sha256, write_sums
 from zili.errors import ConfigError
 from zili.models.arithmetic import is_adapter, parameter_shapes, training_state_bytes
 from zili.models.decoder import Decoder
-from zili.release import export_model, load_into
+from zili.release import export_model, fill_from, open_model, weights_fingerprint
 from zili.release.verifying import verify_release
+from zili.training.checkpoints import list_checkpoints
 
 LORA = "model.lora={rank=4, alpha=16.0}"
 
@@ -74,7 +75,7 @@ def test_a_run_with_adapters_goes_on_bit_by_bit_and_starts_from_a_plain_model(re
             config = recipe(*start, f"training.steps={count}", f"folder={tmp_path / folder}", "schedule.kind=constant")
             trainer = open_trainer(config, [seen])
             if not trainer.resume():
-                load_into(trainer.parallel.parts, tmp_path / "base")
+                fill_from(trainer.parallel.parts, open_model(tmp_path / "base"))
             trainer.fit()
         return seen, final_tensors(config)
 
@@ -94,6 +95,13 @@ def test_a_part_of_a_merged_matrix_is_that_of_the_whole(recipe: Recipe) -> None:
     whole = tensors.read(name)
     part = (slice(5, 17), slice(3, 30))
     assert torch.allclose(tensors.read(name, part), whole[part], atol=1e-6)
+
+
+def test_adapters_count_in_a_fingerprint_of_weights(recipe: Recipe) -> None:
+    config = recipe(LORA, "training.steps=2", "checkpoint.every=1")
+    train(config)
+    steps = list_checkpoints(config.folder / "checkpoints")
+    assert len({weights_fingerprint(open_model(place)) for place in (config.folder, *steps)}) == len(steps) == 2
 
 
 def test_matrices_that_are_not_there_are_named(recipe: Recipe) -> None:

@@ -39,7 +39,8 @@ from zili.training.throughput import fastest_call
 
 AREA = "collectives"
 PATIENCE = 60.0
-"""Seconds without a word from any process after which they are ended; never fewer before all have said one."""
+"""Seconds without a word from any process after which they are ended. Before all have said one there are never
+fewer, and as many times more as there are processes for a core."""
 _BYTES, _FEW_BYTES = 4 << 20, 4 << 10
 """What a process brings: so much that bandwidth decides, and so little that latency does."""
 _ROUNDS = 5
@@ -135,8 +136,10 @@ def _watch(workers: list[_Process], patience: float) -> list[Finding]:
         if ended:
             return [_of_the_dead(ended)]
         now = sum(len(worker.lines) for worker in workers)
-        # Until its first word a process imports, which takes long from a slow disk.
-        bound = patience if all(worker.lines for worker in workers) else max(patience, PATIENCE)
+        # Until its first word a process imports, which takes long from a slow disk, and where many share a core: all
+        # import at once, so none says a word before the last is nearly done.
+        starting = max(patience, PATIENCE) * max(1, len(workers) / (os.cpu_count() or 1))
+        bound = patience if all(worker.lines for worker in workers) else starting
         if now != said:
             said, since = now, time.monotonic()
         elif time.monotonic() - since > bound:

@@ -28,6 +28,9 @@ from zili.parallel.teacher import Teacher
 from zili.parallel.world import World
 from zili.torch_private import foreach_multiply
 
+_ROUNDING = 1e-5
+"""Tensor-parallel processes mostly have the same bits; what is summed in no fixed order differs by some 1e-7."""
+
 
 class ParallelModel:
     """This process's part of the model, and how its work joins that of the others.
@@ -224,6 +227,15 @@ class ParallelModel:
         padding = batch.padding if self.parts[0].config.mixture is not None else None  # for their routers alone
         own = batch._replace(input_ids=inputs, labels=labels, padding=padding)
         return own.each(lambda rows: rows.to(self.world.device.type, non_blocking=True))
+
+    def disagrees(self, own: Terms) -> bool:
+        """Whether the tensor-parallel processes found other sums for the same rows, beyond rounding: an objective took
+        the part of the vocabulary that is here for the whole. Each of the group asks."""
+        sums = torch.stack([own.loss, *own.figures.values()]).float()
+        ends = torch.stack((sums, -sums))
+        dist.all_reduce(ends, dist.ReduceOp.MAX, self.world.mesh("tensor").get_group())
+        scale = ends.abs().amax(0).clamp(min=float(own.count))  # a figure may be all but zero
+        return bool((ends.sum(0) > _ROUNDING * scale).any())
 
     def _once(self, term: Tensor) -> Tensor:
         """Tensor-parallel processes compute the same terms: they count once, in a sum over the world."""

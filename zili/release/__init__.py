@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from zili.release.exporting import export_model
     from zili.release.importing import import_model
-    from zili.release.opening import identity, load, load_into, open_model
+    from zili.release.opening import fill_from, identity, load, open_model, weights_fingerprint
 
-__all__ = ["export_model", "identity", "import_model", "load", "load_into", "open_model"]
+__all__ = ["export_model", "fill_from", "identity", "import_model", "load", "open_model", "weights_fingerprint"]
 _PLACES = {"export_model": "exporting", "import_model": "importing"}
 
 

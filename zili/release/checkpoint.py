@@ -15,6 +15,7 @@ from zili.config.mixture import LoraConfig
 from zili.config.model import ModelConfig
 from zili.errors import CheckpointError
 from zili.models.arithmetic import is_adapter, parameter_shapes
+from zili.models.decoder import Decoder
 from zili.release.layouts.mapping import check_tensors
 from zili.release.tensors import Index, Tensors, open_safetensors
 
@@ -75,23 +76,27 @@ def _overlap(piece: _Piece, index: Index) -> tuple[Index, Index]:
     return tuple(here), tuple(there)
 
 
-def open_checkpoint(folder: Path, *, hashed: bool = False) -> tuple[ModelConfig, Tensors, Path]:
+def open_checkpoint(
+    folder: Path, *, hashed: bool = False, decoder: type[Decoder] = Decoder
+) -> tuple[ModelConfig, Tensors, Path]:
     """A checkpoint, or a run folder's newest sound one, and where it is: its model, hashes, names and shapes verified.
 
-    `hashed`: `folder` is a checkpoint whose hashes were verified already.
+    `hashed`: `folder` is a checkpoint whose hashes were verified already. `decoder`: the kind to be made of it.
 
     Raises:
-        CheckpointError: nothing there, damaged, or of another model.
+        CheckpointError: nothing there, damaged, or of another model or kind.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give a model, checkpoint or run folder")
     # Late: reading a published model needs no trainer.
-    from zili.training.checkpoints import find_checkpoint, read_state
+    from zili.training.checkpoints import check_decoder, find_checkpoint, read_state
 
     found = folder if hashed else find_checkpoint(folder)
     if found is None:
         raise CheckpointError(f"{folder} holds no checkpoint; give a run folder or a step-... folder")
-    config = ModelConfig.model_validate(read_state(found).config["model"])
+    state = read_state(found)
+    check_decoder(found, state, decoder)
+    config = ModelConfig.model_validate(state.config["model"])
     tensors = CheckpointTensors(found)
     described, shapes = tensors.describe(), parameter_shapes(config)
     # What an objective learned beside the model stays where it is.
@@ -107,6 +112,10 @@ class MergedTensors(Tensors):
     def __init__(self, tensors: Tensors, lora: LoraConfig) -> None:
         self._tensors, self._lora = tensors, lora
         self._there = tensors.describe()
+
+    @property
+    def stored(self) -> Tensors:
+        return self._tensors
 
     def describe(self) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in self._there.items() if not is_adapter(name)}

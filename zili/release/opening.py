@@ -15,7 +15,7 @@ from zili.checksums import SUMS_FILE
 from zili.config.model import ModelConfig
 from zili.data.tokenizer import has_tokenizer
 from zili.errors import CheckpointError
-from zili.models.arithmetic import is_adapter
+from zili.models.arithmetic import is_adapter, parameter_shapes
 from zili.models.decoder import Decoder
 from zili.release.checkpoint import open_checkpoint
 from zili.release.folder import read_json
@@ -77,22 +77,16 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | 
     return decoder.eval()
 
 
-def load_into(parts: Iterable[Decoder], folder: str | Path, *, hashed: bool = False) -> None:
-    """Fill the weights of `parts`, decoders or parts of one as a training process has them, from any folder `load`
-    takes.
+@torch.no_grad()
+def fill_from(parts: Iterable[Decoder], model: OpenModel) -> None:
+    """Fill the weights of `parts`, decoders or parts of one as a training process has them, from any model.
 
     Of a weight that is cut over processes each reads the part it has, in whatever form the folder is; nothing crosses
-    processes. Weights keep their dtype. `hashed`: `folder` is a checkpoint whose hashes were verified already.
+    processes. Weights keep their dtype.
 
     Raises:
         CheckpointError: as `load`, or `parts` are of another model.
     """
-    fill_from(parts, open_model(Path(folder), hashed=hashed))
-
-
-@torch.no_grad()
-def fill_from(parts: Iterable[Decoder], model: OpenModel) -> None:
-    """`load_into`, of a model that is open."""
     # No dict: two parts of a pipeline in one process may have an embedding each.
     wanted = [named for part in parts for named in part.named_tensors()]
     shapes = {name: tuple(tensor.shape) for name, tensor in wanted}
@@ -132,8 +126,22 @@ def identity(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def open_model(folder: Path, *, hashed: bool = False) -> OpenModel:
-    """Any folder `load` takes, as names, shapes and a way to read them. `hashed` as `load_into` has it."""
+def weights_fingerprint(model: OpenModel) -> str:
+    """Tells models apart by their weights, wherever a folder lies and in whatever form: of each matrix the row in the
+    middle, each vector whole, as fp32. Training changes every row of what it trains, but rows of an embedding."""
+    digest, tensors = hashlib.sha256(), model.tensors.stored
+    wanted = parameter_shapes(model.config)
+    for name, shape in sorted((name, tensor.shape) for name, tensor in tensors.describe().items()):
+        if name in wanted or is_adapter(name):
+            index = *(slice(size // 2, size // 2 + 1) for size in shape[:-1]), slice(0, shape[-1])
+            row = tensors.read(name, index).float().contiguous()
+            digest.update(f"{name} {list(shape)} ".encode() + row.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def open_model(folder: Path, *, hashed: bool = False, decoder: type[Decoder] = Decoder) -> OpenModel:
+    """Any folder `load` takes, as names, shapes and a way to read them. `hashed` and `decoder` as `open_checkpoint`
+    has them."""
     if is_native(folder):
         config, origin, tensors = read_native(folder)
         return OpenModel(config, tensors, origin, folder)
@@ -142,7 +150,7 @@ def open_model(folder: Path, *, hashed: bool = False) -> OpenModel:
     file = find_gguf(folder)
     if file is not None:
         return open_gguf_model(file)
-    config, tensors, found = open_checkpoint(folder, hashed=hashed)
+    config, tensors, found = open_checkpoint(folder, hashed=hashed, decoder=decoder)
     around = [place for place in run_places(folder) if (place / MODEL_FILE).is_file()]
     origin = read_model_file(around[0])[1] if around else None
     return OpenModel(config, tensors, origin, _tokenizer_folder(folder), found)

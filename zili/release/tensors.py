@@ -50,6 +50,11 @@ class Tensors(ABC):
     def read(self, name: str, index: Index | None = None) -> Tensor:
         """The tensor itself, on the CPU, or the part of it that `index` names; only that part is read."""
 
+    @property
+    def stored(self) -> Tensors:
+        """These, or what they are computed from, where another machine may round otherwise."""
+        return self
+
 
 def cut(tensor: Tensor, index: Index | None) -> Tensor:
     """The part of `tensor` that `index` names."""

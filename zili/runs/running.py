@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from zili.models.decoder import Decoder
     from zili.objectives.objective import Objective
     from zili.parallel.world import World
+    from zili.release.opening import OpenModel
     from zili.training.callbacks import Callback
     from zili.training.trainer import Trainer
 
@@ -53,6 +55,7 @@ def run(
     with _run_folder(opened.setup.config.folder, world, say):
         around = [*_of_every_run(opened, held_out, say), *given]
         trainer = world.agree(lambda: opened.trainer(around, objective, model))
+        _tell_given(trainer, objective, model)
         begin(trainer, held_out)
         world.from_first(lambda: _leave_a_whole_run_folder(opened))
         try:
@@ -96,6 +99,14 @@ def _refuse_other_kinds(
         raise TypeError(f"model: {model!r:.60} is not a class below zili.Decoder")
 
 
+def _tell_given(trainer: Trainer, objective: Objective | None, model: type[Decoder] | None) -> None:
+    """For the run's record and its report: what the recipe does not say."""
+    given = {"objective": objective, "model": model}
+    told = [f"{name}={kind}" for name, kind in trainer.classes.items() if given[name] is not None]
+    if told:
+        trainer.note(f"given in Python, so the recipe alone does not repeat this run: {', '.join(told)}")
+
+
 def _refuse_adapters_of_nothing(config: RunConfig) -> None:
     from zili.training.checkpoints import list_checkpoints
 
@@ -133,18 +144,21 @@ def begin(trainer: Trainer, held_out: TokenStore | DialogueLoader | None = None)
         ZiliError: neither can be read, or belongs to this run.
     """
     from zili.data.packing import DialogueLoader
+    from zili.models.decoder import Decoder
+    from zili.release import weights_fingerprint
     from zili.training.reference_model import set_reference
 
+    distill = trainer.config.objective.distill
+    if distill is not None and trainer.parallel.teacher is not None:
+        opened = _fill(trainer, trainer.parallel.teacher.parts, distill.teacher, Decoder)
+        trainer.teacher_fingerprint = trainer.world.from_first(lambda: weights_fingerprint(opened()))
+        trainer.note(f"teacher from {distill.teacher}")
     start, resumed = trainer.config.training.start_from, trainer.resume()
     if not resumed and start is not None:
         _start_from(trainer, start)
     elif not resumed and isinstance(trainer.loader, DialogueLoader):
         seed = trainer.config.seed
         trainer.note(f"weights drawn from seed {seed}: no model is named to go on from (training.start_from)")
-    distill = trainer.config.objective.distill
-    if distill is not None and trainer.parallel.teacher is not None:
-        _fill(trainer, trainer.parallel.teacher.parts, distill.teacher)
-        trainer.note(f"teacher from {distill.teacher}")
     loaders = (trainer.loader, held_out)
     of_pairs = [loader for loader in loaders if isinstance(loader, DialogueLoader) and loader.pairs]
     if of_pairs:
@@ -152,20 +166,22 @@ def begin(trainer: Trainer, held_out: TokenStore | DialogueLoader | None = None)
 
 
 def _start_from(trainer: Trainer, folder: Path) -> None:
-    _fill(trainer, trainer.parallel.parts, folder)
+    _fill(trainer, trainer.parallel.parts, folder, trainer.decoder)
     trainer.note(f"weights from {folder}")
 
 
-def _fill(trainer: Trainer, parts: Sequence[Decoder], folder: Path) -> None:
-    """Read the weights of a model from a folder, the same for all processes."""
+def _fill(trainer: Trainer, parts: Sequence[Decoder], folder: Path, decoder: type[Decoder]) -> Callable[[], OpenModel]:
+    """Read the weights of a model from a folder, the same for all processes; returns what opens it."""
     from zili.parallel.machines import check_same
-    from zili.release import identity, load_into
+    from zili.release.opening import fill_from, identity, open_model
     from zili.training.checkpoints import find_checkpoint
 
     world = trainer.world
     check_same(world, f"files in {folder}", world.agree(lambda: identity(folder)))
     found = world.agree(lambda: find_checkpoint(folder, trainer.note, world))
-    world.agree(lambda: load_into(parts, found or folder, hashed=found is not None))
+    opened = partial(open_model, found or folder, hashed=found is not None, decoder=decoder)
+    world.agree(lambda: fill_from(parts, opened()))
+    return opened
 
 
 def _leave_a_whole_run_folder(opened: OpenedRun) -> None:

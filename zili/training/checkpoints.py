@@ -34,6 +34,7 @@ from zili.config import ModelConfig
 from zili.errors import CheckpointError
 from zili.models.arithmetic import parameter_shapes
 from zili.models.decoder import Decoder
+from zili.plugins import place_of
 
 if TYPE_CHECKING:
     from zili.parallel.world import World
@@ -56,6 +57,10 @@ class RunState:
     """Global count of samples consumed: the whole data position."""
     config: dict[str, Any]
     data_fingerprint: str
+    teacher_fingerprint: str = ""
+    """Fingerprint of the teacher's weights (`zili.release.weights_fingerprint`); empty: there is none."""
+    classes: dict[str, str] = field(default_factory=dict)
+    """`objective` and `model`, as `zili.train` takes them: `zili.plugins.place_of` their classes."""
     operations: dict[str, str] = field(default_factory=dict)
     """Version of each operation by name; a resumed run keeps them, so that its numbers stay the same bits."""
     versions: dict[str, str] = field(default_factory=dict)
@@ -140,8 +145,8 @@ def read_state(path: Path) -> RunState:
         if raw.get("format") != FORMAT:
             raise CheckpointError(f"{path} has format {raw.get('format')!r}; this version reads {FORMAT}")
         state = RunState(**raw)
-        if not isinstance(state.config["model"], dict):
-            raise TypeError("its model configuration is not a table")
+        if not isinstance(state.config["model"], dict) or not isinstance(state.classes, dict):
+            raise TypeError("its model configuration, or its classes, are not a table")
         return state
     except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
         raise CheckpointError(f"{path / RUN_FILE} cannot be read: {error!r}") from error
@@ -186,12 +191,14 @@ def load_model(path: Path, decoder: type[Decoder] = Decoder) -> Decoder:
     `decoder`: the kind that it was trained as.
 
     Raises:
-        CheckpointError: no sound checkpoint there.
+        CheckpointError: no sound checkpoint there, or it is of another kind.
     """
     found = find_checkpoint(path)
     if found is None:
         raise CheckpointError(f"{path} holds no checkpoint; give a run folder or a step-... folder")
-    config = ModelConfig.model_validate(read_state(found).config["model"])
+    state = read_state(found)
+    check_decoder(found, state, decoder)
+    config = ModelConfig.model_validate(state.config["model"])
     with torch.device("meta"):
         model = decoder(config)
     model.to_empty(device="cpu")
@@ -200,6 +207,18 @@ def load_model(path: Path, decoder: type[Decoder] = Decoder) -> Decoder:
     _check_same_keys(found, metadata.keys() & tensors.keys(), set(tensors))
     _read(found, tensors, metadata)
     return model.eval()
+
+
+def check_decoder(path: Path, state: RunState, decoder: type[Decoder]) -> None:
+    """Refuse what was trained as a decoder of one's own, and would be opened as another: blocks of equal names may
+    compute other things."""
+    trained = str(state.classes.get("model", place_of(Decoder)))
+    if trained not in (place_of(Decoder), place_of(decoder)):
+        name = trained.rpartition(":")[2]
+        raise CheckpointError(
+            f"{path} was trained with model={trained}, which was given to zili.train, and {place_of(decoder)} cannot "
+            f"stand for it; open it in Python: zili.training.checkpoints.load_model(run, {name})"
+        )
 
 
 def find_checkpoint(

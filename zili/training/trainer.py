@@ -29,6 +29,7 @@ from zili.parallel.apply import Materialize, with_first_weights
 from zili.parallel.layout import Layout
 from zili.parallel.model import ParallelModel
 from zili.parallel.world import World
+from zili.plugins import place_of
 from zili.training import checkpoints
 from zili.training.callbacks.base import Callback, StepRecord
 from zili.training.interruption import Interruption
@@ -72,8 +73,11 @@ class Trainer:
         self.config = config
         self.loader = loader
         self.device = device
+        self.decoder = decoder
         self.world = world or World(Layout(), device)
         self.callbacks = callbacks
+        self.teacher_fingerprint = ""
+        """Fingerprint of the weights that a teacher was given (`zili.runs.running.begin`)."""
         self.step = 0
         self.interrupted = False
         """Whether the run was stopped before its last step, to go on later: by a signal, or since its time is over."""
@@ -105,6 +109,8 @@ class Trainer:
         )
         self._saved_at: int | None = None
         self._last: tuple[Tensor, Tensor] | None = None
+        self._own: Terms | None = None
+        self._agrees = self.world.layout.tensor == 1
         self._loads: Tensor | None = None
         self._further: dict[str, Tensor] = {}
         # Dropout's: each process drops other elements.
@@ -115,6 +121,11 @@ class Trainer:
     def model(self) -> Decoder:
         """The model; of a pipeline, this process's first stage."""
         return self.parallel.parts[0]
+
+    @property
+    def classes(self) -> dict[str, str]:
+        """Importable names of what is learned and of the kind of model, which the recipe may not say."""
+        return {"objective": place_of(type(self.parallel.objective)), "model": place_of(self.decoder)}
 
     @cached_property
     def matmul_peak(self) -> float:
@@ -169,7 +180,8 @@ class Trainer:
         """Go to the newest sound checkpoint of the run folder, if there is one.
 
         Raises:
-            CheckpointError: every checkpoint is damaged, or they belong to another model, optimizer or data order.
+            CheckpointError: every checkpoint is damaged, or they belong to another model, optimizer, data order,
+                teacher or objective.
         """
         world = self.world
         found = world.agree(lambda: checkpoints.newest_sound(self.checkpoint_folder, self.note, world))
@@ -212,6 +224,8 @@ class Trainer:
             samples=self.step * self.config.training.global_batch,
             config=self.config.model_dump(mode="json"),
             data_fingerprint=self.loader.fingerprint(),
+            teacher_fingerprint=self.teacher_fingerprint,
+            classes=self.classes,
             operations=ops.chosen(),
             versions={"zili": __version__, "torch": torch.__version__, "python": platform.python_version()},
         )
@@ -235,7 +249,8 @@ class Trainer:
         """Train to `training.steps`, or until interrupted; a checkpoint is written either way.
 
         Raises:
-            TrainingError: the loss or the gradient is no longer a finite number.
+            TrainingError: the loss or the gradient is no longer a finite number, or an objective takes a part of the
+                vocabulary for the whole.
             CheckpointError: the last save failed, or `checkpoint.patience` of them in a row.
         """
         self.parallel.train()
@@ -305,6 +320,8 @@ class Trainer:
         share = learning_rate_share(self.step, self.config.training.steps, self.config.schedule)
         _, batch = next(batches)
         loss, norm = self.train_step(batch)
+        if not self._agrees:
+            self._refuse_other_sums()
         if self.step % self.config.logging.every == 0 or self.done:
             record = self._record(loss, norm, share, started, batches.waited - waited)
             self._refuse_non_finite(loss, norm)
@@ -321,7 +338,8 @@ class Trainer:
         """
         share = learning_rate_share(self.step, self.config.training.steps, self.config.schedule)
         set_learning_rate(self.optimizers, share)
-        loss, norm = self._average(self.parallel.accumulate(batch))
+        self._own = self.parallel.accumulate(batch)
+        loss, norm = self._average(self._own)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -329,6 +347,20 @@ class Trainer:
         self.step += 1
         self._last = loss, norm
         return loss, norm
+
+    def _refuse_other_sums(self) -> None:
+        """After the first step: whether the objective knows that vocabularies are cut."""
+        assert self._own is not None
+        if self.world.count(self.parallel.disagrees(self._own)):
+            error = TrainingError(
+                f"{type(self.parallel.objective).__name__}.terms gives another loss or figure on each process of "
+                "parallel.tensor: outputs.logits() has a part of the vocabulary there, and outputs.hidden some of the "
+                "tokens. Sum over the others by outputs.logsumexp, outputs.vocabulary.sum and outputs.total "
+                "(docs/extending/loss.md), or set parallel.tensor = 1"
+            )
+            error.agreed = True  # the count is that of all processes
+            raise error
+        self._agrees = True
 
     def _average(self, own: Terms) -> tuple[Tensor, Tensor]:
         """Divide summed loss and gradients by the number of targets, and clip: one small sum over the world.
@@ -379,7 +411,7 @@ class Trainer:
         raise error
 
     def _state_that_belongs(self, path: Path) -> checkpoints.RunState:
-        """`run.json` of `path`; refuses to go on with another model or another order of data than the checkpoint's."""
+        """`run.json` of `path`; refuses to go on with another model, order of data, teacher or objective than its."""
         state = checkpoints.read_state(path)
         there, here = state.config, self.config.model_dump(mode="json")
         # A run from before a key was there had what is now its default.
@@ -394,7 +426,24 @@ class Trainer:
                 f"{path} was trained on other data, or on the same in another order: {order}; "
                 "restore it, or give the run another folder"
             )
+        self._refuse_other_learning(path, state)
         return state
+
+    def _refuse_other_learning(self, path: Path, state: checkpoints.RunState) -> None:
+        """Another teacher, objective or kind of model; of one from before they were written down nothing is known."""
+        before, here = state.teacher_fingerprint, self.teacher_fingerprint
+        if here and before not in ("", here):
+            raise CheckpointError(
+                f"{path} learned from another teacher: the fingerprint of its weights was {before[:12]}, that of "
+                f"objective.distill.teacher is {here[:12]}; name the one before, or give the run another folder and "
+                f"training.start_from = '{self.config.folder}'"
+            )
+        for argument, kind in self.classes.items():
+            if state.classes.get(argument, kind) != kind:
+                raise CheckpointError(
+                    f"{path} was trained with {argument}={state.classes[argument]}, and this run has {kind}; give the "
+                    f"same, by zili.train({argument}=...) if it was given so, or give the run another folder"
+                )
 
 
 def is_sound(loss: float, norm: float, *, saturates: bool) -> bool:

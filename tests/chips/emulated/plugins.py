@@ -1,14 +1,20 @@
-"""Folders that stand for an installed vendor plugin: a module, its package metadata, and an entry point of ours."""
+"""Folders that stand for an installed vendor plugin: a module, its package metadata, and an entry point of ours.
+
+`python tests/chips/emulated/plugins.py FOLDER` installs one for a chip that Zili has no record of, to try
+docs/extending/chip.md with: it prints what a shell must export.
+"""
 
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from emulated import LIBRARY
+from emulated import LIBRARY, build
 
 Environment = Callable[..., dict[str, str]]
 """The fixture `with_plugins`: vendors, and further variables by name, to the variables of a process."""
@@ -61,6 +67,8 @@ BACKEND = Backend(
 """,
 )
 VENDORS = (ASCEND, CAMBRICON, UNHEARD_OF)
+ACME = Vendor("acme", "torch_acme", "xyz", "xyzccl", "ACME-1")
+"""That of docs/extending/chip.md, whose reader writes the record."""
 
 
 def install(vendor: Vendor, folder: Path) -> Path:
@@ -88,3 +96,9 @@ def environment(library: Path, *folders: Path) -> dict[str, str]:
     """Variables of a process that finds the plugins in `folders`."""
     path = os.pathsep.join(map(str, (*folders, _HERE)))
     return {"PYTHONPATH": path, LIBRARY: str(library), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[1]).resolve()
+    for key, value in environment(build(place), install(ACME, place)).items():
+        print(f"export {key}={shlex.quote(value)}")

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import shlex
+import subprocess
+import sys
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
+import plugins
 import pytest
 from forks import zili
 from many import on_processes, train
-from plugins import Environment, Vendor
+from plugins import ACME
 from tiny_models import BOUND, Layout, Row, Runs
 
-ACME = Vendor("acme", "torch_acme", "acme", "acmeccl", "ACME-1")
 LAYOUT = Layout("shards=2")
 SHORT = ("training.steps=3", "training.global_batch=8")
 
@@ -25,17 +28,25 @@ def its_own_tests(folder: Path) -> tuple[int, str]:
     return int(code), said.getvalue()
 
 
+def exported(folder: Path) -> dict[str, str]:
+    """What the page tells a shell without a chip to export."""
+    command = [sys.executable, plugins.__file__, str(folder)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return dict(shlex.split(line)[1].split("=", 1) for line in said.splitlines())
+
+
 @pytest.mark.slow
-def test_an_afternoon(runs: Runs, with_plugins: Environment, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_an_afternoon(runs: Runs, library: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     folder = tmp_path / "zili-acme"
-    made = zili("chips", "new", "acme", "--folder", folder)
+    named = ("--device-type", ACME.device_type, "--collectives", ACME.collectives, "--plugin", ACME.plugin)
+    made = zili("chips", "new", "acme", *named, "--folder", folder)
     assert "zili_acme.py" in made.stdout and "docs/extending/chip.md" in made.stdout
     # What `pip install --editable` would do, without asking the package index for setuptools.
     info = folder / "zili_acme-0.1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: zili-acme\nVersion: 0.1\n")
     (info / "entry_points.txt").write_text("[zili.chips]\nacme = zili_acme:BACKEND\n")
-    variables = with_plugins(ACME)
+    variables = exported(library.parent)
     variables["PYTHONPATH"] = os.pathsep.join((str(folder), variables["PYTHONPATH"]))
     ((code, said),) = on_processes(1, its_own_tests, folder, environment=variables)
     assert code == 0 and "3 passed" in said, said
