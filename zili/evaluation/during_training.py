@@ -12,6 +12,7 @@ from zili.data.store import TokenStore
 from zili.data.tokenizer import Tokenizer
 from zili.evaluation.bits_per_byte import expected_seconds, score_token_ids, stored_documents
 from zili.objectives.next_token import NextToken
+from zili.parallel.control.crumbs import own_crumbs
 from zili.training.callbacks import Callback
 from zili.training.trainer import Trainer
 
@@ -42,7 +43,7 @@ class HeldOutEvaluation(Callback):
 
     def _score(self, trainer: Trainer) -> None:
         started = time.perf_counter()
-        with trainer.uncompiled():
+        with trainer.uncompiled(), own_crumbs().within("evaluate"):
             values = self._measure(trainer)
         self._scored_at = trainer.step
         values |= {"tokens": trainer.tokens, "seconds": time.perf_counter() - started}

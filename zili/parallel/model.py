@@ -22,6 +22,7 @@ from zili.objectives.next_token import NextToken
 from zili.objectives.objective import Ask, checked_terms
 from zili.parallel.apply import Materialize, build_parts, with_first_weights
 from zili.parallel.context import ContextPart
+from zili.parallel.control.crumbs import own_crumbs
 from zili.parallel.data import reduce_gradients, sum_gradients
 from zili.parallel.pipeline import Forward, Pipeline
 from zili.parallel.teacher import Teacher
@@ -122,6 +123,7 @@ class ParallelModel:
 
     def _one_by_one(self, micro_batches: list[Batch], forward: Forward) -> None:
         for number, micro_batch in enumerate(micro_batches, 1):
+            own_crumbs().at_micro_batch(number)
             last = number == len(micro_batches)
             reduce_gradients(self.parts[0], now=last or self._sums_each, replicas=last)
             with self.autocast():

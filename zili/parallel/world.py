@@ -20,6 +20,7 @@ from zili.chips.device import Device
 from zili.durable import refused_by_disk
 from zili.errors import PeerError, ZiliError
 from zili.parallel.collectives import Communicator
+from zili.parallel.control.crumbs import own_crumbs
 from zili.parallel.control.member import AGENT, AGENT_SECRET, Control, Heard, meet
 from zili.parallel.control.member import PATIENCE as SECONDS
 from zili.parallel.layout import Layout, processes
@@ -45,6 +46,7 @@ def join(device: Device) -> None:
     _, size, _ = processes()
     if size > 1 and not dist.is_initialized():
         _others, patience = True, timedelta(seconds=SECONDS)
+        own_crumbs().enter("join")
         rank, store = _enter(size, patience)
         dist.init_process_group(device.backend.collectives, store=store, rank=rank, world_size=size, timeout=patience)
 

@@ -145,6 +145,7 @@ def begin(trainer: Trainer, held_out: TokenStore | DialogueLoader | None = None)
     """
     from zili.data.packing import DialogueLoader
     from zili.models.decoder import Decoder
+    from zili.parallel.control.crumbs import own_crumbs
     from zili.release import weights_fingerprint
     from zili.training.reference_model import set_reference
 
@@ -153,6 +154,7 @@ def begin(trainer: Trainer, held_out: TokenStore | DialogueLoader | None = None)
         opened = _fill(trainer, trainer.parallel.teacher.parts, distill.teacher, Decoder)
         trainer.teacher_fingerprint = trainer.world.from_first(lambda: weights_fingerprint(opened()))
         trainer.note(f"teacher from {distill.teacher}")
+    own_crumbs().enter("load")
     start, resumed = trainer.config.training.start_from, trainer.resume()
     if not resumed and start is not None:
         _start_from(trainer, start)

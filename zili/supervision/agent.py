@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from zili.errors import ConfigError
+from zili.parallel.control.crumbs import CRUMBS, Crumbs
 from zili.parallel.control.links import Link, Unproven, connect
 from zili.parallel.control.member import AGENT, AGENT_SECRET
 from zili.parallel.control.node import Node, below
@@ -68,6 +69,7 @@ class Agent:
         self._node: Node | None = None
         self._place: dict[str, Any] = {}
         self._endings: dict[int, dict[str, Any]] = {}
+        self._crumbs: dict[int, Crumbs] = {}
         self._stopping = False
         self._asked = 0
         self._work: set[asyncio.Task[None]] = set()
@@ -227,9 +229,11 @@ class Agent:
             _ERROR_FILE: str(self._error_file(rank)),
             **{AGENT: self._address, AGENT_SECRET: self._folder.secret.hex()},
             GENERATION: str(self._generation),
-            STACKS: str(self._own / f"stacks-{rank}"),
+            **{STACKS: str(self._own / f"stacks-{rank}"), CRUMBS: str(self._crumbs_file(rank))},
         }
-        self._error_file(rank).unlink(missing_ok=True)
+        for file in (self._error_file(rank), self._crumbs_file(rank)):
+            file.unlink(missing_ok=True)
+        self._crumbs[rank] = Crumbs(self._crumbs_file(rank))
         self._processes.begin(rank, list(self._job.words), environment, logs / f"rank-{rank:05d}.log", shown=rank == 0)
 
     async def _stop(self, generation: int, gentle: bool) -> None:
@@ -243,6 +247,7 @@ class Agent:
 
     def _bury(self, rank: int, code: int) -> None:
         """A process of this machine has ended."""
+        crumbs = self._crumbs.pop(rank)
         ending = {
             "rank": rank,
             "machine": self._machine.name,
@@ -250,13 +255,18 @@ class Agent:
             "stopped": self._stopping and code in (-signal.SIGKILL, INTERRUPTED, -signal.SIGTERM),
             "error": self._error(rank),
             "log": self._log_end(rank) if code else "",
+            **{"phase": crumbs.phase, "step": crumbs.step or None, "seconds": dict(crumbs.seconds())},
         }
+        crumbs.close()
         self._endings[rank] = ending
         if not self._stopping:
             self._say(say="ended", generation=self._generation, ending=ending)
 
     def _error_file(self, rank: int) -> Path:
         return self._own / f"error-{rank}.json"
+
+    def _crumbs_file(self, rank: int) -> Path:
+        return self._own / f"crumbs-{rank}"
 
     def _error(self, rank: int) -> str:
         with suppress(OSError, ValueError, KeyError, TypeError):

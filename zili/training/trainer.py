@@ -26,6 +26,7 @@ from zili.models.arithmetic import training_flops_per_token
 from zili.models.decoder import Decoder
 from zili.objectives import Objective, Terms, objective_of
 from zili.parallel.apply import Materialize, with_first_weights
+from zili.parallel.control.crumbs import own_crumbs
 from zili.parallel.layout import Layout
 from zili.parallel.model import ParallelModel
 from zili.parallel.world import World
@@ -83,6 +84,8 @@ class Trainer:
         """Whether the run was stopped before its last step, to go on later: by a signal, or since its time is over."""
         self._requests = Requests(self.world)
         self._told_to_stop = False
+        self._begun = False
+        """Whether a step was made: the first one warms up, which takes longer."""
         self._clock = RunClock(config, started)
         assert config.chip.precision != "auto", "the configuration is resolved"
         self._dtype = DTYPES[config.chip.precision]
@@ -196,6 +199,7 @@ class Trainer:
         )
         self._take_up_generators(found, rng)
         self.step = self._saved_at = state.step
+        own_crumbs().done(self.step)
         self.note(f"resumed from {found} at step {state.step}")
         return True
 
@@ -230,7 +234,8 @@ class Trainer:
             versions={"zili": __version__, "torch": torch.__version__, "python": platform.python_version()},
         )
         self._clock.save_began()
-        path = self.saver.save(state, self.saved_tensors())
+        with own_crumbs().within("save"):
+            path = self.saver.save(state, self.saved_tensors())
         self._saved_at = self.step
         for callback in self.callbacks:
             callback.on_checkpoint(self)
@@ -266,7 +271,9 @@ class Trainer:
             self.interrupted = not self.done and not self._told_to_stop
             if self._saved_at != self.step:
                 self.save()
-            self.saver.wait()
+            with own_crumbs().within("save"):
+                self.saver.wait()
+        own_crumbs().enter("end")
         for callback in self.callbacks:
             callback.on_end(self)
 
@@ -316,10 +323,14 @@ class Trainer:
             raise CheckpointError(f"{saves}; the last: {error}") from error
 
     def _one_step(self, batches: Prefetcher) -> None:
+        crumbs = own_crumbs()
         started, waited = time.perf_counter(), batches.waited
+        crumbs.enter("data")
         share = learning_rate_share(self.step, self.config.training.steps, self.config.schedule)
         _, batch = next(batches)
+        crumbs.enter("step" if self._begun else "warm_up")
         loss, norm = self.train_step(batch)
+        self._begun = True
         if not self._agrees:
             self._refuse_other_sums()
         if self.step % self.config.logging.every == 0 or self.done:
@@ -330,6 +341,7 @@ class Trainer:
         for callback in self.callbacks:
             callback.after_step(self)
         self._clock.after_step()
+        crumbs.done(self.step)
 
     def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """One optimizer step on this process's rows of a global batch.

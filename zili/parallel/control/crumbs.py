@@ -1,0 +1,121 @@
+"""What a process is at, left where its machine's agent reads it: in a small file that both have in memory.
+
+Writing costs no system call, and what was written last is there after the process was killed. A process without an
+agent writes into memory of its own.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, get_args
+
+CRUMBS = "ZILI_CRUMBS"
+"""Variable in which `zili launch` names a worker's file."""
+Phase = Literal["init", "join", "load", "warm_up", "data", "step", "save", "evaluate", "end"]
+"""Imports and choices; meeting the others; weights and state; the first step; waiting for a batch; a step; writing a
+checkpoint, as far as the step waits for it; held-out text; the end."""
+PHASES: tuple[Phase, ...] = get_args(Phase)
+_FIELDS = ("changes", "phase", "since", "step", "micro_batch")
+_SECONDS = len(_FIELDS)
+_LONGEST = _SECONDS + len(PHASES)
+_SIZE = 8 * (_LONGEST + len(PHASES))
+
+
+class Crumbs:
+    """One process's, as it or its agent sees them. Times are the machine's `time.monotonic`."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        """`path`: a file that is made if it is not there; None: memory of this process alone."""
+        if path is None:
+            self._memory = mmap.mmap(-1, _SIZE)
+        else:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            os.ftruncate(handle, _SIZE)
+            self._memory = mmap.mmap(handle, _SIZE)
+            os.close(handle)
+        self._cells = memoryview(self._memory).cast("d")
+        if not self._cells[2]:
+            self._cells[2] = time.monotonic()
+
+    def enter(self, phase: Phase) -> None:
+        """From now on this process is in `phase`."""
+        cells, now = self._cells, time.monotonic()
+        before, spent = int(cells[1]), now - cells[2]
+        cells[_SECONDS + before] += spent
+        cells[_LONGEST + before] = max(cells[_LONGEST + before], spent)
+        cells[1], cells[2] = PHASES.index(phase), now
+        cells[0] += 1
+
+    @contextmanager
+    def within(self, phase: Phase) -> Iterator[None]:
+        """`phase` for a while, then the one before again."""
+        before = self.phase
+        self.enter(phase)
+        try:
+            yield
+        finally:
+            self.enter(before)
+
+    def done(self, step: int) -> None:
+        """So many steps of the run are done."""
+        self._cells[3] = step
+        self._cells[0] += 1
+
+    def at_micro_batch(self, number: int) -> None:
+        """The step at hand has come to this micro-batch."""
+        self._cells[4] = number
+        self._cells[0] += 1
+
+    @property
+    def changes(self) -> int:
+        """Rises whenever the process gets further."""
+        return int(self._cells[0])
+
+    @property
+    def phase(self) -> Phase:
+        return PHASES[int(self._cells[1])]
+
+    @property
+    def since(self) -> float:
+        """When the phase began."""
+        return self._cells[2]
+
+    @property
+    def step(self) -> int:
+        """Steps of the run that are done."""
+        return int(self._cells[3])
+
+    @property
+    def micro_batch(self) -> int:
+        return int(self._cells[4])
+
+    def seconds(self) -> Mapping[Phase, float]:
+        """Seconds in each phase, the present one up to now."""
+        found = dict(zip(PHASES, self._cells[_SECONDS:_LONGEST].tolist(), strict=True))
+        found[self.phase] += time.monotonic() - self.since
+        return found
+
+    def longest(self) -> Mapping[Phase, float]:
+        """Seconds of the longest stay in each phase that has ended; 0: none has."""
+        return dict(zip(PHASES, self._cells[_LONGEST:].tolist(), strict=True))
+
+    def close(self) -> None:
+        self._cells.release()
+        self._memory.close()
+
+
+_own: Crumbs | None = None
+
+
+def own_crumbs() -> Crumbs:
+    """This process's."""
+    global _own  # noqa: PLW0603 - as there is one process
+    if _own is None:
+        file = os.environ.get(CRUMBS)
+        _own = Crumbs(Path(file) if file else None)
+    return _own
