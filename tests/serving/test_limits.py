@@ -300,4 +300,4 @@ def act(url: str, draw: random.Random) -> tuple[str, str]:
         while piece := line.recv(65536):
             answer += piece
     status = answer[9:12].decode()
-    return kind, status if status != "200" or b"data: [DONE]" in answer else "cut short"
+    return kind, status if status != "200" or b"data: [DONE]" in answer else f"cut short: {answer[-300:]!r}"

@@ -199,8 +199,11 @@ class Engine:
                 self._work.wait(_GUIDES_SECONDS)
 
     def _drop_cancelled(self) -> None:
-        for answer in [answer for answer in self._waiting if answer.cancelled]:
-            self._waiting.remove(answer)
+        with self._work:  # a deque to which another thread adds cannot be walked through
+            gone = [answer for answer in self._waiting if answer.cancelled]
+            for answer in gone:
+                self._waiting.remove(answer)
+        for answer in gone:
             answer._say(finished="cancelled")
         for sequence in [sequence for sequence in self._running if sequence.answer.cancelled]:
             self._finish(sequence, "cancelled")
