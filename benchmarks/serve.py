@@ -201,7 +201,8 @@ class _Worker:
     """An engine in its own process."""
 
     def __init__(self, python: str, name: str, folder: Path, dtype: str, package: Path | None = None) -> None:
-        """`package`: a checkout of Zili in place of this one."""
+        """`package`: a checkout of Zili in place of this one; its own benchmark knows where its modules are."""
+        checkout = package or Path(__file__).parents[1]
         environment = {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_NO_USAGE_STATS": "1",
@@ -211,10 +212,10 @@ class _Worker:
             "VLLM_LOGGING_LEVEL": "WARNING",
             "OMP_NUM_THREADS": str(os.cpu_count()),
             "PYTHONWARNINGS": "ignore",
-            "PYTHONPATH": str(package or Path(__file__).parents[1]),
+            "PYTHONPATH": str(checkout),
         }
         self._process = subprocess.Popen(
-            [python, __file__, str(folder), "--worker", name, "--dtype", dtype],
+            [python, str(checkout / "benchmarks" / "serve.py"), str(folder), "--worker", name, "--dtype", dtype],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

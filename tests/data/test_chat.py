@@ -286,7 +286,7 @@ def test_a_dialect_knows_where_an_answer_begins_and_ends(tokenizer: Tokenizer) -
         assert dialect.opening(dialect.render(asked, add_generation_prompt=True).ids) == opened
         end = tokenizer.special_id("<_end>")
         assert dialect.answer_text([*tokenizer.encode("Hello.").tolist(), end]) == "Hello."
-    assert dialect.call_style is TAGGED and Dialect.named("chatml", tokenizer).call_style is HERMES
+    assert dialect.call_style == TAGGED and Dialect.named("chatml", tokenizer).call_style == HERMES
     reply = dialect.reply(opened=True, tools=TOOLS)
     parts = reply.push("hm</think>yes") + reply.finish()
     assert (parts.reasoning, parts.content, parts.calls) == ("hm", "yes", [])

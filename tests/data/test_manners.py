@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from zili.data.chat import ChatTemplate
 from zili.data.dialect import Dialect
 from zili.data.manners import Mark, find_manners
-from zili.data.reply import Call, read_arguments, read_call, split_thoughts
+from zili.data.reply import HERMES, TAGGED, THINK, Call, CallStyle, Tags, read_arguments, read_call, split_thoughts
 from zili.data.tokenizer import Tokenizer
 from zili.errors import DataError
 
@@ -37,9 +38,9 @@ CHATML_ENDS = ["<|im_end|>", "<|im_start|>"]
         ("chatml", CHATML_ENDS, False, None, False),
         ("smollm2", CHATML_ENDS, False, None, False),
         ("telechat1", ["<_end>", "<_user>"], False, None, False),
-        ("telechat2", ["<_end>", "<_user>"], False, "hermes", True),
-        ("telechat3", ["<_end>", "<_user>"], True, "hermes", True),
-        ("telechat3-coder", ["<_end>", "<_user>"], True, "tagged", True),
+        ("telechat2", ["<_end>", "<_user>"], False, HERMES, True),
+        ("telechat3", ["<_end>", "<_user>"], True, HERMES, True),
+        ("telechat3-coder", ["<_end>", "<_user>"], True, TAGGED, True),
         (LLAMA3, ["<|eot_id|>", "<|start_header_id|>"], False, None, False),
         (NAMED, ["user:"], False, None, False),
         (VICUNA, ["</s>"], False, None, False),
@@ -50,6 +51,63 @@ def test_a_template_s_manners(template: str, ends: list[str], thinks: bool, call
     found = find_manners((ChatTemplate(template) if "{" in template else ChatTemplate.named(template)).write)
     assert [mark.text for mark in found.ends] == ends
     assert (found.thinks, found.calls, found.tools) == (thinks, calls, tools)
+
+
+# As GLM-4.5 writes calls, and Seed-OSS thoughts; the latter's other tags around calls in JSON.
+GLM = """{% for m in messages %}<|{{ m.role }}|>
+{{ m.content }}{% for call in m.tool_calls or [] %}
+{{ '\n<tool_call>' + call.function.name }}
+{% for key, value in call.function.arguments.items() %}
+<arg_key>{{ key }}</arg_key>
+<arg_value>{{ value if value is string else value | tojson }}</arg_value>
+{% endfor %}
+</tool_call>{% endfor %}{% endfor %}"""
+SEED = """{% for m in messages %}<seed:bos>{{ m.role }}
+{% if m.reasoning_content %}<seed:think>{{ m.reasoning_content }}</seed:think>{% endif %}{{ m.content }}
+{%- for call in m.tool_calls or [] %}<seed:tool_call> {{ call.function | tojson }} </seed:tool_call>{% endfor %}
+<seed:eos>{% endfor %}{% if add_generation_prompt %}<seed:bos>assistant
+<seed:think>{% endif %}"""
+GLM_CALLS = CallStyle(True, "\n", key=Tags("<arg_key>", "</arg_key>"), value=Tags("<arg_value>", "</arg_value>"))
+SEED_CALLS = CallStyle(gap=" ", call=Tags("<seed:tool_call>", "</seed:tool_call>"))
+SEED_THINK = Tags("<seed:think>", "</seed:think>")
+QWEN_CODER = SEED.replace("{{ call.function | tojson }}", "<function={{ call.function.name }}>quaxvalue</function>")
+
+
+@pytest.mark.parametrize(
+    ("template", "think", "calls"),
+    [
+        ("telechat3", THINK, HERMES),
+        ("telechat3-coder", THINK, TAGGED),
+        (GLM, THINK, GLM_CALLS),
+        (GLM.replace("\n<", "<").replace("}}\n", "}}"), THINK, replace(GLM_CALLS, gap="")),  # as GLM-4.7
+        (SEED, SEED_THINK, SEED_CALLS),
+        (QWEN_CODER, SEED_THINK, None),
+        (VICUNA, THINK, None),
+    ],
+)
+def test_a_model_s_own_tags(tokenizer: Tokenizer, template: str, think: Tags, calls: CallStyle | None) -> None:
+    made = Dialect(ChatTemplate(template), tokenizer) if "{" in template else Dialect.named(template, tokenizer)
+    assert (made.manners.think, made.manners.calls) == (think, calls)
+    assert not made.manners.tags & {mark.text for mark in made.manners.marks}
+    if calls is None:
+        return
+    arguments = {"city": "Xi'an", "days": "x"}
+    turn = {"role": "assistant", "tool_calls": [{"function": {"name": "weather", "arguments": arguments}}]}
+    said = made.render([*ask("x")[:1], turn], add_generation_prompt=False).text
+    assert calls.begin("weather") in said and calls.end in said
+    reply = made.reply(tools=[{"function": {"name": "weather"}}])
+    parts = reply.push(f"{think.begin}hm{think.end}{said[said.index(calls.call.begin) :]}") + reply.finish()
+    (call,) = parts.calls
+    assert parts.reasoning == "hm" and call.name == "weather" and json.loads(call.arguments) == arguments
+
+
+def test_thoughts_are_written_in_the_template_s_tags(tokenizer: Tokenizer) -> None:
+    dialect = Dialect(ChatTemplate(SEED), tokenizer)
+    asked = dialect.render(ask("x")[:1], add_generation_prompt=True)
+    assert dialect.opening(asked.ids) == SEED_THINK.begin and dialect.manners.reasons
+    for begin, end in (THINK, SEED_THINK):
+        said = dialect.render([*ask("x")[:1], {"role": "assistant", "content": f"{begin}\nhm\n{end}\n\n4"}])
+        assert "<seed:think>hm</seed:think>4" in said.text
 
 
 QWQ = NAMED.replace("assistant: {% endif %}", "assistant: <think>\n{% endif %}")

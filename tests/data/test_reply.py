@@ -10,12 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zili.data.reply import Call, Reply, read_call
+from zili.data.reply import Call, CallStyle, Reply, Tags, read_call
 
 HERMES = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "天"}}\n</tool_call>'
 CODER = "<tool_call>add<param_key>a</param_key><param_value>1</param_value><param_key>b</param_key><param_value>天</param_value></tool_call>"  # noqa: E501
 ADD = Call("add", json.dumps({"a": 1, "b": "天"}, ensure_ascii=False))
 TOOLS = [{"function": {"name": "any"}}]
+SEED = {"think": Tags("<seed:think>", "</seed:think>"), "calls": CallStyle(call=Tags("<seed:call>", "</seed:call>"))}
+GLM_TAGS = {"key": Tags("<arg_key>", "</arg_key>"), "value": Tags("<arg_value>", "</arg_value>")}
+GLM = {"calls": CallStyle(tagged=True, gap="\n", **GLM_TAGS), "tools": TOOLS}
+OTHERS = CODER.replace("param", "arg").replace("><", ">\n<")
 CASES = [
     ("hello", {}, "", "hello", []),
     ("<think>hm</think>hello", {}, "hm", "hello", []),
@@ -29,6 +33,11 @@ CASES = [
     ("<tool_call>what?</tool_call>x", {"tools": TOOLS}, "", "<tool_call>what?</tool_call>x", []),
     ('<tool_call>{"name": "add"', {"tools": TOOLS}, "", '<tool_call>{"name": "add"', []),
     ("a < b <tool", {"tools": TOOLS}, "", "a < b <tool", []),
+    (OTHERS, GLM, "", "", [ADD]),
+    (f"{CODER}hm", GLM, "", f"{CODER}hm", []),
+    ("<seed:think>hm</think></seed:think>hello", SEED, "hm</think>", "hello", []),
+    ("<think>hm", SEED, "", "<think>hm", []),
+    (HERMES.replace("tool_", "seed:"), {**SEED, "tools": TOOLS}, "", "", [ADD]),
     (f"hm {HERMES}</think>{HERMES}", {"thinking": True, "tools": TOOLS}, f"hm {HERMES}", "", [ADD]),
 ]
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import gc
 import random
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from waiting import until
 
 from zili.config.model import ModelConfig
 from zili.errors import CheckpointError, ConfigError
 from zili.models.cache import served_length
 from zili.models.decoder import Decoder
-from zili.serving.generate.engine import Engine
+from zili.serving.generate import engine as engine_module
+from zili.serving.generate.engine import Answer, Engine
 from zili.serving.generate.generation import Ask, Sampling, generate
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "layers": 2, "heads": 4, "ffn_hidden_size": 48, "max_length": 128}
@@ -250,6 +254,28 @@ def test_others_go_on_while_a_guide_takes_its_time(engine: Engine) -> None:
     cancelled = engine.submit(Ask(prompt, 20, GREEDY, guide=Slow))
     cancelled.cancel()
     assert not cancelled.wait(60) and cancelled.finished == "cancelled"
+
+
+def test_another_asks_while_the_queue_is_looked_through(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request may come at any moment; in that one it failed all answers that ran."""
+    guide, asking = Slow(), threading.Thread(target=lambda: engine.submit(Ask([1], 1, GREEDY)))
+
+    class Watched(Answer):
+        def __getattribute__(self, name: str) -> Any:
+            if name == "cancelled" and not asking.ident:
+                asking.start()
+                asking.join(0.2)  # longer where it waits for the engine's thread, and that for us
+            return super().__getattribute__(name)
+
+    running = [engine.submit(Ask([1, 2], 5, GREEDY, guide=lambda: guide)) for _ in range(3)]
+    until(lambda: engine.load == (3, 0))
+    with monkeypatch.context() as patched:
+        patched.setattr(engine_module, "Answer", Watched)
+        waiting = engine.submit(Ask([3], 5, GREEDY))
+    until(lambda: asking.ident is not None)
+    asking.join(60)
+    guide.ready = True
+    assert [len(answer.wait(60)) for answer in (*running, waiting)] == [5] * 4
 
 
 def broken() -> Slow:

@@ -165,6 +165,19 @@ def test_who_asks_nothing_is_hung_up_on() -> None:
                 assert line.recv(100) == b""  # its end
 
 
+def test_a_server_that_ends_says_so() -> None:
+    with a_place(Keys(), context=4000) as place, slowed(place.served.engine), wire(place.url) as line:
+        body = json.dumps({**FOREVER, "stream": True}).encode()
+        line.sendall(request("/v1/completions", body, "Connection: close\r\n"))
+        answer = b""
+        while b"finish_reason" not in answer:
+            answer += line.recv(1000)
+        place.served.engine.close()
+        while piece := line.recv(65536):
+            answer += piece
+    assert b"the server ends" in answer and b"[DONE]" not in answer, "what was cut short is no whole answer"
+
+
 def write_tiny(folder: Path) -> None:
     config = tiny_shape(4000)
     write_native(folder, config, None, HeldTensors(Decoder(config).state_dict()), 10**9)
@@ -300,4 +313,4 @@ def act(url: str, draw: random.Random) -> tuple[str, str]:
         while piece := line.recv(65536):
             answer += piece
     status = answer[9:12].decode()
-    return kind, status if status != "200" or b"data: [DONE]" in answer else "cut short"
+    return kind, status if status != "200" or b"data: [DONE]" in answer else f"cut short: {answer[-300:]!r}"

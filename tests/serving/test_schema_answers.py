@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from zili.data.reply import CALL_STYLES
+from zili.data.reply import HERMES, TAGGED
 from zili.data.tokenizer import Tokenizer
 from zili.errors import ConfigError
 from zili.serving.forms.schemas import kept
@@ -156,7 +156,7 @@ def test_a_schema_of_any_depth() -> None:
 
 def test_calls_with_what_is_not_kept() -> None:
     tool = {"function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"not": WHOLE}}}}}
-    for style in CALL_STYLES.values():
+    for style in (HERMES, TAGGED):
         with pytest.raises(ConfigError, match="parameters of add: not"):
             calls([tool], several=False, style=style)
 

@@ -45,7 +45,7 @@ def forms(tokenizer: Tokenizer) -> Forms:
     return Forms(tokenizer, {tokenizer.end_id})
 
 
-def allows(forms: Forms, tokenizer: Tokenizer, form: Part, text: str, *, thinking: bool = False) -> bool:
+def allows(forms: Forms, tokenizer: Tokenizer, form: Part, text: str, *, thinking: str = "") -> bool:
     """Whether `text`, and then its end, may be said."""
     guide = forms.of(form, thinking=thinking)()
     for id_ in [*tokenizer.encode(text).tolist(), tokenizer.end_id]:
@@ -73,6 +73,10 @@ WORDS = {
     },
     "required": ["unit", "code", "either"],
 }
+GLM = reply.CallStyle(
+    True, "\n", key=reply.Tags("<arg_key>", "</arg_key>"), value=reply.Tags("<arg_value>", "</arg_value>")
+)
+glm = calls(TOOLS, several=False, style=GLM)
 words = calls([{"function": {"name": "w", "parameters": WORDS}}], several=False, style=reply.TAGGED)
 
 
@@ -106,6 +110,8 @@ CASES: list[tuple[Part, str, bool]] = [
     (tagged, TAGGED.replace("<param_value>3", "<param_value>three"), False),
     (tagged, "<tool_call>weather</tool_call>", False),
     (tagged, "<tool_call>now</tool_call>", True),
+    (glm, TAGGED.replace("param", "arg").replace("><", ">\n<").replace("weather<", "weather\n<"), True),
+    (glm, TAGGED, False),
     (words, tagged_call(unit="C", code="07", either="5"), True),
     (words, tagged_call(unit="F", code="07", either="none", perhaps="null"), True),
     (words, tagged_call(unit="F", code="07", either="5", perhaps='"so"'), True),
@@ -121,8 +127,8 @@ def test_what_may_be_said(forms: Forms, tokenizer: Tokenizer, form: Part, text: 
 
 
 def test_thoughts_come_before_the_form(forms: Forms, tokenizer: Tokenizer) -> None:
-    assert allows(forms, tokenizer, one_of(["red"]), "Is it red? Yes.</think>red", thinking=True)
-    assert not allows(forms, tokenizer, one_of(["red"]), "Is it red? Yes.</think>blue", thinking=True)
+    assert allows(forms, tokenizer, one_of(["red"]), "Is it red? Yes.</think>red", thinking="</think>")
+    assert not allows(forms, tokenizer, one_of(["red"]), "Is it red? Yes.</think>blue", thinking="</think>")
 
 
 @pytest.mark.parametrize(

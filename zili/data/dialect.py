@@ -14,8 +14,8 @@ from typing import Any
 
 from zili.data.chat import ChatTemplate
 from zili.data.guard import BEGIN, END, OPEN, Guard
-from zili.data.manners import Manners, find_manners, opening
-from zili.data.reply import CALL_STYLES, HERMES, THINK, THOUGHT, CallStyle, Reply, read_arguments, split_thoughts
+from zili.data.manners import Manners, find_manners
+from zili.data.reply import HERMES, CallStyle, Reply, read_arguments
 from zili.data.tokenizer import DOCUMENT_ENDS, Tokenizer
 from zili.errors import DataError
 
@@ -130,16 +130,16 @@ class Dialect:
 
     def opening(self, prompt: Sequence[int]) -> str:
         """The beginning of an answer's thoughts that a prompt holds already, such as `<think>\\n`; mostly empty."""
-        return opening(self.tokenizer.decode(prompt[-_OPENING:]))
+        return self.manners.opening(self.tokenizer.decode(prompt[-_OPENING:]))
 
     @property
     def call_style(self) -> CallStyle:
         """How calls are written; Hermes' where the template does not say, or in a way that is not read back here."""
-        return CALL_STYLES.get(self.manners.calls or "", HERMES)
+        return self.manners.calls or HERMES
 
     def reply(self, *, opened: bool = False, tools: Sequence[Mapping[str, Any]] = ()) -> Reply:
         """Reads one answer as it comes, which may call `tools`; `opened`: its prompt has opened its thoughts."""
-        return Reply(thinking=opened, tools=tools)
+        return Reply(thinking=opened, tools=tools, think=self.manners.think, calls=self.call_style)
 
     # ---- conversations
 
@@ -156,8 +156,8 @@ class Dialect:
         `continue_final_message` with the last one's content, to go on with.
 
         `options` are the template's own, such as enable_thinking. An assistant's content that begins with
-        `<think>...</think>` is taken apart into thoughts and answer where the template writes thoughts, and else said
-        as it is.
+        `<think>...</think>`, or with thoughts in the template's own tags, is taken apart into thoughts and answer where
+        the template writes thoughts, and else said as it is.
 
         Raises:
             DataError: a message without role or content, a role that the template has not, a text that holds a mark
@@ -194,7 +194,7 @@ class Dialect:
         normal = {**message, "content": content or ""}
         inline = None
         if role == "assistant":
-            thoughts = None if normal.get("reasoning_content") else split_thoughts(normal["content"])
+            thoughts = None if normal.get("reasoning_content") else self.manners.split(normal["content"])
             if thoughts and self.manners.thinks:
                 normal |= {"reasoning_content": thoughts[0], "content": thoughts[1]}
             elif thoughts:
@@ -205,10 +205,11 @@ class Dialect:
 
     def _with_thoughts(self, content: str) -> str:
         """A content that begins with thoughts, as it is: those two tags are the assistant's to say."""
-        before, _, rest = content.partition(THINK)
-        thoughts, _, answer = rest.partition(THOUGHT)
+        begin, end = self.manners.think
+        before, _, rest = content.partition(begin)
+        thoughts, _, answer = rest.partition(end)
         broken = self._guard.broken
-        return f"{before}{THINK}{broken(thoughts)}{THOUGHT}{broken(answer)}"
+        return f"{before}{begin}{broken(thoughts)}{end}{broken(answer)}"
 
 
 def _tokens(guard: Guard, text: str) -> Rendered:

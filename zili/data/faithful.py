@@ -15,7 +15,7 @@ from typing import Any
 from zili.data.dialect import Dialect, Rendered
 from zili.data.dialogues import Dialogue
 from zili.data.manners import Manners
-from zili.data.reply import CALL, CALLED, THINK, THOUGHT, read_arguments, split_thoughts
+from zili.data.reply import HERMES, read_arguments
 from zili.data.tokenizer import Tokenizer
 from zili.errors import DataError
 
@@ -78,7 +78,7 @@ def check_told(rendered: Rendered, messages: Messages, dialect: Dialect) -> None
     Raises:
         Unsaid: some of it is not in `rendered`.
     """
-    calls, text, place = dialect.manners.calls is not None, rendered.text, 0
+    calls, text, place = dialect.manners.says_calls, rendered.text, 0
     known = {True: [*_SPELLINGS], False: [*_SPELLINGS]}
     for number, message in enumerate(messages, start=1):
         answers, began = message["role"] == "assistant", place
@@ -97,7 +97,7 @@ def _check_kinds(messages: Messages, tools: Any, manners: Manners, name: str) ->
     if tools and not manners.tools:
         raise Unsaid("with tools that the template does not tell", f"{name} has no place for tools")
     for message in messages:
-        if message.get("tool_calls") and manners.calls is None:
+        if message.get("tool_calls") and not manners.says_calls:
             raise Unsaid("with calls that the template cannot say", f"{name} has no place for calls of tools")
         if message.get("reasoning_content") and not manners.thinks:
             raise Unsaid(
@@ -109,20 +109,21 @@ def _check_kinds(messages: Messages, tools: Any, manners: Manners, name: str) ->
 
 def _check_spelled(messages: Messages, manners: Manners, of: Tokenizer) -> None:
     """Whether answers spell out calls or thoughts, which would then be letters and not the model's own tokens."""
+    call, think = (manners.calls or HERMES).call, manners.think
     for message in (message for message in messages if message["role"] == "assistant"):
         thoughts, inside = message.get("reasoning_content") or "", message["content"]
-        inside = (split_thoughts(inside) or ("", inside))[1]
-        if CALL in inside and CALLED in inside and CALL in of.added_tokens:
+        inside = (manners.split(inside) or ("", inside))[1]
+        if call.begin in inside and call.end in inside and call.begin in of.added_tokens:
             raise Unsaid(
                 "with calls written as text",
-                f"an answer spells {CALL}, which would be learned letter by letter: give its calls as tool_calls",
+                f"an answer spells {call.begin}, which would be learned letter by letter: give its calls as tool_calls",
             )
-        astray = inside.lstrip().startswith(THINK) or THOUGHT in inside
-        if (astray or THOUGHT in thoughts) and (manners.thinks or THINK in of.added_tokens):
+        astray = inside.lstrip().startswith(think.begin) or think.end in inside
+        if (astray or think.end in thoughts) and (manners.thinks or think.begin in of.added_tokens):
             raise Unsaid(
                 "with thoughts written as text",
-                f"an answer spells {THINK} or {THOUGHT} where the template does not read them: it begins with "
-                f"{THINK}...{THOUGHT}, once, or has its thoughts as reasoning_content",
+                f"an answer spells {think.begin} or {think.end} where the template does not read them: it begins with "
+                f"{think.begin}...{think.end}, once, or has its thoughts as reasoning_content",
             )
 
 
@@ -217,7 +218,7 @@ def _unparted(rendered: Rendered, answers: Messages, manners: Manners, name: str
 def _told(answer: Mapping[str, Any], manners: Manners) -> tuple[str, list[str]]:
     """The thoughts of an answer, and all else that it says."""
     thoughts, content = str(answer.get("reasoning_content") or ""), answer["content"]
-    inline = split_thoughts(content) if manners.thinks and not thoughts else None
+    inline = manners.split(content) if manners.thinks and not thoughts else None
     thoughts, content = inline or (thoughts, content)
     return thoughts, [content, *_called(answer)]
 

@@ -7,15 +7,17 @@ template wrote around them is looked at. Nothing outside this file guesses about
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from typing import Any
 
-from zili.data.reply import ANSWER_TAGS, CALL, CALLED, KEY, THINK, THOUGHT, read_call
+from zili.data.reply import THINK, CallStyle, Tags, read_call, split_thoughts
 
 Render = Callable[..., str]
 """A template: messages, tools, add_generation_prompt and options to text. Raises where it cannot say them."""
-_INSIDE = {*ANSWER_TAGS, *(f"{start}{name}>" for name in ("tools", "tool_response") for start in ("<", "</"))}
+_TOLD = {f"{start}{name}>" for name in ("tools", "tool_response") for start in ("<", "</")}
+_TAG = re.compile(r"[<\[◁][\w:|.-]{1,32}[>\]▷]")
+"""What may open thoughts, calls and arguments."""
 _BRACKETED = re.compile(r"<{1,2}[^\s<>]{1,64}>{1,2}|\[[|/]{0,2}\w{2,32}\|?\]")
 
 
@@ -44,17 +46,32 @@ class Manners:
     """Whether it writes the thoughts (`reasoning_content`) of an answer to learn."""
     reasons: bool = False
     """Whether its model thinks before it answers: it writes thoughts, opens them, or drops those of earlier answers."""
-    calls: str | None = None
-    """The name in `CALL_STYLES` of how it writes calls; "other": in a way that is not read back here."""
+    think: Tags = THINK
+    """The tags of thoughts: those that it writes, else those of most models."""
+    says_calls: bool = False
+    """Whether it writes calls of tools."""
+    calls: CallStyle | None = None
+    """How it writes them; None: in a way that is not read back here, or not at all."""
     tools: bool = False
     """Whether it tells the model which tools there are."""
     names_calls: bool = False
     """Whether it tells by an id which call a result is of."""
 
+    @property
+    def tags(self) -> frozenset[str]:
+        """Marks that its model writes inside an answer, even where a tokenizer has them as special tokens."""
+        style = self.calls or CallStyle()
+        return frozenset({*self.think, *style.call, *style.key, *style.value})
 
-def opening(prompt: str) -> str:
-    """The beginning of an answer's thoughts at the end of a prompt, such as `<think>\\n`; or an empty text."""
-    return prompt[prompt.rindex(THINK) :] if prompt.rstrip().endswith(THINK) else ""
+    def opening(self, prompt: str) -> str:
+        """The beginning of an answer's thoughts at the end of a prompt, such as `<think>\\n`; or an empty text."""
+        begin = self.think.begin
+        return prompt[prompt.rindex(begin) :] if prompt.rstrip().endswith(begin) else ""
+
+    def split(self, content: str) -> tuple[str, str] | None:
+        """Thoughts and answer of a content that begins with thoughts, in its own tags or, as in most data, in
+        `<think>...</think>`; None where it does not."""
+        return split_thoughts(content, self.think) or split_thoughts(content)
 
 
 def find_manners(render: Render) -> Manners:
@@ -64,19 +81,21 @@ def find_manners(render: Render) -> Manners:
         return Manners()
     prompt = _texts(render, _TALK[:1], add_generation_prompt=True) or [""]
     system = _texts(render, [_SYSTEM, *_TALK[:2]]) or [""]
+    thoughts = _rendered(render, [_TALK[0], {**_TALK[1], "reasoning_content": _THINKS}]) or ""
+    called, think = _called(render), _around(thoughts, _THINKS) or THINK
+    found = Manners(thinks=_THINKS in thoughts, think=think, says_calls=bool(called), calls=_call_style(called))
+    inside = found.tags | _TOLD
     # What stands before all may be a prompt of the template's own: of that only brackets are marks.
-    marks = [mark for text in (*talk[1:], *prompt[1:], *system[1:2]) for mark in _marks(text)]
+    marks = [mark for text in (*talk[1:], *prompt[1:], *system[1:2]) for mark in _marks(text, inside)]
     used = [_TALK[0], {**_TALK[1], "tool_calls": [_CALLING]}, _RESULT, _TALK[3]]
     results = _texts(render, used, tools=[_TOOL])
-    marks += [mark for text in (talk[0], system[0], *(results or ())[2:4]) for mark in _bracketed(text)]
-    after = [mark for text in (talk[2], talk[-1]) for mark in _marks(text)[:2]]
-    thinks = _says(render, [_TALK[0], {**_TALK[1], "reasoning_content": _THINKS}], _THINKS)
-    return Manners(
+    marks += [mark for text in (talk[0], system[0], *(results or ())[2:4]) for mark in _bracketed(text, inside)]
+    after = [mark for text in (talk[2], talk[-1]) for mark in _marks(text, inside)[:2]]
+    return replace(
+        found,
         ends=tuple(dict.fromkeys(after)),
         marks=tuple(dict.fromkeys(marks)),
-        thinks=thinks,
-        reasons=thinks or bool(opening(prompt[-1])) or _drops_thoughts(render),
-        calls=_call_style(render),
+        reasons=found.thinks or bool(found.opening(prompt[-1])) or _drops_thoughts(render, found.think),
         tools=_says(render, _TALK[:1], _TOOL["function"]["name"], tools=[_TOOL]),
         names_calls=_says(render, used, _RESULT["tool_call_id"], tools=[_TOOL]),
     )
@@ -127,33 +146,60 @@ def _says(render: Render, messages: Sequence[Mapping[str, Any]], text: str, **op
     return text in (_rendered(render, messages, **options) or "")
 
 
-def _drops_thoughts(render: Render) -> bool:
-    answer = {**_TALK[1], "content": f"{THINK}\n{_THINKS}\n{THOUGHT}\n\n{_TALK[1]['content']}"}
+def _drops_thoughts(render: Render, think: Tags) -> bool:
+    answer = {**_TALK[1], "content": f"{think.begin}\n{_THINKS}\n{think.end}\n\n{_TALK[1]['content']}"}
     said = _rendered(render, [_TALK[0], answer, _TALK[2]]) or ""
     return _TALK[1]["content"] in said and _THINKS not in said
 
 
-def _call_style(render: Render) -> str | None:
+def _called(render: Render) -> str:
+    """An answer that calls a tool; empty where the template leaves the call out."""
     talk = [_TALK[0], {"role": "assistant", "content": "", "tool_calls": [_CALLING]}]
     said = _rendered(render, talk, tools=[_TOOL]) or _rendered(render, talk) or ""
     # After the question, since the tools are told before it.
     said = said.partition(_TALK[0]["content"])[2]
-    if "quaxtool" not in said or "quaxvalue" not in said:
+    return said if "quaxtool" in said and "quaxvalue" in said else ""
+
+
+def _call_style(said: str) -> CallStyle | None:
+    """How the call in an answer is written; None: there is none, or it cannot be read."""
+    found = [*_TAG.finditer(said, 0, min(said.rfind("quaxtool"), said.rfind("quaxvalue")))]
+    if not found:
         return None
-    inside = said.partition(CALL)[2].partition(CALLED)[0]
-    if (call := read_call(inside)) is None or call.name != "quaxtool":
-        return "other"
-    return "tagged" if KEY in inside else "hermes"
+    call, usual = _closed(found[-1][0]), CallStyle()
+    inside = said[found[-1].end() :].partition(call.end)[0]
+    key, value = _around(inside, "quaxkey"), _around(inside, "quaxvalue")
+    tagged = key is not None and value is not None
+    follows = inside.partition("quaxtool")[2] if tagged else inside
+    gap = follows[: len(follows) - len(follows.lstrip())]
+    style = CallStyle(tagged, gap, call, key or usual.key, value or usual.value)
+    read = read_call(inside, style=style)
+    return style if read is not None and read.name == "quaxtool" else None
 
 
-def _marks(text: str) -> list[Mark]:
-    """Marks in the text between two turns: what is in brackets, else each of its lines that has a word."""
-    if found := _bracketed(text):
+def _around(said: str, text: str) -> Tags | None:
+    """The tags in which `text` stands, white space aside; None: it stands in none."""
+    before, _, after = said.partition(text)
+    found = [*_TAG.finditer(before)]
+    if not found or before[found[-1].end() :].strip():
+        return None
+    tags = _closed(found[-1][0])
+    return tags if after.lstrip().startswith(tags.end) else None
+
+
+def _closed(tag: str) -> Tags:
+    return Tags(tag, f"{tag[0]}/{tag[1:]}")
+
+
+def _marks(text: str, inside: Set[str]) -> list[Mark]:
+    """Marks in the text between two turns: what is in brackets, else each of its lines that has a word. What stands
+    `inside` a turn is none."""
+    if found := _bracketed(text, inside):
         return found
     lines = _BRACKETED.sub("", text).split("\n")
     said = ((number, line.strip()) for number, line in enumerate(lines))
     return [Mark(line, anywhere=not number) for number, line in said if any(map(str.isalnum, line))]
 
 
-def _bracketed(text: str) -> list[Mark]:
-    return [Mark(found) for found in _BRACKETED.findall(text) if found not in _INSIDE]
+def _bracketed(text: str, inside: Set[str]) -> list[Mark]:
+    return [Mark(found) for found in _BRACKETED.findall(text) if found not in inside]

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic_core import from_json
 
-THINK, THOUGHT = "<think>", "</think>"
-CALL, CALLED = "<tool_call>", "</tool_call>"
-KEY, KEY_END = "<param_key>", "</param_key>"
-VALUE, VALUE_END = "<param_value>", "</param_value>"
-ANSWER_TAGS = (THINK, THOUGHT, CALL, CALLED, KEY, KEY_END, VALUE, VALUE_END)
-"""Marks that a model writes inside its answer, even where a tokenizer has them as special tokens."""
+
+class Tags(NamedTuple):
+    """What stands before a part of an answer, and after it."""
+
+    begin: str
+    end: str
+
+
+THINK = Tags("<think>", "</think>")
+_CALL, _KEY, _VALUE = (Tags(f"<{name}>", f"</{name}>") for name in ("tool_call", "param_key", "param_value"))
 _NAME = re.compile(r"[\w.-]{1,256}")
 _DEEPEST = 8
 """Levels of a schema that are looked at for the types of an argument."""
@@ -35,28 +39,33 @@ class Call:
 
 @dataclass(frozen=True)
 class CallStyle:
-    """How a template has calls written. A new style is one of these in `CALL_STYLES`, and a way to read it."""
+    """How a template has calls written: the name and an object of the arguments in JSON, or each argument between tags
+    of its own, a text without quotes."""
 
-    name: str
-    begin: Callable[[str], str]
-    """What stands before the arguments, from the tool's name."""
-    end: str
-    tagged: bool
-    """Whether each argument stands between tags of its own, a text without quotes; else all are one JSON object."""
-    vllm_parser: str | None
-    """vLLM's name for it."""
+    tagged: bool = False
+    """Whether arguments have tags of their own."""
+    gap: str = ""
+    """White space between a tag and what follows: JSON, or another tag."""
+    call: Tags = _CALL
+    key: Tags = _KEY
+    value: Tags = _VALUE
+
+    def begin(self, tool: str) -> str:
+        """What stands before the arguments of a call of `tool`."""
+        if self.tagged:
+            return f"{self.call.begin}{tool}{self.gap}"
+        return f'{self.call.begin}{self.gap}{{"name": {json.dumps(tool)}, "arguments": '
+
+    @property
+    def end(self) -> str:
+        """What stands after them."""
+        return self.call.end if self.tagged else f"}}{self.gap}{self.call.end}"
 
 
-HERMES = CallStyle(
-    "hermes",
-    lambda tool: f'{CALL}\n{{"name": {json.dumps(tool)}, "arguments": ',
-    f"}}\n{CALLED}",
-    tagged=False,
-    vllm_parser="hermes",
-)
-TAGGED = CallStyle("tagged", lambda tool: f"{CALL}{tool}", CALLED, tagged=True, vllm_parser=None)
+HERMES = CallStyle(gap="\n")
+"""TeleChat2's and TeleChat3's, and of most other models."""
+TAGGED = CallStyle(tagged=True)
 """TeleChat3-Coder's."""
-CALL_STYLES = {style.name: style for style in (HERMES, TAGGED)}
 
 
 @dataclass(slots=True)
@@ -74,9 +83,17 @@ class Parts:
 class Reply:
     """Takes a text apart. Tags that are not whole yet are held back; a call that cannot be read stays text."""
 
-    def __init__(self, *, thinking: bool = False, tools: Sequence[Mapping[str, Any]] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        thinking: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
+        think: Tags = THINK,
+        calls: CallStyle = HERMES,
+    ) -> None:
         """`thinking`: the prompt has opened its thoughts already. `tools`: those that it may call, as OpenAI has them;
-        without any, what looks like a call is text."""
+        without any, what looks like a call is text. `think`: tags of the thoughts. `calls`: how calls are written."""
+        self._think, self._style = think, calls
         self._state: Literal["begin", "thinking", "content", "calling"] = "thinking" if thinking else "begin"
         functions = [tool["function"] for tool in tools]
         self._schemas = {function["name"]: function.get("parameters") or {} for function in functions}
@@ -99,25 +116,25 @@ class Reply:
         if self._state == "thinking":
             parts.reasoning += self._held
         else:
-            parts.content += (CALL if self._state == "calling" else "") + self._held
+            parts.content += (self._style.call.begin if self._state == "calling" else "") + self._held
         self._held = ""
         return parts
 
     def _advance(self, parts: Parts) -> bool:
         """One step; False where more text is needed."""
         if self._state == "begin":
-            start = self._held.lstrip()
-            if not start or (len(start) < len(THINK) and THINK.startswith(start)):
+            start, tag = self._held.lstrip(), self._think.begin
+            if not start or (len(start) < len(tag) and tag.startswith(start)):
                 return False
-            thinks = start.startswith(THINK)
-            self._held = start.removeprefix(THINK) if thinks else self._held
+            thinks = start.startswith(tag)
+            self._held = start.removeprefix(tag) if thinks else self._held
             self._state = "thinking" if thinks else "content"
             return True
         if self._state == "thinking":
-            return self._up_to(THOUGHT, parts, "reasoning", "content")
+            return self._up_to(self._think.end, parts, "reasoning", "content")
         if self._state == "content":
             if self._schemas:
-                return self._up_to(CALL, parts, "content", "calling")
+                return self._up_to(self._style.call.begin, parts, "content", "calling")
             parts.content, self._held = parts.content + self._held, ""
             return False
         return self._call(parts)
@@ -133,14 +150,15 @@ class Reply:
         return bool(found)
 
     def _call(self, parts: Parts) -> bool:
-        end = self._held.find(CALLED, self._looked)
+        called = self._style.call.end
+        end = self._held.find(called, self._looked)
         if end < 0:
-            self._looked = max(0, len(self._held) - len(CALLED) + 1)
+            self._looked = max(0, len(self._held) - len(called) + 1)
             return False
-        inside, after, self._looked = self._held[:end], self._held[end + len(CALLED) :], 0
-        call = read_call(inside, self._schemas)
+        inside, after, self._looked = self._held[:end], self._held[end + len(called) :], 0
+        call = read_call(inside, self._schemas, self._style)
         if call is None:
-            parts.content += CALL + inside + CALLED
+            parts.content += self._style.call.begin + inside + called
         else:
             parts.calls.append(call)
             self.calls += 1
@@ -157,24 +175,25 @@ def overlap(text: str, tag: str) -> int:
 # ---- thoughts and calls, read
 
 
-def split_thoughts(text: str) -> tuple[str, str] | None:
-    """Thoughts and answer of a text that begins with `<think>...</think>`; None where it does not."""
+def split_thoughts(text: str, think: Tags = THINK) -> tuple[str, str] | None:
+    """Thoughts and answer of a text that begins with thoughts between tags; None where it does not."""
     start = text.lstrip()
-    inside, closed, answer = start.removeprefix(THINK).partition(THOUGHT)
-    if not start.startswith(THINK) or not closed:
+    inside, closed, answer = start.removeprefix(think.begin).partition(think.end)
+    if not start.startswith(think.begin) or not closed:
         return None
     return inside.removeprefix("\n").removesuffix("\n"), answer.lstrip("\n")
 
 
-def read_call(text: str, schemas: Mapping[str, Any] | None = None) -> Call | None:
-    """What stands between `<tool_call>` and `</tool_call>`, in any of `CALL_STYLES`. None: in none. Takes linear time.
+def read_call(text: str, schemas: Mapping[str, Any] | None = None, style: CallStyle = HERMES) -> Call | None:
+    """What stands between the tags of a call, in JSON or in the tags that `style` has for arguments; None: in neither.
+    Takes linear time.
 
     `schemas`: of the parameters of tools, by name. Between tags a text has no quotes and may look like a number: the
     schema says whether it is one.
     """
     called = _json(text)
     if called is _NO_JSON:
-        return _read_tagged(text, schemas or {})
+        return _read_tagged(text, schemas or {}, style)
     if not isinstance(called, dict) or not isinstance(called.get("name"), str):
         return None
     arguments = read_arguments(called.get("arguments"))
@@ -211,13 +230,13 @@ def _is_json(value: Any) -> bool:
     return True
 
 
-def _read_tagged(text: str, schemas: Mapping[str, Any]) -> Call | None:
-    end = text.find(KEY)
+def _read_tagged(text: str, schemas: Mapping[str, Any], style: CallStyle) -> Call | None:
+    end = text.find(style.key.begin)
     name = (text if end < 0 else text[:end]).strip()
     if not _NAME.fullmatch(name):
         return None
     arguments = {}
-    for parameter in _parameters(text, end):
+    for parameter in _parameters(text, end, style):
         if parameter is None:
             return None
         key, said = parameter
@@ -226,22 +245,22 @@ def _read_tagged(text: str, schemas: Mapping[str, Any]) -> Call | None:
     return Call(name, json.dumps(arguments, ensure_ascii=False))
 
 
-def _parameters(text: str, place: int) -> Iterator[tuple[str, str] | None]:
+def _parameters(text: str, place: int, style: CallStyle) -> Iterator[tuple[str, str] | None]:
     """Names and values from `place` on; None where something else stands there."""
     while 0 <= place < len(text):
-        key = _inside(text, place, KEY, KEY_END)
-        value = key and _inside(text, key[1], VALUE, VALUE_END)
+        key = _inside(text, place, style.key)
+        value = key and _inside(text, key[1], style.value)
         yield (key[0], value[0]) if key and value else None
         place = _after_space(text, value[1]) if value else -1
 
 
-def _inside(text: str, place: int, begin: str, end: str) -> tuple[str, int] | None:
-    """What stands between two tags, the first at `place` after white space, and where it goes on."""
+def _inside(text: str, place: int, tags: Tags) -> tuple[str, int] | None:
+    """What stands between tags, the first at `place` after white space, and where it goes on."""
     place = _after_space(text, place)
-    close = text.find(end, place)
-    if close < 0 or not text.startswith(begin, place):
+    close = text.find(tags.end, place)
+    if close < 0 or not text.startswith(tags.begin, place):
         return None
-    return text[place + len(begin) : close], close + len(end)
+    return text[place + len(tags.begin) : close], close + len(tags.end)
 
 
 def _after_space(text: str, place: int) -> int:

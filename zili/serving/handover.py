@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from zili.data.chat import ChatTemplate
 from zili.data.manners import Manners, find_manners
-from zili.data.reply import CALL_STYLES
+from zili.data.reply import HERMES, THINK
 from zili.errors import CheckpointError, ConfigError
 from zili.release.trust import foreign_code
 
@@ -78,10 +78,9 @@ def to_vllm(folder: Path, offer: Offer, *, chip: str, key: str | None, trust: bo
         arguments.append("--trust-remote-code")
     template = ChatTemplate.of_folder(folder)
     manners = find_manners(template.write) if template is not None else Manners()
-    style = CALL_STYLES.get(manners.calls or "")
-    if style is not None and style.vllm_parser is not None:
-        arguments += ["--enable-auto-tool-choice", "--tool-call-parser", style.vllm_parser]
-    if manners.reasons:
+    if manners.calls is not None and not manners.calls.tagged and manners.calls.call == HERMES.call:
+        arguments += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    if manners.reasons and manners.think == THINK:
         arguments += ["--reasoning-parser", "deepseek_r1"]
     environment = {"VLLM_NO_USAGE_STATS": "1"}
     stored = config.get("torch_dtype", config.get("dtype"))

@@ -123,12 +123,10 @@ class _Answers:
 def _compiled(asked: dict[str, Any], info: xgrammar.TokenizerInfo) -> xgrammar.CompiledGrammar:
     import xgrammar
 
-    from zili.data.reply import THOUGHT
-
     parts = asked["parts"] if "parts" in asked else [_part(asked["request"], asked["calls"])]
     if len(json.dumps(parts)) > LONGEST:
         raise ConfigError(f"the form is longer than {LONGEST:,} characters")
-    thoughts = {"type": "tag", "begin": "", "content": {"type": "any_text"}, "end": THOUGHT}
+    thoughts = {"type": "tag", "begin": "", "content": {"type": "any_text"}, "end": asked["thinking"]}
     whole = {"type": "sequence", "elements": [*([thoughts] if asked["thinking"] else []), *parts]}
     compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
     try:
@@ -137,12 +135,15 @@ def _compiled(asked: dict[str, Any], info: xgrammar.TokenizerInfo) -> xgrammar.C
         raise ConfigError(f"the form cannot be compiled: {_first_line(error)}") from error
 
 
-def _part(request: dict[str, Any], style: str) -> Any:
-    from zili.data.reply import CALL_STYLES
+def _part(request: dict[str, Any], style: dict[str, Any]) -> Any:
+    from pydantic import TypeAdapter
+
+    from zili.data.reply import CallStyle
     from zili.serving.http.protocol import ChatRequest
 
     turn = {"role": "user", "content": "."}
-    return ChatRequest.model_validate({**request, "messages": [turn]}).form_with_calls(CALL_STYLES[style])
+    called = TypeAdapter(CallStyle).validate_python(style)
+    return ChatRequest.model_validate({**request, "messages": [turn]}).form_with_calls(called)
 
 
 @contextmanager

@@ -5,9 +5,10 @@ that may come next (Dong et al. 2024).
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import asdict
 from typing import Any
 
-from zili.data.reply import ANSWER_TAGS, KEY, KEY_END, VALUE, VALUE_END, CallStyle
+from zili.data.reply import CallStyle
 from zili.data.tokenizer import Tokenizer
 from zili.errors import ConfigError
 from zili.serving.forms import patterns
@@ -27,16 +28,17 @@ class Forms:
     Raises, each: ConfigError, that is no such form, it takes too long, or xgrammar is not installed.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop_ids: Collection[int]) -> None:
-        self._processes = Processes(lambda: _vocabulary(tokenizer, stop_ids))
+    def __init__(self, tokenizer: Tokenizer, stop_ids: Collection[int], tags: Collection[str] = ()) -> None:
+        """`tags`: special tokens that an answer may have inside."""
+        self._processes = Processes(lambda: _vocabulary(tokenizer, stop_ids, tags))
 
-    def of(self, *parts: Part, thinking: bool = False) -> Form:
-        """Parts in a row; with `thinking` after the thoughts that the prompt has opened."""
+    def of(self, *parts: Part, thinking: str = "") -> Form:
+        """Parts in a row; after the thoughts that the prompt has opened and `thinking` ends, where that is given."""
         return self._processes.form({"parts": parts, "thinking": thinking})
 
-    def asked(self, request: dict[str, Any], *, style: CallStyle, thinking: bool) -> Form:
+    def asked(self, request: dict[str, Any], *, style: CallStyle, thinking: str) -> Form:
         """What a request's `formed` says, written down where it may take as long as it likes."""
-        return self._processes.form({"request": request, "calls": style.name, "thinking": thinking})
+        return self._processes.form({"request": request, "calls": asdict(style), "thinking": thinking})
 
 
 def schema(given: dict[str, Any] | bool) -> Part:
@@ -77,21 +79,22 @@ def calls(tools: list[dict[str, Any]], *, several: bool, style: CallStyle) -> Pa
 
 def _call(function: dict[str, Any], style: CallStyle) -> Part:
     wanted = _arguments(function)
-    inside = _tagged(function, wanted) if style.tagged else _json(wanted)
+    inside = _tagged(function, wanted, style) if style.tagged else _json(wanted)
     return {"type": "tag", "begin": style.begin(function["name"]), "content": inside, "end": style.end}
 
 
-def _tagged(function: dict[str, Any], wanted: dict[str, Any]) -> Part:
+def _tagged(function: dict[str, Any], wanted: dict[str, Any], style: CallStyle) -> Part:
     unsaid = set(wanted) & {"anyOf", "$ref", "patternProperties", "minProperties", "maxProperties"}
     if unsaid:
         raise _unkept(function, f"{min(unsaid)} cannot be kept in calls by tags")
     named = {name: wanted[name] for name in ("$defs",) if name in wanted}
     parts = []
     for name, value in wanted.get("properties", {}).items():
-        if KEY_END in name or any(VALUE_END in str(text) for text in value.get("enum", ())):
+        if style.key.end in name or any(style.value.end in str(text) for text in value.get("enum", ())):
             raise _unkept(function, f"{name[:40]!r} holds a tag of calls")
-        begin = f"{KEY}{name}{KEY_END}{VALUE}"
-        part = {"type": "tag", "begin": begin, "content": _untagged(value, named), "end": VALUE_END}
+        begin = f"{style.key.begin}{name}{style.key.end}{style.gap}{style.value.begin}"
+        end = f"{style.value.end}{style.gap}"
+        part = {"type": "tag", "begin": begin, "content": _untagged(value, named), "end": end}
         parts.append(part if name in wanted.get("required", ()) else {"type": "optional", "content": part})
     return {"type": "sequence", "elements": parts} if parts else {"type": "const_string", "value": ""}
 
@@ -129,9 +132,9 @@ def _unkept(function: dict[str, Any], why: str) -> ConfigError:
     return ConfigError(f"tools: parameters of {function['name']}: {why}")
 
 
-def _vocabulary(tokenizer: Tokenizer, stop_ids: Collection[int]) -> dict[str, Any]:
+def _vocabulary(tokenizer: Tokenizer, stop_ids: Collection[int], tags: Collection[str]) -> dict[str, Any]:
     """As `form_process` takes it."""
-    hidden = {id_ for token, id_ in tokenizer.special_tokens.items() if token not in ANSWER_TAGS}
+    hidden = {id_ for token, id_ in tokenizer.special_tokens.items() if token not in tags}
     texts = [""] * tokenizer.vocab_size  # a token without text is never allowed
     for token, id_ in tokenizer.tokens().items():
         if id_ not in hidden:

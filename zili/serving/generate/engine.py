@@ -126,7 +126,7 @@ class Engine:
         self._kept: dict[int, list[int]] = {slot: [] for slot in range(slots)}
         """Ids whose keys free slots have, the one that was used last at the end."""
         self._work = threading.Condition()
-        self._closed = False
+        self._closed = self._abandoned = False
         self._thread = threading.Thread(target=self._run, name="zili-engine", daemon=True)
         self._thread.start()
 
@@ -164,10 +164,7 @@ class Engine:
     def close(self, *, finish: bool = False) -> None:
         """End the thread: after what was begun is answered, with `finish`, else at once."""
         with self._work:
-            self._closed = True
-            if not finish:
-                for answer in (*self._waiting, *(sequence.answer for sequence in self._running)):
-                    answer.cancel()
+            self._closed, self._abandoned = True, not finish
             self._work.notify()
         self._thread.join()
 
@@ -199,11 +196,15 @@ class Engine:
                 self._work.wait(_GUIDES_SECONDS)
 
     def _drop_cancelled(self) -> None:
-        for answer in [answer for answer in self._waiting if answer.cancelled]:
-            self._waiting.remove(answer)
+        with self._work:  # a deque to which another thread adds cannot be walked through
+            gone = [answer for answer in self._waiting if answer.cancelled or self._abandoned]
+            for answer in gone:
+                self._waiting.remove(answer)
+        for answer in gone:
             answer._say(finished="cancelled")
-        for sequence in [sequence for sequence in self._running if sequence.answer.cancelled]:
-            self._finish(sequence, "cancelled")
+        for sequence in list(self._running):
+            if sequence.answer.cancelled or self._abandoned:
+                self._finish(sequence, "cancelled")
 
     def _admit(self) -> None:
         while self._waiting and self._kept:

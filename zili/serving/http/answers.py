@@ -127,6 +127,9 @@ class Stream:
         if self.answer.error is not None:
             self._end("error")
             raise self.answer.error
+        if finished == "cancelled":  # not by this stream, which takes nothing after it has cancelled
+            self._end("abort")
+            raise busy("the server ends")
         said, kept = "", []
         for token in tokens:
             kept.append(token)

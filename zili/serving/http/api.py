@@ -204,7 +204,7 @@ class _Api:
         # A few, since each compiles in a process that takes a CPU.
         self._compiling = ThreadPoolExecutor(2, "zili-forms")
         self._forming = 0
-        self._forms = Forms(served.tokenizer, self._prompts.end_ids)
+        self._forms = Forms(served.tokenizer, self._prompts.end_ids, self._prompts.tags)
 
     async def models(self) -> dict[str, Any]:
         """The one that is served."""

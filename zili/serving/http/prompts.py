@@ -36,8 +36,8 @@ class Ready:
     form: dict[str, Any] | None
     """What of the request says how answers must look."""
     bias: dict[int, float]
-    thinking: bool = False
-    """Whether the prompt opens the answer's thoughts."""
+    thinking: str = ""
+    """What ends the answer's thoughts, where the prompt opens them."""
     reply: Callable[[], Reply] | None = None
     """Makes what takes each answer apart; None: it is text as it is."""
     unsaid: Sequence[int] = ()
@@ -56,7 +56,7 @@ class Prompts:
         self._tokenizer, self._dialect, self._context = tokenizer, dialect, context
         # Whatever a model without a template was trained on, marks of turns end its answers.
         known = dialect or Dialect.named("chatml", tokenizer)
-        self.end_ids, self.call_style = known.end_ids, known.call_style
+        self.end_ids, self.call_style, self.tags = known.end_ids, known.call_style, known.manners.tags
         self.end_texts = dialect.end_texts if dialect else ()
         """Texts that end an answer of a chat."""
 
@@ -65,8 +65,8 @@ class Prompts:
         if self._dialect is None:
             raise Refusal(400, "the model has no chat template: use /v1/completions", param="messages")
         prompt = self._rendered(asked, self._dialect)
-        thinking = bool(self._dialect.opening(prompt))
-        reply = partial(self._dialect.reply, opened=thinking, tools=asked.offered)
+        thinking = self._dialect.manners.think.end if self._dialect.opening(prompt) else ""
+        reply = partial(self._dialect.reply, opened=bool(thinking), tools=asked.offered)
         return Ready([prompt], asked.n, _form(asked), self._bias(asked.logit_bias), thinking, reply)
 
     def texts(self, asked: CompletionRequest) -> Ready:
