@@ -20,9 +20,10 @@ from zili.planning.exact import memory
 from zili.planning.exact.job import Job
 from zili.planning.exact.layer_memory import kept_bytes
 from zili.planning.exact.memory import Bytes, Peaks, with_reduce
+from zili.planning.exact.weights import held
 from zili.planning.fitted.machine import Machine
 from zili.planning.fitted.rates import Rates
-from zili.planning.fitted.step_time import StepTime, StepTimes, local_parameters, step_time
+from zili.planning.fitted.step_time import StepTime, StepTimes, step_time, stored
 from zili.planning.run import Recompute, Run, Software
 from zili.planning.search.timeline import played_through
 from zili.plurals import counted
@@ -195,7 +196,6 @@ class _Room:
         self._moments = 1 if config.optimizer.name == "muon" else 2
         self._leasts: dict[_Option, float] = {}
         self._kept: dict[tuple[object, ...], float] = {}
-        self._parameters: dict[tuple[int, int, int], tuple[float, float]] = {}
 
     def played(self, candidate: Candidate) -> Candidate:
         """With the time of its pipeline played through."""
@@ -225,13 +225,8 @@ class _Room:
 
     def _least(self, option: _Option) -> float:
         run, count = option.run, option.run.micro_batches
-        cut = (run.tensor, run.pipeline, run.expert)
-        if cut not in self._parameters:
-            self._parameters[cut] = local_parameters(run.model, *cut)
-        plain, experts = self._parameters[cut]
-        shards = max(1.0, run.weight_shards * run.tensor / run.expert)
-        stored = plain / run.weight_shards + experts / shards
-        states = 4 * stored * (1 + self._moments * self._learned)
+        plain, experts = held(run.model, run.tensor, run.pipeline, run.expert)
+        states = 4 * stored(run, run.weight_shards) * (1 + self._moments * self._learned)
         # The first process may have a layer less in each stage than the mean.
         layers = run.model.layers // (run.pipeline * run.virtual)
         fewer = layers * run.pipeline * run.virtual / run.model.layers
