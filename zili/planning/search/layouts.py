@@ -16,7 +16,6 @@ from zili.config.parallel import ParallelConfig, Schedule
 from zili.errors import LayoutError
 from zili.models.arithmetic import training_state_bytes
 from zili.parallel.layout import DIMENSIONS, Layout, lay_out, uneven_rounds
-from zili.planning.exact import memory
 from zili.planning.exact.job import Job
 from zili.planning.exact.layer_memory import kept_bytes
 from zili.planning.exact.memory import Bytes, Peaks, with_reduce
@@ -92,19 +91,13 @@ class Candidate:
     @property
     def fits(self) -> bool:
         """Whether it fits, beside what the chip's runtime takes."""
-        return self._peaks.within(float("inf") if self.machine.capacity is None else usable(self.machine))
+        return self._peaks.within(self.machine.room)
 
 
 def job_on(config: RunConfig, layout: Layout, machine: Machine) -> Job:
     """What such a chip's process does; of what the chip can a recipe has the last word."""
     grouped = config.chip.capabilities.get("grouped_heads_attention", machine.grouped_heads)
     return Job(config, layout, grouped_heads=grouped)
-
-
-def usable(machine: Machine) -> float:
-    """Bytes of a chip's memory that training can have."""
-    assert machine.capacity is not None
-    return memory.usable(machine.capacity)
 
 
 def predicted(config: RunConfig, world: int, machine: Machine, rates: Rates) -> Candidate:
@@ -114,8 +107,7 @@ def predicted(config: RunConfig, world: int, machine: Machine, rates: Rates) -> 
         LayoutError: it cannot be run on so many.
     """
     layout = lay_out(config, world)
-    room = float("inf") if machine.capacity is None else usable(machine)
-    job = with_reduce(job_on(config, layout, machine), room)
+    job = with_reduce(job_on(config, layout, machine), machine.room)
     time = step_time(job.run, machine, rates)
     return Candidate(job, played_through(job, time, machine, rates), machine)
 
@@ -203,11 +195,9 @@ class _Room:
 
     def may_have(self, option: _Option) -> bool:
         """Whether it may fit: one that shares weights more widely, and is else the same, did not fail to."""
-        if self.machine.capacity is None:
-            return True
         if option.layout.shards <= self._failed.get((*option.alike, option.sums_each), 0):
             return False
-        return self.least(option) <= usable(self.machine)
+        return self.least(option) <= self.machine.room
 
     def has(self, option: _Option, candidate: Candidate) -> bool:
         """Whether it fits."""
