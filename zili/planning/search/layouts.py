@@ -40,8 +40,8 @@ _TRIED, _TRIED_OF_A_CHOICE, _TRIED_FOR_SIMPLICITY = 300, 6, 12
 _SCHEDULES: tuple[Schedule, ...] = ("1f1b", "interleaved", "zero_bubble", "zbv")
 """The plainest first."""
 TIE = 0.07
-"""Share of a step's time by which two layouts must differ to be told apart: the median error of predicting runs that
-nobody had fitted (docs/planning.md)."""
+"""Share of a step's time by which two layouts must differ to be told apart: near the median error of predicting runs
+that nobody had fitted (docs/planning.md)."""
 
 
 @dataclass(frozen=True)
