@@ -31,7 +31,7 @@ from zili.planning.fitted.step_time import step_time
 
 _RUNS = Path(__file__).with_name("published_runs.csv")
 
-CALIBRATION = Path(__file__).parents[2] / "zili" / "planning" / "calibration.toml"
+CALIBRATION = Path(__file__).parents[2] / "zili" / "planning" / "fitted" / "calibration.toml"
 ROBUST = 0.05
 """Error from which on a row counts less than its square: what two runs of one layout, in other software, differ by."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from zili.config.mixture import LoraConfig
 from zili.config.model import ModelConfig
@@ -44,38 +44,6 @@ def is_adapter(name: str) -> bool:
 def is_learned(config: ModelConfig, name: str) -> bool:
     """Whether a parameter of that name has a gradient: beside adapters nothing else has."""
     return config.lora is None or is_adapter(name)
-
-
-class Matrix(NamedTuple):
-    """A weight of a block that tokens are multiplied by."""
-
-    name: str
-    """Inside the block."""
-    outputs: int
-    inputs: int
-    experts: int
-    """How many experts have one; 0: all tokens go through it."""
-    learned: bool
-
-    @property
-    def size(self) -> int:
-        """Parameters in it, in all experts' together."""
-        return self.outputs * self.inputs * max(1, self.experts)
-
-    def met(self, config: ModelConfig) -> int:
-        """Parameters in it that one token goes through."""
-        chosen = config.mixture.top_k if config.mixture is not None and self.experts else 1
-        return self.outputs * self.inputs * chosen
-
-
-@lru_cache(maxsize=1024)
-def matrices(config: ModelConfig, number: int) -> tuple[Matrix, ...]:
-    """Matrices of block `number`: every count of parameters and FLOPs, whole or by place in a pipeline, is of these."""
-    return tuple(
-        Matrix(name, shape[-2], shape[-1], shape[0] if len(shape) == 3 else 0, is_learned(config, name))
-        for name, shape in layer_shapes(config, number).items()
-        if len(shape) >= 2
-    )
 
 
 @lru_cache(maxsize=1024)
@@ -144,21 +112,24 @@ def _mixture(config: ModelConfig) -> dict[str, Shape]:
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Every tensor of the decoder by its full name, in the order of the forward pass."""
     shapes: dict[str, Shape] = {"embedding.weight": (config.vocab_size, config.hidden_size)}
-    for i in range(config.layers):
-        shapes.update(_prefixed(f"layers.{i}", layer_shapes(config, i)))
+    for number in range(config.layers):
+        shapes.update(named_layer_shapes(config, number))
     shapes["norm.weight"] = (config.hidden_size,)
     if not config.tied_embeddings:
         shapes["head.weight"] = (config.vocab_size, config.hidden_size)
     if config.mtp_layers:
-        shapes.update(_prefixed("next_tokens", _next_tokens(config)))
+        shapes.update(named_layer_shapes(config, config.layers))
     return shapes
 
 
-def _next_tokens(config: ModelConfig) -> dict[str, Shape]:
+def named_layer_shapes(config: ModelConfig, number: int) -> dict[str, Shape]:
+    """Tensors of a layer by their full names. Multi-token prediction counts as one more layer, behind the last."""
+    if number < config.layers:
+        return _prefixed(f"layers.{number}", layer_shapes(config, number))
     hidden = config.hidden_size
     norms = {f"{name}.weight": (hidden,) for name in ("embedding_norm", "hidden_norm", "norm")}
-    block = _prefixed("block", layer_shapes(config, config.layers))
-    return {**norms, "projection.weight": (hidden, 2 * hidden), **block}
+    block = _prefixed("block", layer_shapes(config, number))
+    return _prefixed("next_tokens", {**norms, "projection.weight": (hidden, 2 * hidden), **block})
 
 
 @dataclass(frozen=True)
@@ -200,13 +171,14 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
 
     rows = config.vocab_size * config.hidden_size
     experts, mixture = of("feed_forward.experts."), config.mixture
+    further = named_layer_shapes(config, config.layers) if config.mtp_layers else {}
     return ParameterCount(
         embedding=rows,
         attention=of("attention."),
         feed_forward=of("feed_forward."),
         norms=of("attention_norm", "feed_forward_norm") + config.hidden_size,
         head=0 if config.tied_embeddings else rows,
-        next_tokens=sum(prod(shape) for shape in _next_tokens(config).values()) if config.mtp_layers else 0,
+        next_tokens=sum(map(prod, further.values())),
         idle=experts - experts * mixture.top_k // mixture.experts if mixture else 0,
     )
 
@@ -217,18 +189,14 @@ def is_hidden_matrix(name: str, shape: Shape) -> bool:
     return len(shape) >= 2 and name.startswith(("layers.", "next_tokens.")) and ".router." not in name
 
 
-def block_matrices(config: ModelConfig, *, active: bool = False) -> int:
-    """Parameters in the matrices of all blocks, experts' stacks included; `active`: of those one token goes through."""
-    return sum(
-        times * (matrix.met(config) if active else matrix.size)
-        for layer, times in kinds_of_layers(config)
-        for matrix in matrices(config, layer)
-    )
-
-
 def matmul_parameters(config: ModelConfig) -> int:
     """Parameters that a token meets in matrix products: of the blocks, and the head, tied or not."""
-    return block_matrices(config, active=True) + config.vocab_size * config.hidden_size
+    met = config.vocab_size * config.hidden_size
+    for layer, times in kinds_of_layers(config):
+        for shape in layer_shapes(config, layer).values():
+            chosen = config.mixture.top_k if config.mixture is not None and len(shape) == 3 else 1
+            met += times * chosen * prod(shape[-2:]) if len(shape) >= 2 else 0
+    return met
 
 
 def forward_flops_per_token(config: ModelConfig, sequence: int) -> float:

@@ -33,6 +33,8 @@ class Software:
     """From before bf16: gradients stay in 16 bits."""
     sums_in_16_bits: bool = False
     """Gradients are summed over replicas as they were made, not in fp32."""
+    repeats_whole: bool = False
+    """Of a block that is computed again, the last product too, which no gradient needs: torch 2.1 stops before it."""
     tuned: bool = False
     """The chip's vendor wrote the recipe, with fused kernels for it."""
 
@@ -66,6 +68,8 @@ class Run:
     recompute: Recompute = "none"
     precision: Precision = "bf16"
     """Precision of the inputs of matrix products."""
+    logits_twice: bool = False
+    """Logits are made once more for their gradients."""
     schedule: Schedule = "1f1b"
     software: Software = Software()
 
@@ -88,6 +92,11 @@ class Run:
     def rows(self) -> float:
         """Tokens of a micro-batch in a product: what tensor-parallel processes see together."""
         return self.micro_batch * self.sequence / self.context
+
+    @property
+    def own_rows(self) -> float:
+        """Tokens of a micro-batch outside of those products: a tensor-parallel process's share."""
+        return self.rows / self.tensor
 
     @cached_property
     def model_flops(self) -> float:

@@ -40,10 +40,12 @@ class Job:
 
     @cached_property
     def run(self) -> Run:
-        """It by its sizes alone, in this house's software: what the model of time takes."""
+        """It by its sizes alone, in this house's software: what the model of time takes. Multi-token prediction that is
+        not learned takes no time, and is left out."""
         layout, parallel, training = self.layout, self.config.parallel, self.config.training
+        idle = self.model.mtp_layers and not self.learns_further
         return Run(
-            model=self.model,
+            model=self.model.changed(mtp_layers=0) if idle else self.model,
             sequence=self.sequence,
             global_batch=training.global_batch,
             micro_batch=self.micro_batch,
@@ -57,6 +59,7 @@ class Job:
             state_shards=layout.weight_shards,
             kept_gathered=layout.pipeline > 1,
             recompute=training.recompute,
+            logits_twice=self.config.preference is not None,
             schedule=parallel.schedule,
             software=Software(sums_each=parallel.reduce == "micro_batch"),
         )

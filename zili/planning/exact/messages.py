@@ -190,9 +190,9 @@ def _whole_gradients(job: Job) -> Some:
         # Gradients of several micro-batches are added up in fp32 first.
         once = job.adds_up or group.whole
         bytes_each, times = _FP32 if once or group.in_fp32 else job.product_bytes, 1 if once else job.micro_batches
-        for _, shape, cut, learned in () if group.of_experts else group.parameters:
-            if cut is None and learned:
-                yield _tensor(job, "all_reduce", prod(shape) * bytes_each), times
+        for parameter in () if group.of_experts else group.parameters:
+            if parameter.cut is None and parameter.learned:
+                yield _tensor(job, "all_reduce", prod(parameter.shape) * bytes_each), times
     for stage in job.stages:
         for size in _buckets(job, stage):
             yield Message("all_reduce", "replicas", job.layout.replicas, size), 1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from math import prod
+from functools import lru_cache
+from math import ceil, prod
 from typing import NamedTuple
 
-from zili.models.arithmetic import Shape, is_learned, parameter_shapes
+from zili.config.model import ModelConfig
+from zili.models.arithmetic import Shape, is_learned, kinds_of_layers, named_layer_shapes
 from zili.parallel.cuts import cut_of, stays_fp32
 from zili.planning.exact.job import Job
 
@@ -23,6 +25,13 @@ class Parameter(NamedTuple):
     learned: bool
     """Whether it has a gradient. Beside adapters nothing else has one, and multi-token prediction only where it is
     learned."""
+    all_tokens: bool
+    """Whether tensor-parallel processes take the same tokens through it, not each its own: it is cut, or the whole
+    factor of an adapter beside a matrix that is cut."""
+
+    @property
+    def of_experts(self) -> bool:
+        return ".experts." in self.name
 
 
 @dataclass(frozen=True)
@@ -71,48 +80,66 @@ def stage_groups(job: Job, stage: range) -> Iterator[Group]:
 
 def layer_groups(job: Job, number: int) -> Iterator[Group]:
     """Those of a layer; of multi-token prediction's, which counts as one more, everything that is its own."""
-    if number < job.model.layers:
-        shapes = {f"layers.{number}.{name}": shape for name, shape in job.shapes(number).items()}
-    else:
-        every = parameter_shapes(job.model)
-        shapes = {name: shape for name, shape in every.items() if name.startswith("next_tokens.")}
-    yield from _split(job, shapes)
+    used = number < job.model.layers or job.learns_further
+    parameters = layer_parameters(job.model, number, job.layout.tensor, job.layout.expert)
+    if not (job.learns and used):
+        parameters = _resting(parameters)
+    if experts := tuple(parameter for parameter in parameters if parameter.of_experts):
+        yield Group(experts, of_experts=True, used=used)
+    yield from _around_whole(job, [parameter for parameter in parameters if not parameter.of_experts], used=used)
+
+
+@lru_cache(maxsize=4096)
+def layer_parameters(model: ModelConfig, number: int, tensor: int, expert: int) -> tuple[Parameter, ...]:
+    """Weights of a layer as one of so many processes has them; of multi-token prediction's everything that is its
+    own."""
+    shapes = named_layer_shapes(model, number).items()
+    # A router's bias is moved by the load, not by an optimizer.
+    return tuple(
+        _parameter(model, name, shape, tensor, expert) for name, shape in shapes if not name.endswith("expert_bias")
+    )
+
+
+def end_parameters(model: ModelConfig, stage: range, tensor: int) -> Iterator[Parameter]:
+    """Weights that lie around the blocks of a stage. The last stage too has the embedding where it is the head, or
+    where multi-token prediction looks tokens up in it."""
+    rows, last = (model.vocab_size, model.hidden_size), stage.stop == model.layers
+    if stage.start == 0 or (last and (model.tied_embeddings or model.mtp_layers)):
+        yield _parameter(model, "embedding.weight", rows, tensor)
+    if last:
+        yield _parameter(model, "norm.weight", rows[1:], tensor)
+    if last and not model.tied_embeddings:
+        yield _parameter(model, "head.weight", rows, tensor)
+
+
+@lru_cache(maxsize=4096)
+def held(model: ModelConfig, tensor: int, pipeline: int, expert: int) -> tuple[float, float]:
+    """Parameters of the first process of a pipeline with even stages, before they are cut for storage: of all but
+    experts, and of experts."""
+    plain = experts = 0.0
+    layers = [(layer, times / pipeline) for layer, times in kinds_of_layers(model)]
+    if pipeline == 1 and model.mtp_layers:
+        layers.append((model.layers, 1.0))
+    for layer, times in layers:
+        for parameter in layer_parameters(model, layer, tensor, expert):
+            if parameter.of_experts:
+                experts += times * prod(parameter.shape)
+            else:
+                plain += times * prod(parameter.shape)
+    around = end_parameters(model, range(model.layers // pipeline), tensor)
+    return plain + sum(prod(parameter.shape) for parameter in around), experts
 
 
 def end_groups(job: Job, stage: range) -> Iterator[Group]:
     """What lies around the blocks of a stage: one group or none; in a lowered run the embedding's is another."""
-    model = job.model
-    rows = {"embedding.weight": (model.vocab_size, model.hidden_size), "norm.weight": (model.hidden_size,)}
-    rows["head.weight"] = rows["embedding.weight"]
-    parameters = [_parameter(job, name, rows[name]) for name in (*_first(job, stage), *_last(job, stage))]
+    parameters = tuple(end_parameters(job.model, stage, job.layout.tensor))
+    if not job.learns:
+        parameters = _resting(parameters)
     embedding = [parameter for parameter in parameters if parameter.name == "embedding.weight" and _mixed(job)]
     rest = [parameter for parameter in parameters if parameter not in embedding]
     if embedding:
         yield Group(tuple(embedding), stays=True, in_fp32=True)
     yield from _around_whole(job, rest, stays=True)
-
-
-def _first(job: Job, stage: range) -> list[str]:
-    at_the_end = stage.stop == job.model.layers and bool(job.model.tied_embeddings or job.model.mtp_layers)
-    return ["embedding.weight"] if stage.start == 0 or at_the_end else []
-
-
-def _last(job: Job, stage: range) -> list[str]:
-    if stage.stop != job.model.layers:
-        return []
-    return ["norm.weight"] if job.model.tied_embeddings else ["norm.weight", "head.weight"]
-
-
-def _split(job: Job, shapes: dict[str, Shape]) -> Iterator[Group]:
-    """A block's weights, and those of its experts, who are shared by other processes."""
-    parameters = [_parameter(job, name, shape) for name, shape in shapes.items() if not name.endswith("expert_bias")]
-    used = job.learns_further or not any(name.startswith("next_tokens.") for name in shapes)
-    experts = tuple(parameter for parameter in parameters if ".experts." in parameter.name)
-    if experts:
-        yield Group(experts, of_experts=True, used=used)
-    yield from _around_whole(
-        job, [parameter for parameter in parameters if ".experts." not in parameter.name], used=used
-    )
 
 
 def _mixed(job: Job) -> bool:
@@ -129,14 +156,15 @@ def _around_whole(job: Job, parameters: list[Parameter], stays: bool = False, us
         yield Group(tuple(whole), stays=stays, in_fp32=True, whole=True, used=used)
 
 
-def _parameter(job: Job, name: str, shape: Shape) -> Parameter:
-    learned = job.learns and is_learned(job.model, name)
-    if name.startswith("next_tokens.") and not job.learns_further:
-        learned = False
+def _resting(parameters: Iterable[Parameter]) -> tuple[Parameter, ...]:
+    return tuple(parameter._replace(learned=False) for parameter in parameters)
+
+
+def _parameter(model: ModelConfig, name: str, shape: Shape, tensor: int, expert: int = 1) -> Parameter:
+    learned = is_learned(model, name)
     if ".experts." in name:
-        return Parameter(name, (shape[0] // job.layout.expert, *shape[1:]), 0, learned)
+        return Parameter(name, (ceil(shape[0] / expert), *shape[1:]), 0, learned, False)
     module, _, key = name.rpartition(".")
-    cut = cut_of(module, key)
-    if cut is None:
-        return Parameter(name, shape, None, learned)
-    return Parameter(name, tuple(n // job.layout.tensor if i == cut else n for i, n in enumerate(shape)), cut, learned)
+    cut, all_tokens = cut_of(module, key), cut_of(module, "weight") is not None
+    here = tuple(ceil(size / tensor) if dimension == cut else size for dimension, size in enumerate(shape))
+    return Parameter(name, here, cut, learned, all_tokens)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Any
 
 from zili.chips import find_backend
 from zili.chips.catalog import Chip, identify
 from zili.errors import ChipError, ConfigError
+from zili.planning.exact.memory import usable
 from zili.planning.run import Precision
 
 # Where the catalog has no figure, what is usual among the chips that have one.
@@ -53,6 +55,11 @@ class Machine:
     """Fields that are what was reached, not what is published: no efficiency comes on top."""
     assumed: Mapping[str, float] = field(default_factory=dict)
     """Figures that are neither published nor given, by their names in the catalog, and what stands in for them."""
+
+    @property
+    def room(self) -> float:
+        """Bytes of memory that a run can have; without end where the chip's is not published."""
+        return inf if self.capacity is None else usable(self.capacity)
 
     def published(self, figure: str, value: float) -> float | None:
         """The value of a capability that is not only assumed."""

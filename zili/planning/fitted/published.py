@@ -289,6 +289,7 @@ def _software(reader: _Reader, chip: Chip) -> Software:
     tuned = vendors or megascale
     says_so = "SP" in reader.text("recompute")
     overlap = re.search(r"mc2|async ?tp|tp/pp overlap", notes.lower()) is not None
+    by_storage = reader.text("zero_stage").startswith(("3", "FSDP"))
     return Software(
         fused_attention=not early and not biased,
         sequence_parallel=(not early and not source.startswith(_WITHOUT_SEQUENCE_PARALLEL)) or says_so,
@@ -297,7 +298,9 @@ def _software(reader: _Reader, chip: Chip) -> Software:
         early="fp16" in reader.text("precision"),
         hides_gradients=not reader.text("zero_stage").startswith("0"),
         # Frameworks that cut weights for storage do, to keep no whole gradients.
-        sums_each=reader.text("zero_stage").startswith(("3", "FSDP")),
+        sums_each=by_storage,
         hides_tensor=overlap or (tuned and not early),
+        # Those compute blocks again with torch's checkpoints or XLA; others, and all in days of fp16, whole.
+        repeats_whole=not by_storage or "fp16" in reader.text("precision"),
         tuned=tuned,
     )

@@ -7,7 +7,8 @@ by schedule (Narayanan et al. 2021). What a device reports beside what tensors a
 from __future__ import annotations
 
 from zili.models.arithmetic import kinds_of_layers
-from zili.planning.fitted.step_time import expert_shards, local_parameters
+from zili.planning.exact.weights import held
+from zili.planning.fitted.step_time import stored
 from zili.planning.run import Run
 
 _GIB = 2**30
@@ -33,17 +34,15 @@ def memory_gib(run: Run, definition: str) -> float:
 
 def state_bytes(run: Run) -> float:
     """Weights, gradients and optimizer."""
-    plain, experts = local_parameters(run.model, run.tensor, run.pipeline, run.expert)
-    total = plain + experts
+    total = sum(held(run.model, run.tensor, run.pipeline, run.expert))
     if run.weight_shards == 1:
         # Weights in 16 bits, gradients in fp32 or as they are made; fp32 weights and both moments, cut where they are.
         gradients = 2 if run.software.early else 4
-        cut = plain / run.state_shards + experts / expert_shards(run, run.state_shards)
-        return total * (2 + gradients) + 12 * cut
+        return total * (2 + gradients) + 12 * stored(run, run.state_shards)
     # fp32 weights, gradients and moments, all cut. Two layers are gathered at a time; in a pipeline all of them, and
     # gradients are added up whole.
     gathered = 6 * total if run.pipeline > 1 else 2 * 2 * total / run.model.layers
-    return 16 * (plain / run.weight_shards + experts / expert_shards(run, run.weight_shards)) + gathered
+    return 16 * stored(run, run.weight_shards) + gathered
 
 
 def activation_bytes(run: Run) -> float:

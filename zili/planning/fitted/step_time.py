@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from math import ceil, log2
 from typing import NamedTuple
 
-from zili.config.model import ModelConfig
-from zili.models.arithmetic import Matrix, kinds_of_layers, matrices
-from zili.parallel.cuts import cut_of
+from zili.models.arithmetic import kinds_of_layers
+from zili.planning.exact import work
+from zili.planning.exact.weights import held
 from zili.planning.fitted.machine import Machine, share_sent
 from zili.planning.fitted.rates import Rates
 from zili.planning.run import Run
@@ -66,17 +65,6 @@ class Phase(NamedTuple):
         return Phase(*(factor * mine for mine in self))
 
 
-@lru_cache(maxsize=1024)
-def cut_matrices(model: ModelConfig, layer: int) -> tuple[tuple[Matrix, int | None], ...]:
-    """Matrices of a layer, and in which dimension tensor-parallel processes cut each; None: not."""
-    return tuple((matrix, _cut_of(matrix)) for matrix in matrices(model, layer))
-
-
-def _cut_of(matrix: Matrix) -> int | None:
-    module, _, key = f"block.{matrix.name}".rpartition(".")
-    return None if matrix.experts else cut_of(module, key)
-
-
 def collective(size: float, count: int, apart: int, machine: Machine, rates: Rates, messages: float = 0.0) -> float:
     """Seconds of gathering `size` bytes, or scattering their sum, among `count` processes that are `apart` chips apart.
 
@@ -115,19 +103,16 @@ class MicroBatchTime(NamedTuple):
 
 def micro_batch_time(run: Run, machine: Machine, rates: Rates) -> MicroBatchTime:
     """What one micro-batch of `run` takes."""
-    layers, ahead = Phase(), Phase()
+    layers, ahead, learning = Phase(), Phase(), 0.0
     for layer, times in kinds_of_layers(run.model):
         forward, backward = layer_phases(run, layer, machine, rates)
         layers, ahead = layers.plus(forward.plus(backward), times), ahead.plus(forward, times)
+        learning += times * _slow(run, rates) * _products(run, layer, machine, rates).learned
     head = head_phase(run, machine, rates)
     if run.model.mtp_layers:
         # One more block and its own logits, behind the last layer.
-        forward, backward = layer_phases(run, run.model.layers - 1, machine, rates)
+        forward, backward = layer_phases(run, run.model.layers, machine, rates)
         head = head.by(2).plus(forward).plus(backward)
-    learning = sum(
-        times * _slow(run, rates) * _products(run, layer, machine, rates, learned=True)
-        for layer, times in kinds_of_layers(run.model)
-    )
     return MicroBatchTime(layers, head, sum(ahead), learning)
 
 
@@ -182,9 +167,8 @@ class StepTimes:
         cut = (run.tensor, run.context, run.pipeline, run.expert, run.data, run.micro_batch)
         key = (*cut, run.weight_shards, run.state_shards, run.kept_gathered, run.software.sums_each)
         if key not in self._traffic:
-            plain, experts = local_parameters(run.model, run.tensor, run.pipeline, run.expert)
-            stored = plain / run.state_shards + experts / expert_shards(run, run.state_shards)
-            optimizer = _STATE_BYTES * stored / (self._machine.memory * self._rates.memory)
+            moved = _STATE_BYTES * stored(run, run.state_shards)
+            optimizer = moved / (self._machine.memory * self._rates.memory)
             self._traffic[key] = _data(run, self._machine, self._rates), optimizer
         return self._traffic[key]
 
@@ -207,22 +191,20 @@ def bubble_share(run: Run) -> float:
 
 def layer_phases(run: Run, layer: int, machine: Machine, rates: Rates) -> tuple[Phase, Phase]:
     """Forward and backward of a micro-batch in one layer."""
-    products = _products(run, layer, machine, rates)
+    products, slow = _products(run, layer, machine, rates), _slow(run, rates)
     attention, attention_back = _attention(run, machine, rates)
-    passes = _passes(run, layer, machine, rates)
+    passes = slow * (_passes(run, layer, machine, rates) + rates.launch)
     tensor = 4 * collective(_BF16 * run.rows * run.model.hidden_size, run.tensor, 1, machine, rates)
     tensor *= _shown(run, rates)
     context, expert = _keys(run, attention, machine, rates), _rows_to_experts(run, layer, machine, rates)
-    learning = _products(run, layer, machine, rates, learned=True)
-    products, learning, attention, attention_back, passes = (
-        _slow(run, rates) * one for one in (products, learning, attention, attention_back, passes + rates.launch)
-    )
-    forward = Phase(products, attention, passes, tensor, context, expert)
-    backward = Phase(products + learning, attention_back, 2 * passes, tensor, context, expert)
+    forward = Phase(slow * products.forward, slow * attention, passes, tensor, context, expert)
+    learning = slow * (products.forward + products.learned)
+    backward = Phase(learning, slow * attention_back, 2 * passes, tensor, context, expert)
     if run.recompute == "full":
-        backward = backward.plus(forward)
+        backward = backward.plus(forward._replace(products=slow * products.repeated))
     elif run.recompute != "none":
-        backward = backward.plus(Phase(products=products / 2 if run.recompute == "half" else 0.0, passes=passes))
+        half = slow * products.forward / 2 if run.recompute == "half" else 0.0
+        backward = backward.plus(Phase(products=half, passes=passes))
     return forward, backward
 
 
@@ -236,46 +218,44 @@ def _shown(run: Run, rates: Rates) -> float:
     return 1 - rates.hide_tensor if run.software.hides_tensor else 1.0
 
 
-def _products(run: Run, layer: int, machine: Machine, rates: Rates, learned: bool = False) -> float:
-    """Time of one forward pass: arithmetic at the chip's rate, and operands through its memory; or that of `learned`
-    matrices alone, whose gradients take as long."""
-    model, own = run.model, run.rows / run.tensor
-    rate, memory = rates.product_rate(machine, run.precision), machine.memory * rates.memory
-    seconds = moved = 0.0
-    for matrix, cut in cut_matrices(model, layer):
-        if learned and not matrix.learned:
-            continue
-        rows, outputs, inputs = run.rows, float(matrix.outputs), float(matrix.inputs)
-        if matrix.experts:
-            assert model.mixture is not None
-            here, narrow = matrix.experts / run.expert, min(outputs, inputs)
-            rows = own * model.mixture.top_k
-            reached = rates.experts * narrow / (narrow + rates.expert_width)
-            seconds += 2 * rows * outputs * inputs / (rate * reached)
-            moved += rows * (outputs + inputs) + here * outputs * inputs
-            continue
-        if cut == 0:
-            outputs /= run.tensor
-        elif cut == 1:
-            inputs /= run.tensor
-        else:
-            rows = own
-        seconds += 2 * rows * outputs * inputs / rate
-        moved += rows * (outputs + inputs) + outputs * inputs
-    return seconds + _BF16 * rates.operands * moved / memory
+class _ProductTime(NamedTuple):
+    """Seconds of a layer's products for a micro-batch."""
+
+    forward: float
+    learned: float
+    """Of those whose matrices learn: gradients of these take as long."""
+    repeated: float
+    """Of those that are computed again where all of the layer is."""
+
+
+def _products(run: Run, layer: int, machine: Machine, rates: Rates) -> _ProductTime:
+    times = [(product, _product(product, run, machine, rates)) for product in work.products(run, layer)]
+    forward = sum(seconds for _, seconds in times)
+    learned = sum(seconds for product, seconds in times if product.learned)
+    left_out = [] if run.recompute != "full" or run.software.repeats_whole else work.not_repeated(run, layer)
+    return _ProductTime(forward, learned, forward - sum(_product(one, run, machine, rates) for one in left_out))
+
+
+def _product(product: work.Product, run: Run, machine: Machine, rates: Rates) -> float:
+    """Time of one: arithmetic at the chip's rate, and operands through its memory."""
+    rows, outputs, inputs = product.rows, product.outputs, product.inputs
+    rate = rates.product_rate(machine, run.precision)
+    if product.experts:
+        narrow = min(outputs, inputs)
+        rate *= rates.experts * narrow / (narrow + rates.expert_width)
+    moved = rows * (outputs + inputs) + max(1, product.experts) * outputs * inputs
+    return product.flops / rate + _BF16 * rates.operands * moved / (machine.memory * rates.memory)
 
 
 def _attention(run: Run, machine: Machine, rates: Rates) -> tuple[float, float]:
     """Forward and backward of one layer's: fused, where scores are made twice, or through memory."""
-    model = run.model
-    pairs = run.micro_batch * run.sequence**2 / run.context * model.heads / run.tensor
-    flops = 2 * pairs * (model.head_dim + model.value_head_dim)
     rate = rates.product_rate(machine, "bf16")
     if run.software.fused_attention:
-        forward = flops / 2 / (rate * rates.attention)
-        return forward, 2.5 * forward
-    forward = flops / rate + rates.score_passes * _BF16 * pairs / (machine.memory * rates.memory)
-    return forward, 2 * forward
+        forward, backward = work.attention(run, seen=True)
+        return forward / (rate * rates.attention), backward / (rate * rates.attention)
+    passes = rates.score_passes * _BF16 * work.scores(run) / (machine.memory * rates.memory)
+    seconds = work.attention(run)[0] / rate + passes
+    return seconds, 2 * seconds
 
 
 def _passes(run: Run, layer: int, machine: Machine, rates: Rates) -> float:
@@ -316,9 +296,9 @@ def head_phase(run: Run, machine: Machine, rates: Rates) -> Phase:
     """Logits, loss and both gradients of a micro-batch; in bf16 whatever the blocks are in."""
     rows, vocabulary = run.rows, run.model.vocab_size / run.tensor
     tokens = _BF16 * rows * run.model.hidden_size
-    slow, each = _slow(run, rates), 6 if run.model.lora is None else 4
+    slow, flops = _slow(run, rates), work.loss(run) + (work.logits(run) if run.logits_twice else 0.0)
     return Phase(
-        products=slow * each * rows * run.model.hidden_size * vocabulary / rates.product_rate(machine, "bf16"),
+        products=slow * flops / rates.product_rate(machine, "bf16"),
         passes=slow * rates.logit_passes * _BF16 * rows * vocabulary / (machine.memory * rates.memory),
         tensor=2 * collective(tokens, run.tensor, 1, machine, rates) * _shown(run, rates),
     )
@@ -344,28 +324,20 @@ def between_stages(run: Run, machine: Machine, rates: Rates) -> float:
     return 2 * size / speed * (1 - rates.hide_pipeline)
 
 
-@lru_cache(maxsize=4096)
-def local_parameters(model: ModelConfig, tensor: int, pipeline: int, expert: int) -> tuple[float, float]:
-    """Parameters of one process if nothing else were cut: of all but experts, and of experts."""
-    plain = experts = 0.0
-    for layer, times in kinds_of_layers(model):
-        for matrix, cut in cut_matrices(model, layer):
-            if matrix.experts:
-                experts += times * matrix.size / expert
-            else:
-                plain += times * matrix.size / (tensor if cut is not None else 1)
-    ends = model.vocab_size * model.hidden_size / tensor * (1 if pipeline > 1 or model.tied_embeddings else 2)
-    return plain / pipeline + ends, experts / pipeline
-
-
 def expert_shards(run: Run, processes: int) -> int:
     """Over how many an expert is cut where other weights are over `processes`: those it is shared by are others."""
     return max(1, processes * run.tensor // run.expert)
 
 
+def stored(run: Run, shards: int) -> float:
+    """Parameters that one process stores where `shards` cut them."""
+    plain, experts = held(run.model, run.tensor, run.pipeline, run.expert)
+    return plain / shards + experts / expert_shards(run, shards)
+
+
 def _data(run: Run, machine: Machine, rates: Rates) -> float:
     """Seconds that weights are gathered and gradients reduced."""
-    plain, experts = local_parameters(run.model, run.tensor, run.pipeline, run.expert)
+    plain, experts = held(run.model, run.tensor, run.pipeline, run.expert)
     together = run.data * run.context
     seconds = _exchanged(run, plain, together, run.weight_shards, run.tensor, machine, rates)
     if experts:

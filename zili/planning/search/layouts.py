@@ -16,13 +16,13 @@ from zili.config.parallel import ParallelConfig, Schedule
 from zili.errors import LayoutError
 from zili.models.arithmetic import training_state_bytes
 from zili.parallel.layout import DIMENSIONS, Layout, lay_out, uneven_rounds
-from zili.planning.exact import memory
 from zili.planning.exact.job import Job
 from zili.planning.exact.layer_memory import kept_bytes
 from zili.planning.exact.memory import Bytes, Peaks, with_reduce
+from zili.planning.exact.weights import held
 from zili.planning.fitted.machine import Machine
 from zili.planning.fitted.rates import Rates
-from zili.planning.fitted.step_time import StepTime, StepTimes, local_parameters, step_time
+from zili.planning.fitted.step_time import StepTime, StepTimes, step_time, stored
 from zili.planning.run import Recompute, Run, Software
 from zili.planning.search.timeline import played_through
 from zili.plurals import counted
@@ -40,8 +40,8 @@ _TRIED, _TRIED_OF_A_CHOICE, _TRIED_FOR_SIMPLICITY = 300, 6, 12
 _SCHEDULES: tuple[Schedule, ...] = ("1f1b", "interleaved", "zero_bubble", "zbv")
 """The plainest first."""
 TIE = 0.07
-"""Share of a step's time by which two layouts must differ to be told apart: the median error of predicting runs that
-nobody had fitted (docs/planning.md)."""
+"""Share of a step's time by which two layouts must differ to be told apart: near the median error of predicting runs
+that nobody had fitted (docs/planning.md)."""
 
 
 @dataclass(frozen=True)
@@ -91,19 +91,13 @@ class Candidate:
     @property
     def fits(self) -> bool:
         """Whether it fits, beside what the chip's runtime takes."""
-        return self._peaks.within(float("inf") if self.machine.capacity is None else usable(self.machine))
+        return self._peaks.within(self.machine.room)
 
 
 def job_on(config: RunConfig, layout: Layout, machine: Machine) -> Job:
     """What such a chip's process does; of what the chip can a recipe has the last word."""
     grouped = config.chip.capabilities.get("grouped_heads_attention", machine.grouped_heads)
     return Job(config, layout, grouped_heads=grouped)
-
-
-def usable(machine: Machine) -> float:
-    """Bytes of a chip's memory that training can have."""
-    assert machine.capacity is not None
-    return memory.usable(machine.capacity)
 
 
 def predicted(config: RunConfig, world: int, machine: Machine, rates: Rates) -> Candidate:
@@ -113,8 +107,7 @@ def predicted(config: RunConfig, world: int, machine: Machine, rates: Rates) -> 
         LayoutError: it cannot be run on so many.
     """
     layout = lay_out(config, world)
-    room = float("inf") if machine.capacity is None else usable(machine)
-    job = with_reduce(job_on(config, layout, machine), room)
+    job = with_reduce(job_on(config, layout, machine), machine.room)
     time = step_time(job.run, machine, rates)
     return Candidate(job, played_through(job, time, machine, rates), machine)
 
@@ -195,7 +188,6 @@ class _Room:
         self._moments = 1 if config.optimizer.name == "muon" else 2
         self._leasts: dict[_Option, float] = {}
         self._kept: dict[tuple[object, ...], float] = {}
-        self._parameters: dict[tuple[int, int, int], tuple[float, float]] = {}
 
     def played(self, candidate: Candidate) -> Candidate:
         """With the time of its pipeline played through."""
@@ -203,11 +195,9 @@ class _Room:
 
     def may_have(self, option: _Option) -> bool:
         """Whether it may fit: one that shares weights more widely, and is else the same, did not fail to."""
-        if self.machine.capacity is None:
-            return True
         if option.layout.shards <= self._failed.get((*option.alike, option.sums_each), 0):
             return False
-        return self.least(option) <= usable(self.machine)
+        return self.least(option) <= self.machine.room
 
     def has(self, option: _Option, candidate: Candidate) -> bool:
         """Whether it fits."""
@@ -225,13 +215,8 @@ class _Room:
 
     def _least(self, option: _Option) -> float:
         run, count = option.run, option.run.micro_batches
-        cut = (run.tensor, run.pipeline, run.expert)
-        if cut not in self._parameters:
-            self._parameters[cut] = local_parameters(run.model, *cut)
-        plain, experts = self._parameters[cut]
-        shards = max(1.0, run.weight_shards * run.tensor / run.expert)
-        stored = plain / run.weight_shards + experts / shards
-        states = 4 * stored * (1 + self._moments * self._learned)
+        plain, experts = held(run.model, run.tensor, run.pipeline, run.expert)
+        states = 4 * stored(run, run.weight_shards) * (1 + self._moments * self._learned)
         # The first process may have a layer less in each stage than the mean.
         layers = run.model.layers // (run.pipeline * run.virtual)
         fewer = layers * run.pipeline * run.virtual / run.model.layers

@@ -12,7 +12,7 @@ from zili.planning.exact.schedule import Span, makespan
 from zili.planning.fitted.machine import Machine
 from zili.planning.fitted.rates import Rates
 from zili.planning.search.goodput import Goodput
-from zili.planning.search.layouts import Candidate, usable
+from zili.planning.search.layouts import Candidate
 from zili.planning.search.plan import MFU, Plan
 from zili.planning.search.timeline import timeline
 
@@ -23,7 +23,7 @@ _ROW = 16
 def page(plans: Sequence[Plan], title: str) -> str:
     """An HTML page: the first plan in full, the others beside it."""
     first = plans[0]
-    room = usable(first.machine) / 2**30 if first.machine.capacity else None
+    room = first.machine.room / 2**30 if first.machine.capacity else None
     return render(
         "planning/search/page.html.jinja",
         title=title,

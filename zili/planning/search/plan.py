@@ -17,7 +17,7 @@ from zili.planning.fitted.machine import Machine, fastest_product, machine, with
 from zili.planning.fitted.rates import Band, Rates, band_of, families, rates_of
 from zili.planning.search.goodput import DAY, Failures, Goodput, goodput
 from zili.planning.search.hyperparameters import Filled, batch_tokens, filled, flops, left_open
-from zili.planning.search.layouts import Candidate, Found, predicted, search, usable
+from zili.planning.search.layouts import Candidate, Found, predicted, search
 from zili.plurals import counted
 
 _TOKENS_A_STEP = 16 * 1024**2
@@ -248,7 +248,7 @@ def _does_not_fit(
     setting: Setting, chip: Chip, chips: int, place: Machine, rates: Rates, found: Found, given: bool
 ) -> str:
     least = found.smallest
-    has = f"{chip.name} has {usable(place) / 2**30:.1f} GiB beside its runtime"
+    has = f"{chip.name} has {place.room / 2**30:.1f} GiB beside its runtime"
     if given:
         return (
             f"this layout takes {least.bytes / 2**30:.1f} GiB a chip, and {has}; leave out --layout to have one found"
