@@ -25,6 +25,7 @@ def launch(
     machines: Annotated[str, typer.Option(help="How many machines work: COUNT, or LEAST:MOST.")] = "1",
     host: Annotated[str, typer.Option(help="Where other machines reach this one; listened at.")] = "127.0.0.1",
     machine: Annotated[str | None, typer.Option(help="Name of this machine, else its host name.")] = None,
+    spares: Annotated[int, typer.Option(min=0, help="Machines that stand by, warm, to take the place of one.")] = 0,
     wait: Annotated[float, typer.Option(help="Seconds to wait for a missing machine before going on with fewer.")] = 60,
     cold: Annotated[bool, typer.Option("--cold", help="Begin every process anew, and fork no warm one.")] = False,
 ) -> None:
@@ -35,6 +36,7 @@ def launch(
     config = read_recipe(recipe, overrides or ())
     from zili import chips
     from zili.supervision.agent import Agent, ThisMachine
+    from zili.supervision.elastic import layouts
     from zili.supervision.folder import SupervisionFolder
     from zili.supervision.state import Launch
 
@@ -49,7 +51,8 @@ def launch(
     chip = chips.choose(config.chip.name).backend
     name = machine or socket.gethostname()
     folder = SupervisionFolder(config.folder)
-    job = Launch(tuple(words), processes, least, most, wait, tuple(range(least, most + 1)))
+    found = layouts(config, processes, least, most)
+    job = Launch(words, processes, most, {str(count): keys for count, keys in found.items()}, spares, wait)
 
     def show(text: str) -> None:
         console.print(f"zili launch: {text}", highlight=False, markup=False, soft_wrap=True)

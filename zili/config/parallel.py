@@ -37,6 +37,9 @@ class ParallelConfig(Section):
     reduce: Literal["step", "micro_batch", "auto"] = "auto"
     """When gradients are summed over processes: once a step, until when a process has whole ones in fp32; or
     after each micro-batch, which sends more and keeps a part only. Auto: once a step where that fits."""
+    elastic: Literal["replicas", "shards", "none"] = "replicas"
+    """Which of them `zili launch` makes smaller when machines are missing, to the largest that divides the batch; with
+    replicas 1, shards that are auto shrink."""
     stage_layers: tuple[PositiveInt, ...] | None = None
     """Layers of each stage, in order; none: as even as they go, the first and last stages the shorter ones."""
 

@@ -17,9 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from zili.errors import ConfigError
 from zili.parallel.control.crumbs import CRUMBS, Crumbs
-from zili.parallel.control.links import Link, Unproven, connect
+from zili.parallel.control.links import Link, connect
 from zili.parallel.control.member import AGENT, AGENT_SECRET
 from zili.parallel.control.node import Node, below
 from zili.supervision.folder import GENERATION, SupervisionFolder
@@ -54,11 +53,11 @@ class Agent:
     """One machine's part of a run's supervision."""
 
     def __init__(
-        self, run: Path, folder: SupervisionFolder, job: Launch, machine: ThisMachine, show: Callable[[str], None]
+        self, run: Path, folder: SupervisionFolder, launch: Launch, machine: ThisMachine, show: Callable[[str], None]
     ) -> None:
         self._run = run
         self._folder = folder
-        self._job = job
+        self._launch = launch
         self._machine = machine
         self._show = show
         self._own = _own_folder(folder, machine.name)
@@ -105,18 +104,13 @@ class Agent:
         lost = time.monotonic()
         while True:
             term, record = self._folder.root()
-            if term > self._term or (term and term == self._term):
-                try:
+            if record and term >= self._term:
+                with suppress(OSError):  # an earlier root's port may be anybody's by now
                     link = await asyncio.wait_for(connect(record["address"], self._folder.secret), _REACH)
-                except Unproven as error:
-                    raise ConfigError(f"what listens at {record['address']} is not this run's root: {error}") from error
-                except OSError:
-                    link = None
-                if link is not None:
                     self._term = term
                     self._greet(link)
                     return link
-            if not term or time.monotonic() - lost > _TRIES:
+            if not record or time.monotonic() - lost > _TRIES:
                 self._begin_root(term + 1)
                 lost = time.monotonic()
             await asyncio.sleep(0.02)
@@ -132,7 +126,7 @@ class Agent:
                 words, stdin=subprocess.PIPE, pass_fds=[listening.fileno()], start_new_session=True
             )
         assert self._root.stdin is not None
-        self._root.stdin.write(json.dumps(asdict(self._job)).encode())
+        self._root.stdin.write(json.dumps(asdict(self._launch)).encode())
         self._root.stdin.close()
 
     def _greet(self, link: Link) -> None:
@@ -207,16 +201,17 @@ class Agent:
         self._address = f"{self._machine.host}:{await self._node.listen(self._machine.host)}"
         self._say(say="prepared", generation=generation, address=self._address)
 
-    async def _start(self, generation: int, parent: str) -> None:
+    async def _start(self, generation: int, parent: str, keys: list[str]) -> None:
         if generation != self._generation or self._node is None:
             return
+        words = [*self._launch.words, *(word for key in keys for word in ("--set", key))]
         for local in range(self._place["count"]):
-            self._begin(local)
+            self._begin(local, words)
         if parent:
             with suppress(OSError):  # then a machine is gone, which the root knows
                 await self._node.join(parent, PATIENCE)
 
-    def _begin(self, local: int) -> None:
+    def _begin(self, local: int, words: list[str]) -> None:
         place = self._place
         rank, world = place["first"] + local, place["of"] * place["count"]
         logs = self._run / "logs" / f"life-{place['life']:04d}"
@@ -234,7 +229,7 @@ class Agent:
         for file in (self._error_file(rank), self._crumbs_file(rank)):
             file.unlink(missing_ok=True)
         self._crumbs[rank] = Crumbs(self._crumbs_file(rank))
-        self._processes.begin(rank, list(self._job.words), environment, logs / f"rank-{rank:05d}.log", shown=rank == 0)
+        self._processes.begin(rank, words, environment, logs / f"rank-{rank:05d}.log", shown=rank == 0)
 
     async def _stop(self, generation: int, gentle: bool) -> None:
         """End this machine's processes: by SIGTERM, at which they save; else at once."""

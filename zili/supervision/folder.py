@@ -37,6 +37,7 @@ class SupervisionFolder:
 
     def __init__(self, run: Path) -> None:
         """Raises: ConfigError, it cannot be made."""
+        self.run = run
         self.path = run / "supervision"
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -71,6 +72,11 @@ class SupervisionFolder:
         for old in sorted(self._terms())[:-_KEPT]:
             self._claim(old).unlink(missing_ok=True)
         return True
+
+    def lay_down(self, term: int) -> None:
+        """Say that this term's root has ended in order: nobody need wait for it."""
+        with suppress(OSError):
+            write_whole(self._claim(term), json.dumps({}))
 
     def is_root(self, term: int) -> bool:
         """Whether no newer root has come."""

@@ -13,17 +13,20 @@ import json
 import socket
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
-from zili.errors import ZiliError
+from zili.errors import ChipError, ConfigError, NoProgressError, PeerError, ZiliError
 from zili.parallel.control.links import Link, Unproven
 from zili.parallel.control.node import above
 from zili.plurals import counted
 from zili.supervision.folder import SupervisionFolder
+from zili.supervision.rules import rule_for
 from zili.supervision.state import Launch, State, state_of
+from zili.supervision.verdicts import ACTIONS, Ending, Failure, Verdict, cause_of, failure_of, judge
 
 BEAT = 0.5
 """Seconds between two signs of life, in both directions."""
@@ -31,9 +34,15 @@ PATIENCE = 3.0
 """Seconds without one after which a machine counts as gone."""
 _LONELY = 10.0
 """Seconds that a root without any machine waits for one."""
+_GIVING_UP = 10
+"""Times `--wait` after which a run without machines ends."""
 _HINDSIGHT = 2.0
 """Seconds in which the cause may yet show itself where a process ended since another was gone."""
 INTERRUPTED = 130
+
+
+_PHASES = {"init": "start", "warm_up": "compile", "data": "step"}
+"""What rules call phases of a process's breadcrumbs."""
 
 
 class Waiting(Enum):
@@ -67,10 +76,10 @@ class Member:
 class Root:
     """Its methods run in one loop of asyncio: each is done before the next begins."""
 
-    def __init__(self, folder: SupervisionFolder, term: int, job: Launch) -> None:
+    def __init__(self, folder: SupervisionFolder, term: int, launch: Launch) -> None:
         self._folder = folder
         self._term = term
-        self._job = job
+        self._launch = launch
         self._state = state_of(folder.read_state())
         self._phase = Waiting.RUNNING if self._state.running else Waiting.GATHERING
         self._members: dict[str, Member] = {}
@@ -79,7 +88,10 @@ class Root:
         self._endings: dict[int, dict[str, Any]] = {}
         self._done: set[int] = set()
         self._lost: list[str] = []
+        self._doubt: float | None = None
+        """Since when a process has ended that perhaps only lost a peer."""
         self._interrupted = False
+        self._identity: dict[str, str] = {}
         self._over = asyncio.Event()
         self._code = 0
 
@@ -104,7 +116,9 @@ class Root:
             await link.prove(self._folder.secret, above=True)
             while (raw := await link.receive()) is not None:
                 said = json.loads(raw)
-                if member is None:
+                if "drain" in said:
+                    link.send(json.dumps({"text": self._drain(said["drain"])}).encode())
+                elif member is None:
                     member = self._welcome(said, link)
                 else:
                     self._hear(member, said)
@@ -118,12 +132,9 @@ class Root:
     def _welcome(self, said: dict[str, Any], link: Link) -> Member:
         """A machine's first word."""
         member = Member(said["machine"], link)
-        if member.name in self._members:
-            member.tell(do="end", code=3, text=f"machine {member.name} has a supervisor of this run already")
-            raise ValueError(member.name)
         refusal = self._refusal(said)
         if refusal:
-            member.tell(do="end", code=3, text=refusal)
+            member.tell(do="end", code=ConfigError.exit_code, text=refusal)
             raise ValueError(refusal)
         self._members[member.name] = member
         self._take_state(state_of(said["state"]))
@@ -133,26 +144,32 @@ class Root:
         return member
 
     def _refusal(self, said: dict[str, Any]) -> str:
-        """Why a machine may not take part."""
-        first = next(iter(self._members.values()), None)
-        if first is None:
-            self._identity: dict[str, str] = said["identity"]
-        others = {name: value for name, value in said["identity"].items() if self._identity.get(name) != value}
-        if others:
-            name, value = next(iter(others.items()))
-            return f"{said['machine']} has {name} {value}, the others have {self._identity.get(name)}: make them equal"
-        return self._state.left_out.get(said["machine"], "")
+        """Why a machine may not take part; "": it may."""
+        name, identity = said["machine"], said["identity"]
+        if name in self._members:
+            return f"machine {name} has a supervisor of this run already"
+        if not self._members:
+            self._identity = identity
+        for what, value in self._identity.items():
+            if identity.get(what) != value:
+                return f"{name} has {what} {identity.get(what)}, the others have {value}: make them equal"
+        if name in self._state.left_out:
+            return f"machine {name} is left out of this run: {self._state.left_out[name]}"
+        most = self._launch.most + self._launch.spares
+        if len(self._members) >= most and name not in self._state.machines:
+            return f"the run has its {counted(most, 'machine')}; --spares lets more stand by"
+        return ""
 
     def _adopt(self, member: Member, said: dict[str, Any]) -> None:
         """Go on with the life whose processes this machine still has, after another root began it."""
-        life = said["generation"]
-        if not life:
-            return
-        if life != self._state.generation or self._phase is not Waiting.RUNNING:
+        life, running = said["generation"], self._phase is Waiting.RUNNING
+        if running and life == self._state.generation:
+            for ending in said["endings"]:
+                self._ended(ending)
+        elif life:
             member.tell(do="stop", generation=life, gentle=False)
-            return
-        for ending in said["endings"]:
-            self._ended(ending)
+        elif running:
+            self._missed(member.name, "came back without its processes")
 
     def _take_state(self, theirs: State) -> None:
         if theirs.age > self._state.age:
@@ -177,8 +194,6 @@ class Root:
         what, life = said["say"], said.get("generation")
         if what == "interrupt":
             self._interrupt(hard=said["hard"])
-        elif what == "drain":
-            self._drain(said["machine"])
         elif life != self._state.generation:
             return  # of an earlier life, or a beat
         elif what == "prepared":
@@ -211,6 +226,8 @@ class Root:
             absent = [name for name in self._state.machines if name not in self._members]
             if absent and now - self._since > PATIENCE:  # a new root waits for them that long
                 self._missed(absent[0], "did not come back to the new root")
+            elif self._doubt is not None and now - self._doubt > _HINDSIGHT:
+                self._stop()
         elif self._phase is Waiting.STOPPING and all(member.stopped for member in self._workers()):
             self._conclude()
 
@@ -219,23 +236,24 @@ class Root:
         # Those that worked keep their places; who stood by comes after them.
         order = [name for name in self._state.machines if name in fit]
         order += [name for name in fit if name not in order]
-        job = self._job
-        sizes = [size for size in job.shrinks if job.least <= size <= min(job.most, len(order))]
-        if job.most in sizes or (sizes and waited > job.wait):
+        sizes = [int(size) for size in self._launch.layouts if int(size) <= len(order)]
+        if self._launch.most in sizes or (sizes and waited > self._launch.wait):
             self._prepare(order[: max(sizes)])
-        elif waited > 10 * job.wait:
-            self._end(11, f"{counted(len(order), 'machine')} of {job.least} came within {waited:.0f} s")
+        elif waited > _GIVING_UP * self._launch.wait:
+            least = min(map(int, self._launch.layouts))
+            came = f"{counted(len(order), 'machine')} of {least} came within {waited:.0f} s"
+            self._end(PeerError.exit_code, f"{came}; see what the others say, or begin with fewer")
 
     def _prepare(self, machines: list[str]) -> None:
         state = self._state
         state.life += 1
         state.generation = self._folder.begin(self._term, state.life)
         state.version, state.machines, state.running = 0, machines, True
-        self._endings, self._done, self._lost = {}, set(), []
+        self._endings, self._done, self._lost, self._doubt = {}, set(), [], None
         self._turn(Waiting.PREPARING)
         for number, member in enumerate(self._workers()):
             member.prepared = member.stopped = False
-            ranks = (number * self._job.processes, self._job.processes)
+            ranks = (number * self._launch.processes, self._launch.processes)
             member.tell(
                 do="prepare", generation=state.generation, life=state.life, number=number, of=len(machines), ranks=ranks
             )
@@ -243,7 +261,7 @@ class Root:
     def _start(self) -> None:
         self._turn(Waiting.RUNNING)
         workers = self._workers()
-        world = counted(len(workers) * self._job.processes, "process")
+        world = counted(len(workers) * self._launch.processes, "process")
         self._note(f"life {self._state.life}: {world} on {counted(len(workers), 'machine')}")
         for number, member in enumerate(workers):
             parent = above(number)
@@ -251,6 +269,7 @@ class Root:
                 do="start",
                 generation=self._state.generation,
                 parent="" if parent is None else workers[parent].address,
+                keys=self._launch.layouts[str(len(workers))],
             )
         self._mirror()
 
@@ -259,10 +278,13 @@ class Root:
         self._endings.setdefault(ending["rank"], ending)
         if ending["code"] == 0:
             self._done.add(ending["rank"])
-            if len(self._done) == len(self._state.machines) * self._job.processes:
+            if len(self._done) == len(self._state.machines) * self._launch.processes:
                 self._end(0, "")
         elif self._phase is Waiting.RUNNING:
-            self._stop()
+            if rule_for(_as_ending(ending)).consequence:
+                self._doubt = self._doubt or time.monotonic()  # who met the cause may be slower to say so
+            else:
+                self._stop()
 
     def _stop(self, *, gentle: bool = False) -> None:
         self._turn(Waiting.STOPPING)
@@ -272,15 +294,62 @@ class Root:
     def _conclude(self) -> None:
         """All processes of a life have ended: what was it, and what follows?"""
         self._state.running = False
+        failure = self._failure()
         if self._interrupted:
-            self._end(INTERRUPTED, "interrupted; the checkpoint is written")
+            self._end(INTERRUPTED, "interrupted; a run that had begun wrote a checkpoint")
+        elif failure is None:
+            self._go_on()
+        else:
+            self._judge(failure)
+
+    def _failure(self) -> Failure | None:
+        """What ended the life; None: it was asked to end."""
+        own = [_as_ending(one, self._saved_step()) for one in self._endings.values() if one["code"]]
+        met = [one for one in own if not one.stopped]
+        if self._lost:
+            rank = self._state.machines.index(self._lost[0]) * self._launch.processes
+            steps = max((one.step or 0 for one in own), default=self._saved_step() or 0)
+            return failure_of(Ending(rank, self._lost[0], step=steps or None), seen="machine-lost")
+        return failure_of(cause_of(met)) if met else None
+
+    def _judge(self, failure: Failure) -> None:
+        """Decide what follows a failure, and say it."""
+        verdict = judge(failure, [Failure(**earlier) for earlier in self._state.failures])
+        self._state.failures.append(asdict(failure))
+        action = ACTIONS[verdict.action]
+        if verdict.action == "replace" and failure.kind != "preemption" and not self._leave_out(failure, verdict):
+            action = f"{ACTIONS['restart']}, as no other machine is here"
+        self._note(f"{verdict.reason} {failure.hint} Zili: {action} (rule {verdict.rule})")
+        if verdict.action not in ("stop", "roll_back"):
+            self._go_on()
             return
-        bad = [e for e in self._endings.values() if e["code"] != 0 and not e["stopped"]]
-        for ending in bad:
-            self._note(f"process {ending['rank']} on {ending['machine']} ended with {ending['code']}")
+        code = int(self._endings.get(failure.rank, {}).get("code", 0))
+        said_why = code in {kind.exit_code for kind in ZiliError.__subclasses__()}
+        self._end(verdict.exit_code or (code if said_why else NoProgressError.exit_code), "")
+
+    def _leave_out(self, failure: Failure, verdict: Verdict) -> bool:
+        """Do without a machine from now on, if the run can; whether it does."""
+        if not self._can_do_without(failure.machine):
+            return False
+        self._state.left_out[failure.machine] = verdict.reason
+        if failure.machine in self._members:
+            member = self._members.pop(failure.machine)
+            member.tell(do="end", code=ChipError.exit_code, text=f"this machine is left out: {verdict.reason}")
+        return True
+
+    def _can_do_without(self, name: str) -> bool:
+        others = [member for member in self._members.values() if member.name != name and not member.draining]
+        return any(int(size) <= len(others) for size in self._launch.layouts)
+
+    def _go_on(self) -> None:
         self._turn(Waiting.GATHERING)
         self._mirror()
         self._look()
+
+    def _saved_step(self) -> int | None:
+        """Step of the newest checkpoint, as far as names tell."""
+        steps = [int(path.name.removeprefix("step-")) for path in (self._folder.run / "checkpoints").glob("step-*")]
+        return max(steps, default=None)
 
     def _interrupt(self, *, hard: bool) -> None:
         self._interrupted = True
@@ -289,17 +358,24 @@ class Root:
         elif self._phase is not Waiting.OVER:
             self._stop(gentle=not hard)
 
-    def _drain(self, name: str) -> None:
-        if name in self._members:
-            self._members[name].draining = True
-            self._note(f"machine {name} is to be left")
-            if name in self._state.machines and self._phase is Waiting.RUNNING:
-                self._stop(gentle=True)
+    def _drain(self, name: str) -> str:
+        """Do without a machine after the next step, if the run can; what is said to who asked."""
+        if name not in self._members:
+            return f"there is no machine {name}; there are {', '.join(sorted(self._members))}"
+        if not self._can_do_without(name):
+            return f"the run cannot do without {name}: bring another machine first"
+        self._members[name].draining = True
+        self._note(f"machine {name} is to be left after the next step")
+        if name in self._state.machines and self._phase is Waiting.RUNNING:
+            self._stop(gentle=True)
+        return f"{name} is left after the next step; take it away when its supervisor has ended"
 
     def _end(self, code: int, text: str) -> None:
         self._turn(Waiting.OVER)
-        self._state.running = False
+        # Who begins the run again has looked at what failed.
+        self._state = State(self._state.generation, self._state.life)
         self._folder.write_state(self._state.as_table())
+        self._folder.lay_down(self._term)
         for member in self._members.values():
             member.tell(do="end", code=code, text=text)
         self._code = code
@@ -325,6 +401,22 @@ class Root:
         """Tell a line to whoever watches: the first machine of the run shows it."""
         for member in self._workers()[:1] or list(self._members.values())[:1]:
             member.tell(do="note", text=text)
+
+
+def _as_ending(said: Mapping[str, Any], saved: int | None = None) -> Ending:
+    """What an agent says of a process that ended; `saved`: the step of the run's newest checkpoint."""
+    code = said["code"]
+    return Ending(
+        rank=said["rank"],
+        machine=said["machine"],
+        code=code if code >= 0 else None,
+        signal=-code if code < 0 else None,
+        error=said["error"] or None,
+        log=said["log"],
+        phase=_PHASES.get(said["phase"], said["phase"]),
+        step=said["step"] or saved,
+        stopped=said["stopped"],
+    )
 
 
 def main(words: Iterable[str] = ()) -> int:

@@ -10,18 +10,18 @@ from typing import Any
 class Launch:
     """What is to run, as the command line said; the same on every machine."""
 
-    words: tuple[str, ...]
+    words: list[str]
     """Of the worker's command: `train RECIPE ...`."""
     processes: int
     """Of each machine."""
-    least: int = 1
-    """Machines that a life needs."""
-    most: int = 1
-    """Machines that work at most; further ones are spares."""
+    most: int
+    """Machines that work."""
+    layouts: dict[str, list[str]]
+    """Numbers of machines that a life may have, each with the keys of the recipe that change there."""
+    spares: int = 0
+    """Machines that may stand by."""
     wait: float = 60.0
     """Seconds to wait for a machine that is missing, before a life begins with fewer."""
-    shrinks: tuple[int, ...] = ()
-    """Numbers of machines that the recipe can be laid out on."""
 
 
 @dataclass

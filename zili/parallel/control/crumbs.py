@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 CRUMBS = "ZILI_CRUMBS"
 """Variable in which `zili launch` names a worker's file."""
@@ -38,7 +38,7 @@ class Crumbs:
             os.ftruncate(handle, _SIZE)
             self._memory = mmap.mmap(handle, _SIZE)
             os.close(handle)
-        self._cells = memoryview(self._memory).cast("d")
+        self._cells: Any = memoryview(self._memory).cast("d")  # of float, which the stub does not know
         if not self._cells[2]:
             self._cells[2] = time.monotonic()
 
@@ -83,7 +83,7 @@ class Crumbs:
     @property
     def since(self) -> float:
         """When the phase began."""
-        return self._cells[2]
+        return float(self._cells[2])
 
     @property
     def step(self) -> int:
