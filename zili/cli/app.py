@@ -85,7 +85,7 @@ _GROUPS = {
     },
     "Train": {
         "train": ("train:train", "Train a recipe, or go on from its newest checkpoint."),
-        "launch": ("launch:launch", "Train on several processes or machines, and begin anew what breaks."),
+        "launch": ("launch:app", "Train on several processes or machines, and begin anew what breaks."),
         "dialogues": ("dialogues:dialogues", "Make the data of fine-tuning from conversations."),
         "report": ("report:report", "Write a run's report.html, or compare several runs."),
         "config": ("config:app", "Show what a recipe means, list presets."),

@@ -7,10 +7,12 @@ import hashlib
 import json
 import socket
 from importlib.metadata import version
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 import zili
 from zili.cli.options import Overrides, Recipe
@@ -18,10 +20,28 @@ from zili.errors import ConfigError
 from zili.runs.recipes import read_recipe
 
 
-def launch(
+class _RecipeFirst(TyperGroup):
+    """A group whose first word may be a recipe: then it is to be run."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or args[0] not in self.commands:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(cls=_RecipeFirst, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _group() -> None:
+    """Train under supervision."""
+
+
+@app.command()
+def run(
     recipe: Recipe,
     overrides: Overrides = None,
-    processes: Annotated[int, typer.Option(min=1, help="LocalProcesses on each machine.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Processes on each machine.")] = 1,
     machines: Annotated[str, typer.Option(help="How many machines work: COUNT, or LEAST:MOST.")] = "1",
     host: Annotated[str, typer.Option(help="Where other machines reach this one; listened at.")] = "127.0.0.1",
     machine: Annotated[str | None, typer.Option(help="Name of this machine, else its host name.")] = None,
@@ -31,7 +51,8 @@ def launch(
 ) -> None:
     """Train a recipe as `zili train` does, on several processes, and begin them anew when something breaks.
 
-    On several machines start the same command on each, with `--machines` and `--host`.
+    On several machines start the same command on each, with `--machines` and `--host`. `zili launch drain MACHINE RUN`
+    takes a machine out of a run.
     """
     config = read_recipe(recipe, overrides or ())
     from zili import chips
@@ -62,6 +83,19 @@ def launch(
 
     with folder.machine(name):
         raise typer.Exit(asyncio.run(supervise()))
+
+
+@app.command()
+def drain(
+    machine: Annotated[str, typer.Argument(help="Name of the machine, as the run's supervisors have it.")],
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
+) -> None:
+    """Take a machine out of a run after its next step: a spare takes its place, or the run goes on with fewer."""
+    from zili.supervision.folder import SupervisionFolder, ask_root
+
+    if not (run_folder / "supervision").is_dir():
+        raise ConfigError(f"{run_folder} is no run that `zili launch` has begun")
+    Console().print(ask_root(SupervisionFolder(run_folder), {"drain": machine}), highlight=False, soft_wrap=True)
 
 
 def _counts(text: str) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from typing import Any
 
 from zili.durable import sync, write_whole
 from zili.errors import ConfigError
+from zili.parallel.control.links import PlainLink
 from zili.user_cache import cache_folder
 
 GENERATION = "ZILI_GENERATION"
@@ -140,3 +141,18 @@ class SupervisionFolder:
             os.link(aside, file)
         finally:
             aside.unlink(missing_ok=True)
+
+
+def ask_root(folder: SupervisionFolder, question: dict[str, Any]) -> str:
+    """What the root of a run says to somebody who is no machine of it.
+
+    Raises:
+        ConfigError: no root answers.
+    """
+    _, record = folder.root()
+    try:
+        link = PlainLink(record["address"], folder.secret)
+        link.send(json.dumps(question).encode())
+        return str(json.loads(link.receive())["text"])
+    except (OSError, KeyError, ValueError) as error:
+        raise ConfigError(f"nobody supervises {folder.run} at the moment ({error!r})") from error

@@ -139,6 +139,7 @@ class Root:
         self._members[member.name] = member
         self._take_state(state_of(said["state"]))
         self._adopt(member, said)
+        self._grow()
         self._mirror()
         self._look()
         return member
@@ -170,6 +171,14 @@ class Root:
             member.tell(do="stop", generation=life, gentle=False)
         elif running:
             self._missed(member.name, "came back without its processes")
+
+    def _grow(self) -> None:
+        """With a machine more, go on with more, from where the run is."""
+        now = len(self._state.machines)
+        more = [int(size) for size in self._launch.layouts if now < int(size) <= len(self._members)]
+        if self._phase is Waiting.RUNNING and len(self._workers()) == now and more:
+            self._note(f"{counted(len(self._members), 'machine')} are here: going on with {max(more)}")
+            self._stop(gentle=True)
 
     def _take_state(self, theirs: State) -> None:
         if theirs.age > self._state.age:
@@ -317,7 +326,9 @@ class Root:
         verdict = judge(failure, [Failure(**earlier) for earlier in self._state.failures])
         self._state.failures.append(asdict(failure))
         action = ACTIONS[verdict.action]
-        if verdict.action == "replace" and failure.kind != "preemption" and not self._leave_out(failure, verdict):
+        if verdict.action == "replace" and failure.kind == "preemption":
+            action = ACTIONS["restart"]  # a machine that is taken away goes by itself
+        elif verdict.action == "replace" and not self._leave_out(failure, verdict):
             action = f"{ACTIONS['restart']}, as no other machine is here"
         self._note(f"{verdict.reason} {failure.hint} Zili: {action} (rule {verdict.rule})")
         if verdict.action not in ("stop", "roll_back"):
