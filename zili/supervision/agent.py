@@ -31,6 +31,8 @@ _TRIES = 1.0
 """Seconds for which a root that does not answer is asked again, before this machine takes its place."""
 _REACH = 2.0
 """Seconds for a connection to the root."""
+_INSISTS = 2
+"""Requests to end after which this process ends at once: the first lets processes save, the second kills them."""
 _TAIL = 16_384
 """Bytes of a log's end that are read for why a process ended."""
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
@@ -71,6 +73,7 @@ class Agent:
         self._crumbs: dict[int, Crumbs] = {}
         self._stopping = False
         self._asked = 0
+        self._over = 0
         self._work: set[asyncio.Task[None]] = set()
         self._root: subprocess.Popen[bytes] | None = None
 
@@ -83,11 +86,9 @@ class Agent:
         beating = asyncio.ensure_future(self._beat())
         try:
             await self._processes.ready
-            while True:
-                self._link = await self._reach_root()
-                over = await self._serve(self._link)
-                if over is not None:
-                    return over
+            while (over := await self._under_a_root()) is None:
+                pass
+            return over
         finally:
             beating.cancel()
             self._processes.close()
@@ -99,18 +100,29 @@ class Agent:
 
     # ---------------------------------------------------------------- the root
 
-    async def _reach_root(self) -> Link:
-        """The root of the run. Where none answers, this machine begins one; of several that do, one gets the term."""
+    async def _under_a_root(self) -> int | None:
+        """Serve one root, to its end: None; or to the run's: its exit code."""
+        self._link = await self._reach_root()
+        return self._over if self._link is None else await self._serve(self._link)
+
+    async def _reach_root(self) -> Link | None:
+        """The root of the run. Where none answers, this machine begins one; of several that do, one gets the term.
+
+        None: the run is over, as the root left word that this machine had.
+        """
         lost = time.monotonic()
         while True:
             term, record = self._folder.root()
-            if record and term >= self._term:
+            if "over" in record and 0 < self._term <= term:
+                self._over = self._end(**record["over"])
+                return None
+            if "address" in record and term >= self._term:
                 with suppress(OSError):  # an earlier root's port may be anybody's by now
                     link = await asyncio.wait_for(connect(record["address"], self._folder.secret), _REACH)
                     self._term = term
                     self._greet(link)
                     return link
-            if not record or time.monotonic() - lost > _TRIES:
+            if "address" not in record or time.monotonic() - lost > _TRIES:
                 self._begin_root(term + 1)
                 lost = time.monotonic()
             await asyncio.sleep(0.02)
@@ -185,8 +197,8 @@ class Agent:
     def _interrupt(self) -> None:
         self._asked += 1
         self._say(say="interrupt", hard=self._asked > 1)
-        if self._asked > 2:
-            raise SystemExit(INTERRUPTED)
+        if self._asked > _INSISTS:
+            os._exit(INTERRUPTED)  # the nursery ends the processes when its agent is gone
 
     # ---------------------------------------------------------------- a life
 

@@ -74,10 +74,11 @@ class SupervisionFolder:
             self._claim(old).unlink(missing_ok=True)
         return True
 
-    def lay_down(self, term: int) -> None:
-        """Say that this term's root has ended in order: nobody need wait for it."""
+    def lay_down(self, term: int, code: int, text: str) -> None:
+        """Say that this term's root has ended in order, and with what: for machines that its last word did not reach,
+        and so that nobody waits for it."""
         with suppress(OSError):
-            write_whole(self._claim(term), json.dumps({}))
+            write_whole(self._claim(term), json.dumps({"over": {"code": code, "text": text}}))
 
     def is_root(self, term: int) -> bool:
         """Whether no newer root has come."""

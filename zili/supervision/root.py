@@ -386,7 +386,7 @@ class Root:
         # Who begins the run again has looked at what failed.
         self._state = State(self._state.generation, self._state.life)
         self._folder.write_state(self._state.as_table())
-        self._folder.lay_down(self._term)
+        self._folder.lay_down(self._term, code, text)
         for member in self._members.values():
             member.tell(do="end", code=code, text=text)
         self._code = code

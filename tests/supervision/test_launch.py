@@ -1,0 +1,104 @@
+"""`zili launch`: what breaks is begun anew, and the run ends with the weights of one that nothing disturbed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from launching import Launched, weights
+
+from zili.config import RunConfig
+
+PLAIN = tuple(f"chip.operations.{name}=reference" for name in ("linear", "attention"))
+SETTINGS = (*PLAIN, "chip.precision=fp32", "checkpoint.every=10", "training.micro_batch=1")
+Launch = Callable[..., Launched]
+
+
+@pytest.fixture
+def launch(recipe: Callable[..., RunConfig], tmp_path: Path) -> Iterator[Launch]:
+    """`launch("training.steps=9", words=("--machines", "2"), name="run")`: a run that is ready to begin."""
+    runs: list[Launched] = []
+
+    def make(*overrides: str, words: tuple[str, ...] = (), name: str = "run") -> Launched:
+        folder = tmp_path / name
+        folder.mkdir()
+        config = recipe(*SETTINGS, *overrides, f"folder={folder / 'run'}")
+        runs.append(Launched(folder, config, "--processes", "2", *words))
+        return runs[-1]
+
+    yield make
+    for run in runs:
+        run.end()
+        assert not run.left(), "nothing is left behind"
+
+
+def test_a_run_that_is_broken_again_and_again_ends_as_if_it_was_not(launch: Launch) -> None:
+    """Two machines of two processes. A worker is killed, one raises, the root is killed, an agent is killed and comes
+    back; and a run of the same length that nothing happens to."""
+    words = ("--machines", "2", "--wait", "30")
+    calm = launch("training.steps=80", words=words, name="calm")
+    calm.begin("a", "b")
+    assert calm.codes() == {0}
+    assert calm.life() == 1
+
+    run = launch("training.steps=80", words=words, name="broken")
+    run.begin("a", "b")
+    run.await_life(1, 12)
+    os.kill(run.workers("a")[1], signal.SIGKILL)
+    run.await_life(2, 22)
+    run.fault(3, "raise")
+    run.await_life(3, 32)
+    root = run.root()
+    os.kill(root, signal.SIGKILL)
+    run.until((run.run / "supervision/root-000002.json").exists)
+    run.await_life(3, 42)
+    assert run.life() == 3, "workers go on without a root"
+    os.kill(run.agents["b"].pid, signal.SIGKILL)
+    run.agents.pop("b").wait()
+    run.begin("b")
+    run.await_life(4, 52)
+    assert run.codes() == {0}, run.everything()
+    assert weights(run.run) == weights(calm.run)
+    said = "\n".join(run.said())
+    assert "process 1 on a" in said or "process 3 on a" in said, said
+    assert "killed" in said
+    assert "rule" in said
+
+
+def test_a_machine_that_vanishes_is_done_without_until_it_is_back(launch: Launch) -> None:
+    run = launch("training.steps=100000", words=("--machines", "1:2", "--wait", "1"))
+    run.begin("a", "b")
+    run.await_life(1, 12)
+    run.vanish("b")
+    run.await_life(2, 32)
+    assert any("2 processes on 1 machine" in line for line in run.said()), run.said()
+    run.begin("b")
+    run.until(lambda: any("going on with 2" in line for line in run.said()))
+    run.await_life(3, run.steps() + 10)
+    run.agents["b"].send_signal(signal.SIGTERM)
+    assert run.codes() == {130}, run.everything()
+    assert weights(run.run)
+
+
+def test_a_supervisor_that_is_killed_leaves_no_process(launch: Launch) -> None:
+    run = launch("training.steps=100000")
+    run.begin("a")
+    run.await_life(1, 3)
+    os.kill(run.agents["a"].pid, signal.SIGKILL)
+    run.agents["a"].wait()
+    run.until(lambda: not run.left(), 30)
+
+
+def test_two_supervisors_of_one_machine_and_a_request_to_end(launch: Launch) -> None:
+    run = launch("training.steps=100000")
+    run.begin("a")
+    run.await_life(1, 3)
+    first = run.agents["a"]
+    run.begin("a")
+    assert run.agents["a"].wait(60) == 3
+    assert "has a supervisor of" in run.log("a").read_text()
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(60) == 130
