@@ -38,7 +38,7 @@ FLOORS = {
     2: ("models",),
     3: ("objectives", "parallel"),
     4: ("training", "planning"),
-    5: ("rehearsal", "release", "evaluation", "serving", "diagnosis", "runs", "cloud"),
+    5: ("rehearsal", "release", "evaluation", "serving", "diagnosis", "runs", "cloud", "supervision"),
     6: ("api", "cli"),
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

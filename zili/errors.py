@@ -55,3 +55,9 @@ class PeerError(ZiliError):
     """Another process of the run is gone or does not answer: what it met is the cause, and this a consequence."""
 
     exit_code = 11
+
+
+class NoProgressError(ZiliError):
+    """A run that fails again and again without a new step, so that a person has to look; not to be requeued."""
+
+    exit_code = 12
