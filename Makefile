@@ -70,6 +70,7 @@ format: $(VENV)/.tests-installed
 docs: $(VENV)/.installed  # the generated pages, and the code that pages quote
 	$(VENV)/bin/zili config reference > docs/configuration.md
 	$(VENV)/bin/python tools/module_map.py
+	$(VENV)/bin/python tools/verdict_table.py
 	$(VENV)/bin/python tools/quote.py
 
 # The site, with search and an API reference, in build/site; a dead link or a page that is not there ends it.

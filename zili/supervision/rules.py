@@ -27,18 +27,32 @@ ACTIONS: dict[Action, str] = {
     "stop": "stop: going on makes no sense",
 }
 Kind = Literal[
-    *("device", "host", "memory", "network", "storage", "checkpoint", "data", "numerics"),
-    *("code", "configuration", "preemption", "unknown"),
+    "device",
+    "host",
+    "memory",
+    "network",
+    "storage",
+    "checkpoint",
+    "data",
+    "numerics",
+    "code",
+    "configuration",
+    "preemption",
+    "unknown",
 ]
 
 TAIL = 16_384
 """Characters at the end of an error file's text, and of a log, in which rules look. A cause is printed last, and a
 process that prints without end must not cost its supervisor more than this."""
+_LARGEST_ERROR_FILE = 1_000_000
+"""Characters of an error file that are read as JSON; of a larger one only the end counts."""
 _FROM_SHELLS = range(129, 160)
 """Exit codes by which a shell says 128 + signal."""
 _BLUNT = {signals.SIGKILL, signals.SIGBUS, signals.SIGILL, signals.SIGFPE}
 """Signals that do not come of a lost peer. Of SIGABRT and SIGSEGV one never knows: libraries of collectives abort a
 process whose peer is gone, and a group that is taken apart under a process can take it along."""
+_WORDLESS = _BLUNT | {signals.SIGTERM, signals.SIGINT, signals.SIGHUP}
+"""Signals that end a process whatever it raised and caught before."""
 _TABLES = (("zili.chips", "faults.toml"), ("zili.supervision", "rules.toml"))
 
 
@@ -58,7 +72,7 @@ class Ending:
     phase: str | None = None
     """What it was at: start, join, load, compile, step, save, evaluate."""
     step: int | None = None
-    """Last finished step of the run, as this process knew it; None before the first."""
+    """Last finished step of the run; the checkpoint's where this life had none yet, None before the run's first."""
     stopped: bool = False
     """Whether the supervisor had told it to end before it ended."""
 
@@ -73,7 +87,7 @@ class Ending:
 
 
 class Rule(Section):
-    """What an ending has to look like, and what it then means. Texts are compared in small letters."""
+    """What an ending has to look like, and what it then means. Texts are small letters with single spaces."""
 
     name: str
     kind: Kind
@@ -82,6 +96,9 @@ class Rule(Section):
     """What is done instead while the run has no finished step: what cannot cure itself then never could."""
     consequence: bool = False
     """Whether it only says that another process is gone or late, so that the cause is to be sought elsewhere."""
+    in_error: bool = False
+    """Whether its texts are such as programs also print about what they survive. Then they count in the error alone,
+    where there is one, and without one not where a signal ended the process."""
     turn: Literal[1, 2, 3, 4] | None = None
     """When it is asked. 1: exit codes that leave no doubt. 2: texts that name a fault. 3: texts that name a
     consequence. 4: what is left. Rules of one turn are asked in the order of the tables."""
@@ -101,9 +118,9 @@ class Rule(Section):
 
     @model_validator(mode="after")
     def _texts_can_match(self) -> Self:
-        texts = (*self.all, *self.any, *self.none)
-        if any(text != text.lower() or not text for text in texts):
-            raise ValueError(f"rule {self.name}: texts are written in small letters and are not empty")
+        for text in (*self.all, *self.any, *self.none):
+            if not text or text != text.lower() or "  " in text or text.isspace():
+                raise ValueError(f"rule {self.name}: {text!r} is to be small letters with single spaces")
         return self
 
     @property
@@ -117,7 +134,7 @@ class Rule(Section):
         return 2 if self.all or self.any else 1 if self.codes or self.signals or self.phases else 0
 
     def fits(self, ending: Ending, text: str) -> bool:
-        """Whether the ending looks so; `text` is what it said, in small letters."""
+        """Whether the ending looks so; `text` is what it said, in small letters with single spaces."""
         return (
             not self.seen
             and (not self.codes or ending.code in self.codes)
@@ -158,20 +175,33 @@ def rule_for(ending: Ending) -> Rule:
     """The first rule that the ending fits. The last of all fits everything.
 
     A process that left an error says in it what it met. Its log may speak of lost peers because of what it did itself,
-    so consequences are sought in the log only where there is no error.
+    and of things that it survived, so such words are sought in the log only where there is no error.
     """
-    error, log = error_text(ending.error).lower(), ending.log[-TAIL:].lower()
+    error, log = _plain(error_text(ending.error)), _plain(ending.log)
     for rule in rules():
-        if rule.consequence and ending.killed_by in _BLUNT:
+        if _is_out_of_question(rule, ending):
             continue
-        if rule.fits(ending, (error or log) if rule.consequence else f"{error}\n{log}"):
+        if rule.fits(ending, (error or log) if rule.consequence or rule.in_error else f"{error}{log}"):
             return rule
     raise LookupError("the table of verdicts has no rule for what is left")
+
+
+def _is_out_of_question(rule: Rule, ending: Ending) -> bool:
+    """Whether the signal that ended it says more than such words in its log."""
+    ended_by = _BLUNT if rule.consequence else _WORDLESS if rule.in_error else ()
+    return ending.killed_by in ended_by and not ending.error
+
+
+def _plain(text: str) -> str:
+    """The end of a text, in small letters; what was spaces and line ends is one space, the last one included."""
+    return "".join(f"{word} " for word in text[-TAIL:].lower().split())
 
 
 def error_text(raw: str | None) -> str:
     """The end of what an error file says: message and traceback, where it is JSON as torch writes it."""
     raw = raw or ""
+    if len(raw) > _LARGEST_ERROR_FILE:
+        return raw[-TAIL:]
     try:
         said = json.loads(raw)["message"]
         parts = [said] if isinstance(said, str) else [said["extraInfo"]["py_callstack"], said["message"]]

@@ -66,6 +66,8 @@ def cause_of(endings: Sequence[Ending]) -> Ending:
     one that was asked to end. Time stamps say nothing: they are of a second, and of different clocks. Among equals the
     one of which a rule knows more comes first, then the lowest rank.
 
+    The cause of causes is the cause of all, so each machine may name its own. One ending takes some milliseconds.
+
     Raises:
         ValueError: nobody ended.
     """
