@@ -22,12 +22,12 @@ from zili.supervision.verdicts import Ending, Failure, Verdict, cause_of, failur
 
 ENDINGS = Path(__file__).parent / "endings"
 SETS = tuple(name for name in ("first", "second", "third") if (ENDINGS / name).is_dir())
-BLIND = {"first": "53 of 59 before mending", "second": "34 of 60 when blind", "third": "this is the blind rate"}
+BLIND = {"first": "53 of 59 before mending", "second": "34 of 60 when blind", "third": "the same when blind"}
 """What the rules said before they were mended by the set."""
-FLOOR = {"first": 59, "second": 54, "third": 0}
+FLOOR = {"first": 59, "second": 54, "third": 52}
 """Measured, so that it does not sink unseen. 95 % of a blind set were asked for."""
 AREAS = {"nvidia", "ascend", "cambricon", "gloo", "storage", "scheduler", "memory", "program"}
-KEYS = {"source", "area", "log", "error", "code", "signal", "phase", "step", "action", "kind", "why"}
+KEYS = {"source", "area", "log", "error", "code", "signal", "phase", "step", "action", "kind", "why", "also"}
 PHASES = ("start", "join", "load", "compile", "step", "save", "evaluate")
 
 
@@ -76,7 +76,7 @@ def test_verdicts_on_real_endings(endings: str) -> None:
         failure = failure_of(given(case))
         verdict = judge(failure, [], may_skip_data=True)
         said = f"{name}: {case['action']} ({case['kind']}) asked, {verdict.action} ({failure.kind}) by {failure.rule}"
-        if verdict.action != case["action"]:
+        if verdict.action not in (case["action"], case.get("also")):
             wrong.append(said)
             false_stops += [said] * (verdict.action == "stop")
         elif failure.kind != case["kind"]:
