@@ -7,7 +7,7 @@ from pathlib import Path
 
 from zili.errors import NoProgressError
 from zili.supervision import verdicts
-from zili.supervision.rules import ACTIONS, Rule, rules
+from zili.supervision.rules import ACTIONS, FaultRule, rules
 
 PAGE = Path(__file__).parents[1] / "docs" / "operations.md"
 BEGIN, END = "<!-- the verdicts: python tools/verdict_table.py -->\n", "<!-- the verdicts end -->\n"
@@ -37,7 +37,7 @@ def verdict_table() -> str:
     return "\n".join(parts) + "\n"
 
 
-def _row(rule: Rule) -> str:
+def _row(rule: FaultRule) -> str:
     does = rule.action.replace("_", " ")
     if rule.at_start is not None and rule.at_start != rule.action:
         does = f"{rule.at_start.replace('_', ' ')} before the first step, then {does}"

@@ -6,15 +6,16 @@ The rules are data: `zili/supervision/rules.toml` has what is general, `zili/chi
 from __future__ import annotations
 
 import json
+import re
 import signal as signals
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from typing import Any, Literal, Self
 
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from zili.config.section import Section
 from zili.errors import ConfigError
@@ -54,6 +55,14 @@ process whose peer is gone, and a group that is taken apart under a process can 
 _WORDLESS = _BLUNT | {signals.SIGTERM, signals.SIGINT, signals.SIGHUP}
 """Signals that end a process whatever it raised and caught before."""
 _TABLES = (("zili.chips", "faults.toml"), ("zili.supervision", "rules.toml"))
+_RAISED = re.compile(r"(?<![a-z0-9_.])[a-z_][a-z0-9_.]{0,80}(?:error|exception)(?= ?:| $)")
+"""The name of an exception in front of its message, or at the end, in small letters."""
+_IGNORED = "exception ignored in"
+"""What Python prints before exceptions in destructors, which end nothing."""
+_OF_LAUNCHERS = ("childfailederror", "calledprocesserror", "processraisedexception", "processexitedexception")
+"""Exceptions by which a launcher says that another process ended."""
+_MESSAGE = 1_000
+"""Characters of an exception's message, its name included, that count."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +95,7 @@ class Ending:
         return self.code - 128 if self.code in _FROM_SHELLS else None
 
 
-class Rule(Section):
+class FaultRule(Section):
     """What an ending has to look like, and what it then means. Texts are small letters with single spaces."""
 
     name: str
@@ -99,12 +108,19 @@ class Rule(Section):
     in_error: bool = False
     """Whether its texts are such as programs also print about what they survive. Then they count in the error alone,
     where there is one, and without one not where a signal ended the process."""
-    turn: Literal[1, 2, 3, 4] | None = None
+    exception: bool = False
+    """Whether its texts are everyday words. Then they are sought in the last exception's message alone; where the error
+    names no exception, in the whole error, but never in a whole log. A launcher's exception does not count."""
+    turn: Literal[1, 2, 3, 4, 5] | None = None
     """When it is asked. 1: exit codes that leave no doubt. 2: texts that name a fault. 3: texts that name a
-    consequence. 4: what is left. Rules of one turn are asked in the order of the tables."""
+    consequence, then everyday words. 4: codes, signals and words that say little. 5: what is left. Rules of one turn
+    are asked in the order of the tables."""
     all: tuple[str, ...] = ()
     any: tuple[str, ...] = ()
+    """One of them, or one of `numbers`, is to be there."""
     none: tuple[str, ...] = ()
+    numbers: dict[str, tuple[int | tuple[int, int], ...]] = Field(default_factory=dict)
+    """Error numbers, or first and last of a range, by the family that `[numbers]` in the tables describes."""
     codes: tuple[int, ...] = ()
     signals: tuple[int, ...] = ()
     phases: tuple[str, ...] = ()
@@ -130,8 +146,10 @@ class Rule(Section):
 
     @property
     def weight(self) -> int:
-        """How specific it is: 2 it knows a text, 1 a code or a signal, 0 nothing."""
-        return 2 if self.all or self.any else 1 if self.codes or self.signals or self.phases else 0
+        """How specific it is: 2 it knows a text, 1 a code or a signal, 0 nothing, or everyday words."""
+        if self.turn == 5:
+            return 0
+        return 2 if self.all or self.any or self.numbers else 1 if self.codes or self.signals or self.phases else 0
 
     def fits(self, ending: Ending, text: str) -> bool:
         """Whether the ending looks so; `text` is what it said, in small letters with single spaces."""
@@ -141,29 +159,61 @@ class Rule(Section):
             and (not self.signals or ending.killed_by in self.signals)
             and (not self.phases or ending.phase in self.phases)
             and all(word in text for word in self.all)
-            and (not self.any or any(word in text for word in self.any))
+            and (not (self.any or self.numbers) or any(word in text for word in self.any) or self._numbered(text))
             and not any(word in text for word in self.none)
         )
 
+    def _numbered(self, text: str) -> bool:
+        return any(
+            first <= number <= last
+            for family, ranges in self.numbers.items()
+            for number in _numbers_in(text, family)
+            for first, last in ((one, one) if isinstance(one, int) else one for one in ranges)
+        )
+
+
+class Numbers(Section):
+    """How the error numbers of one family are printed."""
+
+    pattern: str
+    """Regular expression without unbounded repeats; its group is the number."""
+    example: str
+    """A text with a number, for `str.format`."""
+
 
 @cache
-def rules() -> tuple[Rule, ...]:
+def rules() -> tuple[FaultRule, ...]:
     """All rules, in the order in which they are asked.
 
     Raises:
         ConfigError: a table is faulty, or two rules have one name.
     """
     try:
-        found = [Rule.model_validate(table) for table in _written()]
+        found = [FaultRule.model_validate(table) for table in _written()]
+        families = number_families()
     except (ValidationError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"the table of verdicts is faulty: {error}") from error
     names = [rule.name for rule in found]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"the table of verdicts has two rules of one name: {', '.join(sorted(twice))}")
+    if strange := {family for rule in found for family in rule.numbers} - families.keys():
+        raise ConfigError(f"the table of verdicts does not describe numbers of {', '.join(sorted(strange))}")
     return tuple(sorted(found, key=lambda rule: rule.order))
 
 
-def rule_named(name: str) -> Rule:
+@cache
+def number_families() -> dict[str, Numbers]:
+    """How numbers are printed, by family."""
+    return {name: Numbers.model_validate(one) for table in _tables() for name, one in table.get("numbers", {}).items()}
+
+
+@lru_cache(maxsize=32)
+def _numbers_in(text: str, family: str) -> frozenset[int]:
+    """A text is asked for the same numbers by many rules."""
+    return frozenset(int(number) for number in re.findall(number_families()[family].pattern, text))
+
+
+def rule_named(name: str) -> FaultRule:
     """The rule of that name. Raises LookupError where there is none."""
     for rule in rules():
         if rule.name == name:
@@ -171,22 +221,24 @@ def rule_named(name: str) -> Rule:
     raise LookupError(f"there is no rule {name!r}")
 
 
-def rule_for(ending: Ending) -> Rule:
+def rule_for(ending: Ending) -> FaultRule:
     """The first rule that the ending fits. The last of all fits everything.
 
     A process that left an error says in it what it met. Its log may speak of lost peers because of what it did itself,
     and of things that it survived, so such words are sought in the log only where there is no error.
     """
     error, log = _plain(error_text(ending.error)), _plain(ending.log)
+    raised = _raised(error, bare=True) if error else _raised(log)
     for rule in rules():
         if _is_out_of_question(rule, ending):
             continue
-        if rule.fits(ending, (error or log) if rule.consequence or rule.in_error else f"{error}{log}"):
+        said = (error or log) if rule.consequence or rule.in_error else f"{error}{log}"
+        if rule.fits(ending, raised if rule.exception else said):
             return rule
     raise LookupError("the table of verdicts has no rule for what is left")
 
 
-def _is_out_of_question(rule: Rule, ending: Ending) -> bool:
+def _is_out_of_question(rule: FaultRule, ending: Ending) -> bool:
     """Whether the signal that ended it says more than such words in its log."""
     ended_by = _BLUNT if rule.consequence else _WORDLESS if rule.in_error else ()
     return ending.killed_by in ended_by and not ending.error
@@ -195,6 +247,17 @@ def _is_out_of_question(rule: Rule, ending: Ending) -> bool:
 def _plain(text: str) -> str:
     """The end of a text, in small letters; what was spaces and line ends is one space, the last one included."""
     return "".join(f"{word} " for word in text[-TAIL:].lower().split())
+
+
+def _raised(text: str, bare: bool = False) -> str:
+    """Name and message of the last exception in it, "" where there is none; the whole text, if `bare`, where no
+    exception is named at all."""
+    told, ignored, _ = text.partition(_IGNORED)
+    names = list(_RAISED.finditer(told))
+    for found in reversed(names):
+        if not found[0].endswith(_OF_LAUNCHERS):
+            return told[found.start() : found.start() + _MESSAGE]
+    return "" if names or ignored or not bare else text
 
 
 def error_text(raw: str | None) -> str:
@@ -211,5 +274,10 @@ def error_text(raw: str | None) -> str:
 
 
 def _written() -> Iterator[dict[str, Any]]:
+    for table in _tables():
+        yield from table["rule"]
+
+
+def _tables() -> Iterator[dict[str, Any]]:
     for package, name in _TABLES:
-        yield from tomllib.loads(files(package).joinpath(name).read_text(encoding="utf-8"))["rule"]
+        yield tomllib.loads(files(package).joinpath(name).read_text(encoding="utf-8"))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zili.errors import NoProgressError
-from zili.supervision.rules import ACTIONS, Action, Ending, Kind, Rule, rule_for, rule_named
+from zili.supervision.rules import ACTIONS, Action, Ending, FaultRule, Kind, rule_for, rule_named
 
 __all__ = ["ACTIONS", "Ending", "Failure", "Verdict", "cause_of", "failure_of", "judge"]
 
@@ -123,7 +123,7 @@ def _standing(ending: Ending) -> tuple[int, int, int]:
     return _distance(ending, rule), -rule.weight, ending.rank
 
 
-def _distance(ending: Ending, rule: Rule) -> int:
+def _distance(ending: Ending, rule: FaultRule) -> int:
     killed_by = ending.killed_by
     if ending.code == 0 and killed_by is None:
         return 4
@@ -137,7 +137,7 @@ def _distance(ending: Ending, rule: Rule) -> int:
     return 1 if killed_by is None or killed_by in _ASKED else 0
 
 
-def _as_the_rule_says(action: Action, failure: Failure, rule: Rule, may_skip_data: bool = False) -> Verdict:
+def _as_the_rule_says(action: Action, failure: Failure, rule: FaultRule, may_skip_data: bool = False) -> Verdict:
     reason = failure.sentence
     if action == "roll_back" and not may_skip_data:
         action, reason = "stop", f"{reason}; the recipe does not allow to skip data"
