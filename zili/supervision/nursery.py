@@ -17,6 +17,7 @@ import gc
 import json
 import logging
 import os
+import runpy
 import select
 import signal
 import socket
@@ -168,11 +169,9 @@ def main() -> None:
 def _run(words: list[str]) -> NoReturn:
     """Run the command in this fork, and end it without taking apart what it shares with the nursery: that takes longer
     than many a run."""
-    from zili.cli.app import main as command
-
     sys.argv, code = ["zili", *words], 1
     try:
-        command()
+        runpy.run_module("zili", run_name="__main__", alter_sys=True)
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)

@@ -245,6 +245,7 @@ class Root:
         # Those that worked keep their places; who stood by comes after them.
         order = [name for name in self._state.machines if name in fit]
         order += [name for name in fit if name not in order]
+        order.sort(key=lambda name: name in self._state.doubtful)
         sizes = [int(size) for size in self._launch.layouts if int(size) <= len(order)]
         if self._launch.most in sizes or (sizes and waited > self._launch.wait):
             self._prepare(order[: max(sizes)])
@@ -326,10 +327,8 @@ class Root:
         verdict = judge(failure, [Failure(**earlier) for earlier in self._state.failures])
         self._state.failures.append(asdict(failure))
         action = ACTIONS[verdict.action]
-        if verdict.action == "replace" and failure.kind == "preemption":
-            action = ACTIONS["restart"]  # a machine that is taken away goes by itself
-        elif verdict.action == "replace" and not self._leave_out(failure, verdict):
-            action = f"{ACTIONS['restart']}, as no other machine is here"
+        if verdict.action == "replace":
+            action = self._replace(failure, verdict)
         self._note(f"{verdict.reason} {failure.hint} Zili: {action} (rule {verdict.rule})")
         if verdict.action not in ("stop", "roll_back"):
             self._go_on()
@@ -338,15 +337,22 @@ class Root:
         said_why = code in {kind.exit_code for kind in ZiliError.__subclasses__()}
         self._end(verdict.exit_code or (code if said_why else NoProgressError.exit_code), "")
 
-    def _leave_out(self, failure: Failure, verdict: Verdict) -> bool:
-        """Do without a machine from now on, if the run can; whether it does."""
-        if not self._can_do_without(failure.machine):
-            return False
-        self._state.left_out[failure.machine] = verdict.reason
-        if failure.machine in self._members:
-            member = self._members.pop(failure.machine)
-            member.tell(do="end", code=ChipError.exit_code, text=f"this machine is left out: {verdict.reason}")
-        return True
+    def _replace(self, failure: Failure, verdict: Verdict) -> str:
+        """Do with other machines, if the run can; what is done. One that failed once is the last to be taken again, one
+        that fails again and again is left out for good."""
+        name = failure.machine
+        if failure.kind == "preemption":
+            return ACTIONS["restart"]  # a machine that is taken away goes by itself
+        if not self._can_do_without(name):
+            return f"{ACTIONS['restart']}, as no other machine is here"
+        if verdict.rule != "machine-again":
+            self._state.doubtful = [*(one for one in self._state.doubtful if one != name), name]
+        else:
+            self._state.left_out[name] = verdict.reason
+            if name in self._members:
+                member = self._members.pop(name)
+                member.tell(do="end", code=ChipError.exit_code, text=f"this machine is left out: {verdict.reason}")
+        return ACTIONS["replace"]
 
     def _can_do_without(self, name: str) -> bool:
         others = [member for member in self._members.values() if member.name != name and not member.draining]

@@ -40,6 +40,8 @@ class State:
     """Whether that life was begun and is not known to have ended."""
     failures: list[dict[str, Any]] = field(default_factory=list)
     """What ended the lives before, oldest first."""
+    doubtful: list[str] = field(default_factory=list)
+    """Machines that failed: others are taken first."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Machines that are not to be used any more, and why."""
 
