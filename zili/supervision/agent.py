@@ -17,10 +17,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from zili.chips import find_backend
 from zili.parallel.control.crumbs import CRUMBS, Crumbs
 from zili.parallel.control.links import Link, connect
 from zili.parallel.control.member import AGENT, AGENT_SECRET
 from zili.parallel.control.node import Node, below
+from zili.supervision.fitness import refuse_unfit
 from zili.supervision.folder import GENERATION, SupervisionFolder
 from zili.supervision.nursery import STACKS
 from zili.supervision.processes import LocalProcesses
@@ -85,6 +87,7 @@ class Agent:
             loop.add_signal_handler(number, self._interrupt)
         beating = asyncio.ensure_future(self._beat())
         try:
+            refuse_unfit(self._run, find_backend(self._machine.chip), self._launch.processes)
             await self._processes.ready
             while (over := await self._under_a_root()) is None:
                 pass
