@@ -144,10 +144,14 @@ class Stop(Callback):
 
     def __init__(self, step: int) -> None:
         self.step = step
+        self._at_once = False
+
+    def on_start(self, trainer: Trainer) -> None:
+        self._at_once = self.step <= trainer.step + trainer._requests.delay
 
     def after_step(self, trainer: Trainer) -> None:
         requests = trainer._requests
-        if self.step <= requests.delay:
+        if self._at_once:
             if trainer.step == self.step:
                 requests.due = lambda: {"interrupt"}  # type: ignore[method-assign]
         elif trainer.step == self.step - requests.delay and trainer.world.rank == trainer.world.size - 1:

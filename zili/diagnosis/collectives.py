@@ -33,7 +33,7 @@ from zili.diagnosis.speed import numbers
 from zili.ops import reference
 from zili.ops.examples import example
 from zili.ops.yardstick import compared
-from zili.parallel.world import join, leave
+from zili.parallel.world import await_the_others, join, leave
 from zili.planning.fitted.machine import share_sent
 from zili.training.throughput import fastest_call
 
@@ -284,7 +284,7 @@ def _work(chip: str) -> None:
         _say(begin=name)
         _say(verdict=asdict(try_it()))
     _say(begin="parting")
-    dist.all_reduce(torch.zeros(1))  # the first one holds what new groups meet by, so it must not leave before
+    await_the_others()  # the first one holds what new groups meet by, so it must not leave before
     _say(done=True)
     leave()
 

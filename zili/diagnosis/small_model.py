@@ -56,7 +56,7 @@ def one_step_sharded(world: World) -> tuple[float, float]:
     model.to_empty(device=world.device.torch)
     model.init_weights(0)
     ids, labels = (rows[world.rank : world.rank + 1].to(world.device.torch) for rows in next(_batches(world.size)))
-    loss, squared = world.sum(torch.tensor(_step(model, ids, labels))).tolist()
+    loss, squared = world.sum(torch.tensor(_step(model, ids, labels), device=world.device.torch)).tolist()
     return loss, squared
 
 

@@ -29,6 +29,8 @@ class Requests:
         self._alone = world.size == 1
         # Kept, as a copy to the device would wait for what the device is at.
         self._nothing = torch.zeros(len(_NAMES), device=world.device.torch)
+        # Copies on a stream of their own wait for the sum alone, not for the step that follows it.
+        self._aside = None if world.device.type == "cpu" else torch.Stream(world.device.torch)
         self._summed: list[tuple[Tensor, torch.Event | None]] = []
 
     def terms(self) -> Tensor:
@@ -39,12 +41,12 @@ class Requests:
 
     def take(self, summed: Tensor) -> None:
         """`terms` of all processes, added up; on a device it may still be on its way."""
-        arrived = None
-        if summed.device.type != "cpu":
-            summed = summed.to("cpu", non_blocking=True)
-            arrived = torch.Event(self._nothing.device)
-            arrived.record()
-        self._summed.append((summed, arrived))
+        if self._alone:
+            return
+        there = None if self._aside is None else torch.Event(self._nothing.device)
+        if there is not None:
+            there.record()
+        self._summed.append((summed, there))
 
     def due(self) -> set[Request]:
         """What is to be done now. All processes are told the same after the same step."""
@@ -52,7 +54,12 @@ class Requests:
             return {name for name, asked in self.own.items() if asked}
         if len(self._summed) < 2:
             return set()
-        summed, arrived = self._summed.pop(0)
-        if arrived is not None:
-            arrived.synchronize()
-        return {name for name, count in zip(_NAMES, summed.tolist(), strict=True) if count}
+        counts = self._read(*self._summed.pop(0))
+        return {name for name, count in zip(_NAMES, counts, strict=True) if count}
+
+    def _read(self, summed: Tensor, there: torch.Event | None) -> list[float]:
+        if self._aside is None or there is None:
+            return summed.tolist()
+        self._aside.wait_event(there)
+        with self._aside:
+            return summed.tolist()

@@ -56,7 +56,7 @@ def products(layers: int, micro_batches: int) -> dict[str, int]:
 BACKWARD = "torch's backward pass"
 EXPERTS = 4
 """Layers of experts, that of multi-token prediction among them."""
-SENDING = {"parallel/expert.py counted": EXPERTS * MICRO_BATCHES // 2}
+SENDING = {"parallel/expert.py rows_by_process": EXPERTS * MICRO_BATCHES // 2}
 """How much to send where: once a layer and micro-batch."""
 
 

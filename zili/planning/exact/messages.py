@@ -20,6 +20,8 @@ _ALIVE = 6
 """Beside a teacher a sixth of them (`zili.ops.distillation`)."""
 _BUCKET = 64 << 20
 """Bytes of gradients that are summed by one call (`zili.parallel.data`)."""
+_REQUESTS = 5
+"""What a process asks of all, beside the figures of a step (`zili.training.requests`)."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,7 @@ def _figures(job: Job) -> Some:
     further = 3 if job.config.preference is not None else job.learns_further
     if job.teacher is not None:
         further = 2
-    yield Message("all_reduce", "world", world, (3 + further) * _FP32), 1
+    yield Message("all_reduce", "world", world, (3 + further + _REQUESTS) * _FP32), 1
     mixture = job.model.mixture
     if mixture is not None:
         layers = job.model.layers + job.model.mtp_layers

@@ -12,7 +12,7 @@ from zili.training.requests import Request, Requests
 
 
 def of_world(size: int) -> Requests:
-    world: Any = SimpleNamespace(size=size, device=SimpleNamespace(torch=torch.device("cpu")))
+    world: Any = SimpleNamespace(size=size, device=SimpleNamespace(type="cpu", torch=torch.device("cpu")))
     return Requests(world)
 
 
