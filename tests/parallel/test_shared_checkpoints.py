@@ -27,7 +27,7 @@ from zili.config import RunConfig
 from zili.errors import CheckpointError, ZiliError
 from zili.parallel.world import World
 from zili.training import checkpoints, restoring
-from zili.training.checkpoints import Found, RunState
+from zili.training.checkpoints import RunState, SoundCheckpoint
 from zili.training.index import read_index
 from zili.training.saving import Saver, generation_fence
 
@@ -118,7 +118,7 @@ def together(folder: Path) -> dict[str, Any]:
         reads = lambda index: restoring.files_to_read(index, {"model.cut": tensors["model.cut"]}, [], world.rank)  # noqa: E731
         index = checkpoints.verify(path, world, reads)
         room = {"model.cut": tensors_of(world, torch.zeros_like)["model.cut"]}
-        restoring._read(Found(path, index), room)
+        restoring._read(SoundCheckpoint(path, index), room)
     found["same"] = torch.equal(local_of(room), local_of(tensors))
     found["old form"] = read_old_form(folder.parent / "old", world, tensors)
     found["fenced"] = fenced(folder, world, tensors)
@@ -139,7 +139,7 @@ def read_old_form(folder: Path, world: World, tensors: dict[str, Tensor]) -> boo
         process_group=dist.new_group(backend="gloo"),
     )
     room = tensors_of(world, torch.zeros_like)
-    restoring._read(Found(folder, read_index(folder)), room)
+    restoring._read(SoundCheckpoint(folder, read_index(folder)), room)
     return torch.equal(local_of(room), local_of(tensors)) and torch.equal(room["model.all"], tensors["model.all"])
 
 

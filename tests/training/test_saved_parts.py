@@ -27,7 +27,7 @@ from zili.checksums import dealt
 from zili.errors import CheckpointError
 from zili.torch_private import StridedShard
 from zili.training import parts as parts_module
-from zili.training.index import Box, Index, Place, read_header, read_index, shard_of
+from zili.training.index import Box, Place, TensorIndex, read_header, read_index, shard_of
 from zili.training.parts import box_of, parts_to_write, write_parts
 from zili.training.restoring import one_process
 
@@ -158,10 +158,10 @@ def test_torch_reads_every_layout_whole_and_each_part_was_written_once(tmp_path:
             assert written[f"{layout} {1 << 20}"][1:] == [8] * (world - 1), "small parts are the first one's"
 
 
-def index_of(*headers: dict[str, Place]) -> Index:
+def index_of(*headers: dict[str, Place]) -> TensorIndex:
     shards = [shard_of(header) for header in headers]
     tables = [shard.cut for shard in shards]
-    return Index(tables, {str(number): (number, one.whole, one.places) for number, one in enumerate(shards)})
+    return TensorIndex(tables, {str(number): (number, one.whole, one.places) for number, one in enumerate(shards)})
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_an_index_of_ten_thousand_files_is_a_few_megabytes() -> None:
         )
         for file in range(1024)
     }
-    assert len(Index([table], files).text()) < 0.7e6
+    assert len(TensorIndex([table], files).text()) < 0.7e6
 
 
 @pytest.mark.parametrize(

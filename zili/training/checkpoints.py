@@ -30,7 +30,7 @@ from zili.checksums import dealt, read_sums, verify_sums
 from zili.errors import CheckpointError
 from zili.models.decoder import Decoder
 from zili.plugins import place_of
-from zili.training.index import INDEX_FILE, Index, read_index
+from zili.training.index import INDEX_FILE, TensorIndex, read_index
 
 if TYPE_CHECKING:
     from zili.parallel.world import World
@@ -39,7 +39,7 @@ RUN_FILE = "run.json"
 FORMAT = 1
 Named = list[tuple[str, nn.Parameter]]
 """Parameters under their names in the whole model."""
-Reads = Callable[[Index], set[str]]
+Reads = Callable[[TensorIndex], set[str]]
 """Of a checkpoint, the files that this process is about to read."""
 _TOLD = 64
 """Files that a process says it reads. It may read more; then others may hash them."""
@@ -52,14 +52,14 @@ class _Listing(NamedTuple):
 
     sums: dict[str, str]
     sizes: dict[str, int]
-    contents: Index
+    contents: TensorIndex
 
 
-class Found(NamedTuple):
+class SoundCheckpoint(NamedTuple):
     """A checkpoint, and what its files hold."""
 
     path: Path
-    contents: Index
+    contents: TensorIndex
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def step_of(path: Path) -> int:
 
 def newest_sound(
     folder: Path, report: Callable[[str], None], world: World | None = None, reads: Reads = lambda index: set()
-) -> Found | None:
+) -> SoundCheckpoint | None:
     """The newest checkpoint whose hashes hold; each damaged one is named through `report` and passed over.
 
     With a `world` all its processes call it and share the work, each by what it `reads`.
@@ -118,7 +118,7 @@ def newest_sound(
     for path in _candidates(folder, world):
         try:
             _LOG.debug("hashing %s", path)
-            return Found(path, verify(path, world, reads))
+            return SoundCheckpoint(path, verify(path, world, reads))
         except CheckpointError as error:
             report(f"passing over a damaged checkpoint: {error}")
             passed += 1
@@ -134,7 +134,7 @@ def _candidates(folder: Path, world: World | None) -> Iterator[Path]:
     )
 
 
-def verify(path: Path, world: World | None = None, reads: Reads = lambda index: set()) -> Index:
+def verify(path: Path, world: World | None = None, reads: Reads = lambda index: set()) -> TensorIndex:
     """Hash every file; returns what they hold. With a `world` every process hashes its share, and all raise what one
     finds.
 

@@ -72,7 +72,7 @@ class Place(NamedTuple):
         return self.box.shape == self.size
 
 
-class Part(NamedTuple):
+class StoredPart(NamedTuple):
     """A part of a tensor and the file that has it."""
 
     file: str
@@ -128,7 +128,7 @@ def table_digest(names: Names) -> str:
     return hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()[:32]
 
 
-class Index:
+class TensorIndex:
     """Which file has which part of which tensor."""
 
     def __init__(self, tables: list[Names], files: dict[str, tuple[int, Names, list[Place]]]) -> None:
@@ -142,7 +142,7 @@ class Index:
         for table, names in enumerate(tables):
             for name, number in names.items():
                 self._of_name[name].append((table, number))
-        self._found: dict[tuple[int, int, Box], list[Part]] = {}
+        self._found: dict[tuple[int, int, Box], list[StoredPart]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         # As short as its file; what is looked up in it is made anew.
@@ -170,19 +170,19 @@ class Index:
             raise CheckpointError(f"{name} has dtype {said}; this version reads {', '.join(DTYPES)}")
         return DTYPES[said]
 
-    def parts(self, name: str, box: Box | None = None) -> list[Part]:
+    def parts(self, name: str, box: Box | None = None) -> list[StoredPart]:
         """The parts in files, of a tensor or of what `box` has of it."""
         if name in self._homes:
             file, number = self._homes[name]
-            return [Part(file, self._files[file][2][number].box)]
+            return [StoredPart(file, self._files[file][2][number].box)]
         box = box or Box((0,) * len(self.size(name)), tuple(self.size(name)))
         return [part for table, number in self._of_name[name] for part in self._parts(table, number, box)]
 
-    def _parts(self, table: int, number: int, box: Box) -> list[Part]:
+    def _parts(self, table: int, number: int, box: Box) -> list[StoredPart]:
         """Asked for every tensor of a model, of which many are alike: each question is answered once."""
         key = (table, number, box)
         if key not in self._found:
-            parts = (Part(file, self._files[file][2][number].box) for file in self._sharing[table])
+            parts = (StoredPart(file, self._files[file][2][number].box) for file in self._sharing[table])
             self._found[key] = [part for part in parts if part.box.meets(box)]
         return self._found[key]
 
@@ -240,7 +240,7 @@ def _integers(raw: Iterable[Any]) -> tuple[int, ...]:
     return tuple(int(one) for one in raw)
 
 
-def read_index(folder: Path) -> Index:
+def read_index(folder: Path) -> TensorIndex:
     """The index of a checkpoint; of one from before there was any, by the headers of all its files.
 
     Raises:
@@ -255,18 +255,18 @@ def read_index(folder: Path) -> Index:
         raise CheckpointError(f"{file} cannot be read: {error!r}") from error
 
 
-def _parsed(text: str) -> Index:
+def _parsed(text: str) -> TensorIndex:
     raw = json.loads(text)
     if raw.get("format") != FORMAT:
         raise ValueError(f"its format is {raw.get('format')!r}; this version reads {FORMAT}")
     files = {name: (one["table"], one["whole"], places_of(one["places"])) for name, one in raw["files"].items()}
-    index = Index(raw["tables"], files)
+    index = TensorIndex(raw["tables"], files)
     for name in index.names():
         index.size(name)
     return index
 
 
-def _index_by_headers(folder: Path) -> Index:
+def _index_by_headers(folder: Path) -> TensorIndex:
     headers = {file.name: read_header(file) for file in sorted(folder.glob("*.safetensors"))}
     sizes: dict[str, tuple[int, ...]] = {}
     for header in headers.values():
@@ -278,4 +278,4 @@ def _index_by_headers(folder: Path) -> Index:
         shard = shard_of({name: place._replace(size=sizes[name]) for name, place in header.items()})
         files[file] = (len(tables), shard.whole, shard.places)
         tables.append(shard.cut)
-    return Index(tables, files)
+    return TensorIndex(tables, files)

@@ -26,7 +26,7 @@ _SMALL = 1 << 20
 make every process open as many files as there are holders when it restores."""
 
 
-class Held(NamedTuple):
+class HeldPart(NamedTuple):
     """The part of a tensor that this process holds."""
 
     tensor: Tensor
@@ -34,7 +34,7 @@ class Held(NamedTuple):
     """Of the whole tensor."""
     box: Box
 
-    def copied(self) -> Held:
+    def copied(self) -> HeldPart:
         """With a copy on the host."""
         return self._replace(tensor=self.tensor.to("cpu", copy=True))
 
@@ -59,7 +59,7 @@ def box_of(tensor: Tensor) -> Box:
     return Box(tuple(offset), tuple(shape))
 
 
-def parts_to_write(tensors: Mapping[str, Tensor], world: World, alone: Callable[[str], bool]) -> dict[str, Held]:
+def parts_to_write(tensors: Mapping[str, Tensor], world: World, alone: Callable[[str], bool]) -> dict[str, HeldPart]:
     """Of `tensors`, this process's part of a checkpoint, what it writes. Whoever holds a part calls it with the same.
 
     Large parts are dealt out among their holders by their bytes, small ones are the first holder's. `alone` says by
@@ -81,18 +81,18 @@ def parts_to_write(tensors: Mapping[str, Tensor], world: World, alone: Callable[
     return {name: part for name, part in held.items() if name in own}
 
 
-def _held(tensors: Mapping[str, Tensor]) -> dict[str, Held]:
+def _held(tensors: Mapping[str, Tensor]) -> dict[str, HeldPart]:
     # Layers are alike, and what torch computes of a matrix that is cut twice takes time.
     boxes: dict[object, Box] = {}
     found = {}
     for name, tensor in tensors.items():
         if not isinstance(tensor, DTensor):
-            found[name] = Held(tensor.detach(), tensor.shape, box_of(tensor))
+            found[name] = HeldPart(tensor.detach(), tensor.shape, box_of(tensor))
             continue
         key = (tensor.shape, tensor.device_mesh, tensor.placements)
         if key not in boxes:
             boxes[key] = box_of(tensor)
-        found[name] = Held(tensor.to_local().detach(), tensor.shape, boxes[key])
+        found[name] = HeldPart(tensor.to_local().detach(), tensor.shape, boxes[key])
     return found
 
 
@@ -114,7 +114,7 @@ def _holders(tensor: Tensor, world: World) -> _Holders | None:
     return _Holders(own, count, (mesh.mesh_dim_names, tuple(mesh.shape), whole))
 
 
-def write_parts(file: Path, parts: Mapping[str, Held]) -> None:
+def write_parts(file: Path, parts: Mapping[str, HeldPart]) -> None:
     """Write `parts` so that torch.distributed.checkpoint reads them in any layout.
 
     Raises:

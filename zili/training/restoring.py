@@ -26,8 +26,8 @@ from zili.errors import CheckpointError
 from zili.models.arithmetic import parameter_shapes
 from zili.models.decoder import Decoder
 from zili.training.checkpoints import (
-    Found,
     Named,
+    SoundCheckpoint,
     check_decoder,
     find_checkpoint,
     generator_key,
@@ -35,12 +35,17 @@ from zili.training.checkpoints import (
     owners,
     read_state,
 )
-from zili.training.index import Box, Index, read_index
+from zili.training.index import Box, TensorIndex, read_index
 from zili.training.parts import box_of
 
 
 def restore(
-    found: Found, config: ModelConfig, tensors: dict[str, Tensor], named: Named, optimizers: list[Optimizer], rank: int
+    found: SoundCheckpoint,
+    config: ModelConfig,
+    tensors: dict[str, Tensor],
+    named: Named,
+    optimizers: list[Optimizer],
+    rank: int,
 ) -> dict[str, Tensor]:
     """Fill weights and optimizer state in place; returns the generator states of process `rank` by name.
 
@@ -64,7 +69,7 @@ def restore(
     return {key.split(".")[1]: value for key, value in rng.items()}
 
 
-def files_to_read(index: Index, tensors: dict[str, Tensor], named: Named, rank: int) -> set[str]:
+def files_to_read(index: TensorIndex, tensors: dict[str, Tensor], named: Named, rank: int) -> set[str]:
     """The files that `restore` opens; of a checkpoint of another model, those of what is there."""
     known = {key: tensor for key, tensor in tensors.items() if key in index and index.size(key) == tensor.shape}
     boxes: dict[str, Box | None] = {key: box_of(tensor) for key, tensor in known.items()}
@@ -79,7 +84,7 @@ def files_to_read(index: Index, tensors: dict[str, Tensor], named: Named, rank: 
     return {part.file for key, box in boxes.items() for part in index.parts(key, box)}
 
 
-def _generators(index: Index, rank: int) -> list[str]:
+def _generators(index: TensorIndex, rank: int) -> list[str]:
     """The generator states of process `rank`."""
     rngs = (key for key in index.names() if key.startswith("rng."))
     return [key for key in rngs if generator_key(key.split(".")[1], rank) == key]
@@ -101,7 +106,7 @@ def load_model(path: Path, decoder: type[Decoder] = Decoder) -> Decoder:
     with torch.device("meta"):
         model = decoder(config)
     model.to_empty(device="cpu")
-    found, tensors = Found(folder, read_index(folder)), model_tensors(model.named_tensors())
+    found, tensors = SoundCheckpoint(folder, read_index(folder)), model_tensors(model.named_tensors())
     # What an objective learned beside the decoder stays where it is.
     _check_same_keys(folder, set(found.contents.names()) & tensors.keys(), set(tensors))
     _read(found, tensors)
@@ -117,7 +122,7 @@ def one_process() -> Iterator[None]:
 
 
 def _empty_optimizer_state(
-    found: Found, config: ModelConfig, named: Named, optimizers: list[Optimizer]
+    found: SoundCheckpoint, config: ModelConfig, named: Named, optimizers: list[Optimizer]
 ) -> dict[str, tuple[Optimizer, nn.Parameter, Tensor]]:
     """Room for the `optimizer.*` tensors of the checkpoint, shaped and placed like the parameters they belong to."""
     path, index = found
@@ -142,7 +147,7 @@ def _empty_optimizer_state(
     return states
 
 
-def _is_like(index: Index, key: str, parameter: Tensor) -> bool:
+def _is_like(index: TensorIndex, key: str, parameter: Tensor) -> bool:
     """Whether a tensor of an optimizer lies over the processes as the parameter does."""
     return index.size(key) == parameter.shape and not key.endswith(".step")
 
@@ -162,7 +167,7 @@ def _check_state_kinds(path: Path, states: dict[str, Any], optimizers: list[Opti
 class _Reader(HuggingFaceStorageReader):
     """Torch's reader, which need not open every file to know what is in it."""
 
-    def __init__(self, found: Found, tensors: dict[str, Tensor]) -> None:
+    def __init__(self, found: SoundCheckpoint, tensors: dict[str, Tensor]) -> None:
         super().__init__(str(found.path))
         self._found, self._tensors = found, tensors
 
@@ -189,7 +194,7 @@ class _Stored(NamedTuple):
     dtype: torch.dtype
 
 
-def _read(found: Found, tensors: dict[str, Tensor]) -> None:
+def _read(found: SoundCheckpoint, tensors: dict[str, Tensor]) -> None:
     for key, tensor in tensors.items():
         size = found.contents.size(key)
         if size != tensor.shape:

@@ -23,8 +23,17 @@ from zili.durable import soon, sync
 from zili.errors import CheckpointError
 from zili.parallel.world import World
 from zili.training.checkpoints import RUN_FILE, RunState, is_of_one_process, list_checkpoints, step_of
-from zili.training.index import INDEX_FILE, Index, Names, flat_places, places_of, read_header, shard_of, table_digest
-from zili.training.parts import Held, parts_to_write, write_parts
+from zili.training.index import (
+    INDEX_FILE,
+    Names,
+    TensorIndex,
+    flat_places,
+    places_of,
+    read_header,
+    shard_of,
+    table_digest,
+)
+from zili.training.parts import HeldPart, parts_to_write, write_parts
 
 Result = TypeVar("Result")
 GENERATION = "ZILI_GENERATION"
@@ -149,7 +158,7 @@ class Saver:
             self._saved(self._whole)
         return True
 
-    def _attempt(self, target: Path, state: RunState, parts: dict[str, Held], begun: float) -> None:
+    def _attempt(self, target: Path, state: RunState, parts: dict[str, HeldPart], begun: float) -> None:
         try:
             size = self._write(target, state, parts)
             self._whole = Saved(target, size, time.perf_counter() - begun)
@@ -157,7 +166,7 @@ class Saver:
         except BaseException as error:
             self._failure = error
 
-    def _write(self, target: Path, state: RunState, parts: dict[str, Held]) -> int:
+    def _write(self, target: Path, state: RunState, parts: dict[str, HeldPart]) -> int:
         """The checkpoint's bytes, on the first process."""
         # One name for all processes of a life; what a killed run left under others is swept away first.
         aside = self.folder / f".{target.name}{_of_this_life()}"
@@ -184,7 +193,7 @@ class Saver:
                 f"a newer life of this run writes in {self.folder}: this process was taken for dead and replaced"
             )
 
-    def _write_own(self, aside: Path, parts: dict[str, Held]) -> dict[str, Any] | None:
+    def _write_own(self, aside: Path, parts: dict[str, HeldPart]) -> dict[str, Any] | None:
         """Write this process's file, if it has parts; what the first process has to know of it."""
         if not parts:
             return None
@@ -271,7 +280,7 @@ def _of_this_life() -> str:
     return "" if own is None else f"-life-{own}"
 
 
-def _write_tensors(file: Path, parts: dict[str, Held]) -> None:
+def _write_tensors(file: Path, parts: dict[str, HeldPart]) -> None:
     # Where the folder is not one for all, the first process will say so; each goes on till then.
     file.parent.mkdir(parents=True, exist_ok=True)
     write_parts(file, parts)
@@ -283,7 +292,7 @@ def _written(file: Path) -> _Written:
     return _Written(file.name, sha256(file), file.stat().st_size)
 
 
-def _index(folder: Path, said: list[dict[str, Any]]) -> Index:
+def _index(folder: Path, said: list[dict[str, Any]]) -> TensorIndex:
     """The index of the files that all processes told of; of those that share a table, one is opened for it."""
     numbers: dict[str, int] = {}
     tables: list[Names] = []
@@ -293,7 +302,7 @@ def _index(folder: Path, said: list[dict[str, Any]]) -> Index:
             numbers[one["table"]] = len(tables)
             tables.append(shard_of(read_header(folder / one["name"])).cut)
         files[one["name"]] = (numbers[one["table"]], one["whole"], places_of(one["places"]))
-    return Index(tables, files)
+    return TensorIndex(tables, files)
 
 
 def _refuse_missing(folder: Path, written: list[_Written]) -> None:

@@ -32,7 +32,7 @@ from zili.parallel.world import World
 from zili.plugins import place_of
 from zili.training import checkpoints, restoring
 from zili.training.callbacks.base import Callback, StepRecord
-from zili.training.index import Index
+from zili.training.index import TensorIndex
 from zili.training.interruption import Interruption
 from zili.training.optimizers import build_optimizers, set_learning_rate
 from zili.training.requests import Requests
@@ -189,7 +189,7 @@ class Trainer:
         named = list(self.parallel.named_parameters())
         tensors = checkpoints.model_tensors(self.parallel.named_tensors())
 
-        def reads(index: Index) -> set[str]:
+        def reads(index: TensorIndex) -> set[str]:
             return restoring.files_to_read(index, tensors, named, world.rank)
 
         found = world.agree(lambda: checkpoints.newest_sound(self.checkpoint_folder, self.note, world, reads))
