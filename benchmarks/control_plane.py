@@ -21,6 +21,7 @@ import socket
 import statistics
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ EACH = 8
 TENSORS, ROWS, COLUMNS = 50, 64, 8
 """Tensors, the rows of one that a process has, and columns."""
 AGREEMENTS = 20
+SECRET = b"of a benchmark"
 PHASES = ("start", "agree", "save", "verify", "resume")
 
 
@@ -126,7 +128,8 @@ def _be_process(rank: int, count: int, port: int, folder: Path, agents: bool) ->
     os.environ.update({name: str(value) for name, value in places.items()}, MASTER_ADDR="127.0.0.1")
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     if agents:
-        os.environ["ZILI_AGENT"] = (folder / f"agent-{machine}").read_text().split()[0]
+        os.environ["ZILI_AGENT"] = (folder / f"agent-{machine}").read_text()
+        os.environ["ZILI_AGENT_SECRET"] = SECRET.hex()
     aside = folder / f"{rank}.part"
     aside.write_text(json.dumps(_work(count, folder)))
     aside.rename(folder / f"{rank}.json")
@@ -144,18 +147,17 @@ def _be_agent(machine: int, count: int, folder: Path) -> None:
     from zili.parallel.control.member import Hosted
     from zili.parallel.control.node import Node, above, below
 
-    tempfile.tempdir = str(folder)  # it is killed, and cannot sweep up after itself
     ranks = range(EACH * machine, min(count, EACH * machine + EACH))
-    hosted = Hosted(Node(machine, ranks, below(machine, -(-count // EACH)), b"benchmark"))
+    hosted = Hosted(Node(machine, ranks, below(machine, -(-count // EACH)), SECRET))
     port = hosted.listen("127.0.0.1")
     aside = folder / f"aside-{machine}"
-    aside.write_text(f"{hosted.path} 127.0.0.1:{port}")
+    aside.write_text(f"127.0.0.1:{port}")
     parent = above(machine)
     aside.rename(folder / f"agent-{machine}")
     if parent is not None:
         while not (folder / f"agent-{parent}").exists():
             time.sleep(0.01)
-        hosted.join((folder / f"agent-{parent}").read_text().split()[1])
+        hosted.join((folder / f"agent-{parent}").read_text())
     while True:
         time.sleep(60)
 
@@ -175,8 +177,11 @@ class _Meter:
         links.Link.receive = self._counting(links.Link.receive)  # type: ignore[method-assign]
         real = checksums.sha256
 
+        lock = threading.Lock()
+
         def hashing(path: Path) -> str:
-            self.hashed += path.stat().st_size
+            with lock:  # files are hashed on several threads
+                self.hashed += path.stat().st_size
             return real(path)
 
         checksums.sha256 = hashing
