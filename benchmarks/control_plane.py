@@ -7,8 +7,8 @@ There is no model to speak of: fifty small tensors cut over all of them. The pro
 its own, as torchrun has it, and the first of each machine has its node; with `--agents` the nodes are in processes of
 their own, which are not counted, and hold the store too. CPU is user and system time of a process (getrusage), the
 thread of its machine's node with it. A message is one that a process or its node sends or receives.
-Start makes the groups over Gloo that a run on CPUs has. What follows has groups that do nothing, since it needs none: a
-process's thirty idle threads of Gloo wake a thousand times a second, and those of 256 processes take both cores.
+Start makes the groups over Gloo that a run on CPUs has. What follows has groups that do nothing, since it needs none:
+the idle threads of Gloo, thirty a process, wake by the clock, and those of 256 processes take both cores.
 On two cores it is CPU that is measured, and the wall time of many processes is that of their work one after another.
 """
 
