@@ -37,7 +37,8 @@ MADE_BY_THE_READER = {
     *("recipe.toml", "recipes/mine.toml", "report.html", "runs/quickstart", "runs/run", "texts/json", "p.html"),
     *("tokenizer.json", "generation_config.json", "configuration.json", "release.json", "published_runs.csv"),
     *("zili_acme.py", "zili_acme_operations.py", "device-check/device-check.md", "device-check/device-check.json"),
-    *("zili_acme.toml", "tokenizer_config.json", "config.json", "model.json", "run.json", "summary.json"),
+    *("zili_acme.toml", "tokenizer_config.json", "config.json", "model.json", "run.json", "index.json"),
+    "summary.json",
 }
 """Files and folders that a run, a release or the reader makes; examples."""
 OF_ANOTHER = re.compile(r"[*<{]|NAME|^\w+/s$")

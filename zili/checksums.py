@@ -38,17 +38,33 @@ def several_at_once(work: Callable[[Item], Made], items: Sequence[Item]) -> Iter
 
 
 def share_of(sizes: Mapping[Item, int], part: int, parts: int) -> list[Item]:
-    """Which of the files with `sizes`, bytes, process `part` of `parts` hashes: from the largest to the smallest, each
-    goes to the process that has fewest bytes. The same on every process."""
-    own = []
-    least: list[tuple[int, int]] = [(0, number) for number in range(parts)]
-    names: list[Any] = sorted(sizes, key=lambda name: (-sizes[name], str(name)))
+    """Which of the files with `sizes`, bytes, process `part` of `parts` hashes. The same on every process."""
+    return [name for name, number in dealt(sizes, parts).items() if number == part]
+
+
+def dealt(sizes: Mapping[Item, int], parts: int, near: Mapping[Item, Sequence[int]] | None = None) -> dict[Item, int]:
+    """Which of `parts` processes hashes each of the files with `sizes`, bytes: from the largest to the smallest, each
+    goes to the process that has fewest bytes.
+
+    `near`: the processes that read a file anyway. It goes to one of them, and then those are dealt out that nobody
+    reads; but no process gets a second file that would make it more than twice its part of all bytes.
+    """
+    near = near or {}
+    names: list[Any] = sorted(sizes, key=lambda name: (not near.get(name), -sizes[name], str(name)))
+    loads, most = [0] * parts, 2 * sum(sizes.values()) / parts
+    # A process's entry is right if it is the newest; the others are dropped when they come up.
+    least = [(0, number) for number in range(parts)]
+    found = {}
     for name in names:
-        load, number = least[0]
-        heapq.heapreplace(least, (load + sizes[name], number))
-        if number == part:
-            own.append(name)
-    return own
+        number = min(near.get(name, ()), key=lambda reader: (loads[reader], reader), default=None)
+        if number is None or (loads[number] and loads[number] + sizes[name] > most):
+            while least[0][0] != loads[least[0][1]]:
+                heapq.heappop(least)
+            number = least[0][1]
+        loads[number] += sizes[name]
+        heapq.heappush(least, (loads[number], number))
+        found[name] = number
+    return found
 
 
 def read_sums(folder: Path, required: Iterable[str] = (), *, others: bool = False) -> dict[str, str]:

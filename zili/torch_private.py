@@ -89,7 +89,7 @@ NAMES = {
     ),
     "compute_local_shape_and_global_offset": PrivateName(
         "torch.distributed.tensor._utils:compute_local_shape_and_global_offset",
-        "which part of a published tensor a process reads",
+        "which part of a tensor a process has, of a checkpoint or a published folder",
         _PLACES,
     ),
     "stage_backward": PrivateName(

@@ -80,7 +80,7 @@ def test_the_whole_way(zili, text: Path, run: Path, tmp_path: Path) -> None:
 
 def _is_used(zili, run: Path, text: Path, published: Path) -> None:
     import zili as package
-    from zili.training.checkpoints import load_model
+    from zili.training.restoring import load_model
 
     shown = zili("config", "show", run / "recipe.toml")
     assert shown.code == 0 and "# chip.name = cpu" in shown.out

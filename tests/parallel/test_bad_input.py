@@ -110,7 +110,7 @@ def test_checkpoints_that_are_damaged_or_of_another_run(zili: Runner) -> None:
     assert files_of(zili.folder) == before
 
     older, newest = zili.checkpoints
-    (missing,) = newest.glob("shard-00002-*")
+    (missing,) = newest.glob("shard-00002.*")
     missing.unlink()
     again = zili()
     assert again.codes == [0, 0], again
@@ -120,7 +120,7 @@ def test_checkpoints_that_are_damaged_or_of_another_run(zili: Runner) -> None:
     assert [path.name for path in zili.checkpoints] == ["step-00000002", "step-00000004"]
 
     for path in zili.checkpoints:
-        next(path.glob("shard-00001-*")).write_bytes(b"nothing")
+        next(path.glob("shard-00001.*")).write_bytes(b"nothing")
     one_error(zili(), 5, "all 2 checkpoints", str(zili.folder), "new folder")
 
 

@@ -21,7 +21,7 @@ from zili.models.layers import Linear
 from zili.models.outputs import Outputs
 from zili.objectives import Objective, Peers, Terms
 from zili.ops import IGNORE_INDEX
-from zili.training.checkpoints import load_model
+from zili.training.restoring import load_model
 
 
 class OddTokens(Objective):

@@ -18,7 +18,8 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from zili.config import RunConfig
 from zili.training import saving
 from zili.training.callbacks import Callback
-from zili.training.checkpoints import list_checkpoints, one_process, verify
+from zili.training.checkpoints import list_checkpoints, verify
+from zili.training.restoring import one_process
 
 HALF = 4
 WHOLE = f"training.steps={2 * HALF}"

@@ -11,7 +11,8 @@ import zili
 from zili.errors import CheckpointError
 from zili.evaluation.run_record import read_run
 from zili.objectives.next_token import NextToken
-from zili.training.checkpoints import load_model, newest_state
+from zili.training.checkpoints import newest_state
+from zili.training.restoring import load_model
 
 
 class Mine(NextToken):

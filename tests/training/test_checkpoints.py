@@ -22,7 +22,7 @@ from tiny_run import At, Recipe, Recorder, final_tensors, hidden, interrupt, ope
 
 from zili.config import RunConfig
 from zili.errors import CheckpointError
-from zili.training import checkpoints, saving
+from zili.training import checkpoints, restoring, saving
 from zili.training.callbacks import Callback
 from zili.training.saving import Saver
 from zili.training.trainer import Trainer
@@ -60,7 +60,8 @@ def test_sha256sum_agrees(trained: Trainer) -> None:
 
 
 def test_nothing_in_a_checkpoint_is_pickled(trained: Trainer) -> None:
-    files = [path for path in newest(trained.config).iterdir() if path.name not in ("run.json", "SHA256SUMS")]
+    texts = ("run.json", "index.json", "SHA256SUMS")
+    files = [path for path in newest(trained.config).iterdir() if path.name not in texts]
     assert files and all(path.suffix == ".safetensors" for path in files)
     for path in files:
         raw = path.read_bytes()
@@ -83,7 +84,7 @@ def test_run_json_says_where_the_run_stands(trained: Trainer) -> None:
 
 def test_load_model_gives_the_trainers_weights_in_eval_mode(trained: Trainer) -> None:
     for place in (trained.config.folder, trained.checkpoint_folder, newest(trained.config)):
-        model = checkpoints.load_model(place)
+        model = restoring.load_model(place)
         assert not model.training
         for (name, mine), (other, theirs) in zip(
             model.named_parameters(), trained.model.named_parameters(), strict=True
@@ -94,7 +95,7 @@ def test_load_model_gives_the_trainers_weights_in_eval_mode(trained: Trainer) ->
 def test_a_tied_head_is_saved_once_and_loaded_tied(recipe: Recipe) -> None:
     trainer = train(recipe("model.tied_embeddings=true"))
     assert not any("head" in name for name in final_tensors(trainer.config))
-    assert checkpoints.load_model(trainer.config.folder).head is None
+    assert restoring.load_model(trainer.config.folder).head is None
 
 
 def flip_a_byte(path: Path) -> None:
@@ -121,6 +122,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "another run.json": (lambda path: (path / "run.json").write_text("{}"), "run.json"),
     "no sums": (lambda path: (path / "SHA256SUMS").unlink(), "SHA256SUMS"),
     "empty sums": (cut_the_sums, "SHA256SUMS"),
+    "no index.json": (lambda path: (path / "index.json").unlink(), "index.json"),
+    "another index.json": (lambda path: (path / "index.json").write_text("{}"), "index.json"),
     "an empty folder": (lambda path: [file.unlink() for file in path.iterdir()] and None, "SHA256SUMS"),  # type: ignore[func-returns-value]
 }
 
@@ -138,7 +141,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(
     inflict, file = DAMAGE[damage]
     path = newest(trained.config)
     inflict(path)
-    checkpoints.load_model(trained.config.folder)
+    restoring.load_model(trained.config.folder)
     assert str(path) in caplog.text and capsys.readouterr().out == "", "standard output is for the answer"
     recorder = Recorder()
     again = open_trainer(trained.config, [recorder])
@@ -298,10 +301,10 @@ def refusing(*steps: int) -> Any:
     """A disk that is full when checkpoints of `steps` are written."""
     real = saving._write_tensors
 
-    def write(aside: Path, *rest: Any) -> None:
-        if int(aside.name[-8:]) in steps:
+    def write(file: Path, *rest: Any) -> None:
+        if int(file.parent.name[-8:]) in steps:
             raise OSError(28, "No space left on device")
-        real(aside, *rest)
+        real(file, *rest)
 
     return mock.patch.object(saving, "_write_tensors", write)
 

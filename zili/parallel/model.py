@@ -252,11 +252,11 @@ class ParallelModel:
         """
         total = torch.zeros((), device=self.world.device.type)
         for name, parameter in self.named_parameters():
-            if parameter.grad is not None and not self._is_second(name):
+            if parameter.grad is not None and not self.is_second(name):
                 total += plain(parameter.grad).square().sum() / self.copies(parameter)
         return total
 
-    def _is_second(self, name: str) -> bool:
+    def is_second(self, name: str) -> bool:
         """Whether a parameter is the last stage's copy of one that the first stage has."""
         return name.startswith("embedding.") and not self.parts[0].first
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from zili.config.mixture import LoraConfig
 from zili.config.model import ModelConfig
@@ -18,31 +14,23 @@ from zili.models.arithmetic import is_adapter, parameter_shapes
 from zili.models.decoder import Decoder
 from zili.release.layouts.mapping import check_tensors
 from zili.release.tensors import Index, Tensors, open_safetensors
+from zili.training.index import Box, read_index
 
 _PREFIX = "model."
-
-
-class _Piece(NamedTuple):
-    file: Path
-    start: tuple[int, ...]
-    """Where in the whole tensor it begins."""
-    shape: tuple[int, ...]
 
 
 class CheckpointTensors(Tensors):
     """The model in a checkpoint's shards, each tensor of which may lie in pieces over several of them."""
 
     def __init__(self, folder: Path) -> None:
-        metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
+        self._folder, self._index = folder, read_index(folder)
         self._described = {
-            name.removeprefix(_PREFIX): torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-            for name, entry in metadata.state_dict_metadata.items()
-            if name.startswith(_PREFIX) and isinstance(entry, TensorStorageMetadata)
+            name.removeprefix(_PREFIX): torch.empty(
+                self._index.size(name), dtype=self._index.dtype(name), device="meta"
+            )
+            for name in self._index.names()
+            if name.startswith(_PREFIX)
         }
-        self._pieces: dict[str, list[_Piece]] = defaultdict(list)
-        for place, stored in (metadata.storage_data or {}).items():
-            piece = _Piece(Path(stored.relative_path), tuple(place.offset), tuple(stored.shape))
-            self._pieces[place.fqn.removeprefix(_PREFIX)].append(piece)
 
     def describe(self) -> dict[str, Tensor]:
         return self._described
@@ -52,24 +40,25 @@ class CheckpointTensors(Tensors):
         index = index or tuple(slice(0, size) for size in whole.shape)
         out = torch.empty([part.stop - part.start for part in index], dtype=whole.dtype)
         filled = 0
-        for piece in self._pieces[name]:
-            here, there = _overlap(piece, index)
+        asked = Box(tuple(part.start for part in index), tuple(out.shape))
+        for file, box in self._index.parts(_PREFIX + name, asked):
+            here, there = _overlap(box, index)
             if all(part.start < part.stop for part in here):
-                with open_safetensors(piece.file) as file:
-                    out[here] = file.get_slice(_PREFIX + name)[there]
+                with open_safetensors(self._folder / file) as opened:
+                    out[here] = opened.get_slice(_PREFIX + name)[there]
                 filled += out[here].numel()
         if filled != out.numel():
             raise CheckpointError(
-                f"{self._pieces[name][0].file.parent}: {filled} of {out.numel()} elements of {name} are there; a shard "
-                "is missing, take an earlier checkpoint"
+                f"{self._folder}: {filled} of {out.numel()} elements of {name} are there; a shard is missing, take an "
+                "earlier checkpoint"
             )
         return out
 
 
-def _overlap(piece: _Piece, index: Index) -> tuple[Index, Index]:
-    """What `piece` has of the part `index`: as a part of that part, and as a part of the piece."""
+def _overlap(box: Box, index: Index) -> tuple[Index, Index]:
+    """What `box`, in a file, has of the part `index`: as a part of that part, and as a part of the box."""
     here, there = [], []
-    for part, start, size in zip(index, piece.start, piece.shape, strict=True):
+    for part, start, size in zip(index, box.offset, box.shape, strict=True):
         first, end = max(part.start, start), min(part.stop, start + size)
         here.append(slice(first - part.start, end - part.start))
         there.append(slice(first - start, end - start))

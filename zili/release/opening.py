@@ -29,7 +29,7 @@ from zili.release.layouts.telechat2 import TeleChat2
 from zili.release.layouts.telechat52 import TeleChat52
 from zili.release.native import MODEL_FILE, Origin, is_native, read_model_file, read_native
 from zili.release.tensors import Index, Tensors, open_tensors
-from zili.torch_private import compute_local_shape_and_global_offset
+from zili.training.parts import box_of
 
 LAYOUTS: tuple[PublishedLayout, ...] = (TeleChat2(), Llama(), TeleChat3(), TeleFLM(), TeleChat52(), DeepSeek())
 """In the order `export_model` tries them for a model that was never published."""
@@ -108,8 +108,7 @@ def own_part(tensor: Tensor) -> Index | None:
     """Which part of `tensor` this process has; None: all of it."""
     if not isinstance(tensor, DTensor):
         return None
-    sizes, starts = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
+    return tuple(slice(start, start + size) for start, size in zip(*box_of(tensor), strict=True))
 
 
 def identity(folder: Path) -> str:

@@ -15,20 +15,11 @@ from zili.data.pointers import what_it_is
 from zili.errors import CheckpointError, ConfigError
 from zili.plurals import counted
 from zili.release.folder import read_json, write_json
+from zili.training.index import DTYPES
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 Index = tuple[slice, ...]
 """A part of a tensor: one slice with start and stop for each dimension."""
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 _OF_WEIGHTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -130,10 +121,10 @@ class _SafetensorsShards(_Shards):
         with open_safetensors(path) as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 piece = file.get_slice(name)
-                dtype = _DTYPES.get(piece.get_dtype())
+                dtype = DTYPES.get(piece.get_dtype())
                 if dtype is None:
                     raise CheckpointError(
-                        f"{path}: {name!r} has dtype {piece.get_dtype()}; convert to one of {list(_DTYPES)}"
+                        f"{path}: {name!r} has dtype {piece.get_dtype()}; convert to one of {list(DTYPES)}"
                     )
                 described[name] = torch.empty(piece.get_shape(), dtype=dtype, device="meta")
         return described

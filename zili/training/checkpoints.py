@@ -1,9 +1,11 @@
-"""Checkpoints: what they hold, whether they are sound, and how a run takes them up again. `saving` writes them.
+"""Checkpoints: what they hold, and which are sound. `saving` writes them, `restoring` reads
+them.
 
 A checkpoint is a folder `step-00000120/`:
 
 - `shard-*.safetensors`, one a process: weights (`model.*`), optimizer state (`optimizer.*`) and generator states
-  (`rng.*`), written by torch.distributed.checkpoint's safetensors storage, whose plans let any layout read them.
+  (`rng.*`), in the form of torch.distributed.checkpoint's safetensors storage, whose plans let any layout read them.
+- `index.json`: which file has which part of which tensor. Those from before it have none.
 - `run.json`: step, data position, configuration, versions, chosen operations.
 - `SHA256SUMS`: one line a file, as `sha256sum -c` reads it.
 """
@@ -15,26 +17,20 @@ import logging
 import re
 import secrets
 import shutil
-import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.optim import Optimizer
 
-from zili.checksums import read_sums, share_of, verify_sums
-from zili.config import ModelConfig
+from zili.checksums import dealt, read_sums, verify_sums
 from zili.errors import CheckpointError
-from zili.models.arithmetic import parameter_shapes
 from zili.models.decoder import Decoder
 from zili.plugins import place_of
+from zili.training.index import INDEX_FILE, TensorIndex, read_index
 
 if TYPE_CHECKING:
     from zili.parallel.world import World
@@ -43,8 +39,27 @@ RUN_FILE = "run.json"
 FORMAT = 1
 Named = list[tuple[str, nn.Parameter]]
 """Parameters under their names in the whole model."""
+Reads = Callable[[TensorIndex], set[str]]
+"""Of a checkpoint, the files that this process is about to read."""
+_TOLD = 64
+"""Files that a process says it reads. It may read more; then others may hash them."""
 _LOG = logging.getLogger(__name__)
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
+
+
+class _Listing(NamedTuple):
+    """A checkpoint as the first process finds it: nobody else lists its folder."""
+
+    sums: dict[str, str]
+    sizes: dict[str, int]
+    contents: TensorIndex
+
+
+class SoundCheckpoint(NamedTuple):
+    """A checkpoint, and what its files hold."""
+
+    path: Path
+    contents: TensorIndex
 
 
 @dataclass(frozen=True)
@@ -89,49 +104,96 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def newest_sound(folder: Path, report: Callable[[str], None], world: World | None = None) -> Path | None:
+def newest_sound(
+    folder: Path, report: Callable[[str], None], world: World | None = None, reads: Reads = lambda index: set()
+) -> SoundCheckpoint | None:
     """The newest checkpoint whose hashes hold; each damaged one is named through `report` and passed over.
 
-    With a `world` all its processes call it and share the work.
+    With a `world` all its processes call it and share the work, each by what it `reads`.
 
     Raises:
         CheckpointError: there are checkpoints and none of them is sound.
     """
-    checkpoints = list_checkpoints(folder) if world is None else world.from_first(lambda: list_checkpoints(folder))
-    for path in reversed(checkpoints):
+    passed = 0
+    for path in _candidates(folder, world):
         try:
             _LOG.debug("hashing %s", path)
-            verify(path, world)
+            return SoundCheckpoint(path, verify(path, world, reads))
         except CheckpointError as error:
             report(f"passing over a damaged checkpoint: {error}")
-        else:
-            return path
-    if checkpoints:
-        raise CheckpointError(
-            f"all {len(checkpoints)} checkpoints in {folder} are damaged; start the run in a new folder"
-        )
+            passed += 1
+    if passed:
+        raise CheckpointError(f"all {passed} checkpoints in {folder} are damaged; start the run in a new folder")
     return None
 
 
-def verify(path: Path, world: World | None = None) -> None:
-    """Hash every file again; with a `world`, every process its share, and all raise what one finds.
+def _candidates(folder: Path, world: World | None) -> Iterator[Path]:
+    """Where a run may go on, the best place first: what else holds its state comes in here."""
+    yield from reversed(
+        list_checkpoints(folder) if world is None else world.from_first(lambda: list_checkpoints(folder))
+    )
+
+
+def verify(path: Path, world: World | None = None, reads: Reads = lambda index: set()) -> TensorIndex:
+    """Hash every file; returns what they hold. With a `world` every process hashes its share, and all raise what one
+    finds.
 
     Raises:
         CheckpointError: a file is missing, truncated or changed; the message names it.
     """
     if world is None:
         verify_sums(path, read_sums(path, [RUN_FILE]))
-        return
-    # Dealt out by what the first sees, since all have to deal alike.
-    sums, sizes = world.from_first(lambda: _sums_and_sizes(path))
-    own = {name: sums[name] for name in share_of(sizes, world.rank, world.size)}
+        return read_index(path)
+    listing = world.from_first(lambda: _look_at(path))
+    own = _share(listing, world, reads(listing.contents))
     world.agree(lambda: verify_sums(path, own), patience=None)
+    return listing.contents
 
 
-def _sums_and_sizes(path: Path) -> tuple[dict[str, str], dict[str, int]]:
+def _look_at(path: Path) -> _Listing:
     sums = read_sums(path, [RUN_FILE])
-    # What is missing weighs nothing: whose share it is in will say so.
-    return sums, {name: (path / name).stat().st_size if (path / name).exists() else 0 for name in sums}
+    if INDEX_FILE in sums:
+        verify_sums(path, {INDEX_FILE: sums[INDEX_FILE]})
+    return _Listing(sums, {name: _size(path / name) for name in sums}, read_index(path))
+
+
+def _size(file: Path) -> int:
+    """Bytes. What is missing weighs nothing: whose share it is in will say so."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
+
+
+def _share(listing: _Listing, world: World, read: set[str]) -> dict[str, str]:
+    """What this process hashes. Who reads what only each knows itself: the first hears it and deals the files out."""
+    names = sorted(listing.sums)
+    told = [number for number, name in enumerate(names) if name in read][:_TOLD]
+    everyones = world.gathered(json.dumps(told))
+
+    def deal() -> list[int]:
+        near: dict[str, list[int]] = defaultdict(list, {INDEX_FILE: [0]})  # hashed before it was read
+        for rank, numbers in enumerate(everyones):
+            for number in json.loads(numbers):
+                near[names[number]].append(rank)
+        found = dealt(listing.sizes, world.size, near)
+        return [found[name] for name in names]
+
+    hashes = world.from_first(deal)
+    own = (name for name, rank in zip(names, hashes, strict=True) if rank == world.rank)
+    return {name: listing.sums[name] for name in own if name != INDEX_FILE}
+
+
+def find_checkpoint(
+    path: Path, report: Callable[[str], None] = _LOG.warning, world: World | None = None
+) -> Path | None:
+    """`path` itself when it is a checkpoint, else the newest sound one below it; hashed as `newest_sound` does."""
+    if (path / RUN_FILE).is_file():
+        verify(path, world)
+        return path
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    found = newest_sound(folder, report, world)
+    return None if found is None else found.path
 
 
 def read_state(path: Path) -> RunState:
@@ -152,61 +214,9 @@ def read_state(path: Path) -> RunState:
         raise CheckpointError(f"{path / RUN_FILE} cannot be read: {error!r}") from error
 
 
-def restore(
-    path: Path, config: ModelConfig, tensors: dict[str, Tensor], named: Named, optimizers: list[Optimizer], rank: int
-) -> dict[str, Tensor]:
-    """Fill weights and optimizer state in place; returns the generator states of process `rank` by name.
-
-    `tensors` (from `model_tensors`) and the parameters `named` are what this process has a part of. It reads only those
-    parts, whatever the layout was that wrote them. A process that was not there has no generator states: the result is
-    empty then.
-
-    Raises:
-        CheckpointError: the checkpoint is of another model or optimizer.
-    """
-    metadata = _metadata(path)
-    wanted = {f"model.{name}" for name in parameter_shapes(config)}
-    _check_same_keys(path, {key for key in metadata if key.startswith("model.")}, wanted)
-    states = _empty_optimizer_state(path, config, named, optimizers, metadata)
-    tensors = {**tensors, **{key: tensor for key, (_, _, tensor) in states.items()}}
-    rng = {
-        key: torch.empty(entry.size, dtype=torch.uint8)
-        for key, entry in metadata.items()
-        if key.startswith("rng.") and generator_key(key.split(".")[1], rank) == key
-    }
-    _read(path, {**tensors, **rng}, metadata)
-    for key, (optimizer, parameter, tensor) in states.items():
-        name = key.rpartition(".")[2]
-        optimizer.state[parameter][name] = tensor.reshape(()) if name == "step" else tensor
-    return {key.split(".")[1]: value for key, value in rng.items()}
-
-
 def generator_key(name: str, rank: int) -> str:
     """Under what name a checkpoint has the state of process `rank`'s generator `name`."""
     return f"rng.{name}" if rank == 0 else f"rng.{name}.{rank}"
-
-
-def load_model(path: Path, decoder: type[Decoder] = Decoder) -> Decoder:
-    """The decoder of a checkpoint, in eval mode on the CPU. `path`: a checkpoint, or a run folder holding some;
-    `decoder`: the kind that it was trained as.
-
-    Raises:
-        CheckpointError: no sound checkpoint there, or it is of another kind.
-    """
-    found = find_checkpoint(path)
-    if found is None:
-        raise CheckpointError(f"{path} holds no checkpoint; give a run folder or a step-... folder")
-    state = read_state(found)
-    check_decoder(found, state, decoder)
-    config = ModelConfig.model_validate(state.config["model"])
-    with torch.device("meta"):
-        model = decoder(config)
-    model.to_empty(device="cpu")
-    tensors, metadata = model_tensors(model.named_tensors()), _metadata(found)
-    # What an objective learned beside the decoder stays where it is.
-    _check_same_keys(found, metadata.keys() & tensors.keys(), set(tensors))
-    _read(found, tensors, metadata)
-    return model.eval()
 
 
 def check_decoder(path: Path, state: RunState, decoder: type[Decoder]) -> None:
@@ -217,19 +227,13 @@ def check_decoder(path: Path, state: RunState, decoder: type[Decoder]) -> None:
         name = trained.rpartition(":")[2]
         raise CheckpointError(
             f"{path} was trained with model={trained}, which was given to zili.train, and {place_of(decoder)} cannot "
-            f"stand for it; open it in Python: zili.training.checkpoints.load_model(run, {name})"
+            f"stand for it; open it in Python: zili.training.restoring.load_model(run, {name})"
         )
 
 
-def find_checkpoint(
-    path: Path, report: Callable[[str], None] = _LOG.warning, world: World | None = None
-) -> Path | None:
-    """`path` itself when it is a checkpoint, else the newest sound one below it; hashed as `newest_sound` does."""
-    if (path / RUN_FILE).is_file():
-        verify(path, world)
-        return path
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    return newest_sound(folder, report, world)
+def is_of_one_process(key: str) -> bool:
+    """Whether a plain tensor is of the process that has it, and not the same on others."""
+    return key.startswith("rng.")
 
 
 def newest_state(folder: Path) -> RunState | None:
@@ -242,14 +246,6 @@ def newest_state(folder: Path) -> RunState | None:
     return None
 
 
-@contextmanager
-def one_process() -> Iterator[None]:
-    """Without torch's warning that there is one process: that is meant."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
-
 def model_tensors(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Weights under the names that a checkpoint has them by."""
     return {f"model.{name}": tensor.detach() for name, tensor in named}
@@ -259,79 +255,15 @@ def optimizer_tensors(named: Named, optimizers: list[Optimizer]) -> dict[str, Te
     """Optimizer state by parameter name. Step counts become `[1]`: a safetensors slice needs a dimension."""
     return {
         f"optimizer.{name}.{key}": value.reshape(1) if value.ndim == 0 else value
-        for name, parameter, optimizer in _owners(named, optimizers)
+        for name, parameter, optimizer in owners(named, optimizers)
         for key, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, Tensor)
     }
 
 
-def _empty_optimizer_state(
-    path: Path, config: ModelConfig, named: Named, optimizers: list[Optimizer], metadata: dict[str, Any]
-) -> dict[str, tuple[Optimizer, nn.Parameter, Tensor]]:
-    """Room for the `optimizer.*` tensors of the checkpoint, shaped and placed like the parameters they belong to."""
-    owners = {name: (optimizer, parameter) for name, parameter, optimizer in _owners(named, optimizers)}
-    known = parameter_shapes(config)
-    states = {}
-    for key, entry in metadata.items():
-        if not key.startswith("optimizer."):
-            continue
-        name, _, state_name = key.removeprefix("optimizer.").rpartition(".")
-        if name not in known:
-            raise CheckpointError(f"{path} holds optimizer state of {name}, which this run does not train")
-        if name not in owners:
-            continue  # another process of the pipeline has it
-        optimizer, parameter = owners[name]
-        whole = entry.size == parameter.shape and state_name != "step"
-        # A fused optimizer counts its steps on the device, the others on the host.
-        device = parameter.device if optimizer.defaults.get("fused") else None
-        room = torch.empty_like(parameter) if whole else torch.empty(entry.size, device=device)
-        states[key] = (optimizer, parameter, room.detach())
-    _check_state_kinds(path, states, optimizers)
-    return states
-
-
-def _check_state_kinds(path: Path, states: dict[str, Any], optimizers: list[Optimizer]) -> None:
-    """Refuse Muon's state for AdamW and the reverse: momentum under another name would be silently lost."""
-    wanted = {type(optimizer).__name__: optimizer for optimizer in optimizers}
-    for key, (optimizer, _, _) in states.items():
-        muon_state = key.endswith(".momentum_buffer")
-        if muon_state != (type(optimizer).__name__ == "Muon"):
-            raise CheckpointError(
-                f"{path} was saved with another optimizer ({key}) than this run's {' + '.join(wanted)}; "
-                "resume with the same optimizer.name or start in a new folder"
-            )
-
-
-def _owners(named: Named, optimizers: list[Optimizer]) -> Iterator[tuple[str, nn.Parameter, Optimizer]]:
+def owners(named: Named, optimizers: list[Optimizer]) -> Iterator[tuple[str, nn.Parameter, Optimizer]]:
+    """Each parameter with its name and the optimizer that has it."""
     owner = {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in named:
         if id(parameter) in owner:
             yield name, parameter, owner[id(parameter)]
-
-
-def _metadata(path: Path) -> dict[str, Any]:
-    try:
-        return HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-
-
-def _read(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    for key, tensor in tensors.items():
-        if metadata[key].size != tensor.shape:
-            raise CheckpointError(
-                f"{path}: {key} has shape {list(metadata[key].size)}, this model expects {list(tensor.shape)}"
-            )
-    with one_process():
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
-
-
-def _check_same_keys(path: Path, found: set[str], wanted: set[str]) -> None:
-    missing, extra = sorted(wanted - found), sorted(found - wanted)
-    if missing or extra:
-        parts = [
-            f"{len(names)} {what} (first: {names[0]})"
-            for what, names in (("missing", missing), ("unexpected", extra))
-            if names
-        ]
-        raise CheckpointError(f"{path} is of another model: {', '.join(parts)} tensors")

@@ -11,26 +11,36 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from queue import SimpleQueue
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter
 
 from zili.checksums import SUMS_FILE, sha256, write_sums
 from zili.durable import soon, sync
 from zili.errors import CheckpointError
 from zili.parallel.world import World
-from zili.training.checkpoints import RUN_FILE, RunState, list_checkpoints, one_process, step_of
+from zili.training.checkpoints import RUN_FILE, RunState, is_of_one_process, list_checkpoints, step_of
+from zili.training.index import (
+    INDEX_FILE,
+    Names,
+    TensorIndex,
+    flat_places,
+    places_of,
+    read_header,
+    shard_of,
+    table_digest,
+)
+from zili.training.parts import HeldPart, parts_to_write, write_parts
 
 Result = TypeVar("Result")
+GENERATION = "ZILI_GENERATION"
+"""Variable in which `zili launch` gives its processes the number of their life."""
+GENERATION_FILE = "generation"
+"""In the run's folder: the number of the newest life."""
 _LOG = logging.getLogger(__name__)
-_SLOWEST = timedelta(days=1)
 _CHANNEL = 1
 """A save in the background says its control messages beside those of the steps."""
 
@@ -38,6 +48,7 @@ _CHANNEL = 1
 class _Written(NamedTuple):
     """A file of a checkpoint as the process sees it that wrote it."""
 
+    name: str
     sha256: str
     bytes: int
 
@@ -66,11 +77,13 @@ class Saver:
         patience: int = 1,
         note: Callable[[str], None] = print,
         saved: Callable[[Saved], None] = lambda saved: None,
+        fence: Callable[[], bool] = lambda: True,
     ) -> None:
         """`keep`: newest checkpoints that stay, beside those of every `keep_every`-th step, if any. `asynchronous`: a
         save returns when its tensors are copied.
         `patience`: saves in a row that may fail, after which `lost` is true. `note` is told of what went wrong, `saved`
-        of what is whole; both by the thread that calls."""
+        of what is whole; both by the thread that calls. `fence`: whether this life of the run is still the newest; the
+        first process asks it before it changes anything that others see."""
         self.folder = folder
         self._world = world
         self._keep = keep
@@ -79,7 +92,7 @@ class Saver:
         self._patience = patience
         self._note = note
         self._saved = saved
-        self._group: dist.ProcessGroup | None = None
+        self._fence = fence
         self._thread: threading.Thread | None = None
         self._at_hand = False
         self._whole: Saved | None = None
@@ -98,18 +111,15 @@ class Saver:
         Where the disk refuses nothing half-written is left; `look` and `settle` tell it to `note`, `wait` raises it.
         """
         self.settle()
-        if self._world.size > 1 and self._group is None:
-            # A group of its own: the messages of a save in the background must not meet those of the step. And patient:
-            # the disk of one process may be slower than any step.
-            self._group = dist.new_group(backend="gloo", timeout=_SLOWEST)
         target = self.folder / f"step-{state.step:08d}"
         self._at_hand, self._whole, self._failure = True, None, None
         begun = time.perf_counter()
+        parts = parts_to_write(tensors, self._world, is_of_one_process)
         if not self._asynchronous:
-            self._attempt(target, state, tensors, begun)
+            self._attempt(target, state, parts, begun)
             self.settle()
             return target
-        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        copies = {name: part.copied() for name, part in parts.items()}
         # Not a daemon: a process that ends lets the checkpoint at hand be finished.
         self._thread = threading.Thread(
             target=self._attempt, args=(target, state, copies, begun), name="zili-checkpoint"
@@ -148,46 +158,73 @@ class Saver:
             self._saved(self._whole)
         return True
 
-    def _attempt(self, target: Path, state: RunState, tensors: dict[str, Tensor], begun: float) -> None:
+    def _attempt(self, target: Path, state: RunState, parts: dict[str, HeldPart], begun: float) -> None:
         try:
-            size = self._write(target, state, tensors)
+            size = self._write(target, state, parts)
             self._whole = Saved(target, size, time.perf_counter() - begun)
             _LOG.debug("%s is whole: %d bytes in %.2f s", *self._whole)
         except BaseException as error:
             self._failure = error
 
-    def _write(self, target: Path, state: RunState, tensors: dict[str, Tensor]) -> int:
-        """The checkpoint's bytes."""
-        # One name for all processes; what a killed run left under it is swept away first.
-        aside = self.folder / f".{target.name}"
+    def _write(self, target: Path, state: RunState, parts: dict[str, HeldPart]) -> int:
+        """The checkpoint's bytes, on the first process."""
+        # One name for all processes of a life; what a killed run left under others is swept away first.
+        aside = self.folder / f".{target.name}{_of_this_life()}"
         try:
             self._together(target, lambda: self._make_room(aside))
-            self._together(target, lambda: _write_tensors(aside, tensors, self._group))
-            written = self._together(target, lambda: _written(aside, f"shard-{self._world.rank + 1:05d}-*"))
-            every = self._gathered(written)
-            self._together(target, lambda: self._appear(aside, target, state, every))
-            return sum(file.bytes for file in every.values())
+            own = self._together(target, lambda: self._write_own(aside, parts))
+            every = self._world.gathered(json.dumps(own), _CHANNEL)
+            return self._together(target, lambda: self._appear(aside, target, state, every))
         finally:
             if self._world.is_first:
                 shutil.rmtree(aside, ignore_errors=True)
 
     def _make_room(self, aside: Path) -> None:
         if self._world.is_first:
+            self._refuse_late_life()
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob(".step-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             aside.mkdir()
 
-    def _appear(self, aside: Path, target: Path, state: RunState, every: dict[str, _Written]) -> None:
+    def _refuse_late_life(self) -> None:
+        if not self._fence():
+            raise CheckpointError(
+                f"a newer life of this run writes in {self.folder}: this process was taken for dead and replaced"
+            )
+
+    def _write_own(self, aside: Path, parts: dict[str, HeldPart]) -> dict[str, Any] | None:
+        """Write this process's file, if it has parts; what the first process has to know of it."""
+        if not parts:
+            return None
+        file = aside / f"shard-{self._world.rank + 1:05d}.safetensors"
+        _write_tensors(file, parts)
+        written = _written(file)
+        shard = shard_of(read_header(file))
+        # The names are many and the same for many processes: the first reads them in the file of one.
+        held = {"table": table_digest(shard.cut), "whole": shard.whole, "places": flat_places(shard.places)}
+        return {**written._asdict(), **held}
+
+    def _appear(self, aside: Path, target: Path, state: RunState, every: list[str]) -> int:
         """The last of it, by the first process: until the rename there is no checkpoint, after it a whole one."""
         if not self._world.is_first:
-            return
-        _refuse_missing(aside, every)
+            return 0
+        said = [one for one in map(json.loads, every) if one is not None]
+        files = [_Written(one["name"], one["sha256"], one["bytes"]) for one in said]
+        _refuse_missing(aside, files)
+        index = _index(aside, said)
+        index.check_whole()
+        (aside / INDEX_FILE).write_text(index.text(), encoding="utf-8")
         (aside / RUN_FILE).write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
-        every = {**every, **_written(aside, RUN_FILE)}
-        write_sums(aside, {name: file.sha256 for name, file in every.items()})
+        files += [_written(aside / INDEX_FILE), _written(aside / RUN_FILE)]
+        write_sums(aside, {file.name: file.sha256 for file in files})
         sync(aside / SUMS_FILE)
         sync(aside)
+        self._rename(aside, target)
+        return sum(file.bytes for file in files)
+
+    def _rename(self, aside: Path, target: Path) -> None:
+        self._refuse_late_life()
         if target.exists():  # left by a run that was resumed from an older checkpoint
             self._drop_or_tell(target)
         aside.rename(target)
@@ -203,48 +240,81 @@ class Saver:
         except OSError as error:
             self._told.put(f"{path} is no longer needed and cannot be deleted: {error}")
 
-    def _gathered(self, written: dict[str, _Written]) -> dict[str, _Written]:
-        everyones = self._world.gathered(json.dumps(written), _CHANNEL)
-        return {name: _Written(*file) for own in everyones for name, file in json.loads(own).items()}
-
     def _together(self, target: Path, work: Callable[[], Result]) -> Result:
         """`work()` on every process; where it fails on one, all say so."""
 
         def attempt() -> Result:
             try:
                 return work()
-            except (OSError, SafetensorError, CheckpointException) as error:
+            except (OSError, SafetensorError) as error:
                 raise CheckpointError(
-                    f"cannot write the checkpoint {target}: {_cause(error)}; free some space or choose another folder"
+                    f"cannot write the checkpoint {target}: {error}; free some space or choose another folder"
                 ) from error
 
         return self._world.agree(attempt, _CHANNEL, patience=None)
 
 
-def _write_tensors(aside: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
-    writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
-    with one_process():
-        dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
+def generation_fence(run: Path) -> Callable[[], bool]:
+    """The fence of a run that `zili launch` started: whether no later life is written into the run's folder. True
+    where nobody gave this process the number of its life.
+
+    The fence raises CheckpointError where that cannot be read.
+    """
+
+    def newest() -> bool:
+        own = os.environ.get(GENERATION)
+        if own is None:
+            return True
+        file = run / GENERATION_FILE
+        try:
+            return int(own) >= int(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{file} cannot be read, so no checkpoint is written: {error}") from error
+
+    return newest
 
 
-def _written(folder: Path, pattern: str) -> dict[str, _Written]:
-    """The files that match, by name; they are on the disk afterwards."""
-    files = sorted(folder.glob(pattern))
-    for file in files:
-        sync(file)
-    return {file.name: _Written(sha256(file), file.stat().st_size) for file in files}
+def _of_this_life() -> str:
+    """The end of a name that no other life uses, which may be asleep and write on when it wakes."""
+    own = os.environ.get(GENERATION)
+    return "" if own is None else f"-life-{own}"
 
 
-def _refuse_missing(folder: Path, written: dict[str, _Written]) -> None:
+def _write_tensors(file: Path, parts: dict[str, HeldPart]) -> None:
+    # Where the folder is not one for all, the first process will say so; each goes on till then.
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_parts(file, parts)
+
+
+def _written(file: Path) -> _Written:
+    """A file; it is on the disk afterwards."""
+    sync(file)
+    return _Written(file.name, sha256(file), file.stat().st_size)
+
+
+def _index(folder: Path, said: list[dict[str, Any]]) -> TensorIndex:
+    """The index of the files that all processes told of; of those that share a table, one is opened for it."""
+    numbers: dict[str, int] = {}
+    tables: list[Names] = []
+    files = {}
+    for one in said:
+        if one["table"] not in numbers:
+            numbers[one["table"]] = len(tables)
+            tables.append(shard_of(read_header(folder / one["name"])).cut)
+        files[one["name"]] = (numbers[one["table"]], one["whole"], places_of(one["places"]))
+    return TensorIndex(tables, files)
+
+
+def _refuse_missing(folder: Path, written: list[_Written]) -> None:
     """Raise unless this process sees every file that the processes wrote, with its size.
 
     The sums are of what each process sees. Where `folder` is not one for all, files are on other machines.
     """
-    for name, file in written.items():
-        if not soon(lambda: _size(folder / name) == file.bytes):  # noqa: B023 - called at once
+    for file in written:
+        if not soon(lambda: _size(folder / file.name) == file.bytes):  # noqa: B023 - called at once
             raise CheckpointError(
-                f"cannot write the checkpoint {folder}: {name}, {file.bytes:,} bytes, was written by another process "
-                "and is not here: the run's folder is not shared by all machines (docs/parallel.md)"
+                f"cannot write the checkpoint {folder}: {file.name}, {file.bytes:,} bytes, was written by another "
+                "process and is not here: the run's folder is not shared by all machines (docs/parallel.md)"
             )
 
 
@@ -263,10 +333,3 @@ def _drop(path: Path) -> None:
     aside = path.with_name(f".{path.name}-dropped-{secrets.token_hex(4)}")
     path.rename(aside)
     shutil.rmtree(aside)
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What went wrong inside torch.distributed.checkpoint, which wraps it with a traceback a rank."""
-    if isinstance(error, CheckpointException):
-        return next((cause for cause, _ in error.failures.values()), error)
-    return error

@@ -31,13 +31,14 @@ from zili.parallel.layout import Layout
 from zili.parallel.model import ParallelModel
 from zili.parallel.world import World
 from zili.plugins import place_of
-from zili.training import checkpoints
+from zili.training import checkpoints, restoring
 from zili.training.callbacks.base import Callback, StepRecord
+from zili.training.index import TensorIndex
 from zili.training.interruption import Interruption
 from zili.training.optimizers import build_optimizers, set_learning_rate
 from zili.training.requests import Requests
 from zili.training.run_clock import RunClock
-from zili.training.saving import Saved, Saver
+from zili.training.saving import Saved, Saver, generation_fence
 from zili.training.schedules import learning_rate_share
 from zili.training.throughput import matmul_peak
 
@@ -109,6 +110,7 @@ class Trainer:
             patience=config.checkpoint.patience,
             note=self.note,
             saved=self._tell_saved,
+            fence=generation_fence(config.folder),
         )
         self._saved_at: int | None = None
         self._last: tuple[Tensor, Tensor] | None = None
@@ -187,20 +189,24 @@ class Trainer:
                 teacher or objective.
         """
         world = self.world
-        found = world.agree(lambda: checkpoints.newest_sound(self.checkpoint_folder, self.note, world))
-        if found is None:
-            return False
-        state = self.world.agree(lambda: self._state_that_belongs(found))
-        self.world.from_first(lambda: checkpoints.set_aside_after(found))
         named = list(self.parallel.named_parameters())
         tensors = checkpoints.model_tensors(self.parallel.named_tensors())
-        rng = self.world.agree(
-            lambda: checkpoints.restore(found, self.config.model, tensors, named, self.optimizers, self.world.rank)
+
+        def reads(index: TensorIndex) -> set[str]:
+            return restoring.files_to_read(index, tensors, named, world.rank)
+
+        found = world.agree(lambda: checkpoints.newest_sound(self.checkpoint_folder, self.note, world, reads))
+        if found is None:
+            return False
+        state = world.from_first(lambda: self._state_that_belongs(found.path))
+        world.from_first(lambda: checkpoints.set_aside_after(found.path))
+        rng = world.agree(
+            lambda: restoring.restore(found, self.config.model, tensors, named, self.optimizers, world.rank)
         )
-        self._take_up_generators(found, rng)
+        self._take_up_generators(found.path, rng)
         self.step = self._saved_at = state.step
         own_crumbs().done(self.step)
-        self.note(f"resumed from {found} at step {state.step}")
+        self.note(f"resumed from {found.path} at step {state.step}")
         return True
 
     def _take_up_generators(self, found: Path, rng: dict[str, Tensor]) -> None:
@@ -243,9 +249,12 @@ class Trainer:
 
     def saved_tensors(self) -> dict[str, Tensor]:
         """This process's part of a checkpoint, by name: weights, what the optimizers keep, generators."""
-        named = list(self.parallel.named_parameters())
+        # The last stage of a pipeline may have a copy of the embedding, which is the first's to save.
+        second = self.parallel.is_second
+        named = [(name, one) for name, one in self.parallel.named_parameters() if not second(name)]
+        tensors = ((name, one) for name, one in self.parallel.named_tensors() if not second(name))
         return {
-            **checkpoints.model_tensors(self.parallel.named_tensors()),
+            **checkpoints.model_tensors(tensors),
             **checkpoints.optimizer_tensors(named, self.optimizers),
             **{checkpoints.generator_key(k, self.world.rank): v for k, v in self.device.rng_state().items()},
         }
