@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from zili.errors import DataError
+from zili.pages.figures import duration
 from zili.plurals import counted
 from zili.supervision.ledger import EVENTS
 
@@ -23,6 +24,11 @@ choices; meeting the others; weights and state, of a first life and of a later o
 processes. Steps done that no later life went on from, and those half done; from when nobody got further until it was
 known; until all processes had ended; machines at the beginning, and after a life; between two launches; not known."""
 SPENT: tuple[Spent, ...] = get_args(Spent)
+WORDS: dict[str, str] = {
+    **{str(name): str(name) for name in SPENT},
+    **{"data": "data wait", "warm_up": "warm-up", "lost": "lost work", "waiting": "waiting for machines"},
+}
+"""Phases as people read them."""
 _TRAINS = ("step", "data")
 WITHIN = 0.01
 """Share of the wall time that may be unknown."""
@@ -111,6 +117,21 @@ class Account:
     def balances(self) -> bool:
         """Whether the phases, which processes and roots measured apart, sum to the wall time within 1 %."""
         return self.unknown <= WITHIN
+
+
+def summary(found: Account) -> str:
+    """A line: lives, the share that trained, and where the rest went."""
+    spent = found.wall - found.idle
+    rest = {name: size for name, size in found.seconds.items() if name not in ("step", "idle")}
+    ranked = sorted(rest, key=lambda name: -abs(rest[name]))
+    shares = [f"{WORDS[name]} {100 * rest[name] / spent:.1f} %" for name in ranked if abs(rest[name]) >= spent / 200]
+    whole = f"{lives_text(found)} in {duration(spent)}: {100 * found.share:.1f} % trained"
+    return f"{whole}; {', '.join(shares)}" if shares else whole
+
+
+def lives_text(found: Account) -> str:
+    """`1 life`, `3 lives`."""
+    return f"{len(found.lives):,} {'life' if len(found.lives) == 1 else 'lives'}"
 
 
 def read_events(run: Path) -> tuple[list[dict[str, Any]], int]:

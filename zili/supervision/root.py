@@ -14,15 +14,17 @@ import socket
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
-from zili.errors import ChipError, ConfigError, NoProgressError, PeerError, ZiliError
+from zili.errors import ChipError, ConfigError, DataError, NoProgressError, PeerError, ZiliError
 from zili.parallel.control.links import Link, Unproven
 from zili.parallel.control.node import above
 from zili.plurals import counted
+from zili.supervision.account import account_of, summary
 from zili.supervision.folder import SupervisionFolder
 from zili.supervision.ledger import Ledger, mean_of, seen, waited
 from zili.supervision.rules import rule_for
@@ -413,6 +415,7 @@ class Root:
         self._folder.write_state(self._state.as_table())
         self._folder.lay_down(self._term, code, text)
         self._tell_life("end", code=code, text=text)
+        self._sum_up()
         for member in self._members.values():
             member.tell(do="end", code=code, text=text)
         self._code = code
@@ -422,6 +425,13 @@ class Root:
         endings = list(self._endings.values())
         waited(endings)
         self._ledger.life(event, life=self._state.life, at=mean_of(endings), cause=seen(endings, self._lost), **facts)
+
+    def _sum_up(self) -> None:
+        """Say where the time went."""
+        with suppress(DataError):  # the disk refused every event
+            found = account_of(self._folder.run)
+            if found.lives:
+                self._note(f"{summary(found)} (zili report {self._folder.run})")
 
     # ---------------------------------------------------------------- what all know
 
