@@ -309,10 +309,12 @@ def _stand_in() -> None:
     crumbs.enter("load")
     control.turn()
     crumbs.enter("warm_up")
-    for step in range(1, 1_000_000):
+    life = int(os.environ["TORCHELASTIC_RESTART_COUNT"]) + 1
+    first = 1000 * life  # a failure at the same step again would stop the run
+    crumbs.resumed(first - 1)
+    for step in range(first, first + 1_000_000):
         heard = control.turn(b"stop" if asked else None)
-        if step == 1:
-            life = int(os.environ["TORCHELASTIC_RESTART_COUNT"]) + 1
+        if step == first:
             if rank == 0:
                 Path(sys.argv[1], f"life-{life}").write_text(str(time.time()), encoding="ascii")
             crumbs.enter("step")
