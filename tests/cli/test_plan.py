@@ -323,3 +323,18 @@ def test_a_table_of_runs(zili: Zili, tmp_path: Path) -> None:
     assert found.code == 0, found.err
     assert "0 of 2 rows predicted" in found.out
     assert out.read_text(encoding="utf-8").count("not predicted: ") == 2
+
+
+def test_a_runs_own_failures(zili, tmp_path: Path) -> None:
+    recorded = Path(__file__).parents[1] / "supervision" / "two_kills.jsonl"
+    (tmp_path / "supervision").mkdir()
+    (tmp_path / "supervision" / "events.jsonl").write_text(recorded.read_text(encoding="utf-8"), encoding="utf-8")
+    usual, own = (json.loads(zili("plan", *SMALL, *more, "--json").out) for more in ([], ["--measured", tmp_path]))
+    assert own["goodput"]["share"] > usual["goodput"]["share"]
+    assert any("measured in" in note and "a step 218 ms" in note for note in own["notes"])
+    given = json.loads(zili("plan", *SMALL, "--measured", tmp_path, "--checkpoint-seconds", 30, "--json").out)
+    assert any("a checkpoint 30 s, as given" in note for note in given["notes"])
+    both = zili("plan", *SMALL, "--measured", tmp_path, "--restart-minutes", 3)
+    assert both.code == 3 and "give one of them" in both.err and "Traceback" not in both.err
+    none = zili("plan", *SMALL, "--measured", tmp_path / "none")
+    assert none.code not in (0, 1) and "zili launch" in none.err and none.err.count("\n") == 1

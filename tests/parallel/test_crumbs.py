@@ -23,6 +23,22 @@ def test_the_agent_sees_what_the_process_left(tmp_path: Path) -> None:
     assert agent.changes == before + 3 and agent.since == process.since
 
 
+def test_where_a_process_began_and_how_long_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    anew, resumed = Crumbs(), Crumbs()
+    assert anew.begun_after is None and anew.stood == 0
+    anew.enter("save")
+    resumed.resumed(20)
+    now += 3.0
+    assert anew.stood == resumed.stood == 3.0
+    for process, step in ((anew, 1), (anew, 2), (resumed, 21)):
+        process.done(step)
+    assert (anew.begun_after, resumed.begun_after) == (0, 20)
+    anew.enter("step")
+    assert anew.stood == 0 and anew.times()["save"] == 1 and anew.times()["step"] == 0
+
+
 def test_every_second_is_in_one_phase(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)

@@ -11,6 +11,7 @@ import pytest
 from launching import Launched, weights
 
 from zili.config import RunConfig
+from zili.supervision.account import account_of
 
 PLAIN = tuple(f"chip.operations.{name}=reference" for name in ("linear", "attention"))
 SETTINGS = (*PLAIN, "chip.precision=fp32", "checkpoint.every=10", "training.micro_batch=1")
@@ -66,6 +67,13 @@ def test_a_run_that_is_broken_again_and_again_ends_as_if_it_was_not(launch: Laun
     assert "process 1 on a" in said or "process 3 on a" in said, said
     assert "killed" in said
     assert "rule" in said
+    told = account_of(run.run)
+    assert [life.number for life in told.lives] == [1, 2, 3, 4] and told.code == 0
+    assert [life.failed for life in told.lives] == [True, True, True, False]
+    assert told.lives[1].resumed == 10 and told.seconds["lost"] > 0 and told.seconds["reload"] > 0
+    # Beside other work a message may be late, and so an order; 1 % is for a machine of one's own.
+    assert told.unknown < 0.1, told
+    assert "% trained" in said
 
 
 def test_a_machine_that_vanishes_is_done_without_until_it_is_back(launch: Launch) -> None:

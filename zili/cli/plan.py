@@ -79,6 +79,10 @@ CheckpointSeconds = Annotated[
     float,
     typer.Option(min=0.01, max=86_400, callback=finite, help="How long a checkpoint keeps the run from training."),
 ]
+MeasuredRun = Annotated[
+    Path | None,
+    typer.Option(help="Take what failures cost, and how often they come, from this run under `zili launch`."),
+]
 Spares = Annotated[
     float, typer.Option(min=0, max=1, callback=finite, help="Spare chips, kept ready and paid for, as a share of all.")
 ]
@@ -106,8 +110,9 @@ def plan(
     failures_per_day: PerDay = 0.0,
     failing_together: Together = 1,
     restart_minutes: RestartMinutes = None,
-    checkpoint_seconds: CheckpointSeconds = 2.0,
+    checkpoint_seconds: CheckpointSeconds = Failures.checkpoint,
     spares: Spares = 0.02,
+    measured: MeasuredRun = None,
     write: Write = None,
     as_json: AsJson = False,
     page: Page = None,
@@ -126,6 +131,7 @@ def plan(
     if model is None or chips is None:
         raise _missing(model=model, chips=chips)
     risk = _failures(failures, failures_per_day, failing_together, restart_minutes, checkpoint_seconds, spares)
+    risk, notes = (risk, []) if measured is None else _measured(measured, risk, restart_minutes, checkpoint_seconds)
     try:
         made = api.plan(
             model,
@@ -143,7 +149,7 @@ def plan(
         )
     except NoChip:
         raise _missing(chip=None) from None
-    _tell(made, compare, write, as_json, page)
+    _tell(replace(made, notes=(*made.notes, *notes)), compare, write, as_json, page)
 
 
 def _tell(made: Plan, compare: str | None, recipe: Path | None, as_json: bool, page: Path | None) -> None:
@@ -180,6 +186,23 @@ def _failures(
     factor = 60 * restart_minutes / risk.restart
     parts = {name: factor * getattr(risk, name) for name in ("detection", "replacement", "reload", "warm_up")}
     return replace(risk, **parts)
+
+
+def _measured(
+    run: Path, risk: Failures, restart_minutes: float | None, checkpoint: float
+) -> tuple[Failures, list[str]]:
+    """With what a run measured, and what to say of it; what was given otherwise stays."""
+    from zili.supervision.measured import measured
+
+    if restart_minutes is not None:
+        raise ConfigError(f"--restart-minutes and --measured {run} both say what a restart takes: give one of them")
+    found = measured(run, risk)
+    if checkpoint != Failures.checkpoint:
+        return replace(found.failures, checkpoint=checkpoint), [
+            *found.notes,
+            f"a checkpoint {checkpoint:g} s, as given",
+        ]
+    return found.failures, found.notes
 
 
 def _report(path: Path | None) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from zili.durable import write_whole
 from zili.evaluation.report_curves import charts, lead
+from zili.evaluation.report_lives import PHASES_HEAD, ROWS_HEAD, lives
 from zili.evaluation.report_parts import choices, details, evaluations, facts, headline, samples, state, tiles
 from zili.evaluation.run_record import RunRecord, read_run
 from zili.pages import render
@@ -47,6 +48,9 @@ def page(run: RunRecord) -> str:
         charts=charts(run),
         lead=lead(run),
         evaluations=evaluations(run),
+        lives=lives(run.folder),
+        lives_head=ROWS_HEAD,
+        phases_head=PHASES_HEAD,
         samples=samples(run),
         choices=choices(run),
         details=details(run),

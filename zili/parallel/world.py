@@ -46,9 +46,10 @@ def join(device: Device) -> None:
     _, size, _ = processes()
     if size > 1 and not dist.is_initialized():
         _others, patience = True, timedelta(seconds=SECONDS)
-        own_crumbs().enter("join")
-        rank, store = _enter(size, patience)
-        dist.init_process_group(device.backend.collectives, store=store, rank=rank, world_size=size, timeout=patience)
+        with own_crumbs().within("join"):
+            rank, store = _enter(size, patience)
+            collectives = device.backend.collectives
+            dist.init_process_group(collectives, store=store, rank=rank, world_size=size, timeout=patience)
 
 
 def _enter(size: int, patience: timedelta) -> tuple[int, dist.Store]:

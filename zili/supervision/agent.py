@@ -24,6 +24,7 @@ from zili.parallel.control.member import AGENT, AGENT_SECRET, GENERATION
 from zili.parallel.control.node import Node, below
 from zili.supervision.fitness import refuse_unfit
 from zili.supervision.folder import SupervisionFolder
+from zili.supervision.ledger import mean_of, told
 from zili.supervision.nursery import STACKS
 from zili.supervision.processes import LocalProcesses
 from zili.supervision.root import BEAT, INTERRUPTED, PATIENCE
@@ -64,6 +65,7 @@ class Agent:
         self._launch = launch
         self._machine = machine
         self._show = show
+        self._launched = time.monotonic()
         self._own = _own_folder(folder, machine.name)
         self._state = State()
         self._term = 0
@@ -74,6 +76,8 @@ class Agent:
         self._endings: dict[int, dict[str, Any]] = {}
         self._crumbs: dict[int, Crumbs] = {}
         self._stopping = False
+        self._stop_asked: float | None = None
+        """When this machine's processes were to stop."""
         self._asked = 0
         self._over = 0
         self._work: set[asyncio.Task[None]] = set()
@@ -149,6 +153,7 @@ class Agent:
             link,
             machine=self._machine.name,
             identity=self._machine.identity,
+            ago=round(time.monotonic() - self._launched, 3),
             generation=self._generation,
             endings=list(self._endings.values()),
             state=self._state.as_table(),
@@ -189,7 +194,8 @@ class Agent:
 
     async def _beat(self) -> None:
         while True:
-            self._say(say="beat")
+            at = mean_of([told(crumbs) for crumbs in self._crumbs.values()])
+            self._say(say="beat", at=at)
             await asyncio.sleep(BEAT)
 
     def _follow(self, work: Coroutine[Any, Any, None]) -> None:
@@ -210,7 +216,7 @@ class Agent:
         if self._node is not None:
             await self._node.close(0)
         first, count = ranks
-        self._generation, self._endings, self._stopping = generation, {}, False
+        self._generation, self._endings, self._stopping, self._stop_asked = generation, {}, False, None
         self._place = {"life": life, "number": number, "of": of, "first": first, "count": count}
         self._node = Node(number, range(first, first + count), below(number, of), self._folder.secret)
         self._address = f"{self._machine.host}:{await self._node.listen(self._machine.host)}"
@@ -249,7 +255,7 @@ class Agent:
     async def _stop(self, generation: int, gentle: bool) -> None:
         """End this machine's processes: by SIGTERM, at which they save; else at once."""
         if generation == self._generation:
-            self._stopping = True
+            self._stopping, self._stop_asked = True, time.monotonic()
             if self._processes.alive:
                 self._processes.signal(signal.SIGTERM if gentle else signal.SIGKILL)
             await self._processes.none.wait()
@@ -265,7 +271,7 @@ class Agent:
             "stopped": self._stopping and code in (-signal.SIGKILL, INTERRUPTED, -signal.SIGTERM),
             "error": self._error(rank),
             "log": self._log_end(rank) if code else "",
-            **{"phase": crumbs.phase, "step": crumbs.step or None, "seconds": dict(crumbs.seconds())},
+            **told(crumbs, self._stop_asked),
         }
         crumbs.close()
         self._endings[rank] = ending

@@ -14,16 +14,19 @@ import socket
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
-from zili.errors import ChipError, ConfigError, NoProgressError, PeerError, ZiliError
+from zili.errors import ChipError, ConfigError, DataError, NoProgressError, PeerError, ZiliError
 from zili.parallel.control.links import Link, Unproven
 from zili.parallel.control.node import above
 from zili.plurals import counted
+from zili.supervision.account import account_of, summary
 from zili.supervision.folder import SupervisionFolder
+from zili.supervision.ledger import Ledger, mean_of, seen, waited
 from zili.supervision.rules import rule_for
 from zili.supervision.state import Launch, State, state_of
 from zili.supervision.verdicts import ACTIONS, Ending, Failure, Verdict, cause_of, failure_of, judge
@@ -80,6 +83,7 @@ class Root:
         self._folder = folder
         self._term = term
         self._launch = launch
+        self._ledger = Ledger(folder.path, term)
         self._state = state_of(folder.read_state())
         self._phase = Waiting.RUNNING if self._state.running else Waiting.GATHERING
         self._members: dict[str, Member] = {}
@@ -97,6 +101,7 @@ class Root:
 
     async def serve(self, listening: socket.socket) -> int:
         """Serve until the run is over; returns the exit code."""
+        self._ledger.write("root", running=self._state.running)
         server = await asyncio.start_server(self._take, sock=listening, backlog=2048)
         async with server:
             while not self._over.is_set():
@@ -137,6 +142,7 @@ class Root:
             member.tell(do="end", code=ConfigError.exit_code, text=refusal)
             raise ValueError(refusal)
         self._members[member.name] = member
+        self._ledger.write("joined", machine=member.name, generation=said["generation"], ago=said["ago"])
         self._take_state(state_of(said["state"]))
         self._adopt(member, said)
         self._grow()
@@ -188,6 +194,7 @@ class Root:
 
     def _lose(self, member: Member, how: str) -> None:
         del self._members[member.name]
+        self._ledger.write("gone", machine=member.name, how=how, silent=round(time.monotonic() - member.heard, 3))
         member.link.close()
         self._missed(member.name, how)
 
@@ -203,8 +210,10 @@ class Root:
         what, life = said["say"], said.get("generation")
         if what == "interrupt":
             self._interrupt(hard=said["hard"])
+        elif what == "beat":
+            self._ledger.hear(member.name, self._state.life, said.get("at"))
         elif life != self._state.generation:
-            return  # of an earlier life, or a beat
+            return  # of an earlier life
         elif what == "prepared":
             member.address, member.prepared = said["address"], True
             self._look()
@@ -261,6 +270,9 @@ class Root:
         state.version, state.machines, state.running = 0, machines, True
         self._endings, self._done, self._lost, self._doubt = {}, set(), [], None
         self._turn(Waiting.PREPARING)
+        processes = len(machines) * self._launch.processes
+        facts = {"life": state.life, "generation": state.generation, "machines": machines, "processes": processes}
+        self._ledger.life("preparing", **facts)
         for number, member in enumerate(self._workers()):
             member.prepared = member.stopped = False
             ranks = (number * self._launch.processes, self._launch.processes)
@@ -270,6 +282,7 @@ class Root:
 
     def _start(self) -> None:
         self._turn(Waiting.RUNNING)
+        self._ledger.life("started", life=self._state.life)
         workers = self._workers()
         world = counted(len(workers) * self._launch.processes, "process")
         self._note(f"life {self._state.life}: {world} on {counted(len(workers), 'machine')}")
@@ -285,7 +298,7 @@ class Root:
 
     def _ended(self, ending: dict[str, Any]) -> None:
         """A process has ended by itself."""
-        self._endings.setdefault(ending["rank"], ending)
+        self._endings.setdefault(ending["rank"], {**ending, "heard": time.monotonic()})
         if ending["code"] == 0:
             self._done.add(ending["rank"])
             if len(self._done) == len(self._state.machines) * self._launch.processes:
@@ -298,6 +311,11 @@ class Root:
 
     def _stop(self, *, gentle: bool = False) -> None:
         self._turn(Waiting.STOPPING)
+        waited(self._endings.values())
+        cause = seen(self._endings.values(), self._lost)
+        wanted = "interrupted" if self._interrupted else "a machine is to be left" if gentle else ""
+        hang = not (cause or wanted)
+        self._ledger.write("stopping", life=self._state.life, cause=wanted or cause, hang=hang, wanted=bool(wanted))
         for member in self._workers():
             member.tell(do="stop", generation=self._state.generation, gentle=gentle)
 
@@ -307,7 +325,9 @@ class Root:
         failure = self._failure()
         if self._interrupted:
             self._end(INTERRUPTED, "interrupted; a run that had begun wrote a checkpoint")
-        elif failure is None:
+            return
+        self._tell_life("stopped", failed=failure is not None)
+        if failure is None:
             self._go_on()
         else:
             self._judge(failure)
@@ -329,6 +349,7 @@ class Root:
         action = ACTIONS[verdict.action]
         if verdict.action == "replace":
             action = self._replace(failure, verdict)
+        self._ledger.write("verdict", decision=action, cause=verdict.reason, rule=verdict.rule)
         self._note(f"{verdict.reason} {failure.hint} Zili: {action} (rule {verdict.rule})")
         if verdict.action not in ("stop", "roll_back"):
             self._go_on()
@@ -393,10 +414,24 @@ class Root:
         self._state = State(self._state.generation, self._state.life)
         self._folder.write_state(self._state.as_table())
         self._folder.lay_down(self._term, code, text)
+        self._tell_life("end", code=code, text=text)
+        self._sum_up()
         for member in self._members.values():
             member.tell(do="end", code=code, text=text)
         self._code = code
         self._over.set()
+
+    def _tell_life(self, event: str, **facts: Any) -> None:
+        endings = list(self._endings.values())
+        waited(endings)
+        self._ledger.life(event, life=self._state.life, at=mean_of(endings), cause=seen(endings, self._lost), **facts)
+
+    def _sum_up(self) -> None:
+        """Say where the time went."""
+        with suppress(DataError):  # the disk refused every event
+            found = account_of(self._folder.run)
+            if found.lives:
+                self._note(f"{summary(found)} (zili report {self._folder.run})")
 
     # ---------------------------------------------------------------- what all know
 

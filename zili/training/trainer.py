@@ -205,7 +205,7 @@ class Trainer:
         )
         self._take_up_generators(found.path, rng)
         self.step = self._saved_at = state.step
-        own_crumbs().done(self.step)
+        own_crumbs().resumed(self.step)
         self.note(f"resumed from {found.path} at step {state.step}")
         return True
 

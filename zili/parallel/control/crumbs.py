@@ -17,13 +17,14 @@ from typing import Any, Literal, get_args
 CRUMBS = "ZILI_CRUMBS"
 """Variable in which `zili launch` names a worker's file."""
 Phase = Literal["init", "join", "load", "warm_up", "data", "step", "save", "evaluate", "end"]
-"""Imports and choices; meeting the others; weights and state; the first step; waiting for a batch; a step; writing a
-checkpoint, as far as the step waits for it; held-out text; the end."""
+"""Imports, choices and the making of the model; meeting the others; weights and state; the first step; waiting for a
+batch; a step; writing a checkpoint, as far as the step waits for it; held-out text; the end."""
 PHASES: tuple[Phase, ...] = get_args(Phase)
-_FIELDS = ("changes", "phase", "since", "step", "micro_batch")
+_FIELDS = ("changes", "phase", "since", "step", "micro_batch", "changed", "begun_after")
 _SECONDS = len(_FIELDS)
 _LONGEST = _SECONDS + len(PHASES)
-_SIZE = 8 * (_LONGEST + len(PHASES))
+_TIMES = _LONGEST + len(PHASES)
+_SIZE = 8 * (_TIMES + len(PHASES))
 
 
 class Crumbs:
@@ -40,7 +41,7 @@ class Crumbs:
             os.close(handle)
         self._cells: Any = memoryview(self._memory).cast("d")  # of float, which the stub does not know
         if not self._cells[2]:
-            self._cells[2] = time.monotonic()
+            self._cells[2] = self._cells[5] = time.monotonic()
 
     def enter(self, phase: Phase) -> None:
         """From now on this process is in `phase`."""
@@ -48,8 +49,9 @@ class Crumbs:
         before, spent = int(cells[1]), now - cells[2]
         cells[_SECONDS + before] += spent
         cells[_LONGEST + before] = max(cells[_LONGEST + before], spent)
+        cells[_TIMES + before] += 1
         cells[1], cells[2] = PHASES.index(phase), now
-        cells[0] += 1
+        self._change()
 
     @contextmanager
     def within(self, phase: Phase) -> Iterator[None]:
@@ -64,11 +66,22 @@ class Crumbs:
     def done(self, step: int) -> None:
         """So many steps of the run are done."""
         self._cells[3] = step
-        self._cells[0] += 1
+        if not self._cells[6]:
+            self._cells[6] = step  # one more than were done before it
+        self._change()
+
+    def resumed(self, step: int) -> None:
+        """So many steps of the run were done by processes before this one, and it goes on from there."""
+        self._cells[3], self._cells[6] = step, step + 1
+        self._change()
 
     def at_micro_batch(self, number: int) -> None:
         """The step at hand has come to this micro-batch."""
         self._cells[4] = number
+        self._change()
+
+    def _change(self) -> None:
+        self._cells[5] = time.monotonic()
         self._cells[0] += 1
 
     @property
@@ -94,15 +107,29 @@ class Crumbs:
     def micro_batch(self) -> int:
         return int(self._cells[4])
 
+    @property
+    def stood(self) -> float:
+        """Seconds since the last change."""
+        return time.monotonic() - self._cells[5]
+
+    @property
+    def begun_after(self) -> int | None:
+        """Steps of the run that this process found done; None: it has not come so far."""
+        return int(self._cells[6]) - 1 if self._cells[6] else None
+
     def seconds(self) -> Mapping[Phase, float]:
         """Seconds in each phase, the present one up to now."""
-        found = dict(zip(PHASES, self._cells[_SECONDS:_LONGEST].tolist(), strict=True))
+        found: dict[Phase, float] = dict(zip(PHASES, self._cells[_SECONDS:_LONGEST].tolist(), strict=True))
         found[self.phase] += time.monotonic() - self.since
         return found
 
     def longest(self) -> Mapping[Phase, float]:
         """Seconds of the longest stay in each phase that has ended; 0: none has."""
-        return dict(zip(PHASES, self._cells[_LONGEST:].tolist(), strict=True))
+        return dict(zip(PHASES, self._cells[_LONGEST:_TIMES].tolist(), strict=True))
+
+    def times(self) -> Mapping[Phase, int]:
+        """How often each phase was left."""
+        return dict(zip(PHASES, map(int, self._cells[_TIMES:].tolist()), strict=True))
 
     def close(self) -> None:
         self._cells.release()
