@@ -1,0 +1,129 @@
+"""Hangs: seen by what processes do not do, and named by process and line."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from stuck import PLAN, Stuck
+
+from zili.config import RunConfig, dump_recipe
+
+RANKS = 4
+PHASES = {"data": "data", "save": "save", "evaluate": "evaluate", "imports": "join", "join": "join", "skip": r"\w+"}
+SETTINGS = (
+    *("checkpoint.every=1", "evaluation.every=1", "training.steps=400", "training.micro_batch=1"),
+    *("data.prefetch=1", "checkpoint.asynchronous=false"),
+)
+
+
+class Run:
+    """A run on two machines of two processes, each life of which hangs as planned."""
+
+    def __init__(self, folder: Path, config: RunConfig, plan: list[Stuck], patience: float) -> None:
+        self._folder, self._plan = folder, plan
+        site = folder / "site" / "stuck-1.dist-info"
+        site.mkdir(parents=True)
+        (site / "METADATA").write_text("Name: stuck\nVersion: 1\n", encoding="utf-8")
+        (site / "entry_points.txt").write_text("[zili.callbacks]\nstuck = stuck:callback\n", encoding="utf-8")
+        (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+        recipe = folder / "stuck.toml"
+        recipe.write_text(dump_recipe(config) + "\n[callbacks.stuck]\n", encoding="utf-8")
+        path = (site.parent, Path(__file__).parent, os.environ.get("PYTHONPATH", ""))
+        self._environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(str, path)),
+            "OMP_NUM_THREADS": "1",
+            PLAN: str(folder / "plan.json"),
+        }
+        words = ["--processes", "2", "--machines", "2", "--patience", str(patience)]
+        self._command = [sys.executable, "-m", "zili", "launch", str(recipe), *words]
+        self._agents: dict[str, subprocess.Popen[bytes]] = {}
+
+    def hangs(self, count: int, seconds: float) -> dict[str, Stuck]:
+        """The first `count` hangs that are said, each a line, and what was done in that life.
+
+        A machine so busy that an agent says nothing for seconds costs a life, or ends the run: then it is begun again.
+        """
+        end = time.monotonic() + seconds
+        try:
+            while len(found := self._said()) < count and time.monotonic() < end:
+                self._begin()
+                time.sleep(0.2)
+        finally:
+            for agent in self._agents.values():
+                agent.kill()  # its nursery ends the processes
+                agent.wait()
+        assert len(found) >= count, self._everything()
+        return dict(list(found.items())[:count])
+
+    def _begin(self) -> None:
+        for name in ("a", "b"):
+            if name not in self._agents or self._agents[name].poll() is not None:
+                with (self._folder / f"said-{name}").open("ab") as said:
+                    self._agents[name] = subprocess.Popen(
+                        [*self._command, "--machine", name], stdout=said, stderr=said, env=self._environment
+                    )
+
+    def _said(self) -> dict[str, Stuck]:
+        files = sorted(self._folder.glob("said-*"))
+        text = "".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
+        lines = re.findall(r"^zili launch: (process \d+ on \w+ hangs .*life-(\d+)/hang)$", text, flags=re.M)
+        return {line: self._plan[int(life) - 1] for line, life in lines}
+
+    def _everything(self) -> str:
+        files = [*sorted(self._folder.glob("said-*")), *sorted(self._folder.glob("run/logs/*/*.log"))[-4:]]
+        return "\n".join(f"== {file}\n{file.read_text(encoding='utf-8', errors='replace')[-4000:]}" for file in files)
+
+
+def wrong(line: str, stuck: Stuck) -> str:
+    """What a line does not say of a hang; empty: it says all."""
+    at = r"zili/\S+\.py:\d+ in \w+" if stuck.kind == "skip" else rf"/stuck\.py:\d+ in {stuck.kind}\b"
+    phase = PHASES.get(stuck.kind, "(step|warm_up)")
+    patterns = (rf"^process {stuck.rank} on [ab] hangs in {phase} after step \d+", at)
+    return "".join(f"{stuck}: {line}\n" for pattern in patterns if not re.search(pattern, line))[:2000]
+
+
+def drawn(count: int, seed: int) -> list[Stuck]:
+    """Kinds in turn, in another order each time; a life that ends before its first step is no progress, and three of
+    those in a row would end the run."""
+    draw, kinds = random.Random(seed), ["loop", "sleep", "gil", "stop", "data", "skip", "lock", "save", "evaluate"]
+    plan = [Stuck(draw.choice(kinds), draw.randrange(RANKS), 3)]
+    while len(plan) < count:
+        plan += [Stuck(kind, draw.randrange(RANKS), 0) for kind in draw.sample(kinds, len(kinds))]
+        plan.append(Stuck("imports" if len(plan) % 20 else "join", draw.randrange(RANKS), 0))
+    step = 3
+    for number, stuck in enumerate(plan):
+        step += draw.randrange(2, 5)
+        plan[number] = stuck._replace(step=step)
+    return plan[:count]
+
+
+def test_hangs_are_named_by_process_and_line(recipe: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """A C call that keeps Python's lock, a stopped process, and a batch that never comes, each in another life."""
+    plan = [Stuck("gil", 1, 3), Stuck("stop", 2, 5), Stuck("data", 3, 8)]
+    config = recipe("checkpoint.every=1", "training.steps=40", "training.micro_batch=1", f"folder={tmp_path / 'run'}")
+    found = Run(tmp_path, config, plan, patience=1).hangs(3, seconds=120)
+    assert not "".join(wrong(line, stuck) for line, stuck in found.items())
+    kept = sorted(path.name for path in (tmp_path / "run/logs/life-0001/hang").iterdir())
+    assert kept == [f"rank-{rank:05d}.txt" for rank in range(RANKS)]
+
+
+@pytest.mark.slow
+def test_fifty_hangs_are_named_by_process_and_line(recipe: Callable[..., RunConfig], tmp_path: Path) -> None:
+    count, seed = (int(os.environ.get(name, usual)) for name, usual in (("HANGS", 50), ("HANGS_SEED", 25)))
+    plan = drawn(2 * count, seed)
+    data = recipe().data.tokenizer.parent
+    config = recipe(*SETTINGS, f"data.held_out={data / 'held_out'}", f"folder={tmp_path / 'run'}")
+    found = Run(tmp_path, config, plan, patience=2).hangs(count, seconds=40 * count)
+    wrongs = [text for line, stuck in found.items() if (text := wrong(line, stuck))]
+    print("\n".join(f"{stuck}: {line}" for line, stuck in found.items()))
+    assert not wrongs, f"{len(wrongs)} of {count}:\n" + "".join(wrongs)
