@@ -16,7 +16,7 @@ import pytest
 
 import zili
 from zili.supervision.hangs import ASKING, Hang, Inquiry, culprit
-from zili.supervision.reports import Asked, At, Group, Report, Subject, ask, groups_in, report_of
+from zili.supervision.reports import Asked, At, GroupRecord, Report, Subject, ask, groups_in, report_of
 from zili.supervision.stacks import place_in
 
 TORCH = "/venv/lib/python3.11/site-packages/torch"
@@ -32,9 +32,9 @@ def reports(count: int = 4, **changed: object) -> list[Report]:
     return found
 
 
-def asked(*operations: str, description: str = "mesh_tensor") -> Group:
+def asked(*operations: str, description: str = "mesh_tensor") -> GroupRecord:
     sizes = [Asked(number, operation, "[[4]]") for number, operation in enumerate(operations, 1)]
-    return Group(description, len(sizes), sizes)
+    return GroupRecord(description, len(sizes), sizes)
 
 
 def test_a_stopped_process_is_named_before_all() -> None:
@@ -286,4 +286,4 @@ def test_of_torchs_recorder_the_newest_collectives_of_each_group_count() -> None
     found = groups_in({"entries": entries})
     assert list(found) == ["shards", "tensor"], "the one that was asked last comes last"
     assert found["tensor"].asked == 40 and [one.number for one in found["tensor"].last] == [*range(25, 41)]
-    assert found["shards"] == Group("mesh_shards", 1, [Asked(1, "gloo:x", "[[4]]")])
+    assert found["shards"] == GroupRecord("mesh_shards", 1, [Asked(1, "gloo:x", "[[4]]")])

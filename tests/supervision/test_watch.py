@@ -12,7 +12,7 @@ import pytest
 from waiting import until
 
 from zili.parallel.control.crumbs import Crumbs, Phase
-from zili.supervision.watch import PATIENCE, UNMEASURED, Late, Watch, state_of_process
+from zili.supervision.watch import PATIENCE, UNMEASURED, Late, ProgressWatch, state_of_process
 
 BEAT = 0.5
 
@@ -23,7 +23,7 @@ class Machine:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
-        self.watch = Watch()
+        self.watch = ProgressWatch()
         self.begin()
 
     def begin(self, world: int = 2) -> None:

@@ -30,7 +30,7 @@ from zili.supervision.processes import LocalProcesses
 from zili.supervision.reports import Subject, ask, at
 from zili.supervision.root import BEAT, INTERRUPTED, PATIENCE
 from zili.supervision.state import Launch, State, state_of
-from zili.supervision.watch import Watch, state_of_process
+from zili.supervision.watch import ProgressWatch, state_of_process
 
 _TRIES = 1.0
 """Seconds for which a root that does not answer is asked again, before this machine takes its place."""
@@ -76,7 +76,7 @@ class Agent:
         self._place: dict[str, Any] = {}
         self._endings: dict[int, dict[str, Any]] = {}
         self._crumbs: dict[int, Crumbs] = {}
-        self._watch = Watch(launch.patience)
+        self._watch = ProgressWatch(launch.patience)
         self._stopping = False
         self._asked = 0
         self._over = 0
@@ -214,6 +214,8 @@ class Agent:
         """Make this machine's node of a new life."""
         if self._node is not None:
             await self._node.close(0)
+        if self._processes.alive:  # of a life that went on without this machine
+            await self._kill()
         first, count = ranks
         self._generation, self._endings, self._stopping = generation, {}, False
         self._place = {"life": life, "number": number, "of": of, "first": first, "count": count}
@@ -255,11 +257,15 @@ class Agent:
     async def _stop(self, generation: int, gentle: bool) -> None:
         """End this machine's processes: by SIGTERM, at which they save; else at once."""
         if generation == self._generation:
-            self._stopping = True
-            if self._processes.alive:
-                self._processes.signal(signal.SIGTERM if gentle else signal.SIGKILL)
-            await self._processes.none.wait()
+            await self._kill(signal.SIGTERM if gentle else signal.SIGKILL)
         self._say(say="stopped", generation=generation, endings=list(self._endings.values()))
+
+    async def _kill(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """Send all processes of this machine a signal, and wait until they have ended."""
+        self._stopping = True
+        if self._processes.alive:
+            self._processes.signal(number)
+        await self._processes.none.wait()
 
     def _bury(self, rank: int, code: int) -> None:
         """A process of this machine has ended."""

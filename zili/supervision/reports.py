@@ -37,7 +37,7 @@ class Asked(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Group:
+class GroupRecord:
     """What a process asked of one group."""
 
     description: str
@@ -67,7 +67,7 @@ class Report:
     """File, line and function that it is at; None: it wrote no stacks."""
     waits: bool = False
     """Whether it only waits for other processes there."""
-    groups: dict[str, Group] = field(default_factory=dict)
+    groups: dict[str, GroupRecord] = field(default_factory=dict)
 
     def as_table(self) -> dict[str, Any]:
         return asdict(self)
@@ -80,7 +80,7 @@ def report_of(table: dict[str, Any]) -> Report:
         KeyError, TypeError: it is none.
     """
     groups = {
-        name: Group(one["description"], one["asked"], [Asked(*asked) for asked in one["last"]])
+        name: GroupRecord(one["description"], one["asked"], [Asked(*asked) for asked in one["last"]])
         for name, one in table["groups"].items()
     }
     frame = table["frame"]
@@ -138,7 +138,7 @@ async def ask(subject: Subject) -> Report:
     return Report(subject.rank, subject.machine, state, *subject.at, frame, waits, groups)
 
 
-def _listed(groups: dict[str, Group]) -> str:
+def _listed(groups: dict[str, GroupRecord]) -> str:
     return "".join(
         f"group {name} ({group.description})\n"
         + "".join(f"  {one.number} {one.operation} {one.sizes}\n" for one in group.last)
@@ -172,7 +172,7 @@ def _size(file: Path) -> int:
     return 0
 
 
-async def _groups(recorder: Path) -> dict[str, Group]:
+async def _groups(recorder: Path) -> dict[str, GroupRecord]:
     """By name, the groups of which a process asked something; none where it does not answer."""
     try:
         raw = await asyncio.wait_for(_answer(recorder), _ANSWER)
@@ -194,7 +194,7 @@ async def _answer(recorder: Path) -> bytes:
         writer.close()
 
 
-def groups_in(trace: dict[str, Any]) -> dict[str, Group]:
+def groups_in(trace: dict[str, Any]) -> dict[str, GroupRecord]:
     """The groups of what torch's recorder says.
 
     Raises:
@@ -207,4 +207,4 @@ def groups_in(trace: dict[str, Any]) -> dict[str, Group]:
             asked = Asked(int(entry["collective_seq_id"]), str(entry["profiling_name"]), str(entry["input_sizes"]))
             _, before = found.pop(name, (description, []))
             found[name] = description, [*before[1 - _LAST :], asked]
-    return {name: Group(description, asked[-1].number, asked) for name, (description, asked) in found.items()}
+    return {name: GroupRecord(description, asked[-1].number, asked) for name, (description, asked) in found.items()}

@@ -1,8 +1,8 @@
 """Which processes of a machine get no further.
 
 What is long is derived from the run's own times, so no recipe says it. A process counts as late when it leaves no new
-crumb for longer than `Watch.limit`, which grows with the longest stay in that phase that any process of the machine
-has ended.
+crumb for longer than `ProgressWatch.limit`, which grows with the longest stay in that phase that any process of the
+machine has ended.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Late(NamedTuple):
     """Seconds that were allowed."""
 
 
-class Watch:
+class ProgressWatch:
     """One machine's processes, by their crumbs. It is asked about twice a second."""
 
     def __init__(self, patience: float = PATIENCE) -> None:
