@@ -28,7 +28,7 @@ def own() -> Stuck:
     plan = json.loads(Path(os.environ[PLAN]).read_text(encoding="utf-8"))
     life = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     here = Stuck(*plan[life]) if life < len(plan) else Stuck("nothing", 0, 0)
-    return here if here.kind == "skip" or here.rank == int(os.environ["RANK"]) else Stuck("nothing", 0, 0)
+    return here if here.kind in ("skip", "mismatch") or here.rank == int(os.environ["RANK"]) else Stuck("nothing", 0, 0)
 
 
 def loop() -> None:
@@ -109,6 +109,7 @@ def callback() -> Any:
         def on_start(self, trainer: Any) -> None:
             self.at = trainer
             self._before(trainer.loader, "batch", "data", data)
+            self._before(trainer.parallel, "accumulate", "mismatch", self._meet)
             self._before(trainer.saver, "save", "save", fifo)
             self._before(trainer.parallel, "evaluate", "evaluate", evaluate)
 
@@ -128,7 +129,12 @@ def callback() -> Any:
                 return
             if self.own.kind in IN_A_STEP:
                 IN_A_STEP[self.own.kind]()
-            elif self.own.kind == "skip" and trainer.world.rank != self.own.rank:
+            elif self.own.kind == "skip":
+                self._meet()
+
+        def _meet(self) -> None:
+            """A collective that one process leaves out."""
+            if self.at.world.rank != self.own.rank:
                 dist.all_reduce(torch.ones(7))
 
     return Callback()

@@ -145,7 +145,7 @@ STEP_OF_OURS = f"{OURS}/training/trainer.py:331 _one_step"
             id="functional",
         ),
         pytest.param(
-            thread(f"{OURS}/parallel/control/links.py:9 receive", STEP_OF_OURS),
+            thread(f"{OURS}/parallel/control/links.py:9 receive", f"{OURS}/parallel/world.py:8 _turn", STEP_OF_OURS),
             f"{OURS}/training/trainer.py:331",
             True,
             id="control",

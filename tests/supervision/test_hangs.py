@@ -89,7 +89,7 @@ class Run:
 
 def wrong(line: str, stuck: Stuck) -> str:
     """What a line does not say of a hang; empty: it says all."""
-    at = r"zili/\S+\.py:\d+ in \w+" if stuck.kind == "skip" else rf"/stuck\.py:\d+ in {stuck.kind}\b"
+    at = r"zili/\S+\.py:\d+ in \w+" if stuck.kind in ("skip", "mismatch") else rf"/stuck\.py:\d+ in {stuck.kind}\b"
     phase = PHASES.get(stuck.kind, "(step|warm_up)")
     patterns = (rf"^process {stuck.rank} on [ab] hangs in {phase} after step \d+", at)
     return "".join(f"{stuck}: {line}\n" for pattern in patterns if not re.search(pattern, line))[:2000]
@@ -120,10 +120,22 @@ def test_hangs_are_named_by_process_and_line(recipe: Callable[..., RunConfig], t
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_fifty_hangs_are_named_by_process_and_line(recipe: Callable[..., RunConfig], tmp_path: Path, seed: int) -> None:
-    """Ten in each run."""
+    """Ten in each run, some of which have two mesh dimensions."""
     data = recipe().data.tokenizer.parent
-    config = recipe(*SETTINGS, f"data.held_out={data / 'held_out'}", f"folder={tmp_path / 'run'}")
+    config = recipe(*SETTINGS, f"parallel.tensor={1 + seed % 2}", f"data.held_out={data / 'held_out'}", f"folder={tmp_path / 'run'}")
     found = Run(tmp_path, config, drawn(seed), "ab", patience=2).hangs(10, seconds=900)
     print("\n".join(f"{stuck}: {line}" for line, stuck in found.items()))
     wrongs = [text for line, stuck in found.items() if (text := wrong(line, stuck))]
     assert not wrongs, f"{len(wrongs)} of 10:\n" + "".join(wrongs)
+
+
+@pytest.mark.slow
+def test_a_collective_of_another_kind_than_the_others_is_named(
+    recipe: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """All wait, and each in its own collective: what a process asks for in place of the one that it left out."""
+    plan = [Stuck("mismatch", 2, 3), Stuck("mismatch", 0, 6)]
+    config = recipe(*SETTINGS, f"folder={tmp_path / 'run'}")
+    found = Run(tmp_path, config, plan, "ab", patience=2).hangs(2, seconds=300)
+    print("\n".join(found))
+    assert not "".join(wrong(line, stuck) for line, stuck in found.items())

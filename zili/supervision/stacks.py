@@ -19,7 +19,9 @@ _PYTHON = sysconfig.get_paths()["stdlib"]
 _PACKAGES = ("/site-packages/", "/dist-packages/")
 _TORCH = re.compile(r"/(?:site|dist)-packages/torch/")
 _AMONG_PROCESSES = re.compile(
-    r"/torch/distributed/(?!checkpoint/|tensor/(?!_collective_utils))|^" + re.escape(f"{_OURS}/parallel/control/")
+    r"/torch/distributed/(?!checkpoint/|tensor/(?!_collective_utils))|^"
+    + re.escape(f"{_OURS}/parallel/")
+    + r"(?:control/|world\.py)"
 )
 """Where code does nothing but have processes meet; writing a checkpoint and sharded arithmetic do other things too."""
 _ON_THREADS = {"threading.py", "queue.py", "_base.py"}
