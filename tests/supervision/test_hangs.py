@@ -18,6 +18,7 @@ from stuck import PLAN, Stuck
 from zili.config import RunConfig, dump_recipe
 
 RANKS = 4
+BEGINS = 6
 IN_STEPS = ("loop", "sleep", "gil", "stop", "lock", "data", "skip", "save", "evaluate")
 KINDS = ((*IN_STEPS, "join"), (*IN_STEPS, "imports"))
 PHASES = {"data": "data", "save": "save", "evaluate": "evaluate", "imports": "join", "join": "join", "skip": r"\w+"}
@@ -50,6 +51,7 @@ class Run:
         words = ["--processes", "2", "--machines", str(len(machines)), "--patience", str(patience)]
         self._command = [sys.executable, "-m", "zili", "launch", str(recipe), *words]
         self._agents: dict[str, subprocess.Popen[bytes]] = {}
+        self._begins = 0
 
     def hangs(self, count: int, seconds: float) -> dict[str, Stuck]:
         """The first `count` hangs that are said, each a line, and what was done in that life.
@@ -71,6 +73,8 @@ class Run:
     def _begin(self) -> None:
         for name in self._machines:
             if name not in self._agents or self._agents[name].poll() is not None:
+                self._begins += 1
+                assert self._begins <= BEGINS, self._everything()
                 with (self._folder / f"said-{name}").open("ab") as said:
                     self._agents[name] = subprocess.Popen(
                         [*self._command, "--machine", name], stdout=said, stderr=said, env=self._environment
@@ -122,7 +126,13 @@ def test_hangs_are_named_by_process_and_line(recipe: Callable[..., RunConfig], t
 def test_fifty_hangs_are_named_by_process_and_line(recipe: Callable[..., RunConfig], tmp_path: Path, seed: int) -> None:
     """Ten in each run, some of which have two mesh dimensions."""
     data = recipe().data.tokenizer.parent
-    config = recipe(*SETTINGS, f"parallel.tensor={1 + seed % 2}", f"data.held_out={data / 'held_out'}", f"folder={tmp_path / 'run'}")
+    config = recipe(
+        *SETTINGS,
+        f"parallel.tensor={1 + seed % 2}",
+        "model.kv_heads=2",
+        f"data.held_out={data / 'held_out'}",
+        f"folder={tmp_path / 'run'}",
+    )
     found = Run(tmp_path, config, drawn(seed), "ab", patience=2).hangs(10, seconds=900)
     print("\n".join(f"{stuck}: {line}" for line, stuck in found.items()))
     wrongs = [text for line, stuck in found.items() if (text := wrong(line, stuck))]
