@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import json
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 from unittest import mock
@@ -17,6 +21,7 @@ from torch.distributed.pipelining.stage import InferenceMode
 
 from zili import torch_private
 from zili.models import recomputation
+from zili.supervision.reports import _answer, groups_in
 from zili.torch_private import CHECKED_WITH, IN_PLACE, NAMES, PrivateName, arguments_by_name
 
 TREE = {"a": [torch.ones(1), 2], "b": (torch.zeros(2),)}
@@ -77,6 +82,23 @@ def foreach() -> None:
     assert [float(one.sum()) for one in tensors] == [4.0, 6.0]
     torch_private.foreach_copy(tensors, [torch.zeros(2), torch.zeros(3)])
     assert not any(one.any() for one in tensors)
+
+
+def recorder() -> None:
+    """It answers what `zili.supervision.reports` reads."""
+    with tempfile.TemporaryDirectory() as short:
+        path = f"{short}/recorder"
+        server = torch_private.WorkerServer(path)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            dist.all_reduce(torch.ones(3))
+            raw = asyncio.run(_answer(Path(path)))
+        finally:
+            dist.destroy_process_group()
+            server.shutdown()
+    (group,) = groups_in(json.loads(raw.partition(b"\r\n\r\n")[2])).values()
+    assert (group.description, group.asked) == ("default_pg", 1)
+    assert group.last == [(1, "gloo:all_reduce", "[[3]]")]
 
 
 def recomputing() -> None:
@@ -203,6 +225,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "compute_local_shape_and_global_offset": parameters_of(
         "compute_local_shape_and_global_offset", "global_shape", "mesh", "placements"
     ),
+    "WorkerServer": recorder,
     "stage_backward": parameters_of("stage_backward", "stage_output", "output_grads", "input_values"),
     **dict.fromkeys(
         ("TorchDispatchMode", "disable_current_modes", "ExcludeDispatchKeys", "DispatchKey"), dispatch_mode

@@ -92,6 +92,11 @@ NAMES = {
         "which part of a tensor a process has, of a checkpoint or a published folder",
         _PLACES,
     ),
+    "WorkerServer": PrivateName(
+        "torch._C._distributed_c10d:_WorkerServer",
+        "tells an agent what its process asked of collectives when the run hangs",
+        "torch.distributed.debug.start_debug_server, which listens at all addresses to anybody",
+    ),
     "stage_backward": PrivateName(
         "torch.distributed.pipelining._backward:stage_backward", "a backward pass that sums its gradients", "none"
     ),

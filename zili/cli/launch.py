@@ -47,6 +47,9 @@ def run(
     machine: Annotated[str | None, typer.Option(help="Name of this machine, else its host name.")] = None,
     spares: Annotated[int, typer.Option(min=0, help="Machines that stand by, warm, to take the place of one.")] = 0,
     wait: Annotated[float, typer.Option(help="Seconds to wait for a missing machine before going on with fewer.")] = 60,
+    patience: Annotated[
+        float, typer.Option(min=0.1, help="Seconds without progress that are never a hang; longer steps allow more.")
+    ] = 60,
     cold: Annotated[bool, typer.Option("--cold", help="Begin every process anew, and fork no warm one.")] = False,
 ) -> None:
     """Train a recipe as `zili train` does, on several processes, and begin them anew when something breaks.
@@ -73,7 +76,7 @@ def run(
     name = machine or socket.gethostname()
     folder = SupervisionFolder(config.folder)
     found = layouts(config, processes, least, most)
-    job = Launch(words, processes, most, {str(count): keys for count, keys in found.items()}, spares, wait)
+    job = Launch(words, processes, most, {str(count): keys for count, keys in found.items()}, spares, wait, patience)
 
     def show(text: str) -> None:
         console.print(f"zili launch: {text}", highlight=False, markup=False, soft_wrap=True)

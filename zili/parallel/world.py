@@ -23,6 +23,7 @@ from zili.parallel.collectives import Communicator
 from zili.parallel.control.crumbs import own_crumbs
 from zili.parallel.control.member import AGENT, AGENT_SECRET, Control, Heard, meet
 from zili.parallel.control.member import PATIENCE as SECONDS
+from zili.parallel.control.recorder import answer_for_collectives
 from zili.parallel.layout import Layout, processes
 from zili.parallel.lives import own_life
 
@@ -50,6 +51,7 @@ def join(device: Device) -> None:
             rank, store = _enter(size, patience)
             collectives = device.backend.collectives
             dist.init_process_group(collectives, store=store, rank=rank, world_size=size, timeout=patience)
+        answer_for_collectives()
 
 
 def _enter(size: int, patience: timedelta) -> tuple[int, dist.Store]:

@@ -22,13 +22,16 @@ from zili.parallel.control.crumbs import CRUMBS, Crumbs
 from zili.parallel.control.links import Link, connect
 from zili.parallel.control.member import AGENT, AGENT_SECRET, GENERATION
 from zili.parallel.control.node import Node, below
+from zili.parallel.control.recorder import RECORDER
 from zili.supervision.fitness import refuse_unfit
 from zili.supervision.folder import SupervisionFolder
 from zili.supervision.ledger import mean_of, told
 from zili.supervision.nursery import STACKS
 from zili.supervision.processes import LocalProcesses
+from zili.supervision.reports import Subject, ask, at
 from zili.supervision.root import BEAT, INTERRUPTED, PATIENCE
 from zili.supervision.state import Launch, State, state_of
+from zili.supervision.watch import ProgressWatch, state_of_process
 
 _TRIES = 1.0
 """Seconds for which a root that does not answer is asked again, before this machine takes its place."""
@@ -75,6 +78,7 @@ class Agent:
         self._place: dict[str, Any] = {}
         self._endings: dict[int, dict[str, Any]] = {}
         self._crumbs: dict[int, Crumbs] = {}
+        self._watch = ProgressWatch(launch.patience)
         self._stopping = False
         self._stop_asked: float | None = None
         """When this machine's processes were to stop."""
@@ -179,7 +183,7 @@ class Agent:
                 return self._end(**order)
             elif what != "beat":
                 orders: dict[str, Callable[..., Coroutine[Any, Any, None]]]
-                orders = {"prepare": self._prepare, "start": self._start, "stop": self._stop}
+                orders = {"prepare": self._prepare, "start": self._start, "stop": self._stop, "report": self._report}
                 self._follow(orders[what](**order))
 
     def _end(self, code: int, text: str) -> int:
@@ -196,6 +200,7 @@ class Agent:
         while True:
             at = mean_of([told(crumbs) for crumbs in self._crumbs.values()])
             self._say(say="beat", at=at)
+            self._look()
             await asyncio.sleep(BEAT)
 
     def _follow(self, work: Coroutine[Any, Any, None]) -> None:
@@ -215,9 +220,12 @@ class Agent:
         """Make this machine's node of a new life."""
         if self._node is not None:
             await self._node.close(0)
+        if self._processes.alive:  # of a life that went on without this machine
+            await self._kill()
         first, count = ranks
         self._generation, self._endings, self._stopping, self._stop_asked = generation, {}, False, None
         self._place = {"life": life, "number": number, "of": of, "first": first, "count": count}
+        self._watch.begin(of * count)
         self._node = Node(number, range(first, first + count), below(number, of), self._folder.secret)
         self._address = f"{self._machine.host}:{await self._node.listen(self._machine.host)}"
         self._say(say="prepared", generation=generation, address=self._address)
@@ -234,8 +242,7 @@ class Agent:
 
     def _begin(self, local: int, words: list[str]) -> None:
         place = self._place
-        rank, world = place["first"] + local, place["of"] * place["count"]
-        logs = self._run / "logs" / f"life-{place['life']:04d}"
+        rank, world, logs = place["first"] + local, place["of"] * place["count"], self._logs()
         logs.mkdir(parents=True, exist_ok=True)
         environment = {
             **{"RANK": str(rank), "LOCAL_RANK": str(local), "GROUP_RANK": str(place["number"])},
@@ -245,9 +252,10 @@ class Agent:
             _ERROR_FILE: str(self._error_file(rank)),
             **{AGENT: self._address, AGENT_SECRET: self._folder.secret.hex()},
             GENERATION: str(self._generation),
-            **{STACKS: str(self._own / f"stacks-{rank}"), CRUMBS: str(self._crumbs_file(rank))},
+            **{STACKS: str(self._stacks_file(rank)), CRUMBS: str(self._crumbs_file(rank))},
+            RECORDER: str(self._recorder(rank)),
         }
-        for file in (self._error_file(rank), self._crumbs_file(rank)):
+        for file in (self._error_file(rank), self._crumbs_file(rank), self._recorder(rank)):
             file.unlink(missing_ok=True)
         self._crumbs[rank] = Crumbs(self._crumbs_file(rank))
         self._processes.begin(rank, words, environment, logs / f"rank-{rank:05d}.log", shown=rank == 0)
@@ -255,11 +263,15 @@ class Agent:
     async def _stop(self, generation: int, gentle: bool) -> None:
         """End this machine's processes: by SIGTERM, at which they save; else at once."""
         if generation == self._generation:
-            self._stopping, self._stop_asked = True, time.monotonic()
-            if self._processes.alive:
-                self._processes.signal(signal.SIGTERM if gentle else signal.SIGKILL)
-            await self._processes.none.wait()
+            await self._kill(signal.SIGTERM if gentle else signal.SIGKILL)
         self._say(say="stopped", generation=generation, endings=list(self._endings.values()))
+
+    async def _kill(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """Send all processes of this machine a signal, and wait until they have ended."""
+        self._stopping, self._stop_asked = True, time.monotonic()
+        if self._processes.alive:
+            self._processes.signal(number)
+        await self._processes.none.wait()
 
     def _bury(self, rank: int, code: int) -> None:
         """A process of this machine has ended."""
@@ -278,6 +290,46 @@ class Agent:
         if not self._stopping:
             self._say(say="ended", generation=self._generation, ending=ending)
 
+    # ---------------------------------------------------------------- hangs
+
+    def _look(self) -> None:
+        """Tell the root of processes that get no further."""
+        held = any(state_of_process(pid) == "t" for pid in self._processes.alive.values())
+        late = self._watch.late(self._crumbs, time.monotonic(), held)
+        if late:
+            self._say(say="hung", generation=self._generation, late=[one._asdict() for one in late])
+
+    async def _report(self, generation: int) -> None:
+        """Find out where each process of this machine is."""
+        if generation == self._generation:
+            subjects = [self._subject(rank, pid) for rank, pid in self._processes.alive.items() if pid]
+            self._watch.forgive()
+            reports = await asyncio.gather(*(ask(one) for one in subjects))
+            self._say(say="reports", generation=generation, reports=[one.as_table() for one in reports])
+
+    def _subject(self, rank: int, pid: int) -> Subject:
+        return Subject(
+            rank=rank,
+            machine=self._machine.name,
+            pid=pid,
+            at=at(self._crumbs[rank], self._watch.quiet(rank)),
+            stacks=self._stacks_file(rank),
+            recorder=self._recorder(rank),
+            kept=self._logs() / "hang" / f"rank-{rank:05d}.txt",
+            send=lambda number: self._processes.signal(number, rank, alone=True),
+        )
+
+    # ---------------------------------------------------------------- files
+
+    def _logs(self) -> Path:
+        return self._run / "logs" / f"life-{self._place['life']:04d}"
+
+    def _stacks_file(self, rank: int) -> Path:
+        return self._own / f"stacks-{rank}"
+
+    def _recorder(self, rank: int) -> Path:
+        return self._own / f"asked-{rank}"
+
     def _error_file(self, rank: int) -> Path:
         return self._own / f"error-{rank}.json"
 
@@ -291,7 +343,7 @@ class Agent:
         return ""
 
     def _log_end(self, rank: int) -> str:
-        file = self._run / "logs" / f"life-{self._place['life']:04d}" / f"rank-{rank:05d}.log"
+        file = self._logs() / f"rank-{rank:05d}.log"
         with suppress(OSError), file.open("rb") as opened:
             opened.seek(max(0, os.fstat(opened.fileno()).st_size - _TAIL))
             return opened.read().decode("utf-8", "replace")

@@ -7,7 +7,7 @@ the agent is gone, so are they.
     python -m zili.supervision.nursery SOCKET CHIP [cold]
 
 Where forking after the import is not proven on a vendor's software (`Backend.forks`), workers are `cold`: a Python of
-their own, which imports everything itself.
+their own (`python -m zili.supervision.nursery worker WORDS`), which imports everything itself.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class Nursery:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         for asked in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(asked, signal.SIG_IGN)  # the agent decides, and its end is ours
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a child is asked for its stacks, maybe before it can tell them
 
     def run(self) -> list[str] | None:
         """Serve until the agent is gone: None then. In a child: the words of its command."""
@@ -87,10 +88,11 @@ class Nursery:
     def _obey(self, order: dict[str, Any]) -> list[str] | None:
         if order["do"] == "begin":
             return self._begin(order)
+        send = os.kill if order["alone"] else os.killpg
         for pid, rank in self._ranks.items():
             if order["rank"] in (None, rank):
                 with suppress(ProcessLookupError):  # it has ended, and is not yet buried
-                    os.killpg(pid, order["signal"])
+                    send(pid, order["signal"])
         return None
 
     def _begin(self, order: dict[str, Any]) -> list[str] | None:
@@ -100,10 +102,10 @@ class Nursery:
             self._say(say="begun", rank=order["rank"], pid=pid)
             return None
         self._link.close()
-        _become(order)
+        _become(order, cold=self._cold)
         words: list[str] = order["words"]
         if self._cold:
-            os.execv(sys.executable, [sys.executable, "-m", "zili", *words])
+            os.execv(sys.executable, [sys.executable, "-m", "zili.supervision.nursery", "worker", *words])
         return words
 
     def _bury(self) -> None:
@@ -125,7 +127,7 @@ class Nursery:
             self._link.sendall(json.dumps(thing).encode() + b"\n")
 
 
-def _become(order: dict[str, Any]) -> None:
+def _become(order: dict[str, Any], *, cold: bool) -> None:
     """Turn this fork into the worker of `order`: a group, signals, environment and output of its own."""
     os.setsid()
     signal.set_wakeup_fd(-1)
@@ -137,7 +139,7 @@ def _become(order: dict[str, Any]) -> None:
     for output in (2,) if order["shown"] else (1, 2):
         os.dup2(log, output)
     os.close(log)
-    if STACKS in os.environ:
+    if not cold:
         answer_with_stacks()
 
 
@@ -150,6 +152,9 @@ def answer_with_stacks() -> None:
 
 def main() -> None:
     """Serve the agent at the other end of a socket; in a child, run the command."""
+    if sys.argv[1] == "worker":  # a cold one, in a Python of its own
+        answer_with_stacks()
+        _run(sys.argv[2:])
     number, chip, *options = sys.argv[1:]
     link, cold = socket.socket(fileno=int(number)), "cold" in options
     begun = time.monotonic()

@@ -39,9 +39,9 @@ class LocalProcesses:
         self.none.clear()
         self._say(do="begin", rank=rank, words=words, environment=environment, log=str(log), shown=shown)
 
-    def signal(self, number: signal.Signals, rank: int | None = None) -> None:
-        """Send a signal to one process and what it began, or to all."""
-        self._say(do="signal", rank=rank, signal=int(number))
+    def signal(self, number: signal.Signals, rank: int | None = None, *, alone: bool = False) -> None:
+        """Send a signal to one process, or to all; also to what they began, unless `alone`."""
+        self._say(do="signal", rank=rank, signal=int(number), alone=alone)
 
     def close(self) -> None:
         """End the nursery, which ends its children first."""

@@ -26,6 +26,7 @@ from zili.parallel.control.node import above
 from zili.plurals import counted
 from zili.supervision.account import account_of, summary
 from zili.supervision.folder import SupervisionFolder
+from zili.supervision.hangs import Hang, Inquiry
 from zili.supervision.ledger import Ledger, mean_of, seen, waited
 from zili.supervision.rules import rule_for
 from zili.supervision.state import Launch, State, state_of
@@ -94,6 +95,8 @@ class Root:
         self._lost: list[str] = []
         self._doubt: float | None = None
         """Since when a process has ended that perhaps only lost a peer."""
+        self._inquiry: Inquiry | None = None
+        self._hang: Hang | None = None
         self._interrupted = False
         self._identity: dict[str, str] = {}
         self._over = asyncio.Event()
@@ -219,6 +222,10 @@ class Root:
             self._look()
         elif what == "ended":
             self._ended(said["ending"])
+        elif what == "hung":
+            self._ask()
+        elif what == "reports" and self._inquiry is not None:
+            self._inquiry.hear(member.name, said["reports"], member.heard)
         elif what == "stopped":
             for ending in said["endings"]:
                 self._endings.setdefault(ending["rank"], ending)
@@ -234,6 +241,8 @@ class Root:
             member.tell(do="beat")
             if now - member.heard > PATIENCE:
                 self._lose(member, f"says nothing for {PATIENCE:.0f} s")
+        if self._inquiry is not None and self._phase in (Waiting.RUNNING, Waiting.STOPPING):
+            self._inquiry.look(now)
         if not self._folder.is_root(self._term) or (not self._members and now - self._since > _LONELY):
             self._over.set()
         elif self._phase is Waiting.GATHERING:
@@ -269,6 +278,7 @@ class Root:
         state.generation = self._folder.begin(self._term, state.life)
         state.version, state.machines, state.running = 0, machines, True
         self._endings, self._done, self._lost, self._doubt = {}, set(), [], None
+        self._inquiry = self._hang = None
         self._turn(Waiting.PREPARING)
         processes = len(machines) * self._launch.processes
         facts = {"life": state.life, "generation": state.generation, "machines": machines, "processes": processes}
@@ -309,12 +319,27 @@ class Root:
             else:
                 self._stop()
 
+    def _ask(self) -> None:
+        """A process gets no further: whose fault is it?"""
+        at_work = self._phase in (Waiting.RUNNING, Waiting.STOPPING)
+        if at_work and self._hang is None and (self._inquiry is None or self._inquiry.over):
+            workers = self._workers()
+            self._inquiry = Inquiry([member.name for member in workers], time.monotonic(), self._found)
+            for member in workers:
+                member.tell(do="report", generation=self._state.generation)
+
+    def _found(self, hang: Hang) -> None:
+        self._note(f"{hang}. All stacks are in {self._folder.run}/logs/life-{self._state.life:04d}/hang")
+        if not hang.held:
+            self._hang = hang
+            self._stop()
+
     def _stop(self, *, gentle: bool = False) -> None:
         self._turn(Waiting.STOPPING)
         waited(self._endings.values())
         cause = seen(self._endings.values(), self._lost)
         wanted = "interrupted" if self._interrupted else "a machine is to be left" if gentle else ""
-        hang = not (cause or wanted)
+        hang = self._hang is not None
         self._ledger.write("stopping", life=self._state.life, cause=wanted or cause, hang=hang, wanted=bool(wanted))
         for member in self._workers():
             member.tell(do="stop", generation=self._state.generation, gentle=gentle)
@@ -336,6 +361,9 @@ class Root:
         """What ended the life; None: it was asked to end."""
         own = [_as_ending(one, self._saved_step()) for one in self._endings.values() if one["code"]]
         met = [one for one in own if not one.stopped]
+        hung = self._hang and next((one for one in own if self._hang and one.rank == self._hang.rank), None)
+        if hung:
+            return failure_of(hung, seen="hang")
         if self._lost:
             rank = self._state.machines.index(self._lost[0]) * self._launch.processes
             steps = max((one.step or 0 for one in own), default=self._saved_step() or 0)

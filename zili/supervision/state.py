@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from zili.supervision.watch import PATIENCE
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -22,6 +24,8 @@ class Launch:
     """Machines that may stand by."""
     wait: float = 60.0
     """Seconds to wait for a machine that is missing, before a life begins with fewer."""
+    patience: float = PATIENCE
+    """Seconds without progress that are never a hang."""
 
 
 @dataclass
