@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 from start import _prepare
 
@@ -286,7 +286,7 @@ def _agent(run: Path, name: str, processes: int) -> int:
         # In place of `-m zili.supervision.nursery`: the same, and its children are stand-ins.
         return subprocess.Popen([sys.executable, __file__, "nursery", *words[3:]], **options)
 
-    begun.subprocess = SimpleNamespace(Popen=begin)  # type: ignore[attr-defined]
+    begun.subprocess = SimpleNamespace(Popen=begin)  # type: ignore[assignment]
     folder = SupervisionFolder(run)
     launch = Launch([str(run)], processes, 2, {"2": []})
 
@@ -324,7 +324,7 @@ def _stand_in() -> None:
         time.sleep(0.2)
 
 
-def _run_stand_in(words: list[str]) -> None:
+def _run_stand_in(words: list[str]) -> NoReturn:
     sys.argv, code = ["zili", *words], 1
     try:
         _stand_in()
@@ -340,7 +340,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["nursery"]:
         from zili.supervision import nursery
 
-        nursery._run = _run_stand_in  # type: ignore[assignment]
+        nursery._run = _run_stand_in
         del sys.argv[1]
         nursery.main()
     else:
