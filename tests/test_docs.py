@@ -38,10 +38,10 @@ MADE_BY_THE_READER = {
     *("tokenizer.json", "generation_config.json", "configuration.json", "release.json", "published_runs.csv"),
     *("zili_acme.py", "zili_acme_operations.py", "device-check/device-check.md", "device-check/device-check.json"),
     *("zili_acme.toml", "tokenizer_config.json", "config.json", "model.json", "run.json", "index.json"),
-    "summary.json",
+    *("summary.json", "supervision/generation"),
 }
 """Files and folders that a run, a release or the reader makes; examples."""
-OF_ANOTHER = re.compile(r"[*<{]|NAME|^\w+/s$")
+OF_ANOTHER = re.compile(r"[*<{]|NAME|^\w+/s$|^RUN/")
 """Patterns, and units such as bytes/s."""
 _ENDING = r"\.(py|toml|jsonl?|md|html|gguf|partial)$"
 WRONG = ("training.batch_size",)
@@ -132,6 +132,8 @@ def command_of(words: list[str]) -> tuple[Any, list[str]]:
     """The command that the words call, and the words behind its name."""
     command = all_commands()
     while words and hasattr(command, "commands"):
+        if "run" in command.commands and words[0] not in command.commands:
+            words = ["run", *words]  # `zili launch RECIPE`
         assert words[0] in command.commands, f"there is no command {words[0]}"
         command = load_command(words[0]) if command is all_commands() else command.commands[words[0]]
         words = words[1:]
