@@ -100,3 +100,15 @@ def test_a_folder_that_others_could_write_to_is_made_private(folder: Path) -> No
     folder.chmod(0o777)
     Timings(KEY).measured("linear", lambda: 1.25)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_a_later_life_need_not_compare_again_what_an_earlier_one_did_here(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    Timings(KEY).agrees("linear fast")
+    assert not Timings(KEY).agreed("linear fast"), "a run that a person begins looks again"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert Timings(KEY).agreed("linear fast")
+    assert not Timings(KEY).agreed("linear other")
+    assert not Timings(KEY | {"device": "another"}).agreed("linear fast")

@@ -139,7 +139,9 @@ def choose(
     for operation in OPERATIONS:
         candidates = [version for version in known if version.operation == operation]
         if operation in asked:
-            name, function, reason = _asked_for(candidates, asked[operation], operation, device_type, precision)
+            name, function, reason = _asked_for(
+                candidates, asked[operation], operation, device_type, precision, timings
+            )
         elif candidates and operation not in unused:
             name, function, reason = _best(candidates, operation, device_type, precision, lacking or {}, timings)
         else:
@@ -162,7 +164,14 @@ def runs_on(operation: str, name: str, device_type: str, precision: str, vendor:
 Selected = tuple[str, Callable[..., Any], str]
 
 
-def _asked_for(candidates: list[Version], name: str, operation: str, device_type: str, precision: str) -> Selected:
+def _asked_for(
+    candidates: list[Version],
+    name: str,
+    operation: str,
+    device_type: str,
+    precision: str,
+    timings: Timings | None,
+) -> Selected:
     version = next((version for version in candidates if version.name == name), None)
     if version is None:
         return REFERENCE, OPERATIONS[operation], "asked for"
@@ -171,11 +180,14 @@ def _asked_for(candidates: list[Version], name: str, operation: str, device_type
         raise ConfigError(
             f"chip.operations.{operation}: {name!r} does not run on {device_type} in {precision}: {missing}"
         )
-    if problem := _differs(OPERATIONS[operation], version, device_type, precision):
+    known_to_agree = timings is not None and timings.agreed(f"{operation} {name}")
+    if not known_to_agree and (problem := _differs(OPERATIONS[operation], version, device_type, precision)):
         raise ChipError(
             f"chip.operations.{operation}: {name!r} {problem}; "
             f'`zili doctor --only numbers` says more; to train without it, set it to "{REFERENCE}"'
         )
+    if timings is not None:
+        timings.agrees(f"{operation} {name}")
     return name, version.function, "asked for"
 
 

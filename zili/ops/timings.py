@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -17,6 +18,8 @@ from zili.durable import write_whole
 from zili.user_cache import VARIABLE, cache_folder
 
 _ROUNDS = 9
+_RESTARTS = "TORCHELASTIC_RESTART_COUNT"
+"""Variable in which torchrun and `zili launch` count the lives before this one."""
 _SECONDS = 0.5
 """For the rounds together; the first always runs."""
 
@@ -71,6 +74,15 @@ class Timings:
             self._kept = {**self._kept, name: found, **self._read()}
             self._write()
         return self._kept[name]
+
+    def agreed(self, name: str) -> bool:
+        """Whether `name` was found right on this machine, by an earlier life of the job that this process is of: what a
+        life found, the next one need not find again."""
+        return int(os.environ.get(_RESTARTS, "0")) > 0 and self.known(f"agrees {name}")
+
+    def agrees(self, name: str) -> None:
+        """Keep that `name` was found right here."""
+        self.measured(f"agrees {name}", time.time)
 
     def _read(self) -> dict[str, float]:
         if self.path is None or not self.path.exists():

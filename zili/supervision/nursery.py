@@ -33,6 +33,7 @@ _WARM = (
     *("torch", "torch.distributed", "torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp"),
     *("torch.distributed.checkpoint", "torch.distributed.pipelining", "safetensors.torch", "multiprocessing.dummy"),
     *("zili.cli.app", "zili.cli.train", "zili.runs.running", "zili.parallel.control.store", "zili.training.trainer"),
+    *("zili.training.setup", "zili.parallel.machines", "zili.planning.exact.memory", "numpy.ma"),
     *("zili.training.callbacks.named", "zili.evaluation.during_training", "zili.release"),
 )
 """What a worker imports. `torch._dynamo` alone takes a second, which each would spend at its first DTensor."""

@@ -67,6 +67,7 @@ def set_up(config: RunConfig) -> Setup:
     import torch
 
     from zili import ops
+    from zili.ops.timings import Timings
     from zili.parallel.world import World, join
 
     device = Device(activation, config.chip.capabilities)
@@ -87,7 +88,10 @@ def set_up(config: RunConfig) -> Setup:
         versions = {c.name.rpartition(".")[2]: c.value for c in choices if c.name.startswith("chip.operations.")}
         unused = [name for name in ops.chosen() if name not in versions]
         vendor, lacking = device.backend.operations, device.lacking()
-        ops.choose(device.type, resolved.chip.precision, versions, unused, vendor, lacking)
+        precision = resolved.chip.precision
+        assert precision != "auto", "the first process has chosen"
+        timings = Timings.of(device, precision)
+        ops.choose(device.type, precision, versions, unused, vendor, lacking, timings)
     return Setup(resolved, device, world, (*started, *choices))
 
 
