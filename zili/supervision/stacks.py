@@ -60,7 +60,7 @@ class Frame(NamedTuple):
 Thread = list[Frame]
 
 
-class Place(NamedTuple):
+class Whereabouts(NamedTuple):
     """Where a process is."""
 
     frame: Frame
@@ -71,7 +71,7 @@ class Place(NamedTuple):
         return {"frame": list(self.frame), "waits": self.waits}
 
 
-def place_in(text: str) -> Place | None:
+def place_in(text: str) -> Whereabouts | None:
     """Where the process is whose stacks these are; None: they say nothing."""
     threads = threads_in(text)
     if not threads:
@@ -82,7 +82,7 @@ def place_in(text: str) -> Place | None:
         at_work = [other for other in others if _is_at_work(other)]
         alone = [other for other in at_work if not _waits(other)]
         thread = next(iter(alone or at_work), main)
-    return Place(_line(thread), _waits(thread))
+    return Whereabouts(_line(thread), _waits(thread))
 
 
 def threads_in(text: str) -> list[Thread]:
