@@ -203,8 +203,9 @@ def test_the_newest_life_is_a_number_in_the_runs_folder(tmp_path: Path, monkeypa
     monkeypatch.setenv("ZILI_GENERATION", "3")
     with pytest.raises(CheckpointError, match=r"generation cannot be read, so no checkpoint is written"):
         fence()
+    (tmp_path / "supervision").mkdir()
     for newest, whether in (("3\n", True), ("4\n", False), ("2", True)):
-        (tmp_path / "generation").write_text(newest)
+        (tmp_path / "supervision/generation").write_text(newest)
         assert fence() is whether, newest
 
 
@@ -213,12 +214,12 @@ def test_a_life_that_wakes_late_leaves_what_the_newest_is_writing(runs: Runs) ->
     config = runs.recipe("dense", "training.steps=2", "checkpoint.every=1")
     folder = config.folder / "checkpoints"
     second = {"ZILI_GENERATION": "2"}
-    config.folder.mkdir(parents=True)
-    (config.folder / "generation").write_text("2")
+    (config.folder / "supervision").mkdir(parents=True)
+    (config.folder / "supervision/generation").write_text("2")
     on_processes(1, train, config, environment=second)
     at_hand = folder / ".step-00000003-life-3"
     at_hand.mkdir()
-    (config.folder / "generation").write_text("3")
+    (config.folder / "supervision/generation").write_text("3")
     longer = config.model_copy(update={"training": config.training.model_copy(update={"steps": 3})})
     with pytest.raises(AssertionError, match="a newer life of this run"):
         on_processes(1, train, longer, environment=second)

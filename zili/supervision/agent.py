@@ -20,11 +20,11 @@ from typing import Any
 from zili.chips import find_backend
 from zili.parallel.control.crumbs import CRUMBS, Crumbs
 from zili.parallel.control.links import Link, connect
-from zili.parallel.control.member import AGENT, AGENT_SECRET
+from zili.parallel.control.member import AGENT, AGENT_SECRET, GENERATION
 from zili.parallel.control.node import Node, below
 from zili.parallel.control.recorder import RECORDER
 from zili.supervision.fitness import refuse_unfit
-from zili.supervision.folder import GENERATION, SupervisionFolder
+from zili.supervision.folder import SupervisionFolder
 from zili.supervision.nursery import STACKS
 from zili.supervision.processes import LocalProcesses
 from zili.supervision.reports import Subject, ask, at

@@ -23,10 +23,9 @@ from typing import Any
 from zili.durable import sync, write_whole
 from zili.errors import ConfigError
 from zili.parallel.control.links import PlainLink
+from zili.parallel.control.member import GENERATION_FILE
 from zili.user_cache import cache_folder
 
-GENERATION = "ZILI_GENERATION"
-"""Variable that tells a worker its generation."""
 _CLAIM = re.compile(r"root-(\d{6})\.json")
 _KEPT = 3
 _TERM = 1_000_000
@@ -99,7 +98,7 @@ class SupervisionFolder:
     def begin(self, term: int, life: int) -> int:
         """The generation of a new life, which is the newest from now on."""
         generation = term * _TERM + life
-        write_whole(self.path / "generation", str(generation))
+        write_whole(self.run / GENERATION_FILE, str(generation))
         return generation
 
     def own_place(self, name: str) -> Path:

@@ -21,6 +21,7 @@ from torch import Tensor
 from zili.checksums import SUMS_FILE, sha256, write_sums
 from zili.durable import soon, sync
 from zili.errors import CheckpointError
+from zili.parallel.control.member import GENERATION, GENERATION_FILE
 from zili.parallel.world import World
 from zili.training.checkpoints import RUN_FILE, RunState, is_of_one_process, list_checkpoints, step_of
 from zili.training.index import (
@@ -36,10 +37,6 @@ from zili.training.index import (
 from zili.training.parts import HeldPart, parts_to_write, write_parts
 
 Result = TypeVar("Result")
-GENERATION = "ZILI_GENERATION"
-"""Variable in which `zili launch` gives its processes the number of their life."""
-GENERATION_FILE = "generation"
-"""In the run's folder: the number of the newest life."""
 _LOG = logging.getLogger(__name__)
 _CHANNEL = 1
 """A save in the background says its control messages beside those of the steps."""

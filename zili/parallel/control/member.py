@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 AGENT, AGENT_SECRET = "ZILI_AGENT", "ZILI_AGENT_SECRET"
 """Variables in which `zili launch` gives its processes the address of their machine's node, and the run's secret."""
+GENERATION = "ZILI_GENERATION"
+"""Variable in which it gives them the number of their life."""
+GENERATION_FILE = "supervision/generation"
+"""File of a run that has the number of its newest life. A process of an older one writes no checkpoint any more."""
 PATIENCE = 1800.0
 """Seconds that a process waits for the others in one turn, as in a collective."""
 _LOOPBACK = "127.0.0.1"
