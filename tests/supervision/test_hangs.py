@@ -19,6 +19,7 @@ from zili.config import RunConfig, dump_recipe
 
 RANKS = 4
 BEGINS = 6
+PLAIN = ("chip.operations.linear=reference", "chip.operations.attention=reference")
 IN_STEPS = ("loop", "sleep", "gil", "stop", "lock", "data", "skip", "save", "evaluate")
 KINDS = ((*IN_STEPS, "join"), (*IN_STEPS, "imports"))
 PHASES = {"data": "data", "save": "save", "evaluate": "evaluate", "imports": "join", "join": "join", "skip": r"\w+"}
@@ -113,7 +114,9 @@ def drawn(seed: int) -> list[Stuck]:
 def test_hangs_are_named_by_process_and_line(recipe: Callable[..., RunConfig], tmp_path: Path) -> None:
     """A C call that keeps Python's lock, a stopped process, and a batch that never comes, each in another life."""
     plan = [Stuck("gil", 1, 3), Stuck("stop", 0, 5), Stuck("data", 1, 8)]
-    config = recipe("checkpoint.every=1", "training.steps=40", "training.micro_batch=1", f"folder={tmp_path / 'run'}")
+    config = recipe(
+        *PLAIN, "checkpoint.every=1", "training.micro_batch=1", "training.steps=40", f"folder={tmp_path / 'run'}"
+    )
     found = Run(tmp_path, config, plan, "a", patience=1).hangs(3, seconds=120)
     assert not "".join(wrong(line, stuck) for line, stuck in found.items())
     assert "last collective: gloo:" in next(iter(found)), "also while Python's lock is held"
