@@ -144,3 +144,13 @@ def test_a_plugin_without_its_driver_does_not_stop_the_cpu(install, bare):
     assert "Failed to load the backend extension" in run("import torch").stderr
     finished = run(ORDER)
     assert finished.returncode == 0, finished.stderr
+
+
+def test_what_was_set_before_a_fork_is_still_ours(bare):
+    """A worker of `zili launch` is a fork of a process that has set the environment and imported torch."""
+    first, _ = apply_environment(find_backend("ascend"))
+    bare.setenv("HCCL_CONNECT_TIMEOUT", "7200")
+    again, kept = apply_environment(find_backend("ascend"))
+    assert names(again) == names(first) - {"HCCL_CONNECT_TIMEOUT"} and names(kept) == {"HCCL_CONNECT_TIMEOUT"}
+    activate(find_backend("cpu"))
+    assert not activate(find_backend("cpu")).warnings, "they were set in time, or it was said before"

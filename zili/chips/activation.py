@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 _LOG = logging.getLogger(__name__)
+_ours: dict[str, str] = {}
+"""What was set here before: by the process that this one is a fork of, it may be."""
 AUTOLOAD = Variable(
     "TORCH_DEVICE_BACKEND_AUTOLOAD",
     "0",
@@ -67,9 +69,9 @@ def activate(backend: Backend, *, index: int = 0, deterministic: bool = False) -
     Raises:
         ChipError: the plugin cannot be imported, the device is not there, or another accelerator is in use.
     """
-    late = _already_imported(backend)
+    late, before = _already_imported(backend), {name for name in _ours if _is_ours(name)}
     applied, kept = apply_environment(backend, deterministic)
-    warnings = _late_warning(late, applied) if late else ()
+    warnings = _late_warning(late, tuple(one for one in applied if one.name not in before)) if late else ()
     torch = _import_torch()
     _import_plugin(torch, backend)
     if deterministic:  # before the device is used: torch_npu heeds only the first setting in a thread
@@ -91,13 +93,20 @@ def apply_environment(
     """
     applied, kept = [], []
     for variable in (AUTOLOAD, *backend.environment):
+        if _is_ours(variable.name):
+            applied.append(SetVariable(variable.name, _ours[variable.name], variable.reason))
+            continue
         own = [name for name in (variable.name, *variable.older_names) if name in os.environ]
         if own:
             kept.append(SetVariable(own[0], os.environ[own[0]], variable.reason))
         elif variable.value is not None and (deterministic or not variable.only_deterministic):
-            os.environ[variable.name] = variable.value
+            os.environ[variable.name] = _ours[variable.name] = variable.value
             applied.append(SetVariable(variable.name, variable.value, variable.reason))
     return tuple(applied), tuple(kept)
+
+
+def _is_ours(name: str) -> bool:
+    return name in _ours and os.environ.get(name) == _ours[name]
 
 
 def _already_imported(backend: Backend) -> str | None:

@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 from zili.errors import CheckpointError, ConfigError, DataError
+from zili.parallel.control.member import AGENT
 from zili.parallel.layout import processes, torchrun
 
 MOST_CHIPS = 1_000_000
@@ -153,6 +154,14 @@ def starter() -> str:
         return program()
     line = torchrun(size)
     return line if shutil.which("torchrun") else line.replace("torchrun", f"{_python()} -m torch.distributed.run", 1)
+
+
+def training() -> str:
+    """The words before a recipe that train it as this process was begun."""
+    if AGENT not in os.environ:
+        return f"{starter()} train"
+    each, machines = (os.environ.get(name, "1") for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"))
+    return f"{program()} launch --processes {each}" + (f" --machines {machines}" if machines != "1" else "")
 
 
 def _python() -> str:

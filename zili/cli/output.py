@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 
-from zili.cli.options import program, starter
+from zili.cli.options import program, training
 from zili.config import Choice
 
 _WHOLE = 100_000
@@ -66,7 +66,7 @@ def print_next(folder: Path, to: Console) -> None:
 
     for command in next_commands(folder):
         trains = command.line.startswith("zili train")
-        line = command.line.replace("zili", starter() if trains else program(), 1)
+        line = command.line.replace(*(("zili train", training()) if trains else ("zili", program())), 1)
         to.print(f"  {line:<46} # {command.purpose}", highlight=False, markup=False, soft_wrap=True)
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from zili import api
 from zili.cli.amounts import amounts
 from zili.cli.ending import INTERRUPTED
-from zili.cli.options import Overrides, Recipe, starter
+from zili.cli.options import Overrides, Recipe, training
 from zili.cli.output import print_next, print_opened
 from zili.parallel.layout import processes
 from zili.plurals import counted
@@ -40,7 +40,7 @@ def train(
         ignore_repeats()
         console.print(f"Stopped at step {trainer.step}; the checkpoint is written. Go on with:", highlight=False)
         recipe_file = shlex.quote(str(folder / "recipe.toml"))
-        console.print(f"  {starter()} train {recipe_file}", highlight=False, soft_wrap=True)
+        console.print(f"  {training()} {recipe_file}", highlight=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED)
     console.print(
         f"Done: {counted(trainer.step, 'step')}, {counted(trainer.tokens, 'token')}, in {folder}. Next:",

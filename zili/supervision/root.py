@@ -13,10 +13,9 @@ import json
 import socket
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict
-from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from zili.supervision.account import account_of, summary
 from zili.supervision.folder import SupervisionFolder
 from zili.supervision.hangs import Hang, Inquiry
 from zili.supervision.ledger import Ledger, mean_of, seen, waited
+from zili.supervision.members import Member, Waiting, as_ending
 from zili.supervision.rules import rule_for
 from zili.supervision.state import Launch, State, state_of
 from zili.supervision.verdicts import ACTIONS, Ending, Failure, Verdict, cause_of, failure_of, judge
@@ -43,38 +43,6 @@ _GIVING_UP = 10
 _HINDSIGHT = 2.0
 """Seconds in which the cause may yet show itself where a process ended since another was gone."""
 INTERRUPTED = 130
-
-
-_PHASES = {"init": "start", "warm_up": "compile", "data": "step"}
-"""What rules call phases of a process's breadcrumbs."""
-
-
-class Waiting(Enum):
-    """What the root is waiting for."""
-
-    GATHERING = auto()
-    """Machines enough to begin a life."""
-    PREPARING = auto()
-    """The machines of a life, each to say where its node is."""
-    RUNNING = auto()
-    STOPPING = auto()
-    """All processes of a life to have ended."""
-    OVER = auto()
-
-
-class Member:
-    """A machine's agent, as the root knows it."""
-
-    def __init__(self, name: str, link: Link) -> None:
-        self.name = name
-        self.link = link
-        self.heard = time.monotonic()
-        self.address = ""
-        self.prepared = self.stopped = False
-        self.draining = False
-
-    def tell(self, **order: Any) -> None:
-        self.link.send(json.dumps(order).encode())
 
 
 class Root:
@@ -99,6 +67,7 @@ class Root:
         self._hang: Hang | None = None
         self._interrupted = False
         self._identity: dict[str, str] = {}
+        self._takes: set[asyncio.Task[Any]] = set()
         self._over = asyncio.Event()
         self._code = 0
 
@@ -114,12 +83,16 @@ class Root:
                 except TimeoutError:
                     continue
             await asyncio.gather(*(member.link.closed() for member in self._members.values()))
+        if self._takes:
+            await asyncio.wait(self._takes, timeout=1)  # asyncio prints a traceback for each that is cancelled
         return self._code
 
     # ---------------------------------------------------------------- machines come and go
 
     async def _take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        link, member = Link(reader, writer), None
+        link, member, own = Link(reader, writer), None, asyncio.current_task()
+        assert own is not None
+        self._takes.add(own)
         try:
             await link.prove(self._folder.secret, above=True)
             while (raw := await link.receive()) is not None:
@@ -133,6 +106,7 @@ class Root:
         except (Unproven, ValueError, KeyError):
             pass  # a stranger, or garbage
         finally:
+            self._takes.discard(own)
             link.close()
             if member is not None and self._members.get(member.name) is member:
                 self._lose(member, "is gone")
@@ -314,7 +288,7 @@ class Root:
             if len(self._done) == len(self._state.machines) * self._launch.processes:
                 self._end(0, "")
         elif self._phase is Waiting.RUNNING:
-            if rule_for(_as_ending(ending)).consequence:
+            if rule_for(as_ending(ending)).consequence:
                 self._doubt = self._doubt or time.monotonic()  # who met the cause may be slower to say so
             else:
                 self._stop()
@@ -359,7 +333,7 @@ class Root:
 
     def _failure(self) -> Failure | None:
         """What ended the life; None: it was asked to end."""
-        own = [_as_ending(one, self._saved_step()) for one in self._endings.values() if one["code"]]
+        own = [as_ending(one, self._saved_step()) for one in self._endings.values() if one["code"]]
         met = [one for one in own if not one.stopped]
         hung = self._hang and next((one for one in own if self._hang and one.rank == self._hang.rank), None)
         if hung:
@@ -481,22 +455,6 @@ class Root:
         """Tell a line to whoever watches: the first machine of the run shows it."""
         for member in self._workers()[:1] or list(self._members.values())[:1]:
             member.tell(do="note", text=text)
-
-
-def _as_ending(said: Mapping[str, Any], saved: int | None = None) -> Ending:
-    """What an agent says of a process that ended; `saved`: the step of the run's newest checkpoint."""
-    code = said["code"]
-    return Ending(
-        rank=said["rank"],
-        machine=said["machine"],
-        code=code if code >= 0 else None,
-        signal=-code if code < 0 else None,
-        error=said["error"] or None,
-        log=said["log"],
-        phase=_PHASES.get(said["phase"], said["phase"]),
-        step=said["step"] or saved,
-        stopped=said["stopped"],
-    )
 
 
 def main(words: Iterable[str] = ()) -> int:
