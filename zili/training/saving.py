@@ -164,7 +164,7 @@ class Saver:
             self._failure = error
 
     def _write(self, target: Path, state: RunState, parts: dict[str, HeldPart]) -> int:
-        """The checkpoint's bytes, on the first process."""
+        """Bytes of weights, optimizer state and generators, on the first process."""
         # One name for all processes of a life; what a killed run left under others is swept away first.
         aside = self.folder / f".{target.name}{_of_this_life()}"
         try:
@@ -213,8 +213,8 @@ class Saver:
         index.check_whole()
         (aside / INDEX_FILE).write_text(index.text(), encoding="utf-8")
         (aside / RUN_FILE).write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
-        files += [_written(aside / INDEX_FILE), _written(aside / RUN_FILE)]
-        write_sums(aside, {file.name: file.sha256 for file in files})
+        listed = [*files, _written(aside / INDEX_FILE), _written(aside / RUN_FILE)]
+        write_sums(aside, {file.name: file.sha256 for file in listed})
         sync(aside / SUMS_FILE)
         sync(aside)
         self._rename(aside, target)
