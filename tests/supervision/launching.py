@@ -48,6 +48,7 @@ class Launched:
 
     def __init__(self, folder: Path, config: RunConfig, *words: str) -> None:
         """`words` go to every machine's command."""
+        self.config = config
         self.run = config.folder
         self._folder = folder
         site = folder / "site"

@@ -111,6 +111,7 @@ def drawn(seed: int) -> list[Stuck]:
     return plan
 
 
+@pytest.mark.slow
 def test_hangs_are_named_by_process_and_line(recipe: Callable[..., RunConfig], tmp_path: Path) -> None:
     """A C call that keeps Python's lock, a stopped process, and a batch that never comes, each in another life."""
     plan = [Stuck("gil", 1, 3), Stuck("stop", 0, 5), Stuck("data", 1, 8)]

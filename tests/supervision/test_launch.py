@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from launching import Launched, weights
+from many import on_processes, train
 
 from zili.config import RunConfig
 from zili.supervision.account import account_of
@@ -37,45 +39,42 @@ def launch(recipe: Callable[..., RunConfig], tmp_path: Path) -> Iterator[Launch]
 
 
 def test_a_run_that_is_broken_again_and_again_ends_as_if_it_was_not(launch: Launch) -> None:
-    """Two machines of two processes. A worker is killed, one raises, the root is killed, an agent is killed and comes
-    back; and a run of the same length that nothing happens to."""
-    words = ("--machines", "2", "--wait", "30")
-    calm = launch("training.steps=80", words=words, name="calm")
-    calm.begin("a", "b")
-    assert calm.codes() == {0}
-    assert calm.life() == 1
-
-    run = launch("training.steps=80", words=words, name="broken")
+    """Two machines of two processes. A worker is killed, one raises, the root is killed, a worker is stopped, a machine
+    vanishes and comes back; and a run of the same length that nothing happens to."""
+    run = launch("training.steps=45", "checkpoint.every=5", words=("--machines", "2", "--wait", "30", "--patience", "2"))
     run.begin("a", "b")
-    run.await_life(1, 12)
+    calm = run.config.changed(folder=run.run.parent / "calm")
+    on_processes(4, train, calm)
+    run.await_life(1, 6)
     os.kill(run.workers("a")[1], signal.SIGKILL)
-    run.await_life(2, 22)
+    run.await_life(2, 11)
     run.fault(3, "raise")
-    run.await_life(3, 32)
+    run.await_life(3, 16)
     root = run.root()
     os.kill(root, signal.SIGKILL)
     run.until((run.run / "supervision/root-000002.json").exists)
-    run.await_life(3, 42)
+    run.await_life(3, 21)
     assert run.life() == 3, "workers go on without a root"
-    os.kill(run.agents["b"].pid, signal.SIGKILL)
-    run.agents.pop("b").wait()
+    os.kill(run.workers("b")[0], signal.SIGSTOP)
+    run.await_life(4, 26)
+    run.vanish("b")
     run.begin("b")
-    run.await_life(4, 52)
+    run.await_life(5, 31)
     assert run.codes() == {0}, run.everything()
-    assert weights(run.run) == weights(calm.run)
+    assert weights(run.run) == weights(calm.folder)
     said = "\n".join(run.said())
-    assert "process 1 on a" in said or "process 3 on a" in said, said
-    assert "killed" in said
-    assert "rule" in said
+    for what in (r"process [13] on a, .* killed", "rule own-exception|rule raised", "is stopped", "machine b is gone"):
+        assert re.search(what, said), (what, said)
     told = account_of(run.run)
-    assert [life.number for life in told.lives] == [1, 2, 3, 4] and told.code == 0
-    assert [life.failed for life in told.lives] == [True, True, True, False]
-    assert told.lives[1].resumed == 10 and told.seconds["lost"] > 0 and told.seconds["reload"] > 0
+    assert [life.number for life in told.lives] == [1, 2, 3, 4, 5] and told.code == 0
+    assert [life.failed for life in told.lives] == [True, True, True, True, False]
+    assert told.lives[1].resumed in range(5, 50, 5) and told.seconds["reload"] > 0
     # Beside other work a message may be late, and so an order; 1 % is for a machine of one's own.
     assert told.unknown < 0.1, told
     assert "% trained" in said
 
 
+@pytest.mark.slow
 def test_a_machine_that_vanishes_is_done_without_until_it_is_back(launch: Launch) -> None:
     run = launch("training.steps=100000", words=("--machines", "1:2", "--wait", "1"))
     run.begin("a", "b")

@@ -36,7 +36,7 @@ BEAT = 0.5
 """Seconds between two signs of life, in both directions."""
 PATIENCE = 3.0
 """Seconds without one after which a machine counts as gone."""
-_LONELY = 10.0
+_LONELY = 5.0
 """Seconds that a root without any machine waits for one."""
 _GIVING_UP = 10
 """Times `--wait` after which a run without machines ends."""
