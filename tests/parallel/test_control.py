@@ -169,6 +169,13 @@ def test_a_message_that_is_too_large_ends_its_link() -> None:
         link._socket.sendall((LARGEST + 1).to_bytes(4, "big"))
         with pytest.raises(ConnectionError):
             link.receive()
+        host, _, port = controls[0]._address.rpartition(":")
+        with socket.create_connection(
+            (host, int(port)), 5
+        ) as stranger:  # its bytes would be kept until they are all there
+            stranger.sendall((1 << 20).to_bytes(4, "big"))
+            while stranger.recv(1 << 16):
+                pass
 
 
 def test_messages_travel_unchanged() -> None:

@@ -13,7 +13,7 @@ import pytest
 from zili.chips import find_backend
 from zili.errors import ChipError, ConfigError
 from zili.supervision import fitness
-from zili.supervision.fitness import refuse_unfit
+from zili.supervision.fitness import refuse_foreign_host, refuse_unfit
 
 CPU = find_backend("cpu")
 
@@ -53,3 +53,10 @@ def test_a_disk_that_is_full_absent_or_wrong(tmp_path: Path) -> None:
     with mock.patch.object(Path, "read_bytes", lambda _: b"other"), pytest.raises(ConfigError, match="other bytes"):
         refuse_unfit(tmp_path, CPU, 1)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("host", ["192.0.2.7", "no such host"])
+def test_an_address_of_another_machine_is_refused(host: str) -> None:
+    with pytest.raises(ConfigError, match="cannot listen there"):
+        refuse_foreign_host(host)
+    refuse_foreign_host("127.0.0.1")

@@ -14,6 +14,7 @@ from many import on_processes, train
 
 from zili.config import RunConfig
 from zili.supervision.account import account_of
+from zili.supervision.folder import SupervisionFolder, ask_root
 
 PLAIN = tuple(f"chip.operations.{name}=reference" for name in ("linear", "attention"))
 SETTINGS = (*PLAIN, "chip.precision=fp32", "checkpoint.every=10", "training.micro_batch=1")
@@ -41,7 +42,8 @@ def launch(recipe: Callable[..., RunConfig], tmp_path: Path) -> Iterator[Launch]
 def test_a_run_that_is_broken_again_and_again_ends_as_if_it_was_not(launch: Launch) -> None:
     """Two machines of two processes. A worker is killed, one raises, the root is killed, a worker is stopped, a machine
     vanishes and comes back; and a run of the same length that nothing happens to."""
-    run = launch("training.steps=45", "checkpoint.every=5", words=("--machines", "2", "--wait", "30", "--patience", "2"))
+    words = ("--machines", "2", "--wait", "30", "--patience", "2")
+    run = launch("training.steps=45", "checkpoint.every=5", words=words)
     run.begin("a", "b")
     calm = run.config.changed(folder=run.run.parent / "calm")
     on_processes(4, train, calm)
@@ -97,6 +99,38 @@ def test_a_supervisor_that_is_killed_leaves_no_process(launch: Launch) -> None:
     os.kill(run.agents["a"].pid, signal.SIGKILL)
     run.agents["a"].wait()
     run.until(lambda: not run.left(), 30)
+
+
+@pytest.mark.slow
+def test_a_nursery_that_is_killed_and_a_job_that_is_asked_to_end(launch: Launch) -> None:
+    """Schedulers send SIGTERM to all processes of a job: the root lives on to end the run."""
+    run = launch("training.steps=100000")
+    run.begin("a")
+    run.await_life(1, 3)
+    workers = run.workers("a")
+    os.kill(run.nursery("a"), signal.SIGKILL)
+    run.await_life(2, run.steps() + 3)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers), "they would keep their devices"
+    for pid in (run.root(), *run.workers("a"), run.agents["a"].pid):
+        os.kill(pid, signal.SIGTERM)
+    assert run.codes() == {130}, run.everything()
+    assert weights(run.run)
+
+
+@pytest.mark.slow
+def test_a_machine_is_drained_that_has_the_root(launch: Launch) -> None:
+    run = launch("training.steps=100000", words=("--machines", "1:2", "--wait", "1"))
+    run.begin("a")
+    run.until((run.run / "supervision/root-000001.json").exists)
+    run.begin("b")
+    run.until(lambda: any("on 2 machines" in line for line in run.said()) and run.steps() > 3)
+    folder = SupervisionFolder(run.run)
+    assert "is left after the next step" in ask_root(folder, {"drain": "a"})
+    assert run.agents.pop("a").wait(60) == 0, run.everything()
+    run.until((run.run / "supervision/root-000002.json").exists)
+    run.await_life(run.life(), run.steps() + 10)
+    run.agents["b"].send_signal(signal.SIGTERM)
+    assert run.codes() == {130}, run.everything()
 
 
 def test_two_supervisors_of_one_machine_and_a_request_to_end(launch: Launch) -> None:

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 import zili
 from zili.cli.options import Overrides, Recipe
+from zili.config import RunConfig
 from zili.errors import ConfigError
 from zili.runs.recipes import read_recipe
 
@@ -67,12 +68,8 @@ def run(
     console = Console(stderr=True)
     least, most = _counts(machines)
     words = ["train", str(recipe), *(word for text in overrides or () for word in ("--set", text))]
-    identity = {
-        "Zili": zili.__version__,
-        "torch": version("torch"),
-        "recipe": hashlib.sha256(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:12],
-    }
     chip = chips.choose(config.chip.name).backend
+    identity = identity_of(config, chip.name, processes, f"{least}:{most}")
     name = machine or socket.gethostname()
     folder = SupervisionFolder(config.folder)
     found = layouts(config, processes, least, most)
@@ -99,6 +96,17 @@ def drain(
     if not (run_folder / "supervision").is_dir():
         raise ConfigError(f"{run_folder} is no run that `zili launch` has begun")
     Console().print(ask_root(SupervisionFolder(run_folder), {"drain": machine}), highlight=False, soft_wrap=True)
+
+
+def identity_of(config: RunConfig, chip: str, processes: int, machines: str) -> dict[str, str]:
+    """What has to be equal on all machines of a run, by name. A root on any of them goes by what that one was told."""
+    recipe = json.dumps(config.model_dump(mode="json"), sort_keys=True)
+    return {
+        "Zili": zili.__version__,
+        "torch": version("torch"),
+        "recipe": hashlib.sha256(recipe.encode()).hexdigest()[:12],
+        **{"chip": chip, "--processes": str(processes), "--machines": machines},
+    }
 
 
 def _counts(text: str) -> tuple[int, int]:

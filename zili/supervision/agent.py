@@ -23,7 +23,7 @@ from zili.parallel.control.links import Link, connect
 from zili.parallel.control.member import AGENT, AGENT_SECRET, GENERATION
 from zili.parallel.control.node import Node, below
 from zili.parallel.control.recorder import RECORDER
-from zili.supervision.fitness import refuse_unfit
+from zili.supervision.fitness import refuse_foreign_host, refuse_unfit
 from zili.supervision.folder import SupervisionFolder
 from zili.supervision.ledger import mean_of, told
 from zili.supervision.nursery import STACKS
@@ -85,29 +85,40 @@ class Agent:
         self._asked = 0
         self._over = 0
         self._work: set[asyncio.Task[None]] = set()
+        self._broken: BaseException | None = None
+        """What an order, or what is done beside them, failed with."""
         self._root: subprocess.Popen[bytes] | None = None
 
     async def run(self) -> int:
         """Supervise until the run is over; returns its exit code."""
-        self._processes = LocalProcesses(self._machine.chip, cold=self._machine.cold, ended=self._bury)
+        self._processes = self._new_processes()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._interrupt)
-        beating = asyncio.ensure_future(self._beat())
+        self._follow(self._beat())
         try:
+            refuse_foreign_host(self._machine.host)
             refuse_unfit(self._run, find_backend(self._machine.chip), self._launch.processes)
             await self._processes.ready
             while (over := await self._under_a_root()) is None:
                 pass
             return over
+        except BaseException:
+            if self._root is not None:
+                self._root.kill()  # the run goes on elsewhere, if at all, and so does its root
+            raise
         finally:
-            beating.cancel()
+            for task in tuple(self._work):
+                task.cancel()
             self._processes.close()
             if self._node is not None:
                 await self._node.close(0)
             shutil.rmtree(self._own, ignore_errors=True)
             if self._root is not None:
                 await asyncio.to_thread(self._root.wait)
+
+    def _new_processes(self) -> LocalProcesses:
+        return LocalProcesses(self._machine.chip, cold=self._machine.cold, ended=self._bury)
 
     # ---------------------------------------------------------------- the root
 
@@ -144,6 +155,9 @@ class Agent:
             address = f"{self._machine.host}:{listening.getsockname()[1]}"
             if not self._folder.become_root(term, {"address": address, "machine": self._machine.name}):
                 return
+            if self._root is not None:
+                self._root.kill()  # it may be stopped, and would stay behind
+                self._root.wait()
             words = [sys.executable, "-m", "zili.supervision.root", str(self._run), str(term), str(listening.fileno())]
             self._root = subprocess.Popen(
                 words, stdin=subprocess.PIPE, pass_fds=[listening.fileno()], start_new_session=True
@@ -162,10 +176,14 @@ class Agent:
             endings=list(self._endings.values()),
             state=self._state.as_table(),
         )
+        if self._asked:  # the root before may not have heard it, or is gone with what it knew
+            self._say(link, say="interrupt", hard=self._asked > 1)
 
     async def _serve(self, link: Link) -> int | None:
         """Obey the root until its link ends: None; or the run: its exit code."""
         while True:
+            if self._broken is not None:
+                raise self._broken
             try:
                 raw = await asyncio.wait_for(link.receive(), PATIENCE)
             except TimeoutError:
@@ -186,9 +204,12 @@ class Agent:
                 orders = {"prepare": self._prepare, "start": self._start, "stop": self._stop, "report": self._report}
                 self._follow(orders[what](**order))
 
-    def _end(self, code: int, text: str) -> int:
+    def _end(self, code: int, text: str, alone: bool = False) -> int:
+        """`alone`: the run goes on without this machine, and so elsewhere with a root if that is here."""
         if text:
             self._show(text)
+        if alone and self._root is not None:
+            self._root.kill()
         return code
 
     def _say(self, link: Link | None = None, **thing: Any) -> None:
@@ -206,7 +227,12 @@ class Agent:
     def _follow(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
         self._work.add(task)
-        task.add_done_callback(self._work.discard)
+        task.add_done_callback(self._followed)
+
+    def _followed(self, task: asyncio.Task[None]) -> None:
+        self._work.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._broken = error  # this machine cannot do what all wait for: it ends, and the others hear that
 
     def _interrupt(self) -> None:
         self._asked += 1
@@ -218,12 +244,19 @@ class Agent:
 
     async def _prepare(self, generation: int, life: int, number: int, of: int, ranks: tuple[int, int]) -> None:
         """Make this machine's node of a new life."""
+        self._generation = generation
         if self._node is not None:
             await self._node.close(0)
         if self._processes.alive:  # of a life that went on without this machine
             await self._kill()
+        if self._processes.over:
+            self._processes.close()
+            self._processes = self._new_processes()
+        await self._processes.ready
+        if generation != self._generation:
+            return  # a newer one began meanwhile
         first, count = ranks
-        self._generation, self._endings, self._stopping, self._stop_asked = generation, {}, False, None
+        self._endings, self._stopping, self._stop_asked = {}, False, None
         self._place = {"life": life, "number": number, "of": of, "first": first, "count": count}
         self._watch.begin(of * count)
         self._node = Node(number, range(first, first + count), below(number, of), self._folder.secret)

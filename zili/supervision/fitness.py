@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import time
 from pathlib import Path
 
@@ -47,6 +48,19 @@ def refuse_unfit(run: Path, backend: Backend, processes: int) -> None:
             f"takes {_LEAST_MEMORY >> 20} MiB before a model is there; begin fewer here, or end what else runs"
         )
     _try_disk(run)
+
+
+def refuse_foreign_host(host: str) -> None:
+    """Raise where this machine cannot listen at `host`.
+
+    Raises:
+        ConfigError: it is another machine's, or no address.
+    """
+    try:
+        socket.create_server((host, 0)).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"--host {host}: this machine cannot listen there ({reason}); name one of its own") from error
 
 
 def _try_disk(run: Path) -> None:

@@ -12,6 +12,7 @@ their own (`python -m zili.supervision.nursery worker WORDS`), which imports eve
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import gc
 import json
@@ -37,6 +38,9 @@ _WARM = (
     *("zili.training.callbacks.named", "zili.evaluation.during_training", "zili.release"),
 )
 """What a worker imports. `torch._dynamo` alone takes a second, which each would spend at its first DTensor."""
+_ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SET_DEATH_SIGNAL = 1
+"""PR_SET_PDEATHSIG of Linux."""
 STACKS = "ZILI_STACKS"
 """Variable that names the file into which a worker writes its threads' stacks at SIGUSR1."""
 
@@ -55,13 +59,14 @@ class Nursery:
     def __init__(self, link: socket.socket, *, cold: bool) -> None:
         self._link = link
         self._cold = cold
+        self._own = os.getpid()
         self._ranks: dict[int, int] = {}
         """Rank of each child that lives."""
         self._heard, told = os.pipe()
         os.set_blocking(told, False)
         signal.set_wakeup_fd(told, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        for asked in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for asked in _ASKED:
             signal.signal(asked, signal.SIG_IGN)  # the agent decides, and its end is ours
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a child is asked for its stacks, maybe before it can tell them
 
@@ -92,18 +97,24 @@ class Nursery:
         send = os.kill if order["alone"] else os.killpg
         for pid, rank in self._ranks.items():
             if order["rank"] in (None, rank):
-                with suppress(ProcessLookupError):  # it has ended, and is not yet buried
+                try:
                     send(pid, order["signal"])
+                except ProcessLookupError:  # it has ended and is not yet buried, or has no group of its own yet
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, order["signal"])
         return None
 
     def _begin(self, order: dict[str, Any]) -> list[str] | None:
+        # A signal that is blocked waits until the child lets it through; one that is only ignored would be lost.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _ASKED)
         pid = os.fork()
         if pid:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _ASKED)
             self._ranks[pid] = order["rank"]
             self._say(say="begun", rank=order["rank"], pid=pid)
             return None
         self._link.close()
-        _become(order, cold=self._cold)
+        _become(order, self._own, cold=self._cold)
         words: list[str] = order["words"]
         if self._cold:
             os.execv(sys.executable, [sys.executable, "-m", "zili.supervision.nursery", "worker", *words])
@@ -128,13 +139,15 @@ class Nursery:
             self._link.sendall(json.dumps(thing).encode() + b"\n")
 
 
-def _become(order: dict[str, Any], *, cold: bool) -> None:
-    """Turn this fork into the worker of `order`: a group, signals, environment and output of its own."""
+def _become(order: dict[str, Any], parent: int, *, cold: bool) -> None:
+    """Turn this fork of `parent` into the worker of `order`: a group, signals, environment and output of its own."""
     os.setsid()
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ASKED)
+    _end_with(parent)
     os.environ.update(order["environment"])
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for output in (2,) if order["shown"] else (1, 2):
@@ -142,6 +155,15 @@ def _become(order: dict[str, Any], *, cold: bool) -> None:
     os.close(log)
     if not cold:
         answer_with_stacks()
+
+
+def _end_with(parent: int) -> None:
+    """Have the kernel end this process when the nursery is killed, where it can (Linux). Who lived on would keep its
+    device from the next life."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, int(signal.SIGKILL), 0, 0, 0)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def answer_with_stacks() -> None:

@@ -20,6 +20,8 @@ class LocalProcesses:
         self._ended = ended
         self.alive: dict[int, int] = {}
         """Process id by rank; 0 until the nursery has said it."""
+        self.over = False
+        """Whether the nursery is gone, so that it begins no more of them."""
         self.none = asyncio.Event()
         self.none.set()
         own, theirs = socket.socketpair()
@@ -65,6 +67,7 @@ class LocalProcesses:
                 self.alive[said["rank"]] = said["pid"]
             else:
                 self._bury(said["rank"], said["code"])
+        self.over = True
         if not self.ready.done():
             self.ready.set_exception(RuntimeError("the nursery ended before it was ready"))
         for rank in tuple(self.alive):  # killed with all its children

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import socket
 import sys
 import time
@@ -36,6 +37,9 @@ BEAT = 0.5
 """Seconds between two signs of life, in both directions."""
 PATIENCE = 3.0
 """Seconds without one after which a machine counts as gone."""
+_DEAF = 1.0
+"""Seconds between two looks that count at most: a root that was itself stopped, starved or held by a disk has heard
+nothing of what machines said meanwhile."""
 _LONELY = 5.0
 """Seconds that a root without any machine waits for one."""
 _GIVING_UP = 10
@@ -58,6 +62,7 @@ class Root:
         self._members: dict[str, Member] = {}
         self._since = time.monotonic()
         """When the present phase began."""
+        self._listened = self._since
         self._endings: dict[int, dict[str, Any]] = {}
         self._done: set[int] = set()
         self._lost: list[str] = []
@@ -78,6 +83,8 @@ class Root:
         async with server:
             while not self._over.is_set():
                 self._look()
+                for member in self._members.values():
+                    member.tell(do="beat")
                 try:
                     await asyncio.wait_for(self._over.wait(), BEAT)
                 except TimeoutError:
@@ -116,14 +123,16 @@ class Root:
         member = Member(said["machine"], link)
         refusal = self._refusal(said)
         if refusal:
-            member.tell(do="end", code=ConfigError.exit_code, text=refusal)
+            member.tell(do="end", code=ConfigError.exit_code, text=refusal, alone=True)
             raise ValueError(refusal)
         self._members[member.name] = member
         self._ledger.write("joined", machine=member.name, generation=said["generation"], ago=said["ago"])
-        self._take_state(state_of(said["state"]))
+        if self._take_state(state_of(said["state"])):
+            self._mirror()
+        else:
+            member.tell(do="state", state=self._state.as_table())
         self._adopt(member, said)
         self._grow()
-        self._mirror()
         self._look()
         return member
 
@@ -147,6 +156,7 @@ class Root:
     def _adopt(self, member: Member, said: dict[str, Any]) -> None:
         """Go on with the life whose processes this machine still has, after another root began it."""
         life, running = said["generation"], self._phase is Waiting.RUNNING
+        member.stopped = life != self._state.generation  # it has no process of the newest life
         if running and life == self._state.generation:
             for ending in said["endings"]:
                 self._ended(ending)
@@ -163,13 +173,29 @@ class Root:
             self._note(f"{counted(len(self._members), 'machine')} are here: going on with {max(more)}")
             self._stop(gentle=True)
 
-    def _take_state(self, theirs: State) -> None:
-        if theirs.age > self._state.age:
+    def _take_state(self, theirs: State) -> bool:
+        """Go on from what an agent knows, if that is newer; whether it was."""
+        newer = theirs.age > self._state.age
+        if newer:
             self._state = theirs
             if self._phase is Waiting.GATHERING and theirs.running:
                 self._turn(Waiting.RUNNING)
+        return newer
+
+    def _listen(self, now: float) -> None:
+        """Do without the machines that say nothing any more; of several in one moment the first is the cause."""
+        slept = max(0.0, now - self._listened - _DEAF)
+        self._listened = now
+        for member in tuple(self._members.values()):
+            member.heard += slept  # what it said meanwhile is still to be read
+            if now - member.heard > PATIENCE:
+                self._forget(member, f"says nothing for {PATIENCE:.0f} s")
 
     def _lose(self, member: Member, how: str) -> None:
+        self._forget(member, how)
+        self._look()
+
+    def _forget(self, member: Member, how: str) -> None:
         del self._members[member.name]
         self._ledger.write("gone", machine=member.name, how=how, silent=round(time.monotonic() - member.heard, 3))
         member.link.close()
@@ -180,7 +206,6 @@ class Root:
             self._lost.append(name)
             self._note(f"machine {name} {how}")
             self._stop()
-        self._look()
 
     def _hear(self, member: Member, said: dict[str, Any]) -> None:
         member.heard = time.monotonic()
@@ -211,10 +236,7 @@ class Root:
     def _look(self) -> None:
         """See whether what the root waits for is there. Called whenever something has changed, and twice a second."""
         now = time.monotonic()
-        for member in tuple(self._members.values()):
-            member.tell(do="beat")
-            if now - member.heard > PATIENCE:
-                self._lose(member, f"says nothing for {PATIENCE:.0f} s")
+        self._listen(now)
         if self._inquiry is not None and self._phase in (Waiting.RUNNING, Waiting.STOPPING):
             self._inquiry.look(now)
         if not self._folder.is_root(self._term) or (not self._members and now - self._since > _LONELY):
@@ -374,7 +396,8 @@ class Root:
             self._state.left_out[name] = verdict.reason
             if name in self._members:
                 member = self._members.pop(name)
-                member.tell(do="end", code=ChipError.exit_code, text=f"this machine is left out: {verdict.reason}")
+                text = f"this machine is left out: {verdict.reason}"
+                member.tell(do="end", code=ChipError.exit_code, text=text, alone=True)
         return ACTIONS["replace"]
 
     def _can_do_without(self, name: str) -> bool:
@@ -384,6 +407,7 @@ class Root:
     def _go_on(self) -> None:
         self._turn(Waiting.GATHERING)
         self._mirror()
+        self._part()
         self._look()
 
     def _saved_step(self) -> int | None:
@@ -406,9 +430,18 @@ class Root:
             return f"the run cannot do without {name}: bring another machine first"
         self._members[name].draining = True
         self._note(f"machine {name} is to be left after the next step")
-        if name in self._state.machines and self._phase is Waiting.RUNNING:
+        if name not in self._state.machines or self._phase is Waiting.GATHERING:
+            self._part()
+        elif self._phase in (Waiting.PREPARING, Waiting.RUNNING):
             self._stop(gentle=True)
         return f"{name} is left after the next step; take it away when its supervisor has ended"
+
+    def _part(self) -> None:
+        """Let the machines go that are to be left."""
+        for member in [one for one in self._members.values() if one.draining]:
+            del self._members[member.name]
+            self._ledger.write("gone", machine=member.name, how="is left", silent=0.0)
+            member.tell(do="end", code=0, text="this machine is left, as was asked; take it away", alone=True)
 
     def _end(self, code: int, text: str) -> None:
         self._turn(Waiting.OVER)
@@ -460,6 +493,8 @@ class Root:
 def main(words: Iterable[str] = ()) -> int:
     """Be the root of a run; the exit code is the run's."""
     run, term, number = tuple(words) or sys.argv[1:]
+    for asked in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(asked, signal.SIG_IGN)  # schedulers send them to all of a job; agents tell what was asked
     listening = socket.socket(fileno=int(number))
     try:
         root = Root(SupervisionFolder(Path(run)), int(term), Launch(**json.load(sys.stdin)))

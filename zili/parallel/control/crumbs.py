@@ -36,9 +36,12 @@ class Crumbs:
             self._memory = mmap.mmap(-1, _SIZE)
         else:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-            os.ftruncate(handle, _SIZE)
-            self._memory = mmap.mmap(handle, _SIZE)
-            os.close(handle)
+            try:
+                if os.fstat(handle).st_size < _SIZE:
+                    os.write(handle, bytes(_SIZE))  # into a hole on a full disk one could not write: SIGBUS
+                self._memory = mmap.mmap(handle, _SIZE)
+            finally:
+                os.close(handle)
         self._cells: Any = memoryview(self._memory).cast("d")  # of float, which the stub does not know
         if not self._cells[2]:
             self._cells[2] = self._cells[5] = time.monotonic()

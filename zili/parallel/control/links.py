@@ -41,11 +41,11 @@ class Link:
         if not self._writer.is_closing():
             self._writer.write(_LENGTH.pack(len(message)) + message)
 
-    async def receive(self) -> bytes | None:
+    async def receive(self, largest: int = LARGEST) -> bytes | None:
         """The next message; None when the other end is gone, or sends what no end of ours would."""
         try:
             (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
-            return await self._reader.readexactly(length) if length <= LARGEST else None
+            return await self._reader.readexactly(length) if length <= largest else None
         except (OSError, asyncio.IncompleteReadError):
             return None
 
@@ -69,9 +69,11 @@ class Link:
         self.send(own)
         try:
             async with asyncio.timeout(PATIENCE):
-                nonce = await self.receive() or b""
+                nonce = await self.receive(_NONCE)  # of a stranger, not more is taken than a proof has
+                if nonce is None:
+                    raise Unproven("the other end is gone, or nothing of ours")
                 self.send(_proof(secret, nonce, end))
-                said = await self.receive() or b""
+                said = await self.receive(_NONCE) or b""
         except TimeoutError as error:
             raise Unproven("the other end says nothing") from error
         if not hmac.compare_digest(said, _proof(secret, own, other)):
