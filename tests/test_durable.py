@@ -20,6 +20,14 @@ def test_a_folder_is_held_once(tmp_path: Path) -> None:
             pass
     with locked(tmp_path / "run"):
         pass
+    with locked(tmp_path / "run", shared=True), locked(tmp_path / "run", shared=True):
+        pass
+    with (
+        locked(tmp_path / "run", shared=True),
+        pytest.raises(ConfigError, match="another process trains"),
+        locked(tmp_path / "run"),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])

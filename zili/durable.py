@@ -107,8 +107,9 @@ def soon(holds: Callable[[], bool], patience: float = 10.0) -> bool:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[str | None]:
-    """Keep a folder to this process; the system lets go of it when the process ends, however it ends.
+def locked(folder: Path, *, shared: bool = False) -> Iterator[str | None]:
+    """Keep a folder to this process; the system lets go of it when the process ends, however it ends. `shared`: to this
+    one and others that share it.
 
     Yields None, or what the file system says that has no locks: Lustre mounted without `flock`, some NFS.
 
@@ -121,14 +122,14 @@ def locked(folder: Path) -> Iterator[str | None]:
     except OSError as error:
         raise ConfigError(f"{folder} cannot be used: {error}; choose another folder") from error
     try:
-        yield _lock(handle, folder)
+        yield _lock(handle, folder, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
     finally:
         os.close(handle)
 
 
-def _lock(handle: int, folder: Path) -> str | None:
+def _lock(handle: int, folder: Path, kind: int) -> str | None:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise ConfigError(f"another process trains in {folder}; wait for it, or give another folder") from error
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -123,11 +124,16 @@ def _refuse_adapters_of_nothing(config: RunConfig) -> None:
 @contextmanager
 def _run_folder(folder: Path, world: World, note: Callable[[str], None]) -> Iterator[None]:
     """Keep the run's folder from other runs, and see that it is the same one for all processes of this."""
+    from zili.parallel.control.member import GENERATION
     from zili.parallel.machines import check_shared_folder
+
+    # Of lives that follow one another, one that was taken for dead may still be there, stopped. It must not keep the
+    # next from the folder: supervisors see to it that there is one run, and a fence that only the newest life saves.
+    shared = GENERATION in os.environ
 
     checkpoints = folder / "checkpoints"  # it may be a mount or a link of its own
     with ExitStack() as held:
-        no_locks = world.agree(lambda: held.enter_context(locked(folder)) if world.is_first else None)
+        no_locks = world.agree(lambda: held.enter_context(locked(folder, shared=shared)) if world.is_first else None)
         if no_locks:
             note(f"{folder} cannot be locked ({no_locks}): see to it that no other run trains in it meanwhile")
         check_shared_folder(world, folder)
