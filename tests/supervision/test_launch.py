@@ -92,6 +92,27 @@ def test_a_machine_that_vanishes_is_done_without_until_it_is_back(launch: Launch
     assert weights(run.run)
 
 
+@pytest.mark.slow
+def test_a_machine_that_is_stopped_does_not_keep_the_run_from_the_others(launch: Launch) -> None:
+    """All of the machine with the first process is stopped, as by a hypervisor; it wakes when others have gone on."""
+    run = launch("training.steps=100000", words=("--machines", "1:2", "--wait", "1"))
+    run.begin("a")
+    run.until((run.run / "supervision/root-000001.json").exists)
+    run.begin("b")
+    run.until(lambda: any("on 2 machines" in line for line in run.said()))
+    run.await_life(run.life(), run.steps() + 3)
+    life = run.life()
+    asleep = (run.agents["a"].pid, run.nursery("a"), *run.workers("a"))
+    for pid in asleep:
+        os.kill(pid, signal.SIGSTOP)
+    run.await_life(life + 1, run.steps() + 3)
+    for pid in asleep:
+        os.kill(pid, signal.SIGCONT)
+    run.await_life(life + 2, run.steps() + 3)
+    run.agents["b"].send_signal(signal.SIGTERM)
+    assert run.codes() == {130}, run.everything()
+
+
 def test_a_supervisor_that_is_killed_leaves_no_process(launch: Launch) -> None:
     run = launch("training.steps=100000")
     run.begin("a")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +13,9 @@ from typing import Any, cast
 
 import pytest
 
-from zili.cli.launch import identity_of
+from zili.cli.launch import identity_of, show
 from zili.config import RunConfig
+from zili.errors import ConfigError
 from zili.parallel.control.links import Link
 from zili.supervision.agent import Agent, ThisMachine
 from zili.supervision.folder import SupervisionFolder
@@ -163,6 +166,22 @@ def test_a_signal_reaches_a_process_that_has_no_group_of_its_own_yet() -> None:
             assert child.wait(20) == -9
         finally:
             child.kill()
+
+
+def test_a_folder_that_vanishes_is_named(tmp_path: Path) -> None:
+    folder = SupervisionFolder(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(ConfigError, match="cannot be read any more"):
+        folder.root()
+
+
+def test_a_pipe_that_nobody_reads_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w", encoding="utf-8") as nobody:
+        os.close(reading)
+        monkeypatch.setattr("sys.stderr", nobody)
+        show("life 1")
+        show("life 2")
 
 
 def test_machines_that_were_told_other_counts_are_not_of_one_run(recipe: Callable[..., RunConfig]) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 import socket
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -65,7 +67,6 @@ def run(
     from zili.supervision.folder import SupervisionFolder
     from zili.supervision.state import Launch
 
-    console = Console(stderr=True)
     least, most = _counts(machines)
     words = ["train", str(recipe), *(word for text in overrides or () for word in ("--set", text))]
     chip = chips.choose(config.chip.name).backend
@@ -74,9 +75,6 @@ def run(
     folder = SupervisionFolder(config.folder)
     found = layouts(config, processes, least, most)
     job = Launch(words, processes, most, {str(count): keys for count, keys in found.items()}, spares, wait, patience)
-
-    def show(text: str) -> None:
-        console.print(f"zili launch: {text}", highlight=False, markup=False, soft_wrap=True)
 
     async def supervise() -> int:
         return await Agent(config.folder, folder, job, ThisMachine(name, host, chip.name, cold, identity), show).run()
@@ -107,6 +105,14 @@ def identity_of(config: RunConfig, chip: str, processes: int, machines: str) -> 
         "recipe": hashlib.sha256(recipe.encode()).hexdigest()[:12],
         **{"chip": chip, "--processes": str(processes), "--machines": machines},
     }
+
+
+def show(text: str) -> None:
+    """Tell a person. A terminal that is gone, or a pipe that nobody reads any more, ends no run."""
+    try:
+        print(f"zili launch: {text}", file=sys.stderr, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _counts(text: str) -> tuple[int, int]:

@@ -126,7 +126,11 @@ class SupervisionFolder:
             os.close(handle)
 
     def _terms(self) -> list[int]:
-        return [int(found[1]) for entry in self.path.iterdir() if (found := _CLAIM.fullmatch(entry.name))]
+        try:
+            names = [entry.name for entry in self.path.iterdir()]
+        except OSError as error:
+            raise ConfigError(f"{self.path} cannot be read any more: {error}; the run has no folder") from error
+        return [int(found[1]) for name in names if (found := _CLAIM.fullmatch(name))]
 
     def _claim(self, term: int) -> Path:
         return self.path / f"root-{term:06d}.json"
