@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +20,7 @@ from zili.errors import ConfigError
 from zili.parallel.control.links import Link
 from zili.supervision.agent import Agent, ThisMachine
 from zili.supervision.folder import SupervisionFolder
+from zili.supervision.members import Refused, table_in
 from zili.supervision.nursery import Nursery
 from zili.supervision.root import PATIENCE, Root
 from zili.supervision.state import Launch, State
@@ -100,6 +102,30 @@ def test_who_is_there_hears_nothing_of_those_that_come_to_stand_by(root: Root) -
         root._welcome(hello(f"spare-{number}"), cast(Link, Paper()))
     assert sent(root, "a") == before
     assert "state" in sent(root, "spare-0")
+
+
+def test_processes_that_nothing_ends_hold_nobody_up(root: Root) -> None:
+    """One waits for a dead disk, and hears no signal."""
+    root._stop()
+    for name in "ac":
+        root._hear(root._members[name], {"say": "stopped", "generation": 1_000_001, "endings": []})
+    root._look()
+    assert root._state.life == 1, "b has its time"
+    link = cast(Paper, root._members["b"].link)
+    root._killed = time.monotonic() - 31
+    root._look()
+    assert link.sent[-1]["do"] == "end" and "SIGKILL did not end" in link.sent[-1]["text"]
+    assert list(root._state.left_out) == ["b"]
+    root._since -= 61  # of waiting for another machine
+    root._look()
+    assert root._state.life == 2 and root._state.machines == ["a", "c"]
+
+
+@pytest.mark.parametrize("raw", [b"", b"\xff", b"[1]", b"3", b"[" * 100_000, b'{"a"'])
+def test_what_is_no_table_is_refused(raw: bytes) -> None:
+    with pytest.raises(Refused):
+        table_in(raw)
+    assert table_in(None) is None and table_in(b'{"say": "beat"}') == {"say": "beat"}
 
 
 def agent_in(folder: Path) -> Agent:

@@ -43,6 +43,27 @@ class Member:
         self.link.send(json.dumps(order).encode())
 
 
+class Refused(Exception):
+    """What an agent says that this root does not take."""
+
+
+def table_in(raw: bytes | None) -> dict[str, Any] | None:
+    """What an agent says; None: its link has ended.
+
+    Raises:
+        Refused: it is no table of JSON.
+    """
+    if raw is None:
+        return None
+    try:
+        said = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"no JSON: {error}") from error
+    if not isinstance(said, dict):
+        raise Refused("no table")
+    return said
+
+
 def as_ending(said: Mapping[str, Any], saved: int | None = None) -> Ending:
     """What an agent says of a process that ended; `saved`: the step of the run's newest checkpoint."""
     code = said["code"]

@@ -9,8 +9,12 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+_ENDING = 10.0
+"""Seconds in which a nursery ends its children and itself."""
 
 
 class LocalProcesses:
@@ -51,7 +55,8 @@ class LocalProcesses:
         if self._writer is not None:
             self._writer.close()
         self._socket.close()
-        self._nursery.wait()
+        with suppress(subprocess.TimeoutExpired):  # a child of it may wait for a dead disk
+            self._nursery.wait(_ENDING)
 
     def _say(self, **order: Any) -> None:
         assert self._writer is not None, "the nursery is ready first"

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict
@@ -28,7 +29,7 @@ from zili.supervision.account import account_of, summary
 from zili.supervision.folder import SupervisionFolder
 from zili.supervision.hangs import Hang, Inquiry
 from zili.supervision.ledger import Ledger, mean_of, seen, waited
-from zili.supervision.members import Member, Waiting, as_ending
+from zili.supervision.members import Member, Refused, Waiting, as_ending, table_in
 from zili.supervision.rules import rule_for
 from zili.supervision.state import Launch, State, state_of
 from zili.supervision.verdicts import ACTIONS, Ending, Failure, Verdict, cause_of, failure_of, judge
@@ -44,6 +45,8 @@ _LONELY = 5.0
 """Seconds that a root without any machine waits for one."""
 _GIVING_UP = 10
 """Times `--wait` after which a run without machines ends."""
+_DYING = 30.0
+"""Seconds in which processes end that were killed: a device lets go of its memory within them."""
 _HINDSIGHT = 2.0
 """Seconds in which the cause may yet show itself where a process ended since another was gone."""
 INTERRUPTED = 130
@@ -68,6 +71,8 @@ class Root:
         self._lost: list[str] = []
         self._doubt: float | None = None
         """Since when a process has ended that perhaps only lost a peer."""
+        self._killed: float | None = None
+        """Since when all processes of the life were to end at once."""
         self._inquiry: Inquiry | None = None
         self._hang: Hang | None = None
         self._interrupted = False
@@ -102,16 +107,17 @@ class Root:
         self._takes.add(own)
         try:
             await link.prove(self._folder.secret, above=True)
-            while (raw := await link.receive()) is not None:
-                said = json.loads(raw)
+            while (said := table_in(await link.receive())) is not None:
                 if "drain" in said:
                     link.send(json.dumps({"text": self._drain(said["drain"])}).encode())
                 elif member is None:
                     member = self._welcome(said, link)
                 else:
                     self._hear(member, said)
-        except (Unproven, ValueError, KeyError):
-            pass  # a stranger, or garbage
+        except (Unproven, Refused):
+            pass  # a stranger, or garbage; or it was told why
+        except Exception:
+            traceback.print_exc()  # a defect of ours: this machine's link ends, and it comes again
         finally:
             self._takes.discard(own)
             link.close()
@@ -124,7 +130,7 @@ class Root:
         refusal = self._refusal(said)
         if refusal:
             member.tell(do="end", code=ConfigError.exit_code, text=refusal, alone=True)
-            raise ValueError(refusal)
+            raise Refused(refusal)
         self._members[member.name] = member
         self._ledger.write("joined", machine=member.name, generation=said["generation"], ago=said["ago"])
         if self._take_state(state_of(said["state"])):
@@ -251,8 +257,10 @@ class Root:
                 self._missed(absent[0], "did not come back to the new root")
             elif self._doubt is not None and now - self._doubt > _HINDSIGHT:
                 self._stop()
-        elif self._phase is Waiting.STOPPING and all(member.stopped for member in self._workers()):
-            self._conclude()
+        elif self._phase is Waiting.STOPPING:
+            self._leave_what_does_not_end(now)
+            if all(member.stopped for member in self._workers()):
+                self._conclude()
 
     def _gather(self, waited: float) -> None:
         fit = [m.name for m in self._members.values() if m.name not in self._state.left_out and not m.draining]
@@ -332,6 +340,7 @@ class Root:
 
     def _stop(self, *, gentle: bool = False) -> None:
         self._turn(Waiting.STOPPING)
+        self._killed = None if gentle else self._since
         waited(self._endings.values())
         cause = seen(self._endings.values(), self._lost)
         wanted = "interrupted" if self._interrupted else "a machine is to be left" if gentle else ""
@@ -339,6 +348,18 @@ class Root:
         self._ledger.write("stopping", life=self._state.life, cause=wanted or cause, hang=hang, wanted=bool(wanted))
         for member in self._workers():
             member.tell(do="stop", generation=self._state.generation, gentle=gentle)
+
+    def _leave_what_does_not_end(self, now: float) -> None:
+        """Do without machines that cannot end their processes: one that waits for a dead disk or driver hears no
+        signal, and would hold up all others for ever."""
+        for member in self._workers():
+            if self._killed is None or member.stopped or now - self._killed < _DYING:
+                continue
+            why = f"has processes that SIGKILL did not end in {_DYING:.0f} s: see its kernel's log"
+            self._note(f"machine {member.name} {why}")
+            self._state.left_out[member.name] = why
+            member.tell(do="end", code=ChipError.exit_code, text=f"this machine {why}", alone=True)
+            self._forget(member, why)
 
     def _conclude(self) -> None:
         """All processes of a life have ended: what was it, and what follows?"""

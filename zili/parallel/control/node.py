@@ -170,16 +170,20 @@ class Node:
             link.send(said.packed() if place == (About.PROCESS, 0) else short)
 
     async def _hear_parent(self, link: Link) -> None:
-        while (raw := await link.receive()) is not None:
-            message = unpacked(raw)
-            if message.kind is About.TURN:
-                self._answer(message)
-            else:
-                self._awaited = {word: number for word, number in self._awaited.items() if number != message.number}
-                for reply in self._asked.pop(message.number):
-                    reply(message.list)
-        for open_link in tuple(self._open):  # nothing can be agreed on any more, and all below are to know
-            open_link.close()
+        try:
+            while (raw := await link.receive()) is not None:
+                self._take_answer(unpacked(raw))
+        finally:
+            for open_link in tuple(self._open):  # nothing can be agreed on any more, and all below are to know
+                open_link.close()
+
+    def _take_answer(self, message: Message) -> None:
+        if message.kind is About.TURN:
+            self._answer(message)
+            return
+        self._awaited = {word: number for word, number in self._awaited.items() if number != message.number}
+        for reply in self._asked.pop(message.number):
+            reply(message.list)
 
     def _ask(self, message: Message, reply: Reply) -> None:
         if self.number == 0:
