@@ -235,6 +235,7 @@ def _go_on(count: int, folder: Path) -> dict[str, dict[str, float]]:
 
     from zili.parallel.world import leave
     from zili.training.checkpoints import RunState, newest_sound
+    from zili.training.index import TensorIndex
     from zili.training.restoring import _read, files_to_read
     from zili.training.saving import Saver
 
@@ -252,7 +253,10 @@ def _go_on(count: int, folder: Path) -> dict[str, dict[str, float]]:
         saver.wait()
     _agree(world, 1)
     with meter.phase("verify"):
-        reads = lambda index: files_to_read(index, room, [], world.rank)  # noqa: E731
+
+        def reads(index: TensorIndex) -> set[str]:
+            return files_to_read(index, room, [], world.rank)
+
         found = newest_sound(folder / "checkpoints", print, world, reads)
     _agree(world, 1)
     with meter.phase("resume"):

@@ -28,7 +28,7 @@ from zili.errors import CheckpointError, ZiliError
 from zili.parallel.world import World
 from zili.training import checkpoints, restoring
 from zili.training.checkpoints import RunState, SoundCheckpoint
-from zili.training.index import read_index
+from zili.training.index import TensorIndex, read_index
 from zili.training.saving import Saver, generation_fence
 
 WORLD = 3
@@ -115,7 +115,10 @@ def together(folder: Path) -> dict[str, Any]:
         names_given_to(safetensors, "safe_open") as found["opened"],
         names_given_to(Path, "iterdir") as found["listed"],
     ):
-        reads = lambda index: restoring.files_to_read(index, {"model.cut": tensors["model.cut"]}, [], world.rank)  # noqa: E731
+
+        def reads(index: TensorIndex) -> set[str]:
+            return restoring.files_to_read(index, {"model.cut": tensors["model.cut"]}, [], world.rank)
+
         index = checkpoints.verify(path, world, reads)
         room = {"model.cut": tensors_of(world, torch.zeros_like)["model.cut"]}
         restoring._read(SoundCheckpoint(path, index), room)
@@ -237,7 +240,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def test_a_run_goes_on_from_a_checkpoint_of_the_old_form(runs: Runs) -> None:
-    """Of torch's writer and without an index, as they were; its generators too."""
+    """A checkpoint as torch's writer makes it, without an index; its generators too."""
     config = runs.recipe("dense", "training.steps=2", "optimizer.name=muon", "model.hidden_dropout=0.1")
     (kept,) = on_processes(1, resumed_after_training, config)
     (path,) = checkpoints.list_checkpoints(config.folder / "checkpoints")

@@ -15,7 +15,7 @@ from zili.supervision.account import Account, account, account_of, read_events
 from zili.supervision.ledger import EVENTS, Ledger, mean_of, seen, told, waited
 
 RECORDED = Path(__file__).parent / "two_kills.jsonl"
-"""Of `zili launch` on two machines of two processes each, 120 steps with a checkpoint every 10. A process was killed
+"""A run under `zili launch`: two machines of two processes each, 120 steps, a checkpoint every 10. A process was killed
 after step 26 and another after step 51."""
 
 

@@ -1,4 +1,4 @@
-"""Who is named when a run hangs: by what processes asked of groups, and by the lines they are at."""
+"""A hang is put down to one process, by what processes asked of groups and by the lines they are at."""
 
 from __future__ import annotations
 

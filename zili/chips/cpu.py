@@ -101,7 +101,7 @@ CPU = Backend(
             "threads that wait for others soon let go of their core, which somebody else may need",
             older_names=("OMP_WAIT_POLICY",),
         ),
-        # 64 processes: 20 open files each in place of 138 (docs/operations.md).
+        # 32 processes: 22 open files each in place of 59 (docs/operations.md).
         Variable("TORCH_GLOO_LAZY_INIT", "1", "processes connect when they first exchange something"),
         Variable("OMP_NUM_THREADS", None, "threads of one operation; recipes set it by chip.threads"),
     ),

@@ -101,17 +101,7 @@ class Trainer:
         )
         fused = device.capability("fused_adamw").value
         self.optimizers = build_optimizers(list(self.parallel.named_parameters()), config.optimizer, self._dtype, fused)
-        self.saver = Saver(
-            self.checkpoint_folder,
-            self.world,
-            keep=config.checkpoint.keep,
-            keep_every=config.checkpoint.keep_every,
-            asynchronous=config.checkpoint.asynchronous,
-            patience=config.checkpoint.patience,
-            note=self.note,
-            saved=self._tell_saved,
-            fence=generation_fence(config.folder),
-        )
+        self.saver = self._made_saver()
         self._saved_at: int | None = None
         self._last: tuple[Tensor, Tensor] | None = None
         self._own: Terms | None = None
@@ -121,6 +111,20 @@ class Trainer:
         # Dropout's: each process drops other elements.
         device.seed(config.seed + self.world.rank)
         self._flops_per_token = training_flops_per_token(config.model, config.training.sequence_length)
+
+    def _made_saver(self) -> Saver:
+        kept = self.config.checkpoint
+        return Saver(
+            self.checkpoint_folder,
+            self.world,
+            keep=kept.keep,
+            keep_every=kept.keep_every,
+            asynchronous=kept.asynchronous,
+            patience=kept.patience,
+            note=self.note,
+            saved=self._tell_saved,
+            fence=generation_fence(self.config.folder),
+        )
 
     @property
     def model(self) -> Decoder:

@@ -109,9 +109,6 @@ def test_the_whole(vendor: Vendor | None, with_plugins: Environment, tmp_path: P
     report, code = device_check(vendor, with_plugins, tmp_path / "out")
     assert [part["name"] for part in report["parts"]] == list(PARTS)
     failed = [part for part in report["parts"] if part["state"] == "failed"]
-    late = [part["name"] for part in failed if part["why"].startswith("did not end in")]
-    if late and os.getloadavg()[1] > 2 * (os.cpu_count() or 1):
-        pytest.skip(f"the ten minutes were over before {', '.join(late)}: others have this machine's cores")
     assert failed == []
     # Slow, a process may be by what else this machine does.
     assert [finding for finding in report["findings"] if finding["severity"] == "broken"] == [] and code != 10

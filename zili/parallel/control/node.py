@@ -18,7 +18,7 @@ GONE = b"G"
 _BETWEEN = 0.05
 """Seconds between two attempts to reach the node above, which may not be there yet."""
 Place = tuple[About, int]
-"""Who is directly below a node: `(About.PROCESS, rank)` or `(About.NODE, number)`."""
+"""A process or node directly below a node: `(About.PROCESS, rank)` or `(About.NODE, number)`."""
 TurnOf = tuple[int, int]
 """Channel and number."""
 

@@ -112,7 +112,7 @@ def _forward(run: Run, layer: int) -> float:
 
 
 def _backward(job: Job, layer: int) -> float:
-    """Of a layer: the gradients that are asked for, and what is computed again."""
+    """What a layer's backward pass takes: the gradients that are asked for, and what is computed again."""
     run, found = job.run, 0.0
     for product in products(run, layer):
         inside_block = product.name.split(".", 2)[2]

@@ -223,7 +223,7 @@ class _ProductTime(NamedTuple):
 
     forward: float
     learned: float
-    """Of those whose matrices learn: gradients of these take as long."""
+    """The same counts of those whose matrices learn: gradients of these take as long."""
     repeated: float
     """Of those that are computed again where all of the layer is."""
 
