@@ -6,8 +6,8 @@ the agent is gone, so are they.
 
     python -m zili.supervision.nursery SOCKET CHIP [cold]
 
-Where forking after the import is not proven on a vendor's software (`Backend.forks`), workers are `cold`: a Python of
-their own (`python -m zili.supervision.nursery worker WORDS`), which imports everything itself.
+A vendor's plugin is imported by the worker, after the fork. That was not tried on a chip: `cold` workers are a Python
+of their own, which imports everything itself.
 """
 
 from __future__ import annotations
