@@ -290,11 +290,11 @@ def _agent(run: Path, name: str, processes: int) -> int:
     folder = SupervisionFolder(run)
     launch = Launch([str(run)], processes, 2, {"2": []})
 
-    async def supervise() -> int:
-        return await Agent(run, folder, launch, ThisMachine(name, "127.0.0.1", "cpu", False, {}), print).run()
+    async def supervise(own: Path) -> int:
+        return await Agent(folder, own, launch, ThisMachine(name, "127.0.0.1", "cpu", False, {}), print).run()
 
-    with folder.machine(name):
-        return asyncio.run(supervise())
+    with folder.machine(name) as own:
+        return asyncio.run(supervise(own))
 
 
 def _stand_in() -> None:

@@ -1,10 +1,15 @@
-"""A folder of this user on this machine that keeps what later runs need not do again. Nothing needs it to be there."""
+"""Folders of this user on this machine: one that keeps what later runs need not do again, which nothing needs to be
+there, and one for what processes share while they live."""
 
 from __future__ import annotations
 
 import os
 import stat
+import tempfile
+from contextlib import suppress
 from pathlib import Path
+
+from zili.errors import ConfigError
 
 VARIABLE = "ZILI_CACHE"
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
@@ -18,14 +23,38 @@ def cache_folder(name: str) -> Path | None:
     try:
         folder = _root() / name
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
-        if found.st_uid != os.getuid():
-            return None
-        if found.st_mode & _OTHERS:
-            folder.chmod(0o700)
+        return folder if _is_private(folder) else None
     except (OSError, RuntimeError):  # RuntimeError: there is no home
         return None
-    return folder if os.access(folder, os.W_OK) else None
+
+
+def machine_folder() -> Path:
+    """A folder on this machine's own disk for files of processes that live: locks, sockets and memory that they share.
+    Nobody else can read or write it. It may be gone after the machine starts anew.
+
+    Raises:
+        ConfigError: there is none to be had.
+    """
+    folder = Path(tempfile.gettempdir()) / f"zili-{os.getuid()}"
+    try:
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        if not folder.is_symlink() and _is_private(folder):  # anybody may make one of this name there
+            return folder
+        reason = "it is somebody else's"
+    except OSError as error:
+        reason = str(error)
+    raise ConfigError(f"{folder} cannot be used: {reason}; name a folder of yours on this machine in TMPDIR")
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether it is this user's and can be written; others are shut out of it."""
+    found = folder.stat()
+    if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode):
+        return False
+    if found.st_mode & _OTHERS:
+        folder.chmod(0o700)
+    return os.access(folder, os.W_OK)
 
 
 def _root() -> Path:

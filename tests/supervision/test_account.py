@@ -221,7 +221,7 @@ def test_what_processes_tell(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_ledger_tells_progress_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ledger = Ledger(tmp_path, 3)
+    ledger = Ledger(tmp_path, 3, lambda work: work())
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now)
     ledger.life("started", life=1)

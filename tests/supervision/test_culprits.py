@@ -102,7 +102,8 @@ def test_a_report_is_the_same_behind_the_network() -> None:
 
 def test_machines_are_asked_once_and_not_forever() -> None:
     found: list[Hang] = []
-    inquiry = Inquiry(["a", "b"], 100.0, found.append)
+    suspect = Hang.of_late("b", {"rank": 3, "phase": "step", "step": 7, "quiet": 9.0, "limit": 8.0})
+    inquiry = Inquiry(["a", "b"], 100.0, found.append, suspect)
     first, second = reports(2, r1={"waits": False}), reports(4)[2:]
     inquiry.hear("a", [one.as_table() for one in first], 100.1)
     assert not found and not inquiry.over
@@ -112,6 +113,9 @@ def test_machines_are_asked_once_and_not_forever() -> None:
     assert [hang.rank for hang in found] == [1], "by those who answered"
     inquiry.hear("b", [one.as_table() for one in second], 105)
     assert len(found) == 1
+    Inquiry(["a", "b"], 100.0, found.append, suspect).look(100.1 + ASKING)
+    assert found[1] == suspect, "nobody reported anything"
+    assert str(suspect).startswith("process 3 on b hangs in step after step 7") and suspect.ending.rank == 3
 
 
 # ---- stacks
@@ -223,15 +227,8 @@ def stacks(tmp_path: Path) -> Iterator[Path]:
 
 def subject(stacks: Path) -> Subject:
     return Subject(
-        *(
-            5,
-            "a",
-            os.getpid(),
-            At("step", 3, 1, 9, 61.0),
-            stacks,
-            stacks.with_name("none"),
-            stacks.parent / "hang" / "rank",
-        ),
+        *(5, "a", os.getpid(), At("step", 3, 1, 9, 61.0), stacks, stacks.with_name("none")),
+        keep=stacks.with_name("kept").write_text,
         send=lambda number: os.kill(os.getpid(), number),
     )
 
@@ -240,7 +237,7 @@ def test_a_process_is_asked_where_it_is_and_its_stacks_are_kept(stacks: Path) ->
     for _ in range(2):  # what was written before is not read again
         found = asyncio.run(ask(subject(stacks)))
     assert found.frame is not None and found.frame[0].endswith(".py") and found.step == 3
-    kept = (stacks.parent / "hang" / "rank").read_text(encoding="utf-8")
+    kept = stacks.with_name("kept").read_text(encoding="utf-8")
     assert "test_a_process_is_asked" in kept and kept.count("Current thread") == 1
     assert "process 5 on a, step after step 3, micro-batch 1, 9 crumbs, none for 61.0 s" in kept
 

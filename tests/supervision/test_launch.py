@@ -87,8 +87,13 @@ def test_a_machine_that_vanishes_is_done_without_until_it_is_back(launch: Launch
     run.begin("b")
     run.until(lambda: any("going on with 2" in line for line in run.said()))
     run.await_life(3, run.steps() + 10)
-    run.agents["b"].send_signal(signal.SIGTERM)
+    evicted = run.agents.pop("b")
+    evicted.send_signal(signal.SIGTERM)
+    assert evicted.wait(60) == 130, run.everything()
+    run.await_life(4, run.steps() + 10)
+    run.agents["a"].send_signal(signal.SIGTERM)
     assert run.codes() == {130}, run.everything()
+    assert any(re.search(r"interrupted; step \d+ is saved", line) for line in run.said())
     assert weights(run.run)
 
 
@@ -109,7 +114,7 @@ def test_a_machine_that_is_stopped_does_not_keep_the_run_from_the_others(launch:
     for pid in asleep:
         os.kill(pid, signal.SIGCONT)
     run.await_life(life + 2, run.steps() + 3)
-    run.agents["b"].send_signal(signal.SIGTERM)
+    run.agents["b"].send_signal(signal.SIGINT)
     assert run.codes() == {130}, run.everything()
 
 
@@ -150,7 +155,7 @@ def test_a_machine_is_drained_that_has_the_root(launch: Launch) -> None:
     assert run.agents.pop("a").wait(60) == 0, run.everything()
     run.until((run.run / "supervision/root-000002.json").exists)
     run.await_life(run.life(), run.steps() + 10)
-    run.agents["b"].send_signal(signal.SIGTERM)
+    run.agents["b"].send_signal(signal.SIGINT)
     assert run.codes() == {130}, run.everything()
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import shutil
+import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,14 +19,15 @@ import pytest
 
 from zili.cli.launch import identity_of, show
 from zili.config import RunConfig
-from zili.errors import ConfigError
-from zili.parallel.control.links import Link
+from zili.errors import ConfigError, NoProgressError
+from zili.parallel.control.links import Link, _host_and_port, address_of, connect, listening_at
 from zili.supervision.agent import Agent, ThisMachine
+from zili.supervision.file_thread import FileThread
 from zili.supervision.folder import SupervisionFolder
-from zili.supervision.members import Refused, table_in
+from zili.supervision.members import PATIENCE, Refused, table_in
 from zili.supervision.nursery import Nursery
-from zili.supervision.root import PATIENCE, Root
-from zili.supervision.state import Launch, State
+from zili.supervision.root import Root
+from zili.supervision.state import Launch, State, state_of
 
 THREE = Launch(["train"], 1, 3, {"2": [], "3": []}, spares=5)
 
@@ -56,6 +60,7 @@ def root(tmp_path: Path) -> Root:
     folder = SupervisionFolder(tmp_path)
     folder.become_root(1, {})
     root = Root(folder, 1, THREE)
+    root._do = asyncio.run  # type: ignore[assignment] - at once, as there is no loop here
     for name in "abc":
         root._welcome(hello(name), cast(Link, Paper()))
     for member in tuple(root._members.values()):
@@ -76,7 +81,7 @@ def test_machines_that_fall_silent_in_one_moment_do_not_end_the_root(root: Root)
 
 def test_a_root_that_slept_does_without_no_machine(root: Root) -> None:
     slept = 2 * PATIENCE
-    root._listened -= slept
+    root._members._listened -= slept
     for member in root._members.values():
         member.heard -= slept
     root._look()
@@ -130,7 +135,7 @@ def test_what_is_no_table_is_refused(raw: bytes) -> None:
 
 def agent_in(folder: Path) -> Agent:
     machine = ThisMachine("a", "127.0.0.1", "cpu", False, {})
-    return Agent(folder, SupervisionFolder(folder), THREE, machine, print)
+    return Agent(SupervisionFolder(folder), folder, THREE, machine, print)
 
 
 def test_an_agent_that_cannot_do_what_it_is_told_ends(tmp_path: Path) -> None:
@@ -201,6 +206,187 @@ def test_a_folder_that_vanishes_is_named(tmp_path: Path) -> None:
         folder.root()
 
 
+def test_a_machine_that_is_asked_to_end_leaves_the_others_at_work(root: Root) -> None:
+    """By SIGTERM, as when one node is evicted. When the last one is asked too, the run ends."""
+    root._hear(root._members["b"], {"say": "leave"})
+    stop = cast(Paper, root._members["a"].link).sent[-2]
+    assert (stop["do"], stop["gentle"]) == ("stop", True), "they save first"
+    link = cast(Paper, root._members["b"].link)
+    stopped(root, "abc", 1_000_001)
+    assert (link.sent[-1]["do"], link.sent[-1]["code"]) == ("end", 130) and "b" not in root._members
+    root._since -= 61  # of waiting for another machine
+    root._look()
+    assert root._state.machines == ["a", "c"] and not root._state.leaving
+    for name in "ac":
+        root._hear(root._members[name], {"say": "leave"})
+    stopped(root, "ac", 1_000_002)
+    assert root._code == 130 and root._over.is_set()
+
+
+def stopped(root: Root, names: str, generation: int) -> None:
+    for name in names:
+        root._hear(root._members[name], {"say": "stopped", "generation": generation, "endings": []})
+
+
+def test_a_drain_is_known_to_the_next_root(root: Root, tmp_path: Path) -> None:
+    assert "is left after the next step" in root._drain("b")
+    state = root._state.as_table()
+    other = Root(SupervisionFolder(tmp_path / "elsewhere"), 2, THREE)
+    other._do = asyncio.run  # type: ignore[assignment]
+    papers = {name: Paper() for name in "abc"}
+    for name, paper in papers.items():
+        other._welcome(hello(name, state=state, generation=1_000_001), cast(Link, paper))
+    assert other._state.leaving == {"b": 0}
+    other._stop(gentle=True)
+    stopped(other, "abc", 1_000_001)
+    assert papers["b"].sent[-1]["code"] == 0 and sorted(other._members) == ["a", "c"]
+
+
+def test_a_machine_of_another_version_is_refused_whatever_it_says(root: Root) -> None:
+    paper = Paper()
+    with pytest.raises(Refused):
+        root._welcome({"machine": "d", "identity": {"Zili": "9"}}, cast(Link, paper))
+    with pytest.raises(Refused):
+        root._welcome({"hello": 1}, cast(Link, paper))
+    assert [(order["do"], order["code"]) for order in paper.sent] == [("end", 3)] * 2
+    assert paper.sent[0]["text"] == "d has Zili 9, the others have None: make them equal"
+
+
+@pytest.mark.parametrize("table", [[], None, {"life": "x"}, {"machines": 3}, {"failures": [1]}, {"left_out": {"a": 1}}])
+def test_a_state_that_is_none_is_an_empty_one(table: Any) -> None:
+    assert state_of(table) == State()
+    assert state_of({"life": 3, "of_a_later_version": 1}) == State(life=3)
+
+
+def test_failures_are_not_kept_without_end() -> None:
+    state = State()
+    for number in range(1_500):
+        state.remember({"step": number})
+    assert len(state.failures) == 1_000 and state.failures[-1] == {"step": 1_499}
+
+
+def test_a_folder_that_does_not_answer_costs_no_sign_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file server stalls for as long as a machine may say nothing: all agents would leave the root."""
+    answer = threading.Event()
+    monkeypatch.setattr(SupervisionFolder, "look", lambda self: (answer.wait(20), (0, None))[1])
+
+    async def stalled() -> tuple[list[float], int]:
+        folder = SupervisionFolder(tmp_path)
+        root = Root(folder, 1, THREE)
+        with listening_at("127.0.0.1") as listening:
+            address = address_of("127.0.0.1", listening.getsockname()[1])
+            serving = asyncio.ensure_future(root.serve(listening))
+            link, idle = [await connect(address, folder.secret) for _ in range(2)]
+            link.send(json.dumps(hello("a")).encode())
+            heard = []
+            while len(heard) < 5:
+                raw = await asyncio.wait_for(link.receive(), PATIENCE)
+                assert raw is not None, "the root is gone"
+                if json.loads(raw)["do"] == "beat":
+                    heard.append(time.monotonic())
+            link.send(json.dumps({"say": "interrupt", "hard": True}).encode())
+            answer.set()
+            code = await asyncio.wait_for(serving, 10)  # a connection on which nobody speaks holds nobody up
+            link.close()
+            idle.close()
+            return heard, code
+
+    heard, code = asyncio.run(stalled())
+    assert code == 130 and heard[-1] - heard[0] < PATIENCE
+
+
+def test_a_folder_that_refuses_for_a_while_is_asked_again() -> None:
+    answers: list[Any] = [OSError(errno.ESTALE, "stale"), ConfigError("cannot be read any more"), 3]
+
+    def work() -> Any:
+        said = answers.pop(0)
+        if isinstance(said, Exception):
+            raise said
+        return said
+
+    async def ask() -> Any:
+        return await FileThread().patiently(work)
+
+    assert asyncio.run(ask()) == 3
+    answers = [OSError(errno.EIO, "broken")] * 9
+
+    async def ask_in_haste() -> Any:
+        return await FileThread().patiently(work, patience=0.1)
+
+    with pytest.raises(OSError, match="broken"):
+        asyncio.run(ask_in_haste())
+
+
+def test_roots_that_end_by_errors_again_and_again_end_the_machine(tmp_path: Path) -> None:
+    class Crashed:
+        def poll(self) -> int:
+            return 1
+
+    async def again() -> None:
+        agent, waits = agent_in(tmp_path), []
+        for _ in range(5):
+            agent._root = cast(Any, Crashed())
+            waits.append(agent._patience_with(another=False))
+
+    with pytest.raises(NoProgressError, match="ended 5 times in a row by an error"):
+        asyncio.run(again())
+
+
+def test_a_machine_that_is_asked_twice_to_leave_leaves_at_once(tmp_path: Path) -> None:
+    agent = agent_in(tmp_path)
+    agent._leave()
+    agent._leave()  # the launcher passes on what the job manager has sent
+    assert agent._broken is None
+    assert agent._leaving is not None
+    agent._leaving -= 31
+    agent._leave()
+    assert isinstance(agent._broken, SystemExit) and agent._broken.code == 130
+
+
+def test_a_secret_that_is_damaged_is_named(tmp_path: Path) -> None:
+    folder = SupervisionFolder(tmp_path)
+    (folder.path / "secret").write_text("no hex")
+    with pytest.raises(ConfigError, match="secret is damaged"):
+        SupervisionFolder(tmp_path)
+
+
+def test_a_machine_has_one_supervisor_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = SupervisionFolder(tmp_path / "run")
+    with folder.machine("a") as own:
+        (own / "left").touch()
+        with pytest.raises(ConfigError, match="machine a has a supervisor"), folder.machine("a"):
+            pass
+        with folder.machine("b"):
+            assert own.stat().st_mode & 0o077 == 0 and own.parent.stat().st_mode & 0o077 == 0
+    assert not own.exists()
+    own.mkdir()
+    (own / "left").touch()  # by one that was killed
+    with folder.machine("a") as again:
+        assert again == own and not list(own.iterdir())
+
+
+def test_a_folder_that_somebody_else_made_for_us_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / f"zili-{os.getuid()}").symlink_to(tmp_path / "theirs")
+    with pytest.raises(ConfigError, match="TMPDIR"), SupervisionFolder(tmp_path / "run").machine("a"):
+        pass
+
+
+def test_machines_find_one_another_by_ipv6() -> None:
+    try:
+        listening = listening_at("::1")
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with listening:
+        address = address_of("::1", listening.getsockname()[1])
+        assert address.startswith("[::1]:")
+        listening.settimeout(5)
+        with socket.create_connection(_host_and_port(address), 5):
+            listening.accept()[0].close()
+
+
 def test_a_pipe_that_nobody_reads_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
     reading, writing = os.pipe()
     with os.fdopen(writing, "w", encoding="utf-8") as nobody:
@@ -214,5 +400,10 @@ def test_machines_that_were_told_other_counts_are_not_of_one_run(recipe: Callabl
     config = recipe()
     alike = [identity_of(config, "cpu", 2, "1:2") for _ in range(2)]
     assert alike[0] == alike[1]
-    others = (identity_of(config, "cpu", 4, "1:2"), identity_of(config, "cpu", 2, "1:1"))
+    others = [identity_of(config, "cpu", 4, "1:2"), identity_of(config, "cpu", 2, "1:1")]
+    manifest = Path(f"{config.data.sources[0].store}.json")
+    said = manifest.read_text(encoding="utf-8")
+    manifest.write_text(said.replace('"sha256": "', '"sha256": "0', 1), encoding="utf-8")
+    others.append(identity_of(config, "cpu", 2, "1:2"))
+    manifest.write_text(said, encoding="utf-8")
     assert all(other != alike[0] for other in others)

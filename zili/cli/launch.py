@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 import os
 import socket
 import sys
@@ -49,7 +50,9 @@ def run(
     host: Annotated[str, typer.Option(help="Where other machines reach this one; listened at.")] = "127.0.0.1",
     machine: Annotated[str | None, typer.Option(help="Name of this machine, else its host name.")] = None,
     spares: Annotated[int, typer.Option(min=0, help="Machines that stand by, warm, to take the place of one.")] = 0,
-    wait: Annotated[float, typer.Option(help="Seconds to wait for a missing machine before going on with fewer.")] = 60,
+    wait: Annotated[
+        float, typer.Option(min=0, help="Seconds to wait for a missing machine before going on with fewer.")
+    ] = 60,
     patience: Annotated[
         float, typer.Option(min=0.1, help="Seconds without progress that are never a hang; longer steps allow more.")
     ] = 60,
@@ -68,6 +71,9 @@ def run(
     from zili.supervision.state import Launch
 
     least, most = _counts(machines)
+    for option, seconds in (("--wait", wait), ("--patience", patience)):
+        if not math.isfinite(seconds):
+            raise ConfigError(f"{option} {seconds}: give seconds")
     words = ["train", str(recipe), *(word for text in overrides or () for word in ("--set", text))]
     chip = chips.choose(config.chip.name).backend
     identity = identity_of(config, chip.name, processes, f"{least}:{most}")
@@ -76,11 +82,13 @@ def run(
     found = layouts(config, processes, least, most)
     job = Launch(words, processes, most, {str(count): keys for count, keys in found.items()}, spares, wait, patience)
 
-    async def supervise() -> int:
-        return await Agent(config.folder, folder, job, ThisMachine(name, host, chip.name, cold, identity), show).run()
+    here = ThisMachine(name, host, chip.name, cold, identity)
 
-    with folder.machine(name):
-        raise typer.Exit(asyncio.run(supervise()))
+    async def supervise(own: Path) -> int:
+        return await Agent(folder, own, job, here, show).run()
+
+    with folder.machine(name) as own:
+        raise typer.Exit(asyncio.run(supervise(own)))
 
 
 @app.command()
@@ -103,8 +111,21 @@ def identity_of(config: RunConfig, chip: str, processes: int, machines: str) -> 
         "Zili": zili.__version__,
         "torch": version("torch"),
         "recipe": hashlib.sha256(recipe.encode()).hexdigest()[:12],
+        "data": hashlib.sha256("".join(map(_contents, _stores(config))).encode()).hexdigest()[:12],
         **{"chip": chip, "--processes": str(processes), "--machines": machines},
     }
+
+
+def _stores(config: RunConfig) -> list[Path]:
+    return [*(source.store for source in config.data.sources), *filter(None, [config.data.held_out])]
+
+
+def _contents(store: Path) -> str:
+    """What a token store's manifest says of its files; its content is hashed when a life begins."""
+    try:
+        return json.dumps(json.loads(Path(f"{store}.json").read_text(encoding="utf-8"))["files"], sort_keys=True)
+    except (OSError, ValueError, LookupError, TypeError):
+        return f"{store} cannot be read"
 
 
 def show(text: str) -> None:

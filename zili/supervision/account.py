@@ -129,6 +129,15 @@ def summary(found: Account) -> str:
     return f"{whole}; {', '.join(shares)}" if shares else whole
 
 
+def last_line(run: Path) -> str:
+    """What a run's supervisors say when it is over; "": they never wrote what happened, or no life began."""
+    try:
+        found = account_of(run)
+    except DataError:  # the disk refused every event
+        return ""
+    return f"{summary(found)} (zili report {run})" if found.lives else ""
+
+
 def lives_text(found: Account) -> str:
     """`1 life`, `3 lives`."""
     return f"{len(found.lives):,} {'life' if len(found.lives) == 1 else 'lives'}"

@@ -5,31 +5,33 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from zili.chips import find_backend
+from zili.errors import ConfigError, NoProgressError
 from zili.parallel.control.crumbs import CRUMBS, Crumbs
-from zili.parallel.control.links import Link, connect
+from zili.parallel.control.links import Link, address_of, connect, listening_at
 from zili.parallel.control.member import AGENT, AGENT_SECRET, GENERATION
 from zili.parallel.control.node import Node, below
 from zili.parallel.control.recorder import RECORDER
+from zili.supervision.file_thread import FileThread
 from zili.supervision.fitness import refuse_foreign_host, refuse_unfit
 from zili.supervision.folder import SupervisionFolder
 from zili.supervision.ledger import mean_of, told
+from zili.supervision.members import PATIENCE
 from zili.supervision.nursery import STACKS
 from zili.supervision.processes import LocalProcesses
 from zili.supervision.reports import Subject, ask, at
-from zili.supervision.root import BEAT, INTERRUPTED, PATIENCE
+from zili.supervision.root import BEAT, INTERRUPTED
 from zili.supervision.state import Launch, State, state_of
 from zili.supervision.watch import ProgressWatch, state_of_process
 
@@ -39,8 +41,21 @@ _REACH = 2.0
 """Seconds for a connection to the root."""
 _INSISTS = 2
 """Requests to end after which this process ends at once: the first lets processes save, the second kills them."""
+_TWICE = 30.0
+"""Seconds in which two SIGTERM are one, as for a worker: job managers send it to all processes of a job, and launchers
+pass it on."""
+_ROOTS = 5
+"""Roots in a row that end by an error, after which no other one is begun."""
+_STEADY = 30.0
+"""Seconds under one root after which those before it do not count."""
+_LOOK = 30.0
+"""Seconds that the run's folder has for a first look at it."""
+_READING = 2.0
+"""Seconds in which the end of a log is read: what ended a run is told without it where the folder does not answer."""
 _TAIL = 16_384
 """Bytes of a log's end that are read for why a process ended."""
+_LARGEST_ERROR = 1 << 20
+"""Bytes of an error file that are read."""
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
 
@@ -61,15 +76,17 @@ class Agent:
     """One machine's part of a run's supervision."""
 
     def __init__(
-        self, run: Path, folder: SupervisionFolder, launch: Launch, machine: ThisMachine, show: Callable[[str], None]
+        self, folder: SupervisionFolder, own: Path, launch: Launch, machine: ThisMachine, show: Callable[[str], None]
     ) -> None:
-        self._run = run
+        """`own`: an empty folder on this machine's disk. `show` tells a person a line."""
+        self._run = folder.run
         self._folder = folder
+        self._own = own
         self._launch = launch
         self._machine = machine
         self._show = show
+        self._files = FileThread()
         self._launched = time.monotonic()
-        self._own = _own_folder(folder, machine.name)
         self._state = State()
         self._term = 0
         self._link: Link | None = None
@@ -83,22 +100,28 @@ class Agent:
         self._stop_asked: float | None = None
         """When this machine's processes were to stop."""
         self._asked = 0
+        """How often the run was asked to end, here."""
+        self._leaving: float | None = None
+        """Since when this machine is to leave the run."""
         self._over = 0
         self._work: set[asyncio.Task[None]] = set()
+        self._burials: set[asyncio.Task[None]] = set()
         self._broken: BaseException | None = None
         """What an order, or what is done beside them, failed with."""
         self._root: subprocess.Popen[bytes] | None = None
+        self._crashes = 0
+        """Roots in a row that this machine began and that ended by an error."""
 
     async def run(self) -> int:
         """Supervise until the run is over; returns its exit code."""
         self._processes = self._new_processes()
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            loop.add_signal_handler(number, self._interrupt)
+        loop.add_signal_handler(signal.SIGINT, self._interrupt)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, self._leave)
         self._follow(self._beat())
         try:
-            refuse_foreign_host(self._machine.host)
-            refuse_unfit(self._run, find_backend(self._machine.chip), self._launch.processes)
+            await self._refuse_unfit()
             await self._processes.ready
             while (over := await self._under_a_root()) is None:
                 pass
@@ -113,9 +136,16 @@ class Agent:
             self._processes.close()
             if self._node is not None:
                 await self._node.close(0)
-            shutil.rmtree(self._own, ignore_errors=True)
             if self._root is not None:
                 await asyncio.to_thread(self._root.wait)
+
+    async def _refuse_unfit(self) -> None:
+        refuse_foreign_host(self._machine.host)
+        look = self._files.do(lambda: refuse_unfit(self._run, find_backend(self._machine.chip), self._launch.processes))
+        try:
+            await asyncio.wait_for(look, _LOOK)
+        except TimeoutError as error:
+            raise ConfigError(f"{self._run} does not answer for {_LOOK:.0f} s: its disk or mount hangs") from error
 
     def _new_processes(self) -> LocalProcesses:
         return LocalProcesses(self._machine.chip, cold=self._machine.cold, ended=self._bury)
@@ -134,7 +164,7 @@ class Agent:
         """
         lost = time.monotonic()
         while True:
-            term, record = self._folder.root()
+            term, record = await self._files.patiently(self._folder.root)
             if "over" in record and 0 < self._term <= term:
                 self._over = self._end(**record["over"])
                 return None
@@ -144,16 +174,35 @@ class Agent:
                     self._term = term
                     self._greet(link)
                     return link
-            if "address" not in record or time.monotonic() - lost > _TRIES:
-                self._begin_root(term + 1)
+            if self._broken is not None:
+                raise self._broken
+            if time.monotonic() - lost > self._patience_with("address" in record):
+                await self._begin_root(term + 1)
                 lost = time.monotonic()
             await asyncio.sleep(0.02)
 
-    def _begin_root(self, term: int) -> None:
+    def _patience_with(self, another: bool) -> float:
+        """Seconds until a root is begun here. `another`: there is one that does not answer.
+
+        Raises:
+            NoProgressError: those that this machine began end by errors again and again.
+        """
+        code = 0 if self._root is None else self._root.poll() or 0
+        if code > 0:
+            self._root, self._crashes = None, self._crashes + 1
+        if self._crashes >= _ROOTS:
+            raise NoProgressError(
+                f"the root of this run ended {self._crashes} times in a row by an error (exit code {code}), which it "
+                f"has told above; {self._folder.path} may be damaged"
+            )
+        return (_TRIES if another else 0.0) + (2.0**self._crashes - 1)
+
+    async def _begin_root(self, term: int) -> None:
         """Begin the root of `term` here, unless another machine has that term."""
-        with socket.create_server((self._machine.host, 0), backlog=2048) as listening:
-            address = f"{self._machine.host}:{listening.getsockname()[1]}"
-            if not self._folder.become_root(term, {"address": address, "machine": self._machine.name}):
+        with listening_at(self._machine.host, backlog=2048) as listening:
+            address = address_of(self._machine.host, listening.getsockname()[1])
+            record = {"address": address, "machine": self._machine.name}
+            if not await self._files.patiently(lambda: self._folder.become_root(term, record)):
                 return
             if self._root is not None:
                 self._root.kill()  # it may be stopped, and would stay behind
@@ -176,11 +225,15 @@ class Agent:
             endings=list(self._endings.values()),
             state=self._state.as_table(),
         )
-        if self._asked:  # the root before may not have heard it, or is gone with what it knew
+        # The root before may not have heard it, or is gone with what it knew.
+        if self._asked:
             self._say(link, say="interrupt", hard=self._asked > 1)
+        elif self._leaving is not None:
+            self._say(link, say="leave")
 
     async def _serve(self, link: Link) -> int | None:
         """Obey the root until its link ends: None; or the run: its exit code."""
+        begun = time.monotonic()
         while True:
             if self._broken is not None:
                 raise self._broken
@@ -193,6 +246,8 @@ class Agent:
                 return None
             order = json.loads(raw)
             what = order.pop("do")
+            if time.monotonic() - begun > _STEADY:
+                self._crashes = 0
             if what == "state":
                 self._state = state_of(order["state"])
             elif what == "note":
@@ -224,17 +279,29 @@ class Agent:
             self._look()
             await asyncio.sleep(BEAT)
 
-    def _follow(self, work: Coroutine[Any, Any, None]) -> None:
+    def _follow(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
         self._work.add(task)
         task.add_done_callback(self._followed)
+        return task
 
     def _followed(self, task: asyncio.Task[None]) -> None:
         self._work.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self._broken = error  # this machine cannot do what all wait for: it ends, and the others hear that
 
+    def _leave(self) -> None:
+        """This machine is taken away: its processes save, and the run goes on without it where it can. Asked again, it
+        leaves at once, as if its power was cut."""
+        now = time.monotonic()
+        if self._leaving is None:
+            self._leaving = now
+            self._say(say="leave")
+        elif now - self._leaving > _TWICE:
+            self._broken = self._broken or SystemExit(INTERRUPTED)
+
     def _interrupt(self) -> None:
+        """A person wants the run to end."""
         self._asked += 1
         self._say(say="interrupt", hard=self._asked > 1)
         if self._asked > _INSISTS:
@@ -260,13 +327,17 @@ class Agent:
         self._place = {"life": life, "number": number, "of": of, "first": first, "count": count}
         self._watch.begin(of * count)
         self._node = Node(number, range(first, first + count), below(number, of), self._folder.secret)
-        self._address = f"{self._machine.host}:{await self._node.listen(self._machine.host)}"
+        self._address = address_of(self._machine.host, await self._node.listen(self._machine.host))
         self._say(say="prepared", generation=generation, address=self._address)
 
     async def _start(self, generation: int, parent: str, keys: list[str]) -> None:
         if generation != self._generation or self._node is None:
             return
         words = [*self._launch.words, *(word for key in keys for word in ("--set", key))]
+        logs = self._logs()
+        await self._files.patiently(lambda: logs.mkdir(parents=True, exist_ok=True))
+        if generation != self._generation or self._stopping:
+            return  # it ended meanwhile
         for local in range(self._place["count"]):
             self._begin(local, words)
         if parent:
@@ -275,8 +346,7 @@ class Agent:
 
     def _begin(self, local: int, words: list[str]) -> None:
         place = self._place
-        rank, world, logs = place["first"] + local, place["of"] * place["count"], self._logs()
-        logs.mkdir(parents=True, exist_ok=True)
+        rank, world = place["first"] + local, place["of"] * place["count"]
         environment = {
             **{"RANK": str(rank), "LOCAL_RANK": str(local), "GROUP_RANK": str(place["number"])},
             **{"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(place["count"]), "GROUP_WORLD_SIZE": str(place["of"])},
@@ -291,7 +361,7 @@ class Agent:
         for file in (self._error_file(rank), self._crumbs_file(rank), self._recorder(rank)):
             file.unlink(missing_ok=True)
         self._crumbs[rank] = Crumbs(self._crumbs_file(rank))
-        self._processes.begin(rank, words, environment, logs / f"rank-{rank:05d}.log", shown=rank == 0)
+        self._processes.begin(rank, words, environment, self._log(rank), shown=rank == 0)
 
     async def _stop(self, generation: int, gentle: bool) -> None:
         """End this machine's processes: by SIGTERM, at which they save; else at once."""
@@ -305,6 +375,7 @@ class Agent:
         if self._processes.alive:
             self._processes.signal(number)
         await self._processes.none.wait()
+        await asyncio.gather(*self._burials)
 
     def _bury(self, rank: int, code: int) -> None:
         """A process of this machine has ended."""
@@ -315,13 +386,22 @@ class Agent:
             "code": code,
             "stopped": self._stopping and code in (-signal.SIGKILL, INTERRUPTED, -signal.SIGTERM),
             "error": self._error(rank),
-            "log": self._log_end(rank) if code else "",
+            "log": "",
             **told(crumbs, self._stop_asked),
         }
         crumbs.close()
         self._endings[rank] = ending
-        if not self._stopping:
-            self._say(say="ended", generation=self._generation, ending=ending)
+        burial = self._follow(self._tell_end(self._generation, ending, self._log(rank)))
+        self._burials.add(burial)
+        burial.add_done_callback(self._burials.discard)
+
+    async def _tell_end(self, generation: int, ending: dict[str, Any], log: Path) -> None:
+        by_itself = not self._stopping
+        if ending["code"]:
+            with suppress(TimeoutError, OSError):  # the cause is told without it then
+                ending["log"] = await asyncio.wait_for(self._files.do(lambda: _end_of(log)), _READING)
+        if by_itself:
+            self._say(say="ended", generation=generation, ending=ending)
 
     # ---------------------------------------------------------------- hangs
 
@@ -348,14 +428,26 @@ class Agent:
             at=at(self._crumbs[rank], self._watch.quiet(rank)),
             stacks=self._stacks_file(rank),
             recorder=self._recorder(rank),
-            kept=self._logs() / "hang" / f"rank-{rank:05d}.txt",
+            keep=partial(self._keep, self._logs() / "hang" / f"rank-{rank:05d}.txt"),
             send=lambda number: self._processes.signal(number, rank, alone=True),
         )
+
+    def _keep(self, file: Path, text: str) -> None:
+        """Keep what a process reported where people find it."""
+
+        def write() -> None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+
+        self._files.put(write)
 
     # ---------------------------------------------------------------- files
 
     def _logs(self) -> Path:
         return self._run / "logs" / f"life-{self._place['life']:04d}"
+
+    def _log(self, rank: int) -> Path:
+        return self._logs() / f"rank-{rank:05d}.log"
 
     def _stacks_file(self, rank: int) -> Path:
         return self._own / f"stacks-{rank}"
@@ -370,22 +462,14 @@ class Agent:
         return self._own / f"crumbs-{rank}"
 
     def _error(self, rank: int) -> str:
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            said = json.loads(self._error_file(rank).read_text(encoding="utf-8"))["message"]
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            said = json.loads(_end_of(self._error_file(rank), _LARGEST_ERROR))["message"]
             return str(said["message"] if isinstance(said, dict) else said)[-_TAIL:]
         return ""
 
-    def _log_end(self, rank: int) -> str:
-        file = self._logs() / f"rank-{rank:05d}.log"
-        with suppress(OSError), file.open("rb") as opened:
-            opened.seek(max(0, os.fstat(opened.fileno()).st_size - _TAIL))
-            return opened.read().decode("utf-8", "replace")
-        return ""
 
-
-def _own_folder(folder: SupervisionFolder, machine: str) -> Path:
-    """An empty folder on this machine's disk, for this user alone. What an agent left there that was killed is gone."""
-    own = folder.own_place(machine).with_suffix(".d")
-    shutil.rmtree(own, ignore_errors=True)
-    own.mkdir(mode=0o700)
-    return own
+def _end_of(file: Path, most: int = _TAIL) -> str:
+    """Its last `most` bytes."""
+    with file.open("rb") as opened:
+        opened.seek(max(0, os.fstat(opened.fileno()).st_size - most))
+        return opened.read(most).decode("utf-8", "replace")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import time
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from zili.chips.host_memory import available_bytes
 from zili.chips.presence import presence
 from zili.durable import sync
 from zili.errors import ChipError, ConfigError
+from zili.parallel.control.links import listening_at
 from zili.plurals import counted
 
 _PROBE = 1 << 20
@@ -57,7 +57,7 @@ def refuse_foreign_host(host: str) -> None:
         ConfigError: it is another machine's, or no address.
     """
     try:
-        socket.create_server((host, 0)).close()
+        listening_at(host).close()
     except OSError as error:
         reason = error.strerror or error
         raise ConfigError(f"--host {host}: this machine cannot listen there ({reason}); name one of its own") from error

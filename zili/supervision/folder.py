@@ -15,6 +15,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,7 +25,7 @@ from zili.durable import sync, write_whole
 from zili.errors import ConfigError
 from zili.parallel.control.links import PlainLink
 from zili.parallel.control.member import GENERATION_FILE
-from zili.user_cache import cache_folder
+from zili.user_cache import machine_folder
 
 _CLAIM = re.compile(r"root-(\d{6})\.json")
 _KEPT = 3
@@ -50,7 +51,10 @@ class SupervisionFolder:
         if not file.exists():
             with suppress(FileExistsError):  # another machine was first
                 self._appear(file, secrets.token_hex())
-        return bytes.fromhex(file.read_text(encoding="ascii"))
+        try:
+            return bytes.fromhex(file.read_text(encoding="ascii"))
+        except ValueError as error:
+            raise ConfigError(f"{file} is damaged; end all supervisors of this run, and remove it") from error
 
     def root(self) -> tuple[int, dict[str, Any]]:
         """Term and record of the newest root; 0 and nothing where there has been none."""
@@ -79,9 +83,11 @@ class SupervisionFolder:
         with suppress(OSError):
             write_whole(self._claim(term), json.dumps({"over": {"code": code, "text": text}}))
 
-    def is_root(self, term: int) -> bool:
-        """Whether no newer root has come."""
-        return term >= max(self._terms(), default=0)
+    def look(self) -> tuple[int, int | None]:
+        """Term of the newest root, 0: there was none; step of the newest checkpoint, as far as names tell."""
+        names = [path.name.removeprefix("step-") for path in (self.run / "checkpoints").glob("step-*")]
+        steps = [int(name) for name in names if name.isdecimal()]
+        return max(self._terms(), default=0), max(steps, default=None)
 
     def read_state(self) -> dict[str, Any]:
         """What the last root knew; empty where that cannot be read."""
@@ -95,34 +101,31 @@ class SupervisionFolder:
         with suppress(OSError):
             write_whole(self.path / "state.json", json.dumps(state))
 
-    def begin(self, term: int, life: int) -> int:
-        """The generation of a new life, which is the newest from now on."""
-        generation = term * _TERM + life
+    def begin(self, generation: int) -> None:
+        """A new life is the newest from now on."""
         write_whole(self.run / GENERATION_FILE, str(generation))
-        return generation
-
-    def own_place(self, name: str) -> Path:
-        """A name for files of this run on machine `name`'s own disk: some network file systems have no locks."""
-        place = cache_folder("supervised") or self.path
-        return place / hashlib.sha256(f"{self.path.resolve()}\n{name}".encode()).hexdigest()[:24]
 
     @contextmanager
-    def machine(self, name: str) -> Iterator[None]:
-        """Be the one supervisor of this run on machine `name`.
+    def machine(self, name: str) -> Iterator[Path]:
+        """Be the one supervisor of this run on machine `name`; yields an empty folder on the machine's own disk, which
+        is for this user alone, and gone afterwards.
 
         Raises:
             ConfigError: there is one already.
         """
-        handle = os.open(self.own_place(name), os.O_RDWR | os.O_CREAT, 0o600)
+        # Some network file systems have no locks, and none is for memory that processes share.
+        own = machine_folder() / hashlib.sha256(f"{self.path.resolve()}\n{name}".encode()).hexdigest()[:24]
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
+            handle = _held(own)
         except BlockingIOError as error:
             raise ConfigError(
                 f"machine {name} has a supervisor of {self.path.parent} already; stop that one first, or give this "
                 "run another folder"
             ) from error
+        try:
+            yield own
         finally:
+            shutil.rmtree(own, ignore_errors=True)
             os.close(handle)
 
     def _terms(self) -> list[int]:
@@ -145,6 +148,29 @@ class SupervisionFolder:
             os.link(aside, file)
         finally:
             aside.unlink(missing_ok=True)
+
+
+def _held(folder: Path) -> int:
+    """Make a folder, empty, that is this process's until it closes the handle. Raises: BlockingIOError, it is not."""
+    while True:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), folder.stat()):  # not one that another process removes
+                    for left in folder.iterdir():  # by one that was killed
+                        left.unlink()
+                    return handle
+        except OSError:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def generation_of(term: int, life: int) -> int:
+    """The number of a life that the root of `term` begins."""
+    return term * _TERM + life
 
 
 def ask_root(folder: SupervisionFolder, question: dict[str, Any]) -> str:

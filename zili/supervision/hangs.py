@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from zili.supervision.reports import Asked, Report, report_of
+from zili.supervision.rules import Ending
 from zili.supervision.stacks import Frame
 
 ASKING = 4.0
@@ -28,6 +29,18 @@ class Hang:
     report: Report
     held: bool = False
     """Whether a debugger holds it: then it is a person's, and goes on when they say so."""
+
+    @classmethod
+    def of_late(cls, machine: str, late: Mapping[str, Any]) -> Hang:
+        """What is known where nobody reports: `late`, as a table, was the first to be late."""
+        known = {name: late[name] for name in ("rank", "phase", "step", "quiet")}
+        report = Report(**known, machine=machine, state="", micro_batch=0, changes=0)
+        return cls(report.rank, machine, "it was the first to be late, and no machine told more", report)
+
+    @property
+    def ending(self) -> Ending:
+        """What ended the run, where its own end is not known."""
+        return Ending(self.rank, self.machine, step=self.report.step or None)
 
     def __str__(self) -> str:
         report = self.report
@@ -142,7 +155,9 @@ def _last_collective(report: Report) -> str:
 class Inquiry:
     """The root's: all machines are asked once; it says who is to blame when they have answered or are late."""
 
-    def __init__(self, machines: Collection[str], now: float, found: Callable[[Hang], None]) -> None:
+    def __init__(self, machines: Collection[str], now: float, found: Callable[[Hang], None], suspect: Hang) -> None:
+        """`suspect`: who is named where no process is reported."""
+        self._suspect = suspect
         self._missing = set(machines)
         self._end = now + ASKING
         self._found = found
@@ -159,5 +174,4 @@ class Inquiry:
         """Conclude, if everybody has answered or it is time. A machine that says nothing at all is lost by itself."""
         if not self.over and (not self._missing or now > self._end):
             self.over = True
-            if self._reports:
-                self._found(culprit(self._reports))
+            self._found(culprit(self._reports) if self._reports else self._suspect)

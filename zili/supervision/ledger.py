@@ -21,7 +21,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -41,10 +41,12 @@ Table = dict[str, Any]
 class Ledger:
     """The events of a run, as one root appends them."""
 
-    def __init__(self, folder: Path, term: int) -> None:
-        """`folder`: the supervision's."""
+    def __init__(self, folder: Path, term: int, put: Callable[[Callable[[], None]], None]) -> None:
+        """`folder`: the supervision's. `put` does what it is given, in turn, and beside the loop: the disk may be
+        slow."""
         self._path = folder / EVENTS
         self._term = term
+        self._put = put
         self._clock = clock()
         self._heard: dict[str, Table] = {}
         self._told = time.monotonic()
@@ -53,14 +55,12 @@ class Ledger:
         """Append an event. Where the disk refuses, it is lost: the run is worth more than its ledger."""
         now = {"time": round(time.time(), 3), "monotonic": round(time.monotonic(), 4), "clock": self._clock}
         line = json.dumps({"event": event, "term": self._term, **now, **facts}, separators=(",", ":")) + "\n"
+        self._put(lambda: self._append(line.encode()))
+
+    def _append(self, line: bytes) -> None:
+        handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
-            handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        except OSError:
-            return
-        try:
-            os.write(handle, line.encode())
-        except OSError:
-            return
+            os.write(handle, line)
         finally:
             os.close(handle)
 

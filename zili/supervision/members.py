@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import Enum, auto
 from typing import Any
 
 from zili.parallel.control.links import Link
+from zili.plurals import counted
+from zili.supervision.state import Launch, State
 from zili.supervision.verdicts import Ending
 
+PATIENCE = 3.0
+"""Seconds without a sign of life after which a machine counts as gone."""
+_DEAF = 1.0
+"""Seconds between two looks that count at most: a root that was itself stopped or starved has heard nothing of what
+machines said meanwhile."""
 _PHASES = {"init": "start", "warm_up": "compile", "data": "step"}
 """What rules call phases of a process's breadcrumbs."""
 
@@ -37,10 +44,67 @@ class Member:
         self.heard = time.monotonic()
         self.address = ""
         self.prepared = self.stopped = False
-        self.draining = False
 
     def tell(self, **order: Any) -> None:
         self.link.send(json.dumps(order).encode())
+
+
+class Membership(dict[str, Member]):
+    """The machines that are here, by name: who may come, who is heard of, who stays."""
+
+    def __init__(self, launch: Launch) -> None:
+        super().__init__()
+        self._launch = launch
+        self._identity: dict[str, str] = {}
+        self._listened = time.monotonic()
+
+    def refusal(self, name: str, identity: Any, state: State) -> str:
+        """Why a machine may not take part; "": it may."""
+        if not isinstance(identity, dict):
+            return "another version of Zili than the others have: make them equal"
+        if name in self:
+            return f"machine {name} has a supervisor of this run already"
+        if not self:
+            self._identity = identity
+        for what in (*self._identity, *identity):
+            here, theirs = identity.get(what), self._identity.get(what)
+            if here != theirs:
+                return f"{name} has {what} {here}, the others have {theirs}: make them equal"
+        if name in state.left_out:
+            return f"machine {name} is left out of this run: {state.left_out[name]}"
+        most = self._launch.most + self._launch.spares
+        if len(self) >= most and name not in state.machines:
+            return f"the run has its {counted(most, 'machine')}; --spares lets more stand by"
+        return ""
+
+    def silent(self, now: float) -> list[Member]:
+        """Those that say nothing any more. It is asked about twice a second."""
+        slept = max(0.0, now - self._listened - _DEAF)
+        self._listened = now
+        for member in self.values():
+            member.heard += slept  # what it said meanwhile is still to be read
+        return [member for member in self.values() if now - member.heard > PATIENCE]
+
+    def of(self, names: Iterable[str]) -> list[Member]:
+        """Those of `names` that are here, in that order."""
+        return [self[name] for name in names if name in self]
+
+    def staying(self, state: State) -> list[str]:
+        """Those that are not to be left."""
+        return [name for name in self if name not in state.leaving]
+
+    def sizes_without(self, name: str, state: State) -> list[int]:
+        """Numbers of machines that a life could have if `name` was gone."""
+        others = [other for other in self.staying(state) if other != name]
+        return self._launch.sizes(len(others))
+
+    def order(self, state: State) -> list[str]:
+        """Who may work, the first ones first: those that worked keep their places, who stood by comes after them, and
+        who failed is taken last."""
+        fit = [name for name in self.staying(state) if name not in state.left_out]
+        order = [name for name in state.machines if name in fit]
+        order += [name for name in fit if name not in order]
+        return sorted(order, key=lambda name: name in state.doubtful)
 
 
 class Refused(Exception):

@@ -117,8 +117,8 @@ class Subject:
     at: At
     stacks: Path
     recorder: Path
-    kept: Path
-    """Where its stacks are kept for people."""
+    keep: Callable[[str], None]
+    """Keeps its stacks for people."""
     send: Callable[[signal.Signals], None]
     """Sends it a signal, and to nothing that it began."""
 
@@ -129,10 +129,8 @@ async def ask(subject: Subject) -> Report:
     # First what it asked for: a signal ends some calls that hang.
     groups = {} if state == "T" else await _groups(subject.recorder)
     text = "" if state == "t" else await _stacks(subject, wake=state == "T")
-    with suppress(OSError):
-        subject.kept.parent.mkdir(parents=True, exist_ok=True)
-        said = f"process {subject.rank} on {subject.machine}, {subject.at}, state {state or '?'}"
-        subject.kept.write_text(f"{said}\n\n{text or 'It wrote no stacks.'}\n\n{_listed(groups)}", encoding="utf-8")
+    said = f"process {subject.rank} on {subject.machine}, {subject.at}, state {state or '?'}"
+    subject.keep(f"{said}\n\n{text or 'It wrote no stacks.'}\n\n{_listed(groups)}")
     place = place_in(text)
     frame, waits = (None, False) if place is None else (place.frame, place.waits)
     return Report(subject.rank, subject.machine, state, *subject.at, frame, waits, groups)

@@ -15,32 +15,28 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from zili.errors import ChipError, ConfigError, DataError, NoProgressError, PeerError, ZiliError
+from zili.errors import ChipError, ConfigError, PeerError, ZiliError
 from zili.parallel.control.links import Link, Unproven
 from zili.parallel.control.node import above
 from zili.plurals import counted
-from zili.supervision.account import account_of, summary
-from zili.supervision.folder import SupervisionFolder
+from zili.supervision.account import last_line
+from zili.supervision.decisions import decide
+from zili.supervision.endings import Endings
+from zili.supervision.file_thread import FileThread
+from zili.supervision.folder import SupervisionFolder, generation_of
 from zili.supervision.hangs import Hang, Inquiry
-from zili.supervision.ledger import Ledger, mean_of, seen, waited
-from zili.supervision.members import Member, Refused, Waiting, as_ending, table_in
-from zili.supervision.rules import rule_for
+from zili.supervision.ledger import Ledger
+from zili.supervision.members import PATIENCE, Member, Membership, Refused, Waiting, table_in
 from zili.supervision.state import Launch, State, state_of
-from zili.supervision.verdicts import ACTIONS, Ending, Failure, Verdict, cause_of, failure_of, judge
+from zili.supervision.verdicts import Failure
 
 BEAT = 0.5
 """Seconds between two signs of life, in both directions."""
-PATIENCE = 3.0
-"""Seconds without one after which a machine counts as gone."""
-_DEAF = 1.0
-"""Seconds between two looks that count at most: a root that was itself stopped, starved or held by a disk has heard
-nothing of what machines said meanwhile."""
 _LONELY = 5.0
 """Seconds that a root without any machine waits for one."""
 _GIVING_UP = 10
@@ -49,6 +45,10 @@ _DYING = 30.0
 """Seconds in which processes end that were killed: a device lets go of its memory within them."""
 _HINDSIGHT = 2.0
 """Seconds in which the cause may yet show itself where a process ended since another was gone."""
+_LAST_WORDS = 20.0
+"""Seconds that the run's folder has to take down how the run ended."""
+_SLOW = 20.0
+"""Seconds after which it is said that the run's folder does not answer."""
 INTERRUPTED = 130
 
 
@@ -59,25 +59,24 @@ class Root:
         self._folder = folder
         self._term = term
         self._launch = launch
-        self._ledger = Ledger(folder.path, term)
+        self._files = FileThread()
+        self._ledger = Ledger(folder.path, term, self._files.put)
         self._state = state_of(folder.read_state())
         self._phase = Waiting.RUNNING if self._state.running else Waiting.GATHERING
-        self._members: dict[str, Member] = {}
+        self._members = Membership(launch)
         self._since = time.monotonic()
         """When the present phase began."""
-        self._listened = self._since
-        self._endings: dict[int, dict[str, Any]] = {}
-        self._done: set[int] = set()
-        self._lost: list[str] = []
-        self._doubt: float | None = None
-        """Since when a process has ended that perhaps only lost a peer."""
+        self._ends = Endings(self._state.machines, launch.processes)
         self._killed: float | None = None
         """Since when all processes of the life were to end at once."""
         self._inquiry: Inquiry | None = None
-        self._hang: Hang | None = None
         self._interrupted = False
-        self._identity: dict[str, str] = {}
+        self._saved: int | None = None
+        """Step of the run's newest checkpoint, as far as names tell."""
+        self._said_slow = False
+        self._links: set[Link] = set()
         self._takes: set[asyncio.Task[Any]] = set()
+        self._work: set[asyncio.Task[Any]] = set()
         self._over = asyncio.Event()
         self._code = 0
 
@@ -85,19 +84,46 @@ class Root:
         """Serve until the run is over; returns the exit code."""
         self._ledger.write("root", running=self._state.running)
         server = await asyncio.start_server(self._take, sock=listening, backlog=2048)
-        async with server:
+        self._do(self._watch_folder())
+        try:
             while not self._over.is_set():
                 self._look()
                 for member in self._members.values():
                     member.tell(do="beat")
-                try:
+                with suppress(TimeoutError):
                     await asyncio.wait_for(self._over.wait(), BEAT)
-                except TimeoutError:
-                    continue
-            await asyncio.gather(*(member.link.closed() for member in self._members.values()))
+        finally:
+            server.close()
+            await asyncio.gather(*(link.closed() for link in self._links))
         if self._takes:
             await asyncio.wait(self._takes, timeout=1)  # asyncio prints a traceback for each that is cancelled
         return self._code
+
+    def _do(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do what takes a while beside the loop."""
+        task = asyncio.ensure_future(work)
+        self._work.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._work.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, ZiliError):
+            self._end(error.exit_code, str(error))
+        elif isinstance(error, OSError):
+            self._end(ConfigError.exit_code, f"{self._folder.path} cannot be used any more: {error}")
+        elif error is not None:
+            traceback.print_exception(error)  # a defect of ours: another root goes on
+            self._code = 1
+            self._over.set()
+
+    async def _watch_folder(self) -> None:
+        """Look whether another root has come, and how far the run's checkpoints are."""
+        while not self._over.is_set():
+            newest, self._saved = await self._files.patiently(self._folder.look)
+            if newest > self._term:
+                self._over.set()
+            await asyncio.sleep(BEAT)
 
     # ---------------------------------------------------------------- machines come and go
 
@@ -105,6 +131,7 @@ class Root:
         link, member, own = Link(reader, writer), None, asyncio.current_task()
         assert own is not None
         self._takes.add(own)
+        self._links.add(link)
         try:
             await link.prove(self._folder.secret, above=True)
             while (said := table_in(await link.receive())) is not None:
@@ -120,14 +147,15 @@ class Root:
             traceback.print_exc()  # a defect of ours: this machine's link ends, and it comes again
         finally:
             self._takes.discard(own)
+            self._links.discard(link)
             link.close()
             if member is not None and self._members.get(member.name) is member:
                 self._lose(member, "is gone")
 
     def _welcome(self, said: dict[str, Any], link: Link) -> Member:
         """A machine's first word."""
-        member = Member(said["machine"], link)
-        refusal = self._refusal(said)
+        member = Member(str(said.get("machine")), link)
+        refusal = self._members.refusal(member.name, said.get("identity"), self._state)
         if refusal:
             member.tell(do="end", code=ConfigError.exit_code, text=refusal, alone=True)
             raise Refused(refusal)
@@ -141,23 +169,6 @@ class Root:
         self._grow()
         self._look()
         return member
-
-    def _refusal(self, said: dict[str, Any]) -> str:
-        """Why a machine may not take part; "": it may."""
-        name, identity = said["machine"], said["identity"]
-        if name in self._members:
-            return f"machine {name} has a supervisor of this run already"
-        if not self._members:
-            self._identity = identity
-        for what, value in self._identity.items():
-            if identity.get(what) != value:
-                return f"{name} has {what} {identity.get(what)}, the others have {value}: make them equal"
-        if name in self._state.left_out:
-            return f"machine {name} is left out of this run: {self._state.left_out[name]}"
-        most = self._launch.most + self._launch.spares
-        if len(self._members) >= most and name not in self._state.machines:
-            return f"the run has its {counted(most, 'machine')}; --spares lets more stand by"
-        return ""
 
     def _adopt(self, member: Member, said: dict[str, Any]) -> None:
         """Go on with the life whose processes this machine still has, after another root began it."""
@@ -174,7 +185,7 @@ class Root:
     def _grow(self) -> None:
         """With a machine more, go on with more, from where the run is."""
         now = len(self._state.machines)
-        more = [int(size) for size in self._launch.layouts if now < int(size) <= len(self._members)]
+        more = [size for size in self._launch.sizes(len(self._members.staying(self._state))) if size > now]
         if self._phase is Waiting.RUNNING and len(self._workers()) == now and more:
             self._note(f"{counted(len(self._members), 'machine')} are here: going on with {max(more)}")
             self._stop(gentle=True)
@@ -184,18 +195,10 @@ class Root:
         newer = theirs.age > self._state.age
         if newer:
             self._state = theirs
+            self._ends = Endings(theirs.machines, self._launch.processes)
             if self._phase is Waiting.GATHERING and theirs.running:
                 self._turn(Waiting.RUNNING)
         return newer
-
-    def _listen(self, now: float) -> None:
-        """Do without the machines that say nothing any more; of several in one moment the first is the cause."""
-        slept = max(0.0, now - self._listened - _DEAF)
-        self._listened = now
-        for member in tuple(self._members.values()):
-            member.heard += slept  # what it said meanwhile is still to be read
-            if now - member.heard > PATIENCE:
-                self._forget(member, f"says nothing for {PATIENCE:.0f} s")
 
     def _lose(self, member: Member, how: str) -> None:
         self._forget(member, how)
@@ -205,11 +208,12 @@ class Root:
         del self._members[member.name]
         self._ledger.write("gone", machine=member.name, how=how, silent=round(time.monotonic() - member.heard, 3))
         member.link.close()
+        self._state.leaving.pop(member.name, None)
         self._missed(member.name, how)
 
     def _missed(self, name: str, how: str) -> None:
         if self._phase in (Waiting.RUNNING, Waiting.PREPARING) and name in self._state.machines:
-            self._lost.append(name)
+            self._ends.lost.append(name)
             self._note(f"machine {name} {how}")
             self._stop()
 
@@ -218,6 +222,8 @@ class Root:
         what, life = said["say"], said.get("generation")
         if what == "interrupt":
             self._interrupt(hard=said["hard"])
+        elif what == "leave":
+            self._let_leave(member.name, INTERRUPTED)
         elif what == "beat":
             self._ledger.hear(member.name, self._state.life, said.get("at"))
         elif life != self._state.generation:
@@ -228,12 +234,11 @@ class Root:
         elif what == "ended":
             self._ended(said["ending"])
         elif what == "hung":
-            self._ask()
+            self._ask(member.name, said["late"][0])
         elif what == "reports" and self._inquiry is not None:
             self._inquiry.hear(member.name, said["reports"], member.heard)
         elif what == "stopped":
-            for ending in said["endings"]:
-                self._endings.setdefault(ending["rank"], ending)
+            self._ends.hear_stopped(said["endings"])
             member.stopped = True
             self._look()
 
@@ -242,10 +247,12 @@ class Root:
     def _look(self) -> None:
         """See whether what the root waits for is there. Called whenever something has changed, and twice a second."""
         now = time.monotonic()
-        self._listen(now)
+        for member in self._members.silent(now):  # of several in one moment the first is the cause
+            self._forget(member, f"says nothing for {PATIENCE:.0f} s")
+        self._say_slow()
         if self._inquiry is not None and self._phase in (Waiting.RUNNING, Waiting.STOPPING):
             self._inquiry.look(now)
-        if not self._folder.is_root(self._term) or (not self._members and now - self._since > _LONELY):
+        if not self._members and now - self._since > _LONELY:
             self._over.set()
         elif self._phase is Waiting.GATHERING:
             self._gather(now - self._since)
@@ -255,43 +262,59 @@ class Root:
             absent = [name for name in self._state.machines if name not in self._members]
             if absent and now - self._since > PATIENCE:  # a new root waits for them that long
                 self._missed(absent[0], "did not come back to the new root")
-            elif self._doubt is not None and now - self._doubt > _HINDSIGHT:
+            elif self._ends.doubt is not None and now - self._ends.doubt > _HINDSIGHT:
                 self._stop()
         elif self._phase is Waiting.STOPPING:
             self._leave_what_does_not_end(now)
             if all(member.stopped for member in self._workers()):
                 self._conclude()
 
+    def _say_slow(self) -> None:
+        slow = self._files.busy > _SLOW
+        if slow and not self._said_slow:
+            self._note(f"{self._folder.run} does not answer for {_SLOW:.0f} s: see its file server")
+        self._said_slow = slow
+
     def _gather(self, waited: float) -> None:
-        fit = [m.name for m in self._members.values() if m.name not in self._state.left_out and not m.draining]
-        # Those that worked keep their places; who stood by comes after them.
-        order = [name for name in self._state.machines if name in fit]
-        order += [name for name in fit if name not in order]
-        order.sort(key=lambda name: name in self._state.doubtful)
-        sizes = [int(size) for size in self._launch.layouts if int(size) <= len(order)]
+        order = self._members.order(self._state)
+        sizes = self._launch.sizes(len(order))
         if self._launch.most in sizes or (sizes and waited > self._launch.wait):
             self._prepare(order[: max(sizes)])
         elif waited > _GIVING_UP * self._launch.wait:
-            least = min(map(int, self._launch.layouts))
+            least = min(self._launch.sizes())
             came = f"{counted(len(order), 'machine')} of {least} came within {waited:.0f} s"
-            self._end(PeerError.exit_code, f"{came}; see what the others say, or begin with fewer")
+            self._end(
+                PeerError.exit_code,
+                f"{came}; each has to see {self._folder.run} and to reach the others (--host); or begin with fewer",
+            )
 
     def _prepare(self, machines: list[str]) -> None:
         state = self._state
         state.life += 1
-        state.generation = self._folder.begin(self._term, state.life)
+        state.generation = generation_of(self._term, state.life)
         state.version, state.machines, state.running = 0, machines, True
-        self._endings, self._done, self._lost, self._doubt = {}, set(), [], None
-        self._inquiry = self._hang = None
+        self._ends, self._inquiry = Endings(machines, self._launch.processes), None
         self._turn(Waiting.PREPARING)
+        for member in self._workers():
+            member.prepared = member.stopped = False
         processes = len(machines) * self._launch.processes
         facts = {"life": state.life, "generation": state.generation, "machines": machines, "processes": processes}
         self._ledger.life("preparing", **facts)
+        self._do(self._tell_to_prepare(state.generation))
+
+    async def _tell_to_prepare(self, generation: int) -> None:
+        """From here on no process of an earlier life finishes a checkpoint, and only then do the machines begin."""
+        await self._files.patiently(lambda: self._folder.begin(generation))
+        if generation != self._state.generation or self._phase is not Waiting.PREPARING:
+            return
         for number, member in enumerate(self._workers()):
-            member.prepared = member.stopped = False
-            ranks = (number * self._launch.processes, self._launch.processes)
             member.tell(
-                do="prepare", generation=state.generation, life=state.life, number=number, of=len(machines), ranks=ranks
+                do="prepare",
+                generation=generation,
+                life=self._state.life,
+                number=number,
+                of=len(self._state.machines),
+                ranks=(number * self._launch.processes, self._launch.processes),
             )
 
     def _start(self) -> None:
@@ -312,39 +335,34 @@ class Root:
 
     def _ended(self, ending: dict[str, Any]) -> None:
         """A process has ended by itself."""
-        self._endings.setdefault(ending["rank"], {**ending, "heard": time.monotonic()})
-        if ending["code"] == 0:
-            self._done.add(ending["rank"])
-            if len(self._done) == len(self._state.machines) * self._launch.processes:
-                self._end(0, "")
-        elif self._phase is Waiting.RUNNING:
-            if rule_for(as_ending(ending)).consequence:
-                self._doubt = self._doubt or time.monotonic()  # who met the cause may be slower to say so
-            else:
-                self._stop()
+        met_a_cause = self._ends.hear(ending)
+        if self._ends.all_done:
+            self._end(0, "")
+        elif met_a_cause and self._phase is Waiting.RUNNING:
+            self._stop()
 
-    def _ask(self) -> None:
+    def _ask(self, machine: str, late: dict[str, Any]) -> None:
         """A process gets no further: whose fault is it?"""
         at_work = self._phase in (Waiting.RUNNING, Waiting.STOPPING)
-        if at_work and self._hang is None and (self._inquiry is None or self._inquiry.over):
+        if at_work and self._ends.hang is None and (self._inquiry is None or self._inquiry.over):
             workers = self._workers()
-            self._inquiry = Inquiry([member.name for member in workers], time.monotonic(), self._found)
+            suspect = Hang.of_late(machine, late)
+            self._inquiry = Inquiry([one.name for one in workers], time.monotonic(), self._found, suspect)
             for member in workers:
                 member.tell(do="report", generation=self._state.generation)
 
     def _found(self, hang: Hang) -> None:
         self._note(f"{hang}. All stacks are in {self._folder.run}/logs/life-{self._state.life:04d}/hang")
         if not hang.held:
-            self._hang = hang
+            self._ends.hang = hang
             self._stop()
 
     def _stop(self, *, gentle: bool = False) -> None:
         self._turn(Waiting.STOPPING)
         self._killed = None if gentle else self._since
-        waited(self._endings.values())
-        cause = seen(self._endings.values(), self._lost)
+        cause = self._ends.cause()
         wanted = "interrupted" if self._interrupted else "a machine is to be left" if gentle else ""
-        hang = self._hang is not None
+        hang = self._ends.hang is not None
         self._ledger.write("stopping", life=self._state.life, cause=wanted or cause, hang=hang, wanted=bool(wanted))
         for member in self._workers():
             member.tell(do="stop", generation=self._state.generation, gentle=gentle)
@@ -364,77 +382,37 @@ class Root:
     def _conclude(self) -> None:
         """All processes of a life have ended: what was it, and what follows?"""
         self._state.running = False
-        failure = self._failure()
         if self._interrupted:
-            self._end(INTERRUPTED, "interrupted; a run that had begun wrote a checkpoint")
+            self._end(INTERRUPTED, "")
             return
-        self._tell_life("stopped", failed=failure is not None)
+        failure = self._ends.failure(self._saved)
+        self._ledger.life("stopped", life=self._state.life, failed=failure is not None, **self._ends.facts())
         if failure is None:
             self._go_on()
         else:
-            self._judge(failure)
+            self._decide(failure)
 
-    def _failure(self) -> Failure | None:
-        """What ended the life; None: it was asked to end."""
-        own = [as_ending(one, self._saved_step()) for one in self._endings.values() if one["code"]]
-        met = [one for one in own if not one.stopped]
-        hung = self._hang and next((one for one in own if self._hang and one.rank == self._hang.rank), None)
-        if hung:
-            return failure_of(hung, seen="hang")
-        if self._lost:
-            rank = self._state.machines.index(self._lost[0]) * self._launch.processes
-            steps = max((one.step or 0 for one in own), default=self._saved_step() or 0)
-            return failure_of(Ending(rank, self._lost[0], step=steps or None), seen="machine-lost")
-        return failure_of(cause_of(met)) if met else None
-
-    def _judge(self, failure: Failure) -> None:
-        """Decide what follows a failure, and say it."""
-        verdict = judge(failure, [Failure(**earlier) for earlier in self._state.failures])
-        self._state.failures.append(asdict(failure))
-        action = ACTIONS[verdict.action]
-        if verdict.action == "replace":
-            action = self._replace(failure, verdict)
-        self._ledger.write("verdict", decision=action, cause=verdict.reason, rule=verdict.rule)
-        self._note(f"{verdict.reason} {failure.hint} Zili: {action} (rule {verdict.rule})")
-        if verdict.action not in ("stop", "roll_back"):
-            self._go_on()
-            return
-        code = int(self._endings.get(failure.rank, {}).get("code", 0))
-        said_why = code in {kind.exit_code for kind in ZiliError.__subclasses__()}
-        self._end(verdict.exit_code or (code if said_why else NoProgressError.exit_code), "")
-
-    def _replace(self, failure: Failure, verdict: Verdict) -> str:
-        """Do with other machines, if the run can; what is done. One that failed once is the last to be taken again, one
-        that fails again and again is left out for good."""
-        name = failure.machine
-        if failure.kind == "preemption":
-            return ACTIONS["restart"]  # a machine that is taken away goes by itself
-        if not self._can_do_without(name):
-            return f"{ACTIONS['restart']}, as no other machine is here"
-        if verdict.rule != "machine-again":
-            self._state.doubtful = [*(one for one in self._state.doubtful if one != name), name]
+    def _decide(self, failure: Failure) -> None:
+        """Find out what follows a failure, say it, and do it."""
+        without = self._members.sizes_without(failure.machine, self._state)
+        decision = decide(failure, self._state, can_do_without=bool(without))
+        verdict = decision.verdict
+        self._ledger.write("verdict", decision=decision.action, cause=verdict.reason, rule=verdict.rule)
+        self._note(f"{verdict.reason} {failure.hint} Zili: {decision.action} (rule {verdict.rule})")
+        if decision.left_out in self._members:
+            self._dismiss(decision.left_out, ChipError.exit_code, f"this machine is left out: {verdict.reason}")
+        if decision.stops:
+            self._end(decision.exit_code(self._ends.code_that_says_why(failure.rank)), "")
         else:
-            self._state.left_out[name] = verdict.reason
-            if name in self._members:
-                member = self._members.pop(name)
-                text = f"this machine is left out: {verdict.reason}"
-                member.tell(do="end", code=ChipError.exit_code, text=text, alone=True)
-        return ACTIONS["replace"]
-
-    def _can_do_without(self, name: str) -> bool:
-        others = [member for member in self._members.values() if member.name != name and not member.draining]
-        return any(int(size) <= len(others) for size in self._launch.layouts)
+            self._go_on()
 
     def _go_on(self) -> None:
         self._turn(Waiting.GATHERING)
-        self._mirror()
         self._part()
+        self._mirror()
         self._look()
 
-    def _saved_step(self) -> int | None:
-        """Step of the newest checkpoint, as far as names tell."""
-        steps = [int(path.name.removeprefix("step-")) for path in (self._folder.run / "checkpoints").glob("step-*")]
-        return max(steps, default=None)
+    # ---------------------------------------------------------------- somebody asks
 
     def _interrupt(self, *, hard: bool) -> None:
         self._interrupted = True
@@ -447,53 +425,73 @@ class Root:
         """Do without a machine after the next step, if the run can; what is said to who asked."""
         if name not in self._members:
             return f"there is no machine {name}; there are {', '.join(sorted(self._members))}"
-        if not self._can_do_without(name):
+        if not self._members.sizes_without(name, self._state):
             return f"the run cannot do without {name}: bring another machine first"
-        self._members[name].draining = True
+        self._let_leave(name, 0)
+        return f"{name} is left after the next step; take it away when its supervisor has ended"
+
+    def _let_leave(self, name: str, code: int) -> None:
+        """A machine goes after the next step, its supervisor ends with `code`. Where it was the last the run ends."""
+        if name in self._state.leaving or self._phase is Waiting.OVER:
+            return
+        self._state.leaving[name] = code
+        if not self._members.staying(self._state):
+            self._interrupt(hard=False)
+            return
         self._note(f"machine {name} is to be left after the next step")
         if name not in self._state.machines or self._phase is Waiting.GATHERING:
             self._part()
         elif self._phase in (Waiting.PREPARING, Waiting.RUNNING):
             self._stop(gentle=True)
-        return f"{name} is left after the next step; take it away when its supervisor has ended"
+        self._mirror()
 
     def _part(self) -> None:
         """Let the machines go that are to be left."""
-        for member in [one for one in self._members.values() if one.draining]:
-            del self._members[member.name]
-            self._ledger.write("gone", machine=member.name, how="is left", silent=0.0)
-            member.tell(do="end", code=0, text="this machine is left, as was asked; take it away", alone=True)
+        for name in [member.name for member in self._members.of(self._state.leaving)]:
+            self._ledger.write("gone", machine=name, how="is left", silent=0.0)
+            self._dismiss(name, self._state.leaving.pop(name), "this machine is left, as was asked; take it away")
+
+    def _dismiss(self, name: str, code: int, text: str) -> None:
+        """The run goes on without this machine."""
+        self._members.pop(name).tell(do="end", code=code, text=text, alone=True)
+
+    # ---------------------------------------------------------------- the end
 
     def _end(self, code: int, text: str) -> None:
-        self._turn(Waiting.OVER)
-        # Who begins the run again has looked at what failed.
-        self._state = State(self._state.generation, self._state.life)
-        self._folder.write_state(self._state.as_table())
-        self._folder.lay_down(self._term, code, text)
-        self._tell_life("end", code=code, text=text)
-        self._sum_up()
+        if self._phase is not Waiting.OVER:
+            self._turn(Waiting.OVER)
+            self._code = code
+            # Who begins the run again has looked at what failed.
+            self._state = State(self._state.generation, self._state.life)
+            self._ledger.life("end", life=self._state.life, code=code, text=text, **self._ends.facts())
+            self._do(self._finish(code, text))
+
+    async def _finish(self, code: int, text: str) -> None:
+        """Leave word, say where the time went, and let all machines go."""
+        told = ""
+        with suppress(TimeoutError, OSError, ConfigError):
+            async with asyncio.timeout(_LAST_WORDS):
+                if code == INTERRUPTED and not text:
+                    _, step = await self._files.do(self._folder.look)
+                    text = f"interrupted; {'there is no checkpoint' if step is None else f'step {step} is saved'}"
+                told = await self._files.do(lambda: self._last_words(code, text))
+        if told:
+            self._note(told)
         for member in self._members.values():
             member.tell(do="end", code=code, text=text)
-        self._code = code
         self._over.set()
 
-    def _tell_life(self, event: str, **facts: Any) -> None:
-        endings = list(self._endings.values())
-        waited(endings)
-        self._ledger.life(event, life=self._state.life, at=mean_of(endings), cause=seen(endings, self._lost), **facts)
-
-    def _sum_up(self) -> None:
-        """Say where the time went."""
-        with suppress(DataError):  # the disk refused every event
-            found = account_of(self._folder.run)
-            if found.lives:
-                self._note(f"{summary(found)} (zili report {self._folder.run})")
+    def _last_words(self, code: int, text: str) -> str:
+        """Write how it ended; where the time went."""
+        self._folder.write_state(self._state.as_table())
+        self._folder.lay_down(self._term, code, text)
+        return last_line(self._folder.run)
 
     # ---------------------------------------------------------------- what all know
 
     def _workers(self) -> list[Member]:
         """Of the newest life, in the order of their ranks, as far as they are here."""
-        return [self._members[name] for name in self._state.machines if name in self._members]
+        return self._members.of(self._state.machines)
 
     def _turn(self, phase: Waiting) -> None:
         self._phase, self._since = phase, time.monotonic()
@@ -501,7 +499,7 @@ class Root:
     def _mirror(self) -> None:
         self._state.version += 1
         table = self._state.as_table()
-        self._folder.write_state(table)
+        self._files.put(lambda: self._folder.write_state(table))
         for member in self._members.values():
             member.tell(do="state", state=table)
 

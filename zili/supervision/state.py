@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from zili.supervision.watch import PATIENCE
+
+_REMEMBERED = 1_000
+"""Failures that are kept: a run of ten thousand chips has about 150 a month."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,10 @@ class Launch:
     """Seconds to wait for a machine that is missing, before a life begins with fewer."""
     patience: float = PATIENCE
     """Seconds without progress that are never a hang."""
+
+    def sizes(self, here: int | None = None) -> list[int]:
+        """Numbers of machines that a life may have, with `here` machines at most."""
+        return [int(size) for size in self.layouts if here is None or int(size) <= here]
 
 
 @dataclass
@@ -48,6 +57,12 @@ class State:
     """Machines that failed: others are taken first."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Machines that are not to be used any more, and why."""
+    leaving: dict[str, int] = field(default_factory=dict)
+    """Machines that go after the next step, and the exit codes of their supervisors."""
+
+    def remember(self, failure: dict[str, Any]) -> None:
+        """Keep what ended a life; the oldest ones make room."""
+        self.failures = [*self.failures[1 - _REMEMBERED :], failure]
 
     def as_table(self) -> dict[str, Any]:
         return asdict(self)
@@ -58,10 +73,13 @@ class State:
         return self.generation, self.version
 
 
-def state_of(table: dict[str, Any]) -> State:
-    """The reverse of `State.as_table`; an empty one where the table is none."""
+def state_of(table: Any) -> State:
+    """The reverse of `State.as_table`. A table that is none gives an empty state: agents have copies."""
     known = {one.name for one in fields(State)}
     try:
-        return State(**{name: value for name, value in table.items() if name in known})
-    except TypeError:
+        return _STATE.validate_python({name: value for name, value in table.items() if name in known})
+    except (AttributeError, ValidationError):
         return State()
+
+
+_STATE = TypeAdapter(State)

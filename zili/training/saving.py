@@ -222,10 +222,19 @@ class Saver:
 
     def _rename(self, aside: Path, target: Path) -> None:
         self._refuse_late_life()
-        if target.exists():  # left by a run that was resumed from an older checkpoint
-            self._drop_or_tell(target)
+        # Left by a run that was resumed from an older checkpoint, or written by a life that began after that look.
+        before = _moved_aside(target) if target.exists() else None
         aside.rename(target)
+        try:
+            self._refuse_late_life()
+        except CheckpointError:
+            target.rename(aside)
+            if before is not None:
+                before.rename(target)
+            raise
         sync(self.folder)
+        if before is not None:
+            self._drop_or_tell(before)
         for old in list_checkpoints(self.folder)[: -self._keep]:
             if not (self._keep_every and step_of(old) % self._keep_every == 0):
                 self._drop_or_tell(old)
@@ -266,7 +275,7 @@ def generation_fence(run: Path) -> Callable[[], bool]:
         try:
             return int(own) >= int(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{file} cannot be read, so no checkpoint is written: {error}") from error
+            raise CheckpointError(f"{file} cannot be read, so nothing of the run is changed: {error}") from error
 
     return newest
 
@@ -326,7 +335,11 @@ def _size(path: Path) -> int | None:
 
 def _drop(path: Path) -> None:
     """Remove a checkpoint so that it is never seen half there."""
+    shutil.rmtree(_moved_aside(path))
+
+
+def _moved_aside(path: Path) -> Path:
     # The name is new: a folder that could not be deleted may lie there still.
-    aside = path.with_name(f".{path.name}-dropped-{secrets.token_hex(4)}")
+    aside = path.with_name(f".{path.name.removeprefix('.')}-dropped-{secrets.token_hex(4)}")
     path.rename(aside)
-    shutil.rmtree(aside)
+    return aside

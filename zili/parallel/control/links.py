@@ -151,6 +151,21 @@ def quick(link: socket.socket) -> None:
             link.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
+def address_of(host: str, port: int) -> str:
+    """As `connect` takes it; an address of IPv6 has colons of its own."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def listening_at(host: str, port: int = 0, backlog: int | None = None) -> socket.socket:
+    """A socket that listens at a name or address of this machine.
+
+    Raises:
+        OSError: it is none, or the port is taken.
+    """
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    return socket.create_server((host, port), family=family, backlog=backlog)
+
+
 def _host_and_port(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     return host.strip("[]"), int(port)

@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from zili.errors import CheckpointError
 from zili.models.arithmetic import count_parameters
 from zili.plurals import counted
 from zili.training.callbacks.base import Callback, StepRecord
+from zili.training.saving import generation_fence
 
 if TYPE_CHECKING:
     from zili.training.trainer import Trainer
@@ -36,7 +38,7 @@ class Missing:
     def counted(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             self._count += 1
             if self._count == 1:
                 self._say(f"{self._path} cannot be written: {error}. The run goes on, its record will have gaps")
@@ -57,11 +59,15 @@ class MetricsLog(Callback):
         """`say` is told when the disk refuses."""
         self.path = folder / METRICS_FILE
         self._missing = Missing(self.path, say)
+        self._newest = generation_fence(folder)
 
     def write(self, kind: str, **values: Any) -> None:
-        """Append one record; the line reaches the operating system before this returns, or is missing."""
+        """Append one record; the line reaches the operating system before this returns, or is missing. A life of the
+        run that a newer one has replaced writes none."""
         line = json.dumps({"kind": kind, "time": time.time(), **values}) + "\n"
         with self._missing.counted():
+            if not self._newest():
+                return
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a+b") as file:
                 file.write((b"\n" if _ends_cut(file) else b"") + line.encode())
