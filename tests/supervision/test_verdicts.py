@@ -291,6 +291,16 @@ def test_the_same_failure_at_the_same_step_is_the_data_or_the_code() -> None:
     assert verdict(fail("own-exception", 40), fail("host-memory", 40)).action == "restart"
 
 
+@pytest.mark.parametrize("rule", ("killed", "killed-by-launcher"))
+def test_two_kills_at_one_step_are_chance(rule: str) -> None:
+    """SIGKILL without a word comes from outside at any moment; the kernel's word for memory does not."""
+    lives = [fail(rule, 40, machine) for machine in "abcd"]
+    assert verdict(*lives[:2], may_skip_data=True).action == "restart"
+    assert verdict(*lives[:3]).action == "restart"
+    assert verdict(*lives).rule == "no-progress"
+    assert verdict(*(fail("host-memory-killed", 40, machine) for machine in "ab")).action == "stop"
+
+
 def test_chips_that_fail_at_one_step_on_different_machines_are_not_to_blame() -> None:
     elsewhere = (fail("nvidia-kernel-failed", 40, "a"), fail("nvidia-kernel-failed", 40, "b"))
     assert verdict(*elsewhere, may_skip_data=True).action == "roll_back"

@@ -103,6 +103,8 @@ class FaultRule(Section):
     action: Action
     at_start: Action | None = None
     """What is done instead while the run has no finished step: what cannot cure itself then never could."""
+    from_outside: bool = False
+    """Whether it comes at any moment from outside the program, so that two at one step are chance."""
     consequence: bool = False
     """Whether it only says that another process is gone or late, so that the cause is to be sought elsewhere."""
     in_error: bool = False

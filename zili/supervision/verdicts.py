@@ -185,6 +185,8 @@ def _is_the_machines(failure: Failure) -> bool:
 def _same_step_again(failure: Failure, history: Sequence[Failure], may_skip_data: bool) -> Verdict | None:
     """The same failure at the same step comes of the data or the code. Chips do not wait for a step, but for one
     machine's."""
+    if rule_named(failure.rule).from_outside:
+        return None
     same = [one for one in history if (one.rule, one.step) == (failure.rule, failure.step)]
     elsewhere = any(one.machine != failure.machine for one in same)
     if (
