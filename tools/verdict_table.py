@@ -40,7 +40,8 @@ def verdict_table() -> str:
 def _row(rule: FaultRule) -> str:
     does = rule.action.replace("_", " ")
     if rule.at_start is not None and rule.at_start != rule.action:
-        does = f"{rule.at_start.replace('_', ' ')} before the first step, then {does}"
+        also = "".join(f", in `{phase}`" for phase in rule.also_in)
+        does = f"{rule.at_start.replace('_', ' ')} before the first step{also}, else {does}"
     if rule.consequence:
         does += "; seeks the cause in other processes"
     return f"| {rule.name} | {_sentence(rule.says)} | {does} | {rule.hint} |\n"
@@ -61,7 +62,8 @@ def _history() -> str:
         ),
         (blamed, "replace that machine"),
         (
-            "the same failure after the same step again, wherever data or code can be to blame",
+            "the same failure after the same step again, wherever data or code can be to blame; kills without a word "
+            "do not count",
             f"roll back if the recipe allows to skip data, else stop with exit code {code}",
         ),
         ("anything else", "what the failure's own rule says, below"),

@@ -22,9 +22,9 @@ from zili.supervision.verdicts import Ending, Failure, Verdict, cause_of, failur
 
 ENDINGS = Path(__file__).parent / "endings"
 SETS = tuple(name for name in ("first", "second", "third") if (ENDINGS / name).is_dir())
-BLIND = {"first": "53 of 59 before mending", "second": "34 of 60 when blind", "third": "the same when blind"}
+BLIND = {"first": "53 of 59 before mending", "second": "34 of 60 when blind", "third": "52 of 63 when blind"}
 """What the rules said before they were mended by the set."""
-FLOOR = {"first": 59, "second": 54, "third": 52}
+FLOOR = {"first": 59, "second": 54, "third": 57}
 """Measured, so that it does not sink unseen. 95 % of a blind set were asked for."""
 AREAS = {"nvidia", "ascend", "cambricon", "gloo", "storage", "scheduler", "memory", "program"}
 KEYS = {"source", "area", "log", "error", "code", "signal", "phase", "step", "action", "kind", "why", "also"}
@@ -120,6 +120,12 @@ MAY_PASS = (
     "INFO going on. Exception ignored in: <function Pool.__del__> AttributeError: 'NoneType' has no 'x'",
     "FileNotFoundError: [Errno 2] No such file or directory: '/tmp/pymp-x1'",
     "apex: ImportError: no apex, going on; RuntimeError: Connection closed by peer [10.0.0.1]:1",
+    "wandb: Network error (JSONDecodeError), entering retry loop. UsageError: Error communicating with wandb process",
+    "Installed CUDA version 11.5 does not match the version torch was compiled with 11.8, accepting this combination. "
+    "RuntimeError: Connection closed by peer [10.0.0.1]:1",
+    'Failed to pull image "a/b:1": Get "https://a/v2/": dial tcp: lookup a: no such host',
+    "Back-off pulling image a/b:1: ImagePullBackOff",
+    "Loaded state dict from epoch 3. RuntimeError: Connection reset by peer",
     "slurmstepd: error: something",
     "[ERROR] something",
     "Traceback (most recent call last):",
@@ -127,12 +133,13 @@ MAY_PASS = (
 )
 
 
-@pytest.mark.parametrize("phase", (None, "start", "join", "load", "step"))
-def test_what_may_pass_never_stops_a_run(phase: str | None) -> None:
+@pytest.mark.parametrize("step", (None, 7))
+@pytest.mark.parametrize("phase", (None, *PHASES))
+def test_what_may_pass_never_stops_a_run(phase: str | None, step: int | None) -> None:
     """Also before the first step, and wherever it stands: a wrong restart costs seconds, a wrong stop a night."""
     for text in MAY_PASS:
-        for ended in (Ending(0, "a", code=1, error=text, phase=phase), Ending(0, "a", code=1, log=text, phase=phase)):
-            failure = failure_of(ended)
+        for told in ({"error": text}, {"log": text}):
+            failure = failure_of(Ending(0, "a", code=1, phase=phase, step=step, **told))
             assert judge(failure, [], may_skip_data=True).action != "stop", (failure.rule, text)
 
 
@@ -158,6 +165,45 @@ def test_what_the_program_raised_stops_before_the_first_step_only(text: str) -> 
         later = failure_of(Ending(0, "a", code=1, step=7, **told))
         assert judge(later, []).action == "restart"
         assert judge(later, [later]).action == "stop", "at the same step again"
+
+
+SAME_EACH_TIME = {
+    "evaluate": "KeyError: 'eval_loss'",
+    "save": "RuntimeError: Attempted to access the data pointer on an invalid python storage.",
+}
+
+
+@pytest.mark.parametrize("phase", SAME_EACH_TIME)
+def test_what_the_program_raises_in_each_save_stops_at_once(phase: str) -> None:
+    failure = failure_of(Ending(0, "a", code=1, error=SAME_EACH_TIME[phase], phase=phase, step=7))
+    assert judge(failure, []).action == "stop"
+    assert judge(replace(failure, phase="step"), []).action == "restart"
+
+
+def test_a_file_that_vanished_in_a_save_may_come_of_a_race() -> None:
+    error = "FileNotFoundError: [Errno 2] No such file or directory: 'tmp-checkpoint-7'"
+    assert judge(failure_of(Ending(0, "a", code=1, error=error, phase="save", step=7)), []).action == "restart"
+
+
+def test_the_first_life_of_a_launch_has_proved_nothing() -> None:
+    failure = failure_of(Ending(0, "a", code=1, error="AssertionError: no iterations left", phase="load", step=7))
+    assert judge(failure, []).action == "stop", "the run had trained, but by another command"
+    assert judge(failure, [fail("peer-lost", 7)]).action == "restart", "an earlier life of this one got further"
+    assert judge(fail("device-memory", 7), []).action == "restart"
+
+
+SIGNATURE = "TypeError: sharded_state_dict() got an unexpected keyword argument 'metadata'"
+
+
+def test_a_call_that_cannot_work_stops_at_any_step() -> None:
+    assert judge(failure_of(Ending(0, "a", code=1, error=SIGNATURE, phase="step", step=7)), []).action == "stop"
+    nothing = "AttributeError: 'NoneType' object has no attribute 'shape'"
+    assert judge(failure_of(Ending(0, "a", code=1, error=nothing, phase="step", step=7)), []).action == "restart"
+
+
+def test_the_barest_exception_is_one() -> None:
+    log = f"epoch 0\nException: Installed version 11.0 does not match\nException ignored in: <__del__>\n{SIGNATURE}"
+    assert rule_for(Ending(0, "a", code=1, log=log)).name == "program-refused"
 
 
 def test_a_launchers_exception_is_not_the_programs() -> None:
@@ -440,6 +486,9 @@ def test_a_faulty_table_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(table, "_written", lambda bad=bad: iter([bad]))
         with pytest.raises(errors.ConfigError, match="table of verdicts"):
             rules.__wrapped__()
+    monkeypatch.setattr(table, "_written", lambda: iter([{**good, "also_in": ["save"]}]))
+    with pytest.raises(errors.ConfigError, match="there is none"):
+        rules.__wrapped__()
     monkeypatch.setattr(table, "_written", lambda: iter([good, good]))
     with pytest.raises(errors.ConfigError, match="two rules of one name"):
         rules.__wrapped__()

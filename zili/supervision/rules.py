@@ -55,7 +55,7 @@ process whose peer is gone, and a group that is taken apart under a process can 
 _WORDLESS = _BLUNT | {signals.SIGTERM, signals.SIGINT, signals.SIGHUP}
 """Signals that end a process whatever it raised and caught before."""
 _TABLES = (("zili.chips", "faults.toml"), ("zili.supervision", "rules.toml"))
-_RAISED = re.compile(r"(?<![a-z0-9_.])[a-z_][a-z0-9_.]{0,80}(?:error|exception)(?= ?:| $)")
+_RAISED = re.compile(r"(?<![a-z0-9_.])(?:[a-z_][a-z0-9_.]{0,80}(?:error|exception)|exception)(?= ?:| $)")
 """The name of an exception in front of its message, or at the end, in small letters."""
 _IGNORED = "exception ignored in"
 """What Python prints before exceptions in destructors, which end nothing."""
@@ -103,6 +103,8 @@ class FaultRule(Section):
     action: Action
     at_start: Action | None = None
     """What is done instead while the run has no finished step: what cannot cure itself then never could."""
+    also_in: tuple[str, ...] = ()
+    """Phases in which that holds after a step as well: what they do is done the same way each time."""
     from_outside: bool = False
     """Whether it comes at any moment from outside the program, so that two at one step are chance."""
     consequence: bool = False
@@ -139,6 +141,8 @@ class FaultRule(Section):
         for text in (*self.all, *self.any, *self.none):
             if not text or text != text.lower() or "  " in text or text.isspace():
                 raise ValueError(f"rule {self.name}: {text!r} is to be small letters with single spaces")
+        if self.also_in and self.at_start is None:
+            raise ValueError(f"rule {self.name}: also_in says where at_start holds, and there is none")
         return self
 
     @property

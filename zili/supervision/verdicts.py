@@ -23,6 +23,9 @@ _OF_A_DEVICE = {"device", "host"}
 _OF_A_MACHINE = _OF_A_DEVICE | {"memory", "network", "storage", "code", "unknown"}
 _OF_THE_RUN = {"data", "numerics", "code", "memory", "unknown"}
 """What may come of the batch or of the program, and then comes again at the same step."""
+_WRITTEN = {"code", "configuration"}
+"""What a person wrote; it does not change from life to life."""
+_BEFORE_A_STEP = {"start", "load"}
 _ASKED = {signals.SIGTERM, signals.SIGINT, signals.SIGHUP}
 """Signals by which somebody asks a process to end."""
 _STOPS = _ASKED | {signals.SIGKILL}
@@ -106,7 +109,7 @@ def judge(failure: Failure, history: Sequence[Failure], may_skip_data: bool = Fa
     """
     rule = rule_named(failure.rule)
     counted = [earlier for earlier in history if earlier.kind != "preemption"]
-    action = rule.action if rule.at_start is None or _has_trained(failure, history) else rule.at_start
+    action = rule.at_start if rule.at_start and _as_at_start(rule, failure, history) else rule.action
     if failure.kind == "preemption" or action == "stop":
         return _as_the_rule_says(action, failure, rule)
     return (
@@ -144,8 +147,12 @@ def _as_the_rule_says(action: Action, failure: Failure, rule: FaultRule, may_ski
     return Verdict(action, reason, rule.name, failure.machine if action == "replace" else None)
 
 
-def _has_trained(failure: Failure, history: Sequence[Failure]) -> bool:
-    return max(map(_steps, (failure, *history))) > 0
+def _as_at_start(rule: FaultRule, failure: Failure, history: Sequence[Failure]) -> bool:
+    """Whether it failed where it would fail again: before the run's first step, in a phase that the rule names, or in
+    the first life of a launch that goes on from a checkpoint, where nothing of what a person set has worked yet."""
+    if max(map(_steps, (failure, *history))) == 0 or failure.phase in rule.also_in:
+        return True
+    return rule.kind in _WRITTEN and failure.phase in _BEFORE_A_STEP and not history
 
 
 def _steps(failure: Failure) -> int:
