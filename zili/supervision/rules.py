@@ -59,8 +59,14 @@ _RAISED = re.compile(r"(?<![a-z0-9_.])(?:[a-z_][a-z0-9_.]{0,80}(?:error|exceptio
 """The name of an exception in front of its message, or at the end, in small letters."""
 _IGNORED = "exception ignored in"
 """What Python prints before exceptions in destructors, which end nothing."""
-_OF_LAUNCHERS = ("childfailederror", "calledprocesserror", "processraisedexception", "processexitedexception")
-"""Exceptions by which a launcher says that another process ended."""
+_OF_LAUNCHERS = (
+    "childfailederror",
+    "calledprocesserror",
+    "processraisedexception",
+    "processexitedexception",
+    "fatalerror",
+)
+"""Exceptions by which a launcher says that another process ended, or a handler that a signal did."""
 _MESSAGE = 1_000
 """Characters of an exception's message, its name included, that count."""
 
