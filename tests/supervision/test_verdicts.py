@@ -125,6 +125,9 @@ MAY_PASS = (
     "RuntimeError: Connection closed by peer [10.0.0.1]:1",
     'Failed to pull image "a/b:1": Get "https://a/v2/": dial tcp: lookup a: no such host',
     "Back-off pulling image a/b:1: ImagePullBackOff",
+    "requests.exceptions.HTTPError: 429 Client Error: Too Many Requests for url: https://a/b",
+    "botocore.exceptions.ClientError: An error occurred (409) when calling the PutObject operation: OperationAborted",
+    "botocore.exceptions.ClientError: An error occurred (503) when calling the PutObject operation: SlowDown",
     "Loaded state dict from epoch 3. RuntimeError: Connection reset by peer",
     "slurmstepd: error: something",
     "[ERROR] something",
@@ -150,6 +153,15 @@ def test_real_endings_that_may_pass_stop_no_run_that_trained(phase: str) -> None
         if case["action"] in ("restart", "replace") and case.get("also") != "stop":
             failure = failure_of(replace(given(case), phase=phase, step=7))
             assert judge(failure, [], may_skip_data=True).action != "stop", (name, failure.rule)
+
+
+@pytest.mark.parametrize("step", (None, 7))
+def test_a_server_that_refuses_stops_a_run_at_any_step(step: int | None) -> None:
+    for text in (
+        "wandb.errors.CommError: returned error 403",
+        "requests.HTTPError: 451 Client Error: for url: https://a",
+    ):
+        assert judge(failure_of(Ending(0, "a", code=1, error=text, step=step)), []).action == "stop", text
 
 
 OF_THE_PROGRAM = (
