@@ -126,6 +126,8 @@ def test_what_the_program_raises_in_each_save_stops_at_once(phase: str) -> None:
 def test_a_file_that_vanished_in_a_save_may_come_of_a_race() -> None:
     error = "FileNotFoundError: [Errno 2] No such file or directory: 'tmp-checkpoint-7'"
     assert judge(failure_of(Ending(0, "a", code=1, error=error, phase="save", step=7)), []).action == "restart"
+    ours = "zili: the checkpoint of step 7 cannot be written: its folder does not exist any more"
+    assert judge(failure_of(Ending(0, "a", code=5, error=ours, phase="save", step=7)), []).action == "restart"
 
 
 def test_the_first_life_of_a_launch_has_proved_nothing() -> None:
