@@ -10,7 +10,7 @@ from zili.supervision.rules import Kind, rules
 from zili.supervision.verdicts import Ending, Failure
 
 ENDINGS = Path(__file__).parent / "endings"
-SETS = tuple(name for name in ("first", "second", "third") if (ENDINGS / name).is_dir())
+SETS = tuple(name for name in ("first", "second", "third", "fourth") if (ENDINGS / name).is_dir())
 PHASES = ("start", "join", "load", "compile", "step", "save", "evaluate")
 
 

@@ -21,9 +21,14 @@ from zili.supervision import rules as table
 from zili.supervision.rules import ACTIONS, TAIL, FaultRule, Kind, error_text, number_families, rule_for, rules
 from zili.supervision.verdicts import Ending, Failure, Verdict, cause_of, failure_of, judge
 
-BLIND = {"first": "53 of 59 before mending", "second": "34 of 60 when blind", "third": "52 of 63 when blind"}
+BLIND = {
+    "first": "53 of 59 before mending",
+    "second": "34 of 60 when blind",
+    "third": "52 of 63 when blind",
+    "fourth": "69 of 79 when blind",
+}
 """What the rules said before they were mended by the set."""
-FLOOR = {"first": 59, "second": 54, "third": 57}
+FLOOR = {"first": 59, "second": 54, "third": 57, "fourth": 69}
 """Measured, so that it does not sink unseen. 95 % of a blind set were asked for."""
 AREAS = {"nvidia", "ascend", "cambricon", "gloo", "storage", "scheduler", "memory", "program"}
 KEYS = {"source", "area", "log", "error", "code", "signal", "phase", "step", "action", "kind", "why", "also"}
