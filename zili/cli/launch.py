@@ -104,6 +104,17 @@ def drain(
     Console().print(ask_root(SupervisionFolder(run_folder), {"drain": machine}), highlight=False, soft_wrap=True)
 
 
+@app.command("try-out", hidden=True)
+def try_out(
+    chip: Annotated[str, typer.Argument(help="Backend.")],
+    host: Annotated[str, typer.Option(help="As of a run.")] = "127.0.0.1",
+) -> None:
+    """Use the device of this process for a moment, as a supervisor has each of its processes do before a run."""
+    from zili.supervision import tryout
+
+    tryout.try_out(chip, host)
+
+
 def identity_of(config: RunConfig, chip: str, processes: int, machines: str) -> dict[str, str]:
     """What has to be equal on all machines of a run, by name. A root on any of them goes by what that one was told."""
     recipe = json.dumps(config.model_dump(mode="json"), sort_keys=True)

@@ -29,7 +29,8 @@ from zili.supervision.folder import SupervisionFolder
 from zili.supervision.ledger import mean_of, told
 from zili.supervision.members import PATIENCE
 from zili.supervision.nursery import STACKS
-from zili.supervision.processes import LocalProcesses
+from zili.supervision.processes import ERROR_FILE, LocalProcesses
+from zili.supervision.proving import Proving
 from zili.supervision.reports import Subject, ask, at
 from zili.supervision.root import BEAT, INTERRUPTED
 from zili.supervision.state import Launch, State, state_of
@@ -56,7 +57,6 @@ _TAIL = 16_384
 """Bytes of a log's end that are read for why a process ended."""
 _LARGEST_ERROR = 1 << 20
 """Bytes of an error file that are read."""
-_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ class Agent:
         self._endings: dict[int, dict[str, Any]] = {}
         self._crumbs: dict[int, Crumbs] = {}
         self._watch = ProgressWatch(launch.patience)
+        self._proving = Proving(machine.chip, machine.host, launch.processes, self._own, show, cold=machine.cold)
         self._stopping = False
         self._stop_asked: float | None = None
         """When this machine's processes were to stop."""
@@ -122,7 +123,7 @@ class Agent:
         self._follow(self._beat())
         try:
             await self._refuse_unfit()
-            await self._processes.ready
+            await self._proving.prove(self._processes, self._renewed)
             while (over := await self._under_a_root()) is None:
                 pass
             return over
@@ -148,7 +149,12 @@ class Agent:
             raise ConfigError(f"{self._run} does not answer for {_LOOK:.0f} s: its disk or mount hangs") from error
 
     def _new_processes(self) -> LocalProcesses:
-        return LocalProcesses(self._machine.chip, cold=self._machine.cold, ended=self._bury)
+        return LocalProcesses(self._machine.chip, cold=self._proving.cold, ended=self._bury)
+
+    def _renewed(self) -> LocalProcesses:
+        self._processes.close()
+        self._processes = self._new_processes()
+        return self._processes
 
     # ---------------------------------------------------------------- the root
 
@@ -317,9 +323,9 @@ class Agent:
         if self._processes.alive:  # of a life that went on without this machine
             await self._kill()
         if self._processes.over:
-            self._processes.close()
-            self._processes = self._new_processes()
+            self._renewed()
         await self._processes.ready
+        await self._proving.prove_again(self._processes, self._renewed)
         if generation != self._generation:
             return  # a newer one began meanwhile
         first, count = ranks
@@ -352,7 +358,7 @@ class Agent:
             **{"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(place["count"]), "GROUP_WORLD_SIZE": str(place["of"])},
             "TORCHELASTIC_RUN_ID": str(self._run),
             "TORCHELASTIC_RESTART_COUNT": str(place["life"] - 1),
-            _ERROR_FILE: str(self._error_file(rank)),
+            ERROR_FILE: str(self._error_file(rank)),
             **{AGENT: self._address, AGENT_SECRET: self._folder.secret.hex()},
             GENERATION: str(self._generation),
             **{STACKS: str(self._stacks_file(rank)), CRUMBS: str(self._crumbs_file(rank))},
@@ -380,6 +386,7 @@ class Agent:
     def _bury(self, rank: int, code: int) -> None:
         """A process of this machine has ended."""
         crumbs = self._crumbs.pop(rank)
+        self._proving.used()
         ending = {
             "rank": rank,
             "machine": self._machine.name,

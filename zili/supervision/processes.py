@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+"""Variable that names the file into which a process writes what ended it; torchrun's."""
 _ENDING = 10.0
 """Seconds in which a nursery ends its children and itself."""
 
@@ -22,6 +24,7 @@ class LocalProcesses:
 
     def __init__(self, chip: str, *, cold: bool, ended: Callable[[int, int], None]) -> None:
         self._ended = ended
+        self._apart: dict[int, asyncio.Future[int]] = {}
         self.alive: dict[int, int] = {}
         """Process id by rank; 0 until the nursery has said it."""
         self.over = False
@@ -45,8 +48,14 @@ class LocalProcesses:
         self.none.clear()
         self._say(do="begin", rank=rank, words=words, environment=environment, log=str(log), shown=shown)
 
+    def begin_apart(self, key: int, words: list[str], environment: dict[str, str], log: Path) -> asyncio.Future[int]:
+        """Begin one that is not of the life, by the same way; its exit code is to come. `key`: no rank of the life."""
+        self._apart[key] = asyncio.get_running_loop().create_future()
+        self._say(do="begin", rank=key, words=words, environment=environment, log=str(log), shown=False)
+        return self._apart[key]
+
     def signal(self, number: signal.Signals, rank: int | None = None, *, alone: bool = False) -> None:
-        """Send a signal to one process, or to all; also to what they began, unless `alone`."""
+        """Send a signal to one process, or to all that the nursery has; also to what they began, unless `alone`."""
         self._say(do="signal", rank=rank, signal=int(number), alone=alone)
 
     def close(self) -> None:
@@ -69,16 +78,20 @@ class LocalProcesses:
             if said["say"] == "ready":
                 self.ready.set_result(said["seconds"])
             elif said["say"] == "begun":
-                self.alive[said["rank"]] = said["pid"]
+                if said["rank"] not in self._apart:
+                    self.alive[said["rank"]] = said["pid"]
             else:
                 self._bury(said["rank"], said["code"])
         self.over = True
         if not self.ready.done():
             self.ready.set_exception(RuntimeError("the nursery ended before it was ready"))
-        for rank in tuple(self.alive):  # killed with all its children
+        for rank in (*self.alive, *self._apart):  # killed with all its children
             self._bury(rank, -signal.SIGKILL)
 
     def _bury(self, rank: int, code: int) -> None:
+        if (apart := self._apart.pop(rank, None)) is not None:
+            apart.set_result(code)
+            return
         del self.alive[rank]
         if not self.alive:
             self.none.set()

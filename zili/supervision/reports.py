@@ -128,7 +128,7 @@ async def ask(subject: Subject) -> Report:
     state = state_of_process(subject.pid)
     # First what it asked for: a signal ends some calls that hang.
     groups = {} if state == "T" else await _groups(subject.recorder)
-    text = "" if state == "t" else await _stacks(subject, wake=state == "T")
+    text = "" if state == "t" else await stacks_of(subject.stacks, subject.send, wake=state == "T")
     said = f"process {subject.rank} on {subject.machine}, {subject.at}, state {state or '?'}"
     subject.keep(f"{said}\n\n{text or 'It wrote no stacks.'}\n\n{_listed(groups)}")
     place = place_in(text)
@@ -144,23 +144,23 @@ def _listed(groups: dict[str, GroupRecord]) -> str:
     )
 
 
-async def _stacks(subject: Subject, *, wake: bool) -> str:
-    """What it writes at SIGUSR1; empty: nothing."""
-    before = _size(subject.stacks)
-    subject.send(signal.SIGUSR1)
+async def stacks_of(file: Path, send: Callable[[signal.Signals], None], *, wake: bool = False) -> str:
+    """What a process, to which `send` sends signals, writes into `file` at SIGUSR1; empty: nothing."""
+    before = _size(file)
+    send(signal.SIGUSR1)
     if wake:
-        subject.send(signal.SIGCONT)
+        send(signal.SIGCONT)
     end = asyncio.get_running_loop().time() + _STACKS
     seen = before
     while asyncio.get_running_loop().time() < end:
         await asyncio.sleep(_BETWEEN)
-        size = _size(subject.stacks)
+        size = _size(file)
         if size > before and size == seen:
             break
         seen = size
-    with suppress(OSError), subject.stacks.open("rb") as file:
-        file.seek(before)
-        return file.read(_LARGEST).decode("utf-8", "replace")
+    with suppress(OSError), file.open("rb") as opened:
+        opened.seek(before)
+        return opened.read(_LARGEST).decode("utf-8", "replace")
     return ""
 
 
