@@ -26,7 +26,7 @@ _COLOURS = {
 def doctor(
     chip: Annotated[str, typer.Option(help="Backend to examine; `zili chips` lists names.")] = "auto",
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Processes for the collectives; by default one for each device in sight.")
+        int | None, typer.Option(min=1, help="Processes for collectives and workers; by default one a device in sight.")
     ] = None,
     folder: Annotated[Path, typer.Option(help="Folder for checkpoints: its disk is timed.")] = Path(),
     patience: Annotated[

@@ -67,6 +67,7 @@ PARTS: Mapping[str, Part] = {
     "throughput": Part(120, "tokens/s and MFU, beside transformers", "device_speed.eager"),
     "capabilities": Part(150, "what the chip's record promises", "device_doctor.capabilities"),
     "collectives": Part(120, "two processes, where there are two devices", "device_doctor.collectives"),
+    "workers": Part(120, "whether forked workers can use the chip", "device_doctor.workers"),
     "compiled": Part(150, "tokens/s with compiled blocks", "device_speed.compiled"),
 }
 """In this order: what a report is most wanted for comes first, should time run out."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from zili.diagnosis.doctor import examine
 from zili.diagnosis.findings import Finding
+from zili.supervision import nursery
 
 Note = Callable[[Finding], None]
 _PATIENCE = 30.0
@@ -33,6 +34,12 @@ def capabilities(chip: str, note: Note) -> dict[str, Any]:
 def collectives(chip: str, note: Note) -> dict[str, Any]:
     """Between two devices, or two processes on the CPU."""
     return _examined(chip, note, "collectives")
+
+
+def workers(chip: str, note: Note) -> dict[str, Any]:
+    """Whether they can be forked."""
+    nursery.warm()  # a package that is not installed is told so, as above
+    return _examined(chip, note, "workers")
 
 
 def _examined(chip: str, note: Note, *areas: str) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def _lines(report: Mapping[str, Any]) -> Iterator[str]:
     yield f"{good} findings are good; the JSON beside this page has all of them."
 
 
-_MEASURED = ("goldens", "speed", "align", "peak memory", "resume", "throughput", "collectives")
+_MEASURED = ("goldens", "speed", "align", "peak memory", "resume", "throughput", "collectives", "workers")
 
 
 def _item(finding: Mapping[str, Any]) -> str:

@@ -30,7 +30,7 @@ def examine(
     """Examine backend `chip` ("auto": the one a run would take); `show` hears each finding as it is made.
 
     Args:
-        processes: how many for the collectives; None: as many as there are devices, up to `most`; two on the CPU.
+        processes: for collectives and workers; None: as many as there are devices, up to `most`; two on the CPU.
         folder: where checkpoints would go.
         patience: seconds after which processes that fell silent are ended.
         areas: what to examine.
@@ -63,6 +63,10 @@ def examine(
             from zili.diagnosis import collectives
 
             note(collectives.examine(selection.backend.name, count, patience))
+        if "workers" in areas:
+            from zili.diagnosis import forked_workers
+
+            note([forked_workers.examine(selection.backend.name, count)])
         report["capabilities"] = _capabilities(device, findings)
     report["severity"] = worst(findings).name.lower()
     report["findings"] = [{**asdict(finding), "severity": finding.severity.name.lower()} for finding in findings]

@@ -19,7 +19,7 @@ class Severity(IntEnum):
     """A run would give wrong numbers, or stop."""
 
 
-AREAS = ("numbers", "capabilities", "speed", "repeatability", "disk", "collectives")
+AREAS = ("numbers", "capabilities", "speed", "repeatability", "disk", "collectives", "workers")
 """What can be examined; what is here always is."""
 EXIT_CODES = {Severity.GOOD: 0, Severity.FALLBACK: 0, Severity.DEGRADED: 9, Severity.BROKEN: 10}
 

@@ -1,7 +1,6 @@
 """A short look at a machine before it joins a run, or takes another's place: devices, memory, link and disk.
 
-It opens no device: a worker does that next, and what it says is judged. It looks at what a worker would only meet in
-the middle of a run.
+It opens no device: try-outs do that next (`proving`). It looks at what a worker would only meet in the middle of a run.
 """
 
 from __future__ import annotations

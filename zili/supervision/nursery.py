@@ -6,8 +6,8 @@ the agent is gone, so are they.
 
     python -m zili.supervision.nursery SOCKET CHIP [cold]
 
-A vendor's plugin is imported by the worker, after the fork. That was not tried on a chip: `cold` workers are a Python
-of their own, which imports everything itself.
+A vendor's plugin is imported by the worker, after the fork. Whether it works then, each machine tries (`proving`).
+`cold` workers are a Python of their own, which imports everything itself.
 """
 
 from __future__ import annotations

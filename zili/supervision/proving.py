@@ -101,7 +101,7 @@ class Proving:
         first = failed[0].why[:_LONGEST]
         if len(self._tryouts) == 1:
             return first
-        others = f"; {counted(len(failed), 'process')} of {len(self._tryouts)}" if len(failed) > 1 else ""
+        others = f"; {len(failed)} of {counted(len(self._tryouts), 'process')}" if len(failed) > 1 else ""
         return f"process {failed[0].local}: {first}{others}"
 
 

@@ -94,8 +94,8 @@ def install(vendor: Vendor, folder: Path) -> Path:
 
 def environment(library: Path, *folders: Path) -> dict[str, str]:
     """Variables of a process that finds the plugins in `folders`."""
-    path = os.pathsep.join(map(str, (*folders, _HERE)))
-    return {"PYTHONPATH": path, LIBRARY: str(library), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    path = [*map(str, (*folders, _HERE)), *filter(None, (os.environ.get("PYTHONPATH"),))]
+    return {"PYTHONPATH": os.pathsep.join(path), LIBRARY: str(library), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 
 
 if __name__ == "__main__":

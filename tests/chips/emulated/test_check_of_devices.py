@@ -115,7 +115,17 @@ def test_the_whole(vendor: Vendor | None, with_plugins: Environment, tmp_path: P
     assert report["seconds"] < 600
     assert report["backend"] == (vendor.backend if vendor else "cpu")
     areas = {finding["area"] for finding in report["findings"]}
-    assert areas >= {"goldens", "numbers", "speed", "align", "peak memory", "resume", "throughput", "collectives"}
+    assert areas >= {
+        "goldens",
+        "numbers",
+        "speed",
+        "align",
+        "peak memory",
+        "resume",
+        "throughput",
+        "collectives",
+        "workers",
+    }
     rates = {f["name"]: f["figures"] for f in report["findings"] if f["area"] == "throughput"}
     assert rates["zili, eager"]["tokens/s"] > 0
     # transformers asks a plugin called torch_npu for operations that the emulated one has not.

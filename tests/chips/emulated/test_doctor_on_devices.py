@@ -60,7 +60,7 @@ def test_a_sound_device(vendor: Vendor, with_plugins: Environment, tmp_path: Pat
     assert report.bad() == [] and report.code == (9 if report.slow() else 0)
     assert (report["backend"], report["device"], report["devices"]) == (vendor.backend, vendor.chip, 8)
     areas = {finding["area"] for finding in report["findings"]}
-    assert areas == {"here", "numbers", "capabilities", "speed", "repeatability", "disk", "collectives"}
+    assert areas == {"here", "numbers", "capabilities", "speed", "repeatability", "disk", "collectives", "workers"}
     tried = report["capabilities"]
     assert tried.pop("compile")["works"] is False, "torch compiles for no device it does not know"
     assert tried.pop("bf16")["works"] in (True, False), "whether the CPU below is faster in bf16"
