@@ -113,6 +113,9 @@ def test_who_stood_by_is_tried_again_and_who_worked_is_not(tmp_path: Path) -> No
         await asyncio.gather(*(made.prove_again(local(processes), never) for _ in range(2)))
         assert len(processes.codes) == 1, "one of both"
         made._used -= 301
+        made._look = mock.Mock(side_effect=ConfigError("the disk is full"))
+        with pytest.raises(ConfigError, match="disk is full"):
+            await made.prove_again(local(processes), never)
         made.used()
         await made.prove_again(local(processes), never)
         assert len(processes.codes) == 1

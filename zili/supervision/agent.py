@@ -96,7 +96,10 @@ class Agent:
         self._endings: dict[int, dict[str, Any]] = {}
         self._crumbs: dict[int, Crumbs] = {}
         self._watch = ProgressWatch(launch.patience)
-        self._proving = Proving(machine.chip, machine.host, launch.processes, self._own, show, cold=machine.cold)
+        look = partial(refuse_unfit, run, find_backend(machine.chip), launch.processes)
+        self._proving = Proving(
+            machine.chip, machine.host, launch.processes, self._own, show, cold=machine.cold, look=look
+        )
         self._stopping = False
         self._stop_asked: float | None = None
         """When this machine's processes were to stop."""

@@ -40,9 +40,18 @@ class Proving:
     """One machine's proof, made once, and again where no process has used the chip for a while."""
 
     def __init__(
-        self, chip: str, host: str, count: int, folder: Path, show: Callable[[str], None], *, cold: bool
+        self,
+        chip: str,
+        host: str,
+        count: int,
+        folder: Path,
+        show: Callable[[str], None],
+        *,
+        cold: bool,
+        look: Callable[[], None] = lambda: None,
     ) -> None:
-        """`count`: processes, each with a device. `folder`: of this machine and this user alone."""
+        """`count`: processes, each with a device. `folder`: of this machine and this user alone. `look` raises what
+        else keeps a machine that stood by from taking a place."""
         self.cold = cold
         """Whether each process of the machine has to be a Python of its own."""
         self.reason = ""
@@ -50,6 +59,7 @@ class Proving:
         self._tryouts = [TryOut(chip, host, local, count, folder) for local in range(count)]
         self._chip = chip
         self._show = show
+        self._look = look
         self._used: float | None = None
         self._one_at_a_time = asyncio.Lock()
 
@@ -68,10 +78,15 @@ class Proving:
             await self._prove(processes, renewed)
 
     async def prove_again(self, processes: LocalProcesses, renewed: Callable[[], LocalProcesses]) -> None:
-        """`prove`, where the last proof is old: of a machine that stood by, not of one that worked."""
+        """Look, and `prove`, where the last proof is old: of a machine that stood by, not of one that worked."""
         async with self._one_at_a_time:
-            if self._used is not None and time.monotonic() - self._used > _WHILE:
-                await self._prove(processes, renewed)
+            if self._used is None or time.monotonic() - self._used < _WHILE:
+                return
+            try:
+                await asyncio.wait_for(asyncio.to_thread(self._look), FORKED)
+            except TimeoutError as error:
+                raise ConfigError("this machine cannot take part: its disk or a mount hangs") from error
+            await self._prove(processes, renewed)
 
     async def _prove(self, processes: LocalProcesses, renewed: Callable[[], LocalProcesses]) -> None:
         await processes.ready
