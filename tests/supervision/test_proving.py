@@ -113,7 +113,7 @@ def test_who_stood_by_is_tried_again_and_who_worked_is_not(tmp_path: Path) -> No
         await asyncio.gather(*(made.prove_again(local(processes), never) for _ in range(2)))
         assert len(processes.codes) == 1, "one of both"
         made._used -= 301
-        made._look = mock.Mock(side_effect=ConfigError("the disk is full"))
+        made._look = mock.AsyncMock(side_effect=ConfigError("the disk is full"))
         with pytest.raises(ConfigError, match="disk is full"):
             await made.prove_again(local(processes), never)
         made.used()
@@ -125,10 +125,9 @@ def test_who_stood_by_is_tried_again_and_who_worked_is_not(tmp_path: Path) -> No
 
 def test_a_spare_whose_chip_has_gone_takes_no_place(tmp_path: Path) -> None:
     async def work() -> None:
-        run = tmp_path / "run"
         machine = ThisMachine("a", "127.0.0.1", "cpu", False, {})
         agent, told = (
-            Agent(run, SupervisionFolder(run), Launch(["train"], 1, 2, {"2": []}), machine, print),
+            Agent(SupervisionFolder(tmp_path / "run"), tmp_path, Launch(["train"], 1, 2, {"2": []}), machine, print),
             mock.Mock(),
         )
         processes = Planned(0, 6, 6, said="zili: cpu does not work")

@@ -96,10 +96,8 @@ class Agent:
         self._endings: dict[int, dict[str, Any]] = {}
         self._crumbs: dict[int, Crumbs] = {}
         self._watch = ProgressWatch(launch.patience)
-        look = partial(refuse_unfit, run, find_backend(machine.chip), launch.processes)
-        self._proving = Proving(
-            machine.chip, machine.host, launch.processes, self._own, show, cold=machine.cold, look=look
-        )
+        look, cold = self._refuse_unfit, machine.cold
+        self._proving = Proving(machine.chip, machine.host, launch.processes, own, show, cold=cold, look=look)
         self._stopping = False
         self._stop_asked: float | None = None
         """When this machine's processes were to stop."""
@@ -125,7 +123,6 @@ class Agent:
             loop.add_signal_handler(number, self._leave)
         self._follow(self._beat())
         try:
-            await self._refuse_unfit()
             await self._proving.prove(self._processes, self._renewed)
             while (over := await self._under_a_root()) is None:
                 pass

@@ -11,7 +11,7 @@ import json
 import re
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -48,10 +48,10 @@ class Proving:
         show: Callable[[str], None],
         *,
         cold: bool,
-        look: Callable[[], None] = lambda: None,
+        look: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         """`count`: processes, each with a device. `folder`: of this machine and this user alone. `look` raises what
-        else keeps a machine that stood by from taking a place."""
+        else keeps this machine from a run."""
         self.cold = cold
         """Whether each process of the machine has to be a Python of its own."""
         self.reason = ""
@@ -72,23 +72,20 @@ class Proving:
 
         Raises:
             ChipError: it cannot be used, in any way that processes can be begun here.
-            ConfigError: this machine cannot be reached.
+            ConfigError: this machine cannot be reached. And what `look` raises.
         """
         async with self._one_at_a_time:
             await self._prove(processes, renewed)
 
     async def prove_again(self, processes: LocalProcesses, renewed: Callable[[], LocalProcesses]) -> None:
-        """Look, and `prove`, where the last proof is old: of a machine that stood by, not of one that worked."""
+        """`prove`, where the last proof is old: of a machine that stood by, not of one that worked."""
         async with self._one_at_a_time:
-            if self._used is None or time.monotonic() - self._used < _WHILE:
-                return
-            try:
-                await asyncio.wait_for(asyncio.to_thread(self._look), FORKED)
-            except TimeoutError as error:
-                raise ConfigError("this machine cannot take part: its disk or a mount hangs") from error
-            await self._prove(processes, renewed)
+            if self._used is not None and time.monotonic() - self._used > _WHILE:
+                await self._prove(processes, renewed)
 
     async def _prove(self, processes: LocalProcesses, renewed: Callable[[], LocalProcesses]) -> None:
+        if self._look is not None:
+            await self._look()
         await processes.ready
         failed = await self._failures(processes, COLD if self.cold else FORKED)
         if failed and not self.cold and failed[0].code != ConfigError.exit_code:

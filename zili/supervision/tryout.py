@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from zili.chips import activate, find_backend
 from zili.errors import ChipError, ConfigError
+from zili.parallel.control.links import listening_at
 from zili.parallel.layout import processes
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def _try_link(host: str) -> None:
     begun, sent = time.monotonic(), os.urandom(_PROBE)
     try:
         with (
-            socket.create_server((host, 0)) as listening,
+            listening_at(host) as listening,
             socket.create_connection((host, listening.getsockname()[1]), _SLOW) as ours,
         ):
             listening.settimeout(_SLOW)
