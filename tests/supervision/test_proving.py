@@ -50,6 +50,11 @@ class Planned:
             self.killed.append(rank)
 
 
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proving, "_AGAIN", 0)
+
+
 def in_a_loop(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
     asyncio.run(asyncio.wait_for(work(), 60))
 
@@ -82,8 +87,17 @@ def test_a_machine_told_to_begin_cold_tries_no_fork(tmp_path: Path) -> None:
         made, said = proof(tmp_path, 2, cold=True)
         await made.prove(local(Planned(0, 0)), never)
         with pytest.raises(ChipError, match=r"process 1: ended with code 1: OSError: no driver$"):
-            await made.prove(local(Planned(0, 1, log="Traceback\n  line\nOSError: no driver\n")), never)
+            await made.prove(local(Planned(0, 1, 0, 1, log="Traceback\n  line\nOSError: no driver\n")), never)
         assert not said and list(tmp_path.iterdir()) == []
+
+    in_a_loop(work)
+
+
+def test_a_device_that_somebody_just_left_is_asked_once_more(tmp_path: Path) -> None:
+    async def work() -> None:
+        made, said = proof(tmp_path)
+        await made.prove(local(Planned(6, 0)), never)
+        assert not made.cold and not said
 
     in_a_loop(work)
 
@@ -130,7 +144,7 @@ def test_a_spare_whose_chip_has_gone_takes_no_place(tmp_path: Path) -> None:
             Agent(SupervisionFolder(tmp_path / "run"), tmp_path, Launch(["train"], 1, 2, {"2": []}), machine, print),
             mock.Mock(),
         )
-        processes = Planned(0, 6, 6, said="zili: cpu does not work")
+        processes = Planned(0, 6, 6, 6, said="zili: cpu does not work")
         agent._link, agent._processes = cast(Link, told), local(processes)
         with (
             mock.patch.multiple(agent, _new_processes=lambda: local(processes)),

@@ -26,6 +26,8 @@ FORKED = 60.0
 """Seconds for try-outs that are forked: a device takes up to 20 s to open."""
 COLD = 180.0
 """Seconds for cold ones, which import everything from what may be a shared disk, all at once."""
+_AGAIN = 5.0
+"""Seconds after which a device that refused is asked once more: who had it before may be about to end."""
 _DYING = 10.0
 """Seconds in which one ends that was killed."""
 _WHILE = 300.0
@@ -88,6 +90,9 @@ class Proving:
             await self._look()
         await processes.ready
         failed = await self._failures(processes, COLD if self.cold else FORKED)
+        if failed and failed[0].code not in (None, ConfigError.exit_code):
+            await asyncio.sleep(_AGAIN)
+            failed = await self._failures(processes, COLD if self.cold else FORKED)
         if failed and not self.cold and failed[0].code != ConfigError.exit_code:
             self.cold, why = True, self._why(failed)
             processes = renewed()

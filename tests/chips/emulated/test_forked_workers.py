@@ -97,7 +97,7 @@ def prove(chip: str, count: int, seconds: float) -> Proof:
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.object(processes, "subprocess", mock.Mock(Popen=_Nursery, TimeoutExpired=subprocess.TimeoutExpired)),
-        mock.patch.multiple(proving, FORKED=seconds, COLD=seconds),
+        mock.patch.multiple(proving, FORKED=seconds, COLD=seconds, _AGAIN=0),
     ):
         return asyncio.run(proved(Path(folder)))
 
