@@ -132,7 +132,7 @@ def _recoveries(run: Path, kills: int, agents: list[subprocess.Popen[bytes]]) ->
         if number < kills:
             killed.append(time.time())
             _kill_a_worker(agents[number % len(agents)].pid)
-    agents[0].send_signal(signal.SIGTERM)
+    agents[0].send_signal(signal.SIGINT)
     for agent in agents:
         agent.wait(LONGEST)
     return [_phases(run, number + 2, at) for number, at in enumerate(killed)]
@@ -259,7 +259,7 @@ def _grow(folder: Path, counts: list[int], kills: int) -> None:
                 if number < kills:
                     killed.append(time.time())
                     _kill_a_worker(agents[number % 2].pid)
-            agents[0].send_signal(signal.SIGTERM)
+            agents[0].send_signal(signal.SIGINT)
             for agent in agents:
                 agent.wait(LONGEST)
         finally:
@@ -286,7 +286,7 @@ def _agent(run: Path, name: str, processes: int) -> int:
         # In place of `-m zili.supervision.nursery`: the same, and its children are stand-ins.
         return subprocess.Popen([sys.executable, __file__, "nursery", *words[3:]], **options)
 
-    begun.subprocess = SimpleNamespace(Popen=begin)  # type: ignore[assignment]
+    begun.subprocess = SimpleNamespace(Popen=begin, TimeoutExpired=subprocess.TimeoutExpired)  # type: ignore[assignment]
     folder = SupervisionFolder(run)
     launch = Launch([str(run)], processes, 2, {"2": []})
 
