@@ -26,8 +26,25 @@ def sha256(path: Path) -> str:
 
 def write_sums(folder: Path, sums: dict[str, str]) -> None:
     """`sums`: names of files of `folder` and their hashes."""
-    lines = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
-    (folder / SUMS_FILE).write_text(lines, encoding="utf-8")
+    (folder / SUMS_FILE).write_text(sums_text(sums), encoding="utf-8")
+
+
+def sums_text(sums: Mapping[str, str]) -> str:
+    """What `write_sums` writes."""
+    return "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
+
+
+def parsed_sums(text: str, where: object) -> dict[str, str]:
+    """The hashes in such a text, by name; `where` it is, for an error.
+
+    Raises:
+        CheckpointError: it names a file that is not beside it.
+    """
+    sums = {name: expected for expected, _, name in (line.partition("  ") for line in text.splitlines())}
+    for name in sums:
+        if not name or Path(name).name != name:
+            raise CheckpointError(f"{where} names {name!r}, which is not a file of this folder")
+    return sums
 
 
 def several_at_once(work: Callable[[Item], Made], items: Sequence[Item]) -> Iterator[Made]:
@@ -74,17 +91,14 @@ def read_sums(folder: Path, required: Iterable[str] = (), *, others: bool = Fals
         CheckpointError: there is no list, or it lacks a file of the folder, or one that is `required`.
     """
     try:
-        lines = (folder / SUMS_FILE).read_text(encoding="utf-8").splitlines()
+        text = (folder / SUMS_FILE).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{folder / SUMS_FILE} cannot be read: {error}") from error
-    sums = {name: expected for expected, _, name in (line.partition("  ") for line in lines)}
+    sums = parsed_sums(text, folder / SUMS_FILE)
     there = () if others else (entry.name for entry in folder.iterdir())
     unlisted = sorted({*required, *there} - {*sums, SUMS_FILE})
     if unlisted:
         raise CheckpointError(f"{folder / SUMS_FILE} is cut short or older than the rest: it lacks {unlisted[0]}")
-    for name in sums:
-        if Path(name).name != name:
-            raise CheckpointError(f"{folder / SUMS_FILE} names {name!r}, which is not a file of this folder")
     return sums
 
 

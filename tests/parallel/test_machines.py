@@ -25,7 +25,8 @@ from zili.parallel import machines
 from zili.parallel import world as world_module
 from zili.parallel.machines import check_same, check_shared_folder
 from zili.runs import opening
-from zili.training import checkpoints, saving
+from zili.training import checkpoints
+from zili.training.tiers import run_folder
 
 Recipe = Callable[..., RunConfig]
 
@@ -114,14 +115,14 @@ def test_no_checkpoint_appears_or_goes_while_files_are_on_another_machine(recipe
 def ends_at(config: RunConfig) -> tuple[Any, int]:
     """How and where a run ends whose last process finds its disk full at every save but the first."""
     trainer = open_trainer(config)
-    real = saving._written
+    real = run_folder._written
 
     def written(file: Path) -> Any:
         if trainer.world.rank == 1 and file.parent.name != ".step-00000002":
             raise OSError(28, "No space left on device")
         return real(file)
 
-    with mock.patch.object(saving, "_written", written):
+    with mock.patch.object(run_folder, "_written", written):
         return raised_by(trainer.fit), trainer.step
 
 

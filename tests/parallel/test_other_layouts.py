@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from zili.config import RunConfig
-from zili.training import saving
 from zili.training.callbacks import Callback
 from zili.training.checkpoints import list_checkpoints, verify
 from zili.training.restoring import one_process
+from zili.training.tiers import run_folder
 
 HALF = 4
 WHOLE = f"training.steps={2 * HALF}"
@@ -106,18 +106,18 @@ def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 
 def die_while_saving(config: RunConfig, function: str, rank: int) -> None:
-    """Train, and be killed on process `rank` where the second checkpoint calls `function` of `zili.training.saving`.
+    """Train, and be killed on process `rank` where the second checkpoint calls `function` of `run_folder`.
 
     The first checkpoint is there already.
     """
-    real, folder = getattr(saving, function), config.folder / "checkpoints"
+    real, folder = getattr(run_folder, function), config.folder / "checkpoints"
 
     def die(*arguments: object) -> object:
         if list_checkpoints(folder) and os.environ["RANK"] == str(rank):
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*arguments)
 
-    with mock.patch.object(saving, function, side_effect=die):
+    with mock.patch.object(run_folder, function, side_effect=die):
         train(config)
 
 

@@ -28,8 +28,9 @@ from zili.errors import CheckpointError, ZiliError
 from zili.parallel.world import World
 from zili.training import checkpoints, restoring
 from zili.training.checkpoints import RunState, SoundCheckpoint
+from zili.training.fence import generation_fence
 from zili.training.index import TensorIndex, read_index
-from zili.training.saving import Saver, generation_fence
+from zili.training.saving import Saver
 
 WORLD = 3
 STATE = RunState(1, 1, {"model": {}}, "")

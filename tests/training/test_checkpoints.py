@@ -22,9 +22,10 @@ from tiny_run import At, Recipe, Recorder, final_tensors, hidden, interrupt, ope
 
 from zili.config import RunConfig
 from zili.errors import CheckpointError
-from zili.training import checkpoints, restoring, saving
+from zili.training import checkpoints, restoring
 from zili.training.callbacks import Callback
 from zili.training.saving import Saver
+from zili.training.tiers import run_folder
 from zili.training.trainer import Trainer
 
 
@@ -299,14 +300,14 @@ class Heard(Callback):
 
 def refusing(*steps: int) -> Any:
     """A disk that is full when checkpoints of `steps` are written."""
-    real = saving._write_tensors
+    real = run_folder._write_tensors
 
     def write(file: Path, *rest: Any) -> None:
         if int(file.parent.name[-8:]) in steps:
             raise OSError(28, "No space left on device")
         real(file, *rest)
 
-    return mock.patch.object(saving, "_write_tensors", write)
+    return mock.patch.object(run_folder, "_write_tensors", write)
 
 
 @pytest.mark.parametrize("mode", ["asynchronous=true", "asynchronous=false"])

@@ -16,7 +16,7 @@ from zili.config import RunConfig
 from zili.errors import ConfigError
 from zili.training.checkpoints import list_checkpoints, verify
 from zili.training.interruption import grace_seconds
-from zili.training.saving import Saver
+from zili.training.tiers.run_folder import RunFolder
 from zili.training.trainer import Trainer
 
 
@@ -70,14 +70,14 @@ def test_a_callback_ends_a_run_with_a_checkpoint(recipe: Recipe, step: int, ends
 def test_a_sigterm_heard_again_while_saving_leaves_the_checkpoint_whole(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, asynchronous: str
 ) -> None:
-    write = Saver._write
+    write = RunFolder.take
 
-    def slow(*arguments: Any) -> None:
+    def slow(*arguments: Any) -> int:
         os.kill(os.getpid(), signal.SIGTERM)  # the main thread hears it, whichever thread writes
         time.sleep(0.2)
-        write(*arguments)
+        return write(*arguments)
 
-    monkeypatch.setattr(Saver, "_write", slow)
+    monkeypatch.setattr(RunFolder, "take", slow)
     config = recipe("checkpoint.every=0", f"checkpoint.asynchronous={asynchronous}")
     trainer = train(config, At(3, heard(signal.SIGTERM)))
     (saved,) = list_checkpoints(trainer.checkpoint_folder)

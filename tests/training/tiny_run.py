@@ -19,8 +19,9 @@ from zili.chips.device import Device
 from zili.config import RunConfig
 from zili.data.packing import open_loader
 from zili.data.store import TokenStore
-from zili.training import checkpoints, saving
+from zili.training import checkpoints
 from zili.training.callbacks import Callback, StepRecord
+from zili.training.tiers import run_folder
 from zili.training.trainer import Trainer
 
 PEAK = 1e11
@@ -120,11 +121,11 @@ class _DieWhileSaving(Callback):
     def after_step(self, trainer: Trainer) -> None:
         if trainer.step == self.step:
             trainer.saver.wait()  # or the save before, still at work in its thread, would be the one that dies
-            mock.patch.object(saving, self.function, side_effect=lambda *_: die()).start()
+            mock.patch.object(run_folder, self.function, side_effect=lambda *_: die()).start()
 
 
 def die_while_saving(config: RunConfig, step: int, function: str) -> None:
-    """Train, and be killed where the checkpoint of `step` calls `function` of `zili.training.saving`."""
+    """Train, and be killed where the checkpoint of `step` calls `function` of `zili.training.tiers.run_folder`."""
     train(config, _DieWhileSaving(step, function))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os.path import expandvars
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -11,6 +12,7 @@ from zili.config.model import ModelConfig
 from zili.config.objective import ObjectiveConfig
 from zili.config.parallel import ParallelConfig
 from zili.config.section import Section
+from zili.config.tiers import TierConfig
 
 Precision = Literal["fp32", "bf16"]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -150,7 +152,18 @@ class CheckpointConfig(Section):
     0: none."""
     patience: PositiveInt = 3
     """Saves in a row that may fail, a full disk say: after so many intervals without a checkpoint the run ends. Each
-    that fails before is noted, and the next one tries again."""
+    that fails before is noted, and the next one tries again. With tiers: in the run's folder and in every store."""
+    tiers: tuple[TierConfig, ...] = ()
+    """Further places that checkpoints go to, in the background: `[[checkpoint.tiers]]`. A run goes on from the newest
+    sound checkpoint of all, from the nearest place that has it."""
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        places = [tier.place.rstrip("/") for tier in self.tiers]
+        twice = [place for number, place in enumerate(places) if place in places[:number]]
+        if twice:
+            raise ValueError(f"tiers: {twice[0]} is listed twice")
+        return self
 
 
 class EvaluationConfig(Section):
@@ -218,11 +231,22 @@ class RunConfig(Section):
                 f"({self.model.max_length})"
             )
         self._check_objective()
+        self._check_tiers()
         if self.preference is not None and training.start_from is None:
             raise ValueError(
                 "preference: what is preferred is said of a model: name it, training.start_from or model.folder"
             )
         return self
+
+    def _check_tiers(self) -> None:
+        own = self.folder.resolve()
+        for tier in self.checkpoint.tiers:
+            scheme, _, rest = tier.place.rpartition("://")
+            if scheme not in ("", "file", "local"):
+                continue
+            place = Path(expandvars(rest)).expanduser().resolve()
+            if own in (place, *place.parents):
+                raise ValueError(f"checkpoint.tiers: {tier.place} is in the run's own folder, which is no other place")
 
     def of_teacher(self, teacher: ModelConfig) -> RunConfig:
         """A run of a teacher alone, laid out as this one is. It only answers: nothing is balanced or recomputed."""

@@ -189,13 +189,14 @@ class World:
         """On how many processes it is `true`; all of them ask and all of them learn."""
         return int(true) if self.size == 1 else self._turn(b"" if true else None).spoke
 
-    def from_first(self, make: Callable[[], Result]) -> Result:
-        """What the first process makes, on every process; if it fails there, it fails everywhere."""
+    def from_first(self, make: Callable[[], Result], channel: int = 0, patience: float | None = SECONDS) -> Result:
+        """What the first process makes, on every process; if it fails there, it fails everywhere. `channel` and
+        `patience` are as of `agree`."""
         if self.size == 1:
             return self.agree(make)
         made, failure = _tried(make) if self.is_first else (None, None)
         word = _failed(failure, self.rank) or (_MADE + pickle.dumps(made) if self.is_first else None)
-        told = self._turn(word).word
+        told = self._turn(word, channel=channel, patience=patience).word
         if told.startswith(_FAILED):
             raise _agreed(failure, told)
         return made if self.is_first else pickle.loads(told[1:])  # type: ignore[return-value]  # a process of this run

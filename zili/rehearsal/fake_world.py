@@ -34,7 +34,7 @@ class FakeWorld(World):
     def agree(self, work: Callable[[], Result], channel: int = 0, patience: float | None = None) -> Result:
         return work()
 
-    def from_first(self, make: Callable[[], Result]) -> Result:
+    def from_first(self, make: Callable[[], Result], channel: int = 0, patience: float | None = None) -> Result:
         return make()
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zili.config import RunConfig, dump_recipe
+from zili.config import dump_recipe
 from zili.durable import locked, write_whole
 from zili.errors import ConfigError
 from zili.runs.opening import OpenedRun, open_held_out
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from zili.parallel.world import World
     from zili.release.opening import OpenModel
     from zili.training.callbacks import Callback
+    from zili.training.setup import Setup
     from zili.training.trainer import Trainer
 
 _TOKENIZER_FILES = (
@@ -43,8 +44,8 @@ def run(
     evaluation, `metrics.jsonl`, and what the recipe names.
     """
     _refuse_other_kinds(callbacks, objective, model)
-    _refuse_adapters_of_nothing(opened.setup.config)
     world = opened.setup.world
+    world.from_first(lambda: _refuse_adapters_of_nothing(opened.setup))
     held_out = world.agree(lambda: open_held_out(opened))
     given = [callback for callback in callbacks if world.is_first or callback.everywhere]
 
@@ -108,17 +109,17 @@ def _tell_given(trainer: Trainer, objective: Objective | None, model: type[Decod
         trainer.note(f"given in Python, so the recipe alone does not repeat this run: {', '.join(told)}")
 
 
-def _refuse_adapters_of_nothing(config: RunConfig) -> None:
-    from zili.training.checkpoints import list_checkpoints
+def _refuse_adapters_of_nothing(setup: Setup) -> None:
+    from zili.training.tiers.choosing import newest_state_of
 
-    begins = config.training.start_from is None and not list_checkpoints(config.folder / "checkpoints")
-    if begins and config.model.lora is not None:
-        error = ConfigError(
+    config = setup.config
+    if config.model.lora is None or config.training.start_from is not None:
+        return
+    if newest_state_of(config, setup.device) is None:
+        raise ConfigError(
             "model.lora trains adapters beside a model, and none is named, so it would be one at random: name it with "
             "model.folder, or its weights with training.start_from"
         )
-        error.agreed = True  # every process has read the same recipe
-        raise error
 
 
 @contextmanager

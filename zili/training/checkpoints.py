@@ -19,7 +19,7 @@ import secrets
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -60,6 +60,8 @@ class SoundCheckpoint(NamedTuple):
 
     path: Path
     contents: TensorIndex
+    alone: bool = False
+    """Whether `contents` is of this process's own file, which has all that it needs and nothing of others."""
 
 
 @dataclass(frozen=True)
@@ -82,15 +84,13 @@ class RunState:
     format: int = FORMAT
 
 
-def set_aside_after(path: Path) -> None:
-    """Rename the checkpoints newer than `path`, which a run passed over as damaged: they no longer count as kept."""
-    for later in list_checkpoints(path.parent):
-        if later.name > path.name:
-            aside = later.with_name(f"damaged-{later.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            if aside.exists():  # one from before that cannot be deleted
-                aside = aside.with_name(f"{aside.name}-{secrets.token_hex(4)}")
-            later.rename(aside)
+def set_aside(path: Path) -> None:
+    """Rename a checkpoint, so that it is none any more and can be looked at."""
+    aside = path.with_name(f"damaged-{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    if aside.exists():  # one from before that cannot be deleted
+        aside = aside.with_name(f"{aside.name}-{secrets.token_hex(4)}")
+    path.rename(aside)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -203,15 +203,32 @@ def read_state(path: Path) -> RunState:
         CheckpointError: missing, broken, or of a format this version does not know.
     """
     try:
-        raw = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
+        return parsed_state((path / RUN_FILE).read_text(encoding="utf-8"), path)
+    except OSError as error:
+        raise CheckpointError(f"{path / RUN_FILE} cannot be read: {error!r}") from error
+
+
+def parsed_state(text: str, path: object) -> RunState:
+    """`read_state` of the text of a `run.json`; `path` is what an error names.
+
+    Raises:
+        CheckpointError: it is broken, or of a format this version does not know.
+    """
+    try:
+        raw = json.loads(text)
         if raw.get("format") != FORMAT:
             raise CheckpointError(f"{path} has format {raw.get('format')!r}; this version reads {FORMAT}")
         state = RunState(**raw)
         if not isinstance(state.config["model"], dict) or not isinstance(state.classes, dict):
             raise TypeError("its model configuration, or its classes, are not a table")
         return state
-    except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
-        raise CheckpointError(f"{path / RUN_FILE} cannot be read: {error!r}") from error
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        raise CheckpointError(f"{path}/{RUN_FILE} cannot be read: {error!r}") from error
+
+
+def state_text(state: RunState) -> str:
+    """As `run.json` has it."""
+    return json.dumps(asdict(state), indent=1) + "\n"
 
 
 def generator_key(name: str, rank: int) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,11 +116,28 @@ def read_header(file: Path) -> dict[str, Place]:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
 
 
+def header_places(raw: bytes) -> dict[str, Place]:
+    """`read_header` of a header in JSON, as a store gives it without the rest of its file.
+
+    Raises:
+        ValueError, TypeError, LookupError, AttributeError: it is none.
+    """
+    header = json.loads(raw)
+    offsets = json.loads(header.pop("__metadata__", {}).get(SHARDING, "{}"))
+    return {
+        name: _place_of(str(one["dtype"]), _integers(one["shape"]), offsets.get(name, {}))
+        for name, one in header.items()
+    }
+
+
 def _place(piece: Any, said: dict[str, Any]) -> Place:
-    shape = tuple(piece.get_shape())
+    return _place_of(piece.get_dtype(), tuple(piece.get_shape()), said)
+
+
+def _place_of(dtype: str, shape: tuple[int, ...], said: dict[str, Any]) -> Place:
     offset = tuple(said.get("saved_offsets", [0] * len(shape)))
     size = tuple(said.get("size", [start + count for start, count in zip(offset, shape, strict=True)]))
-    return Place(piece.get_dtype(), size, Box(offset, shape))
+    return Place(dtype, size, Box(offset, shape))
 
 
 def table_digest(names: Names) -> str:
@@ -238,6 +255,38 @@ def places_of(raw: Iterable[Any]) -> list[Place]:
 
 def _integers(raw: Iterable[Any]) -> tuple[int, ...]:
     return tuple(int(one) for one in raw)
+
+
+def index_of_one(file: Path) -> TensorIndex:
+    """Of one file alone, as if there were no other.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    shard = shard_of(read_header(file))
+    return TensorIndex([shard.cut], {file.name: (0, shard.whole, shard.places)})
+
+
+def index_of_told(told: list[dict[str, Any]], header: Callable[[str], Mapping[str, Place]]) -> TensorIndex:
+    """Of the files that all processes told of; of those that share a table, the `header` of one is asked for it.
+
+    `told`: of each file `name`, `table` (its digest), `whole` and `places` (flat).
+    """
+    numbers: dict[str, int] = {}
+    tables: list[Names] = []
+    files = {}
+    for one in told:
+        if one["table"] not in numbers:
+            numbers[one["table"]] = len(tables)
+            tables.append(shard_of(header(one["name"])).cut)
+        files[one["name"]] = (numbers[one["table"]], one["whole"], places_of(one["places"]))
+    return TensorIndex(tables, files)
+
+
+def told_of(header: Mapping[str, Place]) -> dict[str, Any]:
+    """What a process tells of its file for `index_of_told`: the names are many and the same for many processes."""
+    shard = shard_of(header)
+    return {"table": table_digest(shard.cut), "whole": shard.whole, "places": flat_places(shard.places)}
 
 
 def read_index(folder: Path) -> TensorIndex:

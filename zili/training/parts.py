@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -19,11 +19,15 @@ from torch.distributed.tensor import DTensor
 from zili.checksums import share_of
 from zili.parallel.world import World
 from zili.torch_private import compute_local_shape_and_global_offset
-from zili.training.index import SHARDING, Box
+from zili.training.index import DTYPES, SHARDING, Box, Place
 
 _SMALL = 1 << 20
 """Bytes of a part below which the first of those that hold it writes it. Spread over all of them, small parts would
 make every process open as many files as there are holders when it restores."""
+
+_PIECE = 1 << 24
+"""Bytes that are handed on at once, and which a client may copy."""
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class HeldPart(NamedTuple):
@@ -65,7 +69,7 @@ def parts_to_write(tensors: Mapping[str, Tensor], world: World, alone: Callable[
     Large parts are dealt out among their holders by their bytes, small ones are the first holder's. `alone` says by
     its name that a plain tensor is this process's; others are held by all processes of a pipeline's stage.
     """
-    held = _held(tensors)
+    held = held_parts(tensors)
     dealt: dict[_Holders, dict[str, int]] = defaultdict(dict)
     own = set()
     for name, tensor in tensors.items():
@@ -81,7 +85,8 @@ def parts_to_write(tensors: Mapping[str, Tensor], world: World, alone: Callable[
     return {name: part for name, part in held.items() if name in own}
 
 
-def _held(tensors: Mapping[str, Tensor]) -> dict[str, HeldPart]:
+def held_parts(tensors: Mapping[str, Tensor]) -> dict[str, HeldPart]:
+    """All that this process holds of `tensors`."""
     # Layers are alike, and what torch computes of a matrix that is cut twice takes time.
     boxes: dict[object, Box] = {}
     found = {}
@@ -120,7 +125,37 @@ def write_parts(file: Path, parts: Mapping[str, HeldPart]) -> None:
     Raises:
         OSError, SafetensorError: the disk refuses.
     """
+    tensors = {name: part.tensor.contiguous() for name, part in parts.items()}
+    save_file(tensors, file, metadata=_metadata(parts))
+
+
+def _metadata(parts: Mapping[str, HeldPart]) -> dict[str, str]:
     # Of a file whose header has this, torch's reader asks it for every tensor.
     info = {name: {"saved_offsets": part.box.offset, "size": tuple(part.size)} for name, part in parts.items()}
-    tensors = {name: part.tensor.contiguous() for name, part in parts.items()}
-    save_file(tensors, file, metadata={"format": "pt", SHARDING: json.dumps(info)})
+    return {"format": "pt", SHARDING: json.dumps(info)}
+
+
+def places(parts: Mapping[str, HeldPart]) -> dict[str, Place]:
+    """What the header of their file says, without reading it."""
+    return {name: Place(_NAMES[part.tensor.dtype], tuple(part.size), part.box) for name, part in parts.items()}
+
+
+def streamed(parts: Mapping[str, HeldPart]) -> Iterator[memoryview]:
+    """What `write_parts` puts into a file, piece by piece: safetensors itself would make all of it in memory first.
+
+    The format: 8 bytes of the header's length, the header in JSON, the tensors' bytes without gaps, each aligned.
+    """
+    names = sorted(parts, key=lambda name: (-parts[name].tensor.element_size(), name))
+    header: dict[str, Any] = {"__metadata__": _metadata(parts)}
+    end = 0
+    for name in names:
+        tensor = parts[name].tensor
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield memoryview(len(text).to_bytes(8, "little") + text)
+    for name in names:
+        flat = parts[name].tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        for begin in range(0, flat.size, _PIECE):
+            yield flat[begin : begin + _PIECE].data

@@ -56,8 +56,8 @@ def restore(
     Raises:
         CheckpointError: the checkpoint is of another model or optimizer.
     """
-    path, index = found
-    wanted = {f"model.{name}" for name in parameter_shapes(config)}
+    path, index, alone = found
+    wanted = set(tensors) if alone else {f"model.{name}" for name in parameter_shapes(config)}
     _check_same_keys(path, {key for key in index.names() if key.startswith("model.")}, wanted)
     states = _empty_optimizer_state(found, config, named, optimizers)
     tensors = {**tensors, **{key: tensor for key, (_, _, tensor) in states.items()}}
@@ -82,6 +82,36 @@ def files_to_read(index: TensorIndex, tensors: dict[str, Tensor], named: Named, 
         if parameter is not None:
             boxes[key] = box_of(parameter) if _is_like(index, key, parameter) else None
     return {part.file for key, box in boxes.items() for part in index.parts(key, box)}
+
+
+class Needs(NamedTuple):
+    """What a process is about to restore."""
+
+    tensors: dict[str, Tensor]
+    """From `model_tensors`."""
+    named: Named
+    rank: int
+
+    def files(self, index: TensorIndex) -> set[str]:
+        """Those of a checkpoint that it opens."""
+        return files_to_read(index, *self)
+
+    def refuse_parts_of_others(self, file: Path, index: TensorIndex) -> None:
+        """See that a process's own file has just the parts that this process holds.
+
+        Raises:
+            CheckpointError: another layout wrote it.
+        """
+        boxes = {key: box_of(tensor) for key, tensor in self.tensors.items()}
+        parameters = dict(self.named)
+        for key in index.names():
+            parameter = parameters.get(key.removeprefix("optimizer.").rpartition(".")[0])
+            if key.startswith("optimizer.") and parameter is not None and _is_like(index, key, parameter):
+                boxes[key] = box_of(parameter)
+        for key, box in boxes.items():
+            there = [part.box for part in index.parts(key, box)] if key in index else []
+            if there != [box] and 0 not in box.shape:
+                raise CheckpointError(f"{file} was written in another layout: it has not this process's part of {key}")
 
 
 def _generators(index: TensorIndex, rank: int) -> list[str]:
@@ -125,7 +155,7 @@ def _empty_optimizer_state(
     found: SoundCheckpoint, config: ModelConfig, named: Named, optimizers: list[Optimizer]
 ) -> dict[str, tuple[Optimizer, nn.Parameter, Tensor]]:
     """Room for the `optimizer.*` tensors of the checkpoint, shaped and placed like the parameters they belong to."""
-    path, index = found
+    path, index, _ = found
     owned = {name: (optimizer, parameter) for name, parameter, optimizer in owners(named, optimizers)}
     known = parameter_shapes(config)
     states = {}
@@ -173,7 +203,7 @@ class _Reader(HuggingFaceStorageReader):
 
     def read_metadata(self) -> Metadata:
         """Of what this process reads, the parts that it meets."""
-        folder, index = self._found
+        folder, index, _ = self._found
         described: dict[str, Any] = {}
         places = {}
         for name, tensor in self._tensors.items():

@@ -100,9 +100,9 @@ def resolve(config: RunConfig, layout: Layout, device: Device) -> tuple[RunConfi
     from zili.ops.registry import OF_EXPERTS
     from zili.ops.timings import Timings
     from zili.ops.versions import EAGER
-    from zili.training.checkpoints import newest_state
+    from zili.training.tiers.choosing import newest_state_of
 
-    state = newest_state(config.folder / "checkpoints")
+    state = newest_state_of(config, device)
     precision, why_precision = _precision(config.chip, device, state)
     timings = Timings.of(device, precision)
     previous = _on_this_chip(state, device, precision)

@@ -6,9 +6,9 @@ import logging
 import math
 import platform
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import cached_property, reduce
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from zili import __version__, ops
 from zili.chips.device import Device
-from zili.config import ModelConfig, RunConfig
+from zili.config import RunConfig
 from zili.config.run import Precision
 from zili.data.loader import Batch, Batches
 from zili.data.prefetch import Prefetcher
@@ -32,22 +32,24 @@ from zili.parallel.model import ParallelModel
 from zili.parallel.world import World
 from zili.plugins import place_of
 from zili.training import checkpoints, restoring
+from zili.training.belonging import Belonging
 from zili.training.callbacks.base import Callback, StepRecord
-from zili.training.index import TensorIndex
+from zili.training.fence import generation_fence
 from zili.training.interruption import Interruption
 from zili.training.optimizers import build_optimizers, set_learning_rate
 from zili.training.requests import Requests
+from zili.training.restoring import Needs
 from zili.training.run_clock import RunClock
-from zili.training.saving import Saved, Saver, generation_fence
+from zili.training.saving import Saved, Saver
 from zili.training.schedules import learning_rate_share
 from zili.training.throughput import matmul_peak
+from zili.training.tiers.choosing import newest_of, set_aside, tiers_of
 
 _LOG = logging.getLogger(__name__)
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _OVERFLOWN = 1e9
 """A norm is the root of a sum of squares, over the targets of a batch: a sum stuck at fp32's largest number, 3.4e38,
 gives more than this for any batch of less than 18 billion targets."""
-_DATA_ORDER = ("seed", "training.global_batch", "training.sequence_length", "data.sources")
 
 
 class Trainer:
@@ -119,11 +121,13 @@ class Trainer:
             self.world,
             keep=kept.keep,
             keep_every=kept.keep_every,
+            every=kept.every,
             asynchronous=kept.asynchronous,
             patience=kept.patience,
             note=self.note,
             saved=self._tell_saved,
             fence=generation_fence(self.config.folder),
+            tiers=tiers_of(self.config, self.world),
         )
 
     @property
@@ -186,7 +190,7 @@ class Trainer:
             callback.on_saved(saved)
 
     def resume(self) -> bool:
-        """Go to the newest sound checkpoint of the run folder, if there is one.
+        """Go to the newest sound checkpoint of the run's folder and its other tiers, if there is one.
 
         Raises:
             CheckpointError: every checkpoint is damaged, or they belong to another model, optimizer, data order,
@@ -196,21 +200,22 @@ class Trainer:
         named = list(self.parallel.named_parameters())
         tensors = checkpoints.model_tensors(self.parallel.named_tensors())
 
-        def reads(index: TensorIndex) -> set[str]:
-            return restoring.files_to_read(index, tensors, named, world.rank)
-
-        found = world.agree(lambda: checkpoints.newest_sound(self.checkpoint_folder, self.note, world, reads))
-        if found is None:
+        needs = Needs(tensors, named, world.rank)
+        chosen = newest_of(self.saver.tiers, needs, self.note)
+        if chosen is None:
             return False
-        state = world.from_first(lambda: self._state_that_belongs(found.path))
-        world.from_first(lambda: checkpoints.set_aside_after(found.path))
+        found, step, holders, _ = chosen
+        own = Belonging(self.config, self.loader.fingerprint(), self.teacher_fingerprint, self.classes)
+        world.from_first(lambda: own.refuse_others(found.path))
+        set_aside(chosen, self.note)
         rng = world.agree(
             lambda: restoring.restore(found, self.config.model, tensors, named, self.optimizers, world.rank)
         )
         self._take_up_generators(found.path, rng)
-        self.step = self._saved_at = state.step
+        self.step = step
+        self.saver.found(step, holders)
         own_crumbs().resumed(self.step)
-        self.note(f"resumed from {found.path} at step {state.step}")
+        self.note(f"resumed from {found.path} at step {step}")
         return True
 
     def _take_up_generators(self, found: Path, rng: dict[str, Tensor]) -> None:
@@ -225,8 +230,9 @@ class Trainer:
                 where = f" in {count} of {self.world.size} processes" if self.world.size > 1 else ""
                 self.note(f"{found} was written {why}: dropout draws other numbers{where} from here on")
 
-    def save(self) -> Path:
-        """Begin to write a checkpoint of the present step; `fit` returns when it is whole.
+    def save(self, *, everywhere: bool = True) -> Path:
+        """Begin to write a checkpoint of the present step, into all tiers or where it is due by its number; `fit`
+        returns when it is whole.
 
         Raises:
             ZiliError: the last step left weights that are no longer finite numbers.
@@ -243,11 +249,13 @@ class Trainer:
             operations=ops.chosen(),
             versions={"zili": __version__, "torch": torch.__version__, "python": platform.python_version()},
         )
-        self._clock.save_began()
+        in_folder = everywhere or self.saver.due_in_folder(self.step)
+        if in_folder:
+            self._clock.save_began()
+            self._saved_at = self.step
         with own_crumbs().within("save"):
-            path = self.saver.save(state, self.saved_tensors())
-        self._saved_at = self.step
-        for callback in self.callbacks:
+            path = self.saver.save(state, self.saved_tensors(), self._others_tensors(), everywhere=everywhere)
+        for callback in self.callbacks if in_folder else ():
             callback.on_checkpoint(self)
         return path
 
@@ -262,6 +270,13 @@ class Trainer:
             **checkpoints.optimizer_tensors(named, self.optimizers),
             **{checkpoints.generator_key(k, self.world.rank): v for k, v in self.device.rng_state().items()},
         }
+
+    def _others_tensors(self) -> dict[str, Tensor]:
+        """What `saved_tensors` leaves to another process, and this one has too."""
+        second = self.parallel.is_second
+        named = [(name, one) for name, one in self.parallel.named_parameters() if second(name)]
+        tensors = ((name, one) for name, one in self.parallel.named_tensors() if second(name))
+        return {**checkpoints.model_tensors(tensors), **checkpoints.optimizer_tensors(named, self.optimizers)}
 
     def fit(self) -> None:
         """Train to `training.steps`, or until interrupted; a checkpoint is written either way.
@@ -279,21 +294,16 @@ class Trainer:
             with Prefetcher(self.loader, self.step, rows, self.config.data.prefetch) as batches:
                 while not self.done and not self._stop(interruption):
                     self._one_step(batches)
-                    if self._saves_here():
-                        self.save()
+                    if self.saver.due(self.step):
+                        self.save(everywhere=False)
             self.interrupted = not self.done and not self._told_to_stop
-            if self._saved_at != self.step:
+            if self.saver.lacks(self.step):
                 self.save()
             with own_crumbs().within("save"):
                 self.saver.wait()
         own_crumbs().enter("end")
         for callback in self.callbacks:
             callback.on_end(self)
-
-    def _saves_here(self) -> bool:
-        """Whether a checkpoint of this step is asked for, by number."""
-        kept = self.config.checkpoint
-        return any(every and self.step % every == 0 for every in (kept.every, kept.keep_every))
 
     def _stop(self, interruption: Interruption) -> bool:
         """Whether any process was interrupted or told to stop, or the time is over: all stop after the same step. A
@@ -435,41 +445,6 @@ class Trainer:
         error.agreed = True  # both numbers are sums over all processes
         raise error
 
-    def _state_that_belongs(self, path: Path) -> checkpoints.RunState:
-        """`run.json` of `path`; refuses to go on with another model, order of data, teacher or objective than its."""
-        state = checkpoints.read_state(path)
-        there, here = state.config, self.config.model_dump(mode="json")
-        # A run from before a key was there had what is now its default.
-        there = {**there, "model": ModelConfig.model_validate(there["model"]).model_dump(mode="json")}
-        shape = _differences(there, here, [f"model.{key}" for key in here["model"]])
-        if shape:
-            raise CheckpointError(f"{path} is of another shape: {shape}; match it, or give the run another folder")
-        same_data = state.data_fingerprint == self.loader.fingerprint()
-        if not same_data or there["training"]["global_batch"] != here["training"]["global_batch"]:
-            order = _differences(there, here, _DATA_ORDER) or "the token stores hold other tokens"
-            raise CheckpointError(
-                f"{path} was trained on other data, or on the same in another order: {order}; "
-                "restore it, or give the run another folder"
-            )
-        self._refuse_other_learning(path, state)
-        return state
-
-    def _refuse_other_learning(self, path: Path, state: checkpoints.RunState) -> None:
-        """Another teacher, objective or kind of model; of one from before they were written down nothing is known."""
-        before, here = state.teacher_fingerprint, self.teacher_fingerprint
-        if here and before not in ("", here):
-            raise CheckpointError(
-                f"{path} learned from another teacher: the fingerprint of its weights was {before[:12]}, that of "
-                f"objective.distill.teacher is {here[:12]}; name the one before, or give the run another folder and "
-                f"training.start_from = '{self.config.folder}'"
-            )
-        for argument, kind in self.classes.items():
-            if state.classes.get(argument, kind) != kind:
-                raise CheckpointError(
-                    f"{path} was trained with {argument}={state.classes[argument]}, and this run has {kind}; give the "
-                    f"same, by zili.train({argument}=...) if it was given so, or give the run another folder"
-                )
-
 
 def is_sound(loss: float, norm: float, *, saturates: bool) -> bool:
     """Whether a mean loss and a gradient norm are those of a step that computed, not of one that overflowed.
@@ -479,16 +454,6 @@ def is_sound(loss: float, norm: float, *, saturates: bool) -> bool:
     if not (math.isfinite(loss) and math.isfinite(norm)):
         return False
     return not saturates or (0 < loss < _OVERFLOWN and 0 < norm < _OVERFLOWN)
-
-
-def _differences(there: dict[str, Any], here: dict[str, Any], keys: Iterable[str]) -> str:
-    """`seed 0 there, 1 here, ...` of the dotted keys in which two configurations differ."""
-    pairs = [(key, _at(there, key), _at(here, key)) for key in keys]
-    return ", ".join(f"{key} {old} there, {new} here" for key, old, new in pairs if old != new)
-
-
-def _at(config: dict[str, Any], key: str) -> Any:
-    return reduce(lambda table, part: table.get(part, {}), key.split("."), config)
 
 
 def further_figures(loads: Tensor | None, means: dict[str, Tensor]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from zili.errors import CheckpointError
 from zili.models.arithmetic import count_parameters
 from zili.plurals import counted
 from zili.training.callbacks.base import Callback, StepRecord
-from zili.training.saving import generation_fence
+from zili.training.fence import generation_fence
 
 if TYPE_CHECKING:
     from zili.training.trainer import Trainer

@@ -116,7 +116,7 @@ class ProgressDisplay(Callback):
 
     def on_saved(self, saved: Saved) -> None:
         if self._progress is None:
-            self._print(f"saved {saved.path}: {decimal(saved.bytes)} in {saved.seconds:.1f} s")
+            self._print(f"saved {saved.where}: {decimal(saved.bytes)} in {saved.seconds:.1f} s")
 
     def on_note(self, text: str) -> None:
         self._print(text)

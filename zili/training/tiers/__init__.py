@@ -1,0 +1,1 @@
+"""The places that hold a run's checkpoints: its folder, local disks, object stores."""
