@@ -14,11 +14,10 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from tiny_run import At, Recipe, Recorder, assert_same_bits, final_tensors, interrupt, open_trainer, train
+from tiny_run import At, Recipe, Recorder, Saves, assert_same_bits, final_tensors, interrupt, open_trainer, train
 
 from zili.config import RunConfig
 from zili.errors import CheckpointError, ConfigError
-from zili.training.callbacks import Callback
 from zili.training.checkpoints import list_checkpoints, verify
 from zili.training.tiers import local_disk, run_folder
 from zili.training.tiers.object_store import ObjectStore
@@ -68,28 +67,6 @@ def whole(recipe: Recipe) -> dict[str, Any]:
     found = final_tensors(config)
     shutil.rmtree(config.folder)
     return found
-
-
-class Saves(Callback):
-    """What was saved where, and what was noted."""
-
-    def __init__(self) -> None:
-        self.saved: list[str] = []
-        self.notes: list[tuple[int, str]] = []
-        self.step = 0
-
-    def after_step(self, trainer: Any) -> None:
-        # As a step that takes long: all that was begun has ended when the next one asks.
-        self.step = trainer.step
-        for thread in threading.enumerate():
-            if thread.name in ("zili-tier", "zili-checkpoint"):
-                thread.join(20)
-
-    def on_saved(self, saved: Any) -> None:
-        self.saved.append(saved.where)
-
-    def on_note(self, text: str) -> None:
-        self.notes.append((self.step, text))
 
 
 def test_each_tier_gets_what_is_due_there_and_keeps_its_own_number(

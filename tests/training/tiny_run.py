@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -21,6 +22,7 @@ from zili.data.packing import open_loader
 from zili.data.store import TokenStore
 from zili.training import checkpoints
 from zili.training.callbacks import Callback, StepRecord
+from zili.training.saving import Saved
 from zili.training.tiers import run_folder
 from zili.training.trainer import Trainer
 
@@ -45,6 +47,27 @@ class Recorder(Callback):
 
     def on_note(self, text: str) -> None:
         self.notes.append(text)
+
+
+class Saves(Callback):
+    """What was saved where, and what was noted, where each step takes as long as the saves at hand."""
+
+    def __init__(self) -> None:
+        self.saved: list[str] = []
+        self.notes: list[tuple[int, str]] = []
+        self.step = 0
+
+    def after_step(self, trainer: Trainer) -> None:
+        self.step = trainer.step
+        for thread in threading.enumerate():
+            if thread.name in ("zili-tier", "zili-checkpoint"):
+                thread.join(20)
+
+    def on_saved(self, saved: Saved) -> None:
+        self.saved.append(saved.where)
+
+    def on_note(self, text: str) -> None:
+        self.notes.append((self.step, text))
 
 
 class At(Callback):

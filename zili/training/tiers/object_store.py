@@ -20,7 +20,7 @@ from zili.training.fence import refuse_late_life
 from zili.training.index import INDEX_FILE, Place, header_places, index_of_told, read_index, told_of
 from zili.training.parts import places, streamed
 from zili.training.restoring import Needs
-from zili.training.tiers.run_folder import RunFolder, Written, refuse_missing, written_together
+from zili.training.tiers.run_folder import RunFolder, Written, written_together
 from zili.training.tiers.store import Store
 from zili.training.tiers.tier import STORE, Copies, Offered, Tier, refuse_other_run, step_name
 
@@ -145,12 +145,21 @@ class ObjectStore(Tier):
         index.check_whole()
         for name, text in ((INDEX_FILE, index.text()), (RUN_FILE, state_text(copies.state))):
             files.append(Written(name, *self._store.put_text(f"{copies.name}/{name}", text)))
-        there = self._store.sizes(copies.name)
-        refuse_missing(files, self.where(copies.step), there.get)
+        self._refuse_missing(copies, files)
         refuse_late_life(self._fence, self._store.url)
         self._store.put_text(f"{copies.name}/{SUMS_FILE}", sums_text({file.name: file.sha256 for file in files}))
         self._forget(copies.step)
         return sum(file.bytes for file in files if file.name.endswith(".safetensors"))
+
+    def _refuse_missing(self, copies: Copies, files: list[Written]) -> None:
+        """Raise unless the store has every file with its size: the sums are of what each process sent."""
+        there = self._store.sizes(copies.name)
+        for file in files:
+            if there.get(file.name) != file.bytes:
+                raise CheckpointError(
+                    f"{self.where(copies.step)}/{file.name} has {there.get(file.name, 0):,} of {file.bytes:,} bytes "
+                    "that were written: the store keeps less than it says"
+                )
 
     def _header(self, name: str) -> Mapping[str, Place]:
         """The header of a file in the store."""

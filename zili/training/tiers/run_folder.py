@@ -131,7 +131,7 @@ class RunFolder(Tier):
             return 0
         said = [one for one in map(json.loads, every) if one is not None]
         files = [Written(one["name"], one["sha256"], one["bytes"]) for one in said]
-        refuse_missing(files, aside, lambda name: _size(aside / name))
+        _refuse_missing(files, aside, lambda name: _size(aside / name))
         index = index_of_told(said, lambda name: read_header(aside / name))
         index.check_whole()
         (aside / INDEX_FILE).write_text(index.text(), encoding="utf-8")
@@ -144,7 +144,7 @@ class RunFolder(Tier):
         """The same for one that was brought."""
         if self._world.is_first:
             brought = [Written(name, sums[name], sizes[name]) for name in sums]
-            refuse_missing(brought, aside, lambda name: _size(aside / name))
+            _refuse_missing(brought, aside, lambda name: _size(aside / name))
             if target.exists():  # of the same step, and passed over
                 checkpoints.set_aside(target)
             self._list_and_rename(aside, target, sums)
@@ -197,7 +197,7 @@ def written_together(world: World, target: str, work: Callable[[], Result], chan
     return world.agree(attempt, channel, patience=None)
 
 
-def refuse_missing(written: Iterable[Written], folder: object, size: Callable[[str], int | None]) -> None:
+def _refuse_missing(written: Iterable[Written], folder: object, size: Callable[[str], int | None]) -> None:
     """Raise unless this process sees every file that the processes wrote, with its size.
 
     The sums are of what each process sees. Where `folder` is not one for all, files are on other machines.
