@@ -171,6 +171,12 @@ def test_the_host_and_a_chip_without_shards(tmp_path: Path) -> None:
     check(list(map(in_short, cases)), tmp_path, on_host=True)
 
 
+@pytest.mark.slow
+def test_copies_for_tiers(tmp_path: Path) -> None:
+    tiers = 'checkpoint.tiers=[{place="/scratch", every=1}, {place="s3://bucket", every=5}]'
+    check([in_short(Case((*SIZES, tiers), 1, 0))], tmp_path, on_host=True)
+
+
 @pytest.mark.parametrize("schedule", [slow("1f1b"), "interleaved", slow("zero_bubble"), "zbv"])
 def test_a_pipeline_keeps_no_more_for_more_micro_batches(schedule: str, tmp_path: Path) -> None:
     """Buffers of messages, what was sent, gradients: of eight micro-batches as many as of six, tokens apart, for which

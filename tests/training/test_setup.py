@@ -105,6 +105,9 @@ def test_copies_of_a_save_are_part_of_what_fits(recipe: Recipe, room: Any) -> No
     parameters = sum(prod(shape) for shape in parameter_shapes(recipe().model).values())
     before, after = (bytes_of(recipe(f"checkpoint.asynchronous={way}"), 1) for way in ("false", "true"))
     assert after - before == 12 * parameters
+    tiers = 'checkpoint.tiers=[{place="/scratch", every=1}, {place="s3://bucket", every=5}]'
+    assert bytes_of(recipe("checkpoint.asynchronous=true", tiers), 1) - before == 3 * 12 * parameters
+    assert bytes_of(recipe("checkpoint.asynchronous=false", tiers), 1) == before
     room((before + after) / 2 / (1 - RESERVED))
     with pytest.raises(ConfigError, match="checkpoint"):
         set_up(recipe(*PLAIN, "training.micro_batch=1", "checkpoint.asynchronous=true"))
@@ -115,6 +118,9 @@ def test_a_chip_whose_host_has_no_room_for_copies_is_refused(recipe: Recipe, roo
     room(1000)
     config = recipe("training.micro_batch=1", "checkpoint.asynchronous=true", "chip.precision=fp32")
     with pytest.raises(ConfigError, match=r"copies .* set checkpoint.asynchronous = false"):
+        setup._refuse_without_room_for_copies(Job(config, Layout()))
+    config = config.changed(checkpoint={"tiers": [{"place": "/scratch", "every": 1}]})
+    with pytest.raises(ConfigError, match=r"leave out a tier of checkpoint.tiers, or set checkpoint.asynchronous"):
         setup._refuse_without_room_for_copies(Job(config, Layout()))
 
 

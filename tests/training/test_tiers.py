@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ from tiny_run import At, Recipe, Recorder, Saves, assert_same_bits, final_tensor
 from zili.config import RunConfig
 from zili.errors import CheckpointError, ConfigError
 from zili.training.checkpoints import list_checkpoints, verify
+from zili.training.saving import Saver
 from zili.training.tiers import local_disk, run_folder
 from zili.training.tiers.object_store import ObjectStore
 from zili.training.tiers.store import Store
@@ -269,6 +271,30 @@ def test_a_slow_store_delays_no_step_and_is_told_once(recipe: Recipe, bucket: Pa
     assert len(late) == 1 and "is left out there" in late[0] and saves.notes == [(saves.notes[0][0], late[0])]
     assert f"file://{bucket}/step-00000008" in saves.saved, "the last one is waited for"
     assert not any(f"file://{bucket}/step-0000000{step}" in saves.saved for step in (3, 4, 5))
+
+
+def test_no_more_copies_are_alive_than_the_memory_estimate_counts(recipe: Recipe, disk: Path, bucket: Path) -> None:
+    config = recipe("training.steps=12", "checkpoint.every=1", tiers(tier(disk, 1), tier(bucket, 1)))
+    real, copied, alive, go_on = Saver._copied, [], [], threading.Event()
+
+    def watched(self: Saver, *rest: Any) -> Any:
+        copies = real(self, *rest)
+        copied.append([weakref.ref(part.tensor) for part in {**copies.own, **copies.parts}.values()])
+        alive.append(sum(any(one() is not None for one in save) for save in copied))
+        return copies
+
+    def wait(*about: Any) -> bool:
+        assert ".zili-probe" in str(about) or go_on.wait(60)
+        return False
+
+    with (
+        mock.patch.object(Saver, "_copied", watched),
+        refused(Store, "_opened", wait, NO_NET),
+        refused(local_disk, "write_parts", wait, FULL),
+    ):
+        train(config, At(10, go_on.set))
+    # The tiers hold the first save of all and the second may be theirs too; each further one is the folder's alone.
+    assert 2 <= max(alive) <= config.checkpoint.copies == 3
 
 
 def test_the_last_good_one_stays_where_newer_ones_are_damaged_or_half_there(

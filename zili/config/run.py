@@ -157,6 +157,12 @@ class CheckpointConfig(Section):
     """Further places that checkpoints go to, in the background: `[[checkpoint.tiers]]`. A run goes on from the newest
     sound checkpoint of all, from the nearest place that has it."""
 
+    @property
+    def copies(self) -> int:
+        """How often a run's state may lie on the host for saves in the background: once for the run's folder, whose
+        save before is waited for, and once for each tier, which may still have an older one at hand."""
+        return 1 + len(self.tiers) if self.asynchronous else 0
+
     @model_validator(mode="after")
     def _each_once(self) -> Self:
         places = [tier.place.rstrip("/") for tier in self.tiers]

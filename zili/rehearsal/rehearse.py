@@ -161,8 +161,8 @@ def _step(trainer: Trainer, recorder: Recorder, all_rows: int, on_host: bool) ->
     recorder.is_for(recording.BATCH, (part for part in (*batch, *others) if part is not None))
     recorder.is_for(recording.WEIGHTS, (tensor for part in trainer.parallel.held for tensor in _held(part)))
     recorder.is_for(recording.OPTIMIZER, _state(trainer))
-    asynchronous = on_host and trainer.config.checkpoint.asynchronous
-    copies = [torch.empty_like(plain(tensor)) for tensor in trainer.saved_tensors().values()] if asynchronous else []
+    sets = trainer.config.checkpoint.copies if on_host else 0
+    copies = [torch.empty_like(plain(one)) for _ in range(sets) for one in trainer.saved_tensors().values()]
     recorder.is_for(recording.CHECKPOINT, copies)
     trainer.parallel.ask_teacher(batch)
     with recorder.recording():

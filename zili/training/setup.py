@@ -337,11 +337,12 @@ def _refuse_without_room_for_copies(job: Job) -> None:
     host = available_bytes()
     if job.on_host or host is None or not job.config.checkpoint.asynchronous:
         return  # on the host it is among what fits
+    less = "leave out a tier of checkpoint.tiers, or " if job.config.checkpoint.tiers else ""
     copies, here = saved_bytes(job), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if copies * here > host:
         raise ConfigError(
             f"a save in the background copies {copies / _GIB:.1f} GiB of each of {here} processes to the host, which "
-            f"has {host / _GIB:.1f} GiB; set checkpoint.asynchronous = false"
+            f"has {host / _GIB:.1f} GiB; {less}set checkpoint.asynchronous = false"
         )
 
 

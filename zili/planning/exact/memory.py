@@ -76,9 +76,9 @@ def fullest(job: Job) -> Bytes:
 
 
 def saved_bytes(job: Job) -> float:
-    """Bytes of the host that a save in the background copies: weights and what the optimizer keeps."""
+    """Bytes of the host that saves in the background take: weights and what the optimizer keeps, for every tier."""
     held = Held(job, {})
-    return held.weights + held.moments
+    return job.config.checkpoint.copies * (held.weights + held.moments)
 
 
 def may_sum_each(job: Job) -> bool:
@@ -196,9 +196,9 @@ class _Step:
         self.live[BATCH] = rows * 2 * _INT64 + job.micro_batches * job.micro_batch * job.sequence * _INT32
         if job.teacher is not None:
             self._ask(job.teacher)
-        if job.on_host and job.config.checkpoint.asynchronous:
-            # The save before may still be written while the step goes on.
-            self.live[CHECKPOINT] = self.held.weights + self.held.moments
+        if job.on_host and job.config.checkpoint.copies:
+            # Saves may still be written while the step goes on.
+            self.live[CHECKPOINT] = job.config.checkpoint.copies * (self.held.weights + self.held.moments)
         if self.pipelined:
             self._pipeline()
         else:
