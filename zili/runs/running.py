@@ -45,7 +45,8 @@ def run(
     """
     _refuse_other_kinds(callbacks, objective, model)
     world = opened.setup.world
-    world.from_first(lambda: _refuse_adapters_of_nothing(opened.setup))
+    if opened.setup.config.model.lora is not None:
+        world.from_first(lambda: _refuse_adapters_of_nothing(opened.setup))
     held_out = world.agree(lambda: open_held_out(opened))
     given = [callback for callback in callbacks if world.is_first or callback.everywhere]
 
@@ -113,9 +114,7 @@ def _refuse_adapters_of_nothing(setup: Setup) -> None:
     from zili.training.tiers.choosing import newest_state_of
 
     config = setup.config
-    if config.model.lora is None or config.training.start_from is not None:
-        return
-    if newest_state_of(config, setup.device) is None:
+    if config.training.start_from is None and newest_state_of(config, setup.device) is None:
         raise ConfigError(
             "model.lora trains adapters beside a model, and none is named, so it would be one at random: name it with "
             "model.folder, or its weights with training.start_from"
