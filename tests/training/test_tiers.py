@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import threading
 import weakref
@@ -15,15 +16,30 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from tiny_run import At, Recipe, Recorder, Saves, assert_same_bits, final_tensors, interrupt, open_trainer, train
+from tiny_run import (
+    At,
+    Recipe,
+    Recorder,
+    Saves,
+    assert_same_bits,
+    die,
+    final_tensors,
+    interrupt,
+    open_trainer,
+    run_apart,
+    train,
+)
 
 from zili.config import RunConfig
 from zili.errors import CheckpointError, ConfigError
+from zili.training.callbacks import Callback
 from zili.training.checkpoints import list_checkpoints, verify
+from zili.training.parts import streamed
 from zili.training.saving import Saver
-from zili.training.tiers import local_disk, run_folder
+from zili.training.tiers import local_disk, object_store, run_folder, store
 from zili.training.tiers.object_store import ObjectStore
 from zili.training.tiers.store import Store
+from zili.training.trainer import Trainer
 
 DROPOUT = ("model.hidden_dropout=0.1", "model.attention_dropout=0.1")
 
@@ -273,7 +289,18 @@ def test_a_slow_store_delays_no_step_and_is_told_once(recipe: Recipe, bucket: Pa
     assert not any(f"file://{bucket}/step-0000000{step}" in saves.saved for step in (3, 4, 5))
 
 
-def test_no_more_copies_are_alive_than_the_memory_estimate_counts(recipe: Recipe, disk: Path, bucket: Path) -> None:
+class Asks(Callback):
+    """Wants a checkpoint of every step in every place."""
+
+    def after_step(self, trainer: Trainer) -> None:
+        trainer.save()
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_no_more_copies_are_alive_than_the_memory_estimate_counts(
+    recipe: Recipe, disk: Path, bucket: Path, asked: bool
+) -> None:
+    """Also where checkpoints are asked for beside those that are due by their number, which go everywhere."""
     config = recipe("training.steps=12", "checkpoint.every=1", tiers(tier(disk, 1), tier(bucket, 1)))
     real, copied, alive, go_on = Saver._copied, [], [], threading.Event()
 
@@ -292,7 +319,7 @@ def test_no_more_copies_are_alive_than_the_memory_estimate_counts(recipe: Recipe
         refused(Store, "_opened", wait, NO_NET),
         refused(local_disk, "write_parts", wait, FULL),
     ):
-        train(config, At(10, go_on.set))
+        train(config, At(10, go_on.set), *([Asks()] if asked else []))
     # The tiers hold the first save of all and the second may be theirs too; each further one is the folder's alone.
     assert 2 <= max(alive) <= config.checkpoint.copies == 3
 
@@ -342,6 +369,41 @@ def test_a_half_upload_is_never_a_checkpoint(recipe: Recipe, bucket: Path) -> No
         lose(config.folder)
         trainer = open_trainer(config)
         assert trainer.resume() and trainer.step == 3
+
+
+@pytest.mark.parametrize(
+    ("module", "function"), [("local_disk", "write_parts"), ("local_disk", "write_whole"), ("store", "_give_up")]
+)
+def test_a_run_killed_while_it_writes_into_a_tier_ends_in_the_same_bytes(
+    recipe: Recipe, disk: Path, bucket: Path, whole: dict[str, Any], module: str, function: str
+) -> None:
+    config = recipe(*DROPOUT, both(disk, bucket))
+    assert run_apart(die_in_tier, config, module, function) == -signal.SIGKILL
+    for path in list_checkpoints(bucket):
+        if (path / "SHA256SUMS").exists():
+            verify(path)
+    assert [path.name for path in disk.glob("step-*") if list(path.glob("*.json"))] or function != "_give_up"
+    train(config)
+    assert_same_bits(final_tensors(config), whole)
+    assert steps(disk)[-1] == steps(bucket)[-1] == 6
+
+
+def die_in_tier(config: RunConfig, module: str, function: str) -> None:
+    """Train, and be killed where the local disk has step 4, or the store step 3, half."""
+    target: Any = {"local_disk": local_disk, "store": store}[module]
+    real = getattr(target, function)
+
+    def call(first: Any, *rest: Any) -> Any:
+        if function == "_give_up" or "step-00000004" in str(first):
+            die()
+        return real(first, *rest)
+
+    def torn(parts: Any) -> Iterator[memoryview]:
+        yield next(streamed(parts))
+        raise OSError("torn")
+
+    with mock.patch.object(target, function, call), mock.patch.object(object_store, "streamed", torn):
+        train(config, Saves())
 
 
 def test_a_new_run_whose_store_refuses_does_not_begin(recipe: Recipe, bucket: Path) -> None:

@@ -188,10 +188,11 @@ class Saver:
         others: Mapping[str, Tensor] | None = None,
         *,
         everywhere: bool = True,
+        last: bool = False,
     ) -> Path:
         """Begin to write `state.step` into each tier, after the folder's save before is done. Returns its path in the
         folder. `others`: what this process holds and another one saves. `everywhere`: not only where it is due by its
-        number; a tier that has it already is left out.
+        number; a tier that has it already is left out, and so is one that still writes another, but for the `last`.
 
         Where a disk refuses nothing half-written is left; `look` and `settle` tell it to `note`, `wait` raises it.
         """
@@ -201,11 +202,11 @@ class Saver:
         if self._asynchronous:
             # Not a daemon: a process that ends lets the checkpoint at hand be finished.
             self._thread = threading.Thread(
-                target=self._deal_out, args=(copies, everywhere, begun), name="zili-checkpoint"
+                target=self._deal_out, args=(copies, everywhere, last, begun), name="zili-checkpoint"
             )
             self._thread.start()
         else:
-            self._deal_out(copies, everywhere, begun)
+            self._deal_out(copies, everywhere, last, begun)
             self._hear()
         return self.folder / step_name(state.step)
 
@@ -223,12 +224,12 @@ class Saver:
                 parts = {name: part.copied() for name, part in parts.items()}
         return Copies(state, parts, own)
 
-    def _deal_out(self, copies: Copies, everywhere: bool, begun: float) -> None:
+    def _deal_out(self, copies: Copies, everywhere: bool, last: bool, begun: float) -> None:
         """By the thread of the folder's save: give the copies to those tiers that are free, and to the folder."""
         try:
             numbers = [0]
             if len(self._lanes) > 1:
-                numbers = self._world.from_first(lambda: self._takers(copies.step, everywhere), _CHANNEL, None)
+                numbers = self._world.from_first(lambda: self._takers(copies.step, everywhere, last), _CHANNEL, None)
             for number in numbers:
                 lane = self._lanes[number]
                 if lane is not self._own and self._asynchronous:
@@ -240,7 +241,7 @@ class Saver:
         except BaseException as error:
             self._own.fail(copies.step, error)
 
-    def _takers(self, step: int, everywhere: bool) -> list[int]:
+    def _takers(self, step: int, everywhere: bool, last: bool) -> list[int]:
         """Numbers of the tiers that take `step`, as the first process sees them: it knows who is still writing."""
         # While the folder fails, the next place that all machines read stands in for it.
         stands_in = self._own.failed > 0
@@ -250,7 +251,7 @@ class Saver:
             wanted = everywhere or tier.due(step) or (tier.durable and stands_in)
             if not wanted or lane.given == step:
                 continue
-            if lane.busy and not everywhere:  # at the end of a run one waits
+            if lane.busy and not last:
                 self._tell_slow(lane, step)
                 continue
             found.append(number)

@@ -230,9 +230,9 @@ class Trainer:
                 where = f" in {count} of {self.world.size} processes" if self.world.size > 1 else ""
                 self.note(f"{found} was written {why}: dropout draws other numbers{where} from here on")
 
-    def save(self, *, everywhere: bool = True) -> Path:
+    def save(self, *, everywhere: bool = True, last: bool = False) -> Path:
         """Begin to write a checkpoint of the present step, into all tiers or where it is due by its number; `fit`
-        returns when it is whole.
+        returns when it is whole. A tier that still writes another one is left out, but for the `last` of a run.
 
         Raises:
             ZiliError: the last step left weights that are no longer finite numbers.
@@ -254,7 +254,9 @@ class Trainer:
             self._clock.save_began()
             self._saved_at = self.step
         with own_crumbs().within("save"):
-            path = self.saver.save(state, self.saved_tensors(), self._others_tensors(), everywhere=everywhere)
+            path = self.saver.save(
+                state, self.saved_tensors(), self._others_tensors(), everywhere=everywhere, last=last
+            )
         for callback in self.callbacks if in_folder else ():
             callback.on_checkpoint(self)
         return path
@@ -298,7 +300,7 @@ class Trainer:
                         self.save(everywhere=False)
             self.interrupted = not self.done and not self._told_to_stop
             if self.saver.lacks(self.step):
-                self.save()
+                self.save(last=True)
             with own_crumbs().within("save"):
                 self.saver.wait()
         own_crumbs().enter("end")
