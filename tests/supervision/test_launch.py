@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -74,6 +75,35 @@ def test_a_run_that_is_broken_again_and_again_ends_as_if_it_was_not(launch: Laun
     # Beside other work a message may be late, and so an order; 1 % is for a machine of one's own.
     assert told.unknown < 0.1, told
     assert "% trained" in said
+
+
+@pytest.mark.slow
+def test_lives_go_on_from_the_machines_disks_and_from_a_store(launch: Launch, tmp_path: Path) -> None:
+    """With a folder that gets a checkpoint at the end alone; then without that folder and the disks."""
+    tiers = [
+        f'{{place = "{tmp_path}/disk/mine", every = 1}}',
+        f'{{place = "file://{tmp_path}/bucket/mine", every = 5}}',
+    ]
+    words = ("--machines", "2", "--wait", "30", "--patience", "2")
+    run = launch("training.steps=90", "checkpoint.every=0", f"checkpoint.tiers=[{', '.join(tiers)}]", words=words)
+    run.begin("a", "b")
+    run.await_life(1, run.steps() + 8)
+    os.kill(run.workers("a")[1], signal.SIGKILL)
+    run.await_life(2, run.steps() + 8)
+    for machine in ("a", "b"):
+        run.vanish(machine)
+    assert f"resumed from {tmp_path}/disk/mine/step-" in (run.run / "metrics.jsonl").read_text()
+    shutil.rmtree(run.run)
+    shutil.rmtree(tmp_path / "disk")
+    run.begin("a", "b")
+    assert run.codes() == {0}, run.everything()
+    calm = run.config.changed(folder=run.run.parent / "calm", checkpoint={"tiers": ()})
+    on_processes(4, train, calm)
+    assert weights(run.run) == weights(calm.folder)
+    notes = (run.run / "metrics.jsonl").read_text()
+    assert "was brought from the store file:" in notes
+    (life,) = account_of(run.run).lives
+    assert life.resumed % 5 == 0 and life.resumed > 5
 
 
 @pytest.mark.slow
