@@ -108,20 +108,17 @@ def _measure(folder: Path, arguments: argparse.Namespace) -> None:
     newest = max(trainers["folder"].saver.folder.glob("step-*"))
     size = sum(file.stat().st_size for file in newest.iterdir())
     print(f"{size / 1e6:.0f} MB a checkpoint, medians of {arguments.rounds} rounds (the first is left out)")
-    _table({name: turns[1:] for name, turns in rows.items()})
+    _table({name: turns[1:] for name, turns in rows.items()}, arguments.steps)
 
 
-def _table(rows: dict[str, list[tuple[float, ...]]]) -> None:
-    print("| tiers | step, s | call, s | beside, s | in all, s | over the folder's | all whole after, s |")
-    print("|---|---|---|---|---|---|---|")
-    # Of one round, since the machine's speed drifts.
-    base = [call + beside for _, call, beside, _ in rows["folder"]]
+def _table(rows: dict[str, list[tuple[float, ...]]], steps: int) -> None:
+    print("| tiers | step, s | call, s | beside, s | steps with a save over those before | all whole after, s |")
+    print("|---|---|---|---|---|---|")
     for name in SETS:
         turns = rows[name]
         step, call, beside, whole = (median(column) for column in zip(*turns, strict=True))
-        costs = [call + beside for _, call, beside, _ in turns]
-        ratio = median(cost / of_folder for cost, of_folder in zip(costs, base, strict=True))
-        print(f"| {name} | {step:.3f} | {call:.3f} | {beside:.2f} | {median(costs):.2f} | {ratio:.2f} | {whole:.2f} |")
+        ratio = median(1 + (call + beside) / (steps * step) for step, call, beside, _ in turns)
+        print(f"| {name} | {step:.3f} | {call:.3f} | {beside:.2f} | {ratio:.2f} | {whole:.2f} |")
 
 
 def _trainer(folder: Path, number: int, hidden: int) -> Any:

@@ -171,6 +171,27 @@ def test_damage_is_passed_over_tier_by_tier_and_step_by_step_and_each_is_named(
     assert (bucket / "step-00000006/SHA256SUMS").exists() and steps(disk) == [6], "set aside, neither counts"
 
 
+def test_an_older_step_that_a_store_gives_stays_beside_damaged_newer_ones(recipe: Recipe, bucket: Path) -> None:
+    config = recipe("checkpoint.every=1", tiers(tier(bucket, 2, keep=9)))
+    train(config, Saves())
+    for step in (5, 6):
+        flip(config.folder / f"checkpoints/step-0000000{step}")
+        (bucket / f"step-0000000{step}/SHA256SUMS").unlink(missing_ok=True)
+    heard = Recorder()
+    trainer = open_trainer(config, [heard])
+    assert trainer.resume() and trainer.step == 4 and "was brought from the store" in heard.notes[-2]
+    assert steps(config.folder / "checkpoints") == [4]
+
+
+def test_a_local_disk_that_vanishes_at_the_end_of_a_save_leaves_no_process_alone(recipe: Recipe, disk: Path) -> None:
+    """All say what they have to say in one turn, whatever befalls one of them."""
+    gone = OSError(5, "Input/output error")
+    saves = Saves()
+    with refused(local_disk.LocalDisk, "_steps", lambda self: (disk / "step-00000006").exists(), gone):
+        assert train(recipe("checkpoint.every=0", tiers(tier(disk, 3))), saves).done
+    assert [text for _, text in saves.notes if "cannot be listed: [Errno 5]" in text] and steps(disk) == [3, 6]
+
+
 def test_with_an_empty_run_folder_the_store_alone_gives_the_run_back(
     recipe: Recipe, bucket: Path, whole: dict[str, Any]
 ) -> None:

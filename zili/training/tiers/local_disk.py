@@ -26,11 +26,18 @@ from zili.checksums import sha256, verify_sums
 from zili.durable import sync, write_whole
 from zili.errors import CheckpointError, ConfigError
 from zili.parallel.world import World
-from zili.training.checkpoints import RUN_FILE, RunState, SoundCheckpoint, list_checkpoints, read_state, step_of
-from zili.training.checkpoints import state_text as text_of
+from zili.training.checkpoints import (
+    RUN_FILE,
+    RunState,
+    SoundCheckpoint,
+    list_checkpoints,
+    read_state,
+    state_text,
+    step_of,
+)
 from zili.training.fence import refuse_late_life
 from zili.training.index import index_of_one
-from zili.training.parts import HeldPart, write_parts
+from zili.training.parts import write_parts
 from zili.training.restoring import Needs
 from zili.training.tiers.run_folder import written_together
 from zili.training.tiers.tier import LOCAL_DISK, Copies, Offered, Tier, refuse_other_run, step_name
@@ -77,10 +84,11 @@ class LocalDisk(Tier):
         return self._world.agree(lambda: self._own(step, needs), patience=None)
 
     def take(self, copies: Copies, channel: int) -> int:
-        world, folder = self._world, self.folder / copies.name
+        # Whatever may fail does so inside of a turn: who leaves one out would meet the others in another one.
+        world, name = self._world, f"{self._place}/{copies.name}"
         save = world.from_first(self._new_save, channel, None)
-        mark = written_together(world, f"{folder}", lambda: self._write(folder, copies.own, save), channel)
-        written_together(world, f"{folder}", lambda: self._mark(folder, mark, copies.state), channel)
+        mark = written_together(world, name, lambda: self._write(copies, save), channel)
+        written_together(world, name, lambda: self._mark(copies, mark), channel)
         said = world.gathered(json.dumps([mark["bytes"], self._forget(copies.step)]), channel)
         each = [json.loads(one) for one in said]
         for line in sorted({line for _, lines in each for line in lines}):
@@ -104,27 +112,33 @@ class LocalDisk(Tier):
         refuse_late_life(self._fence, self.title)
         return secrets.token_hex(8)
 
-    def _write(self, folder: Path, parts: Mapping[str, HeldPart], save: str) -> dict[str, Any]:
+    def _write(self, copies: Copies, save: str) -> dict[str, Any]:
+        folder = self.folder / copies.name
         folder.mkdir(parents=True, exist_ok=True)
         mark, file = folder / f"{self._file}.json", folder / f"{self._file}.safetensors"
         mark.unlink(missing_ok=True)
-        write_parts(file, parts)
+        write_parts(file, copies.own)
         sync(file)
         size = file.stat().st_size
         return {"sha256": sha256(file), "bytes": size, "processes": self._world.size, "save": save}
 
-    def _mark(self, folder: Path, mark: Mapping[str, Any], state: RunState) -> None:
+    def _mark(self, copies: Copies, mark: Mapping[str, Any]) -> None:
         """Now that all have written: say so."""
-        write_whole(folder / RUN_FILE, text_of(state))
+        folder = self.folder / copies.name
+        write_whole(folder / RUN_FILE, state_text(copies.state))
         write_whole(folder / f"{self._file}.json", json.dumps(mark) + "\n")
         sync(folder)
 
     def _forget(self, step: int) -> list[str]:
         """Remove what is not among the newest that are whole, and what is newer than `step`: of a run that went back.
         Returns what could not be."""
-        whole = [path for path in self._steps() if self._mark_in(path) is not None and step_of(path) <= step]
+        try:
+            there = self._steps()
+        except OSError as error:
+            return [f"what is no longer needed in {self.title} cannot be listed: {error}"]
+        whole = [path for path in there if self._mark_in(path) is not None and step_of(path) <= step]
         stay, failed = whole[-self.keep :], []
-        for path in self._steps():
+        for path in there:
             if path not in stay:
                 try:
                     self._drop(path)

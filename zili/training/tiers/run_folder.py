@@ -138,6 +138,7 @@ class RunFolder(Tier):
         (aside / RUN_FILE).write_text(checkpoints.state_text(state), encoding="utf-8")
         listed = [*files, _written(aside / INDEX_FILE), _written(aside / RUN_FILE)]
         self._list_and_rename(aside, target, {file.name: file.sha256 for file in listed})
+        self._forget()
         return sum(file.bytes for file in files)
 
     def _conclude(self, aside: Path, target: Path, sums: dict[str, str], sizes: dict[str, int]) -> None:
@@ -167,6 +168,8 @@ class RunFolder(Tier):
         sync(self.folder)
         if before is not None:
             self._drop_or_tell(before)
+
+    def _forget(self) -> None:
         # What lacks a file counts for nothing: it must not push out one that is whole.
         for old in [path for path in list_checkpoints(self.folder) if _is_whole(path)][: -self.keep]:
             if not (self._keep_every and step_of(old) % self._keep_every == 0):

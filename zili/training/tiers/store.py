@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from zili.checksums import several_at_once
 from zili.errors import CheckpointError, ConfigError
 
 _OPTIONS: dict[str, dict[str, Any]] = {
@@ -19,7 +20,9 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 }
 _SAME = {"s3a": "s3", "local": "file"}
 _PIECE = 1 << 24
-"""Bytes that are asked for at once."""
+"""Bytes of one question."""
+_AT_ONCE = 4
+"""Questions that are open at once."""
 _LONGEST = 300
 """Characters of a client's message that are passed on."""
 _CURES = (
@@ -132,8 +135,10 @@ class Store:
         """
         with path.open("wb") as target:
             size = self.sizes(name.rpartition("/")[0]).get(name.rpartition("/")[2], 0)
-            for begin in range(0, size, _PIECE):
-                target.write(self.part(name, begin, min(begin + _PIECE, size)))
+            begins = list(range(0, size, _PIECE))
+            for few in (begins[at : at + _AT_ONCE] for at in range(0, len(begins), _AT_ONCE)):
+                for piece in several_at_once(lambda begin: self.part(name, begin, min(begin + _PIECE, size)), few):
+                    target.write(piece)
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         """Names in a folder, each with its bytes; of a folder 0. Nothing where there is none.
