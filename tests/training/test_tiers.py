@@ -192,6 +192,24 @@ def test_a_local_disk_that_vanishes_at_the_end_of_a_save_leaves_no_process_alone
     assert [text for _, text in saves.notes if "cannot be listed: [Errno 5]" in text] and steps(disk) == [3, 6]
 
 
+def test_what_a_run_went_back_before_counts_until_something_newer_is_whole(recipe: Recipe, bucket: Path) -> None:
+    """The store was not there when the run went on from an older step of its folder."""
+    config = recipe("training.steps=4", "checkpoint.every=2", tiers(tier(bucket, 4)))
+    train(config, Saves())
+    shutil.rmtree(config.folder / "checkpoints/step-00000004")
+    trainer = open_trainer(recipe("training.steps=3", "checkpoint.every=2", tiers(tier(bucket, 4))))
+    with refused(ObjectStore, "_steps", lambda *_: True, CheckpointError("no answer")):
+        assert trainer.resume() and trainer.step == 2
+    with refused(Store, "put", lambda self, file, *_: "step-00000003/run.json" in file, NO_NET):
+        trainer.fit()
+    assert (bucket / "step-00000004/SHA256SUMS").exists()
+    trainer = open_trainer(recipe("training.steps=3", tiers(tier(bucket, 4))))
+    with refused(ObjectStore, "offers", lambda *_: True, CheckpointError("no answer")):
+        assert trainer.resume() and trainer.step == 3
+    trainer.fit()
+    assert [path.parent.name for path in bucket.glob("*/SHA256SUMS")] == ["step-00000003"]
+
+
 def test_with_an_empty_run_folder_the_store_alone_gives_the_run_back(
     recipe: Recipe, bucket: Path, whole: dict[str, Any]
 ) -> None:

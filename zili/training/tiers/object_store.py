@@ -121,7 +121,6 @@ class ObjectStore(Tier):
         if self._world.is_first:
             refuse_late_life(self._fence, self._store.url)
             self._store.remove(f"{step_name(step)}/{SUMS_FILE}")  # of a run that went back: no longer whole
-            self._set_aside([newer for newer in self._steps(SUMS_FILE) if newer > step])
 
     def _set_aside(self, steps: Sequence[int]) -> None:
         for step in steps:
@@ -147,6 +146,8 @@ class ObjectStore(Tier):
             files.append(Written(name, *self._store.put_text(f"{copies.name}/{name}", text)))
         self._refuse_missing(copies, files)
         refuse_late_life(self._fence, self._store.url)
+        # Not before: until this one is whole, they may be the only ones.
+        self._set_aside([newer for newer in self._steps(SUMS_FILE) if newer > copies.step])
         self._store.put_text(f"{copies.name}/{SUMS_FILE}", sums_text({file.name: file.sha256 for file in files}))
         self._forget(copies.step)
         return sum(file.bytes for file in files if file.name.endswith(".safetensors"))
