@@ -26,6 +26,7 @@ from zili.parallel.control.recorder import RECORDER
 from zili.supervision.file_thread import FileThread
 from zili.supervision.fitness import refuse_foreign_host, refuse_unfit
 from zili.supervision.folder import SupervisionFolder
+from zili.supervision.held import HeldStates
 from zili.supervision.ledger import mean_of, told
 from zili.supervision.members import PATIENCE
 from zili.supervision.nursery import STACKS
@@ -51,6 +52,8 @@ _STEADY = 30.0
 """Seconds under one root after which those before it do not count."""
 _LOOK = 30.0
 """Seconds that the run's folder has for a first look at it."""
+_WHERE = 5.0
+"""Seconds for the root to say where states are."""
 _READING = 2.0
 """Seconds in which the end of a log is read: what ended a run is told without it where the folder does not answer."""
 _TAIL = 16_384
@@ -98,6 +101,9 @@ class Agent:
         self._watch = ProgressWatch(launch.patience)
         look, cold = self._refuse_unfit, machine.cold
         self._proving = Proving(machine.chip, machine.host, launch.processes, own, show, cold=cold, look=look)
+        self._held = HeldStates(machine.name, folder.secret, self._ask_where)
+        self._wheres: dict[str, asyncio.Future[dict[int, list[str]]]] = {}
+        """Questions to the root about kinds of states."""
         self._stopping = False
         self._stop_asked: float | None = None
         """When this machine's processes were to stop."""
@@ -137,6 +143,7 @@ class Agent:
             self._processes.close()
             if self._node is not None:
                 await self._node.close(0)
+            self._held.close()
             if self._root is not None:
                 await asyncio.to_thread(self._root.wait)
 
@@ -230,6 +237,7 @@ class Agent:
             generation=self._generation,
             endings=list(self._endings.values()),
             state=self._state.as_table(),
+            held=self._held.inventory(),
         )
         # The root before may not have heard it, or is gone with what it knew.
         if self._asked:
@@ -256,6 +264,8 @@ class Agent:
                 self._crashes = 0
             if what == "state":
                 self._state = state_of(order["state"])
+            elif what == "where":
+                self._learn_where(order)
             elif what == "note":
                 self._show(order["text"])
             elif what == "end":
@@ -332,13 +342,15 @@ class Agent:
         self._endings, self._stopping, self._stop_asked = {}, False, None
         self._place = {"life": life, "number": number, "of": of, "first": first, "count": count}
         self._watch.begin(of * count)
-        self._node = Node(number, range(first, first + count), below(number, of), self._folder.secret)
+        ranks_here = range(first, first + count)
+        self._node = Node(number, ranks_here, below(number, of), self._folder.secret, self._held.take)
         self._address = address_of(self._machine.host, await self._node.listen(self._machine.host))
         self._say(say="prepared", generation=generation, address=self._address)
 
-    async def _start(self, generation: int, parent: str, keys: list[str]) -> None:
+    async def _start(self, generation: int, parent: str, partner: str, keys: list[str]) -> None:
         if generation != self._generation or self._node is None:
             return
+        self._held.begin(partner)
         words = [*self._launch.words, *(word for key in keys for word in ("--set", key))]
         logs = self._logs()
         await self._files.patiently(lambda: logs.mkdir(parents=True, exist_ok=True))
@@ -373,7 +385,8 @@ class Agent:
         """End this machine's processes: by SIGTERM, at which they save; else at once."""
         if generation == self._generation:
             await self._kill(signal.SIGTERM if gentle else signal.SIGKILL)
-        self._say(say="stopped", generation=generation, endings=list(self._endings.values()))
+        endings = list(self._endings.values())
+        self._say(say="stopped", generation=generation, endings=endings, held=self._held.inventory())
 
     async def _kill(self, number: signal.Signals = signal.SIGKILL) -> None:
         """Send all processes of this machine a signal, and wait until they have ended."""
@@ -409,6 +422,21 @@ class Agent:
                 ending["log"] = await asyncio.wait_for(self._files.do(lambda: _end_of(log)), _READING)
         if by_itself:
             self._say(say="ended", generation=generation, ending=ending)
+
+    # ---------------------------------------------------------------- states in memory
+
+    async def _ask_where(self, kind: str) -> dict[int, list[str]]:
+        """Which other machines have states of a kind: their addresses, by steps."""
+        asked = self._wheres.setdefault(kind, asyncio.get_running_loop().create_future())
+        self._say(say="where", generation=self._generation, kind=kind)
+        with suppress(TimeoutError):  # the root may be gone: then there is the disk
+            return await asyncio.wait_for(asyncio.shield(asked), _WHERE)
+        return {}
+
+    def _learn_where(self, order: dict[str, Any]) -> None:
+        asked = self._wheres.pop(order["kind"], None)
+        if asked is not None and not asked.done():
+            asked.set_result({int(step): addresses for step, addresses in order["steps"].items()})
 
     # ---------------------------------------------------------------- hangs
 

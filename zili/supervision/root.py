@@ -160,6 +160,7 @@ class Root:
             member.tell(do="end", code=ConfigError.exit_code, text=refusal, alone=True)
             raise Refused(refusal)
         self._members[member.name] = member
+        member.held = said["held"]
         self._ledger.write("joined", machine=member.name, generation=said["generation"], ago=said["ago"])
         if self._take_state(state_of(said["state"])):
             self._mirror()
@@ -237,7 +238,11 @@ class Root:
             self._ask(member.name, said["late"][0])
         elif what == "reports" and self._inquiry is not None:
             self._inquiry.hear(member.name, said["reports"], member.heard)
+        elif what == "where":
+            steps = self._members.having(said["kind"], self._workers())
+            member.tell(do="where", kind=said["kind"], steps=steps)
         elif what == "stopped":
+            member.held = said["held"]
             self._ends.hear_stopped(said["endings"])
             member.stopped = True
             self._look()
@@ -329,6 +334,7 @@ class Root:
                 do="start",
                 generation=self._state.generation,
                 parent="" if parent is None else workers[parent].address,
+                partner=workers[(number + 1) % len(workers)].address if len(workers) > 1 else "",
                 keys=self._launch.layouts[str(len(workers))],
             )
         self._mirror()

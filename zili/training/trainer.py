@@ -22,7 +22,7 @@ from zili.config.run import Precision
 from zili.data.loader import Batch, Batches
 from zili.data.prefetch import Prefetcher
 from zili.errors import CheckpointError, TrainingError
-from zili.models.arithmetic import training_flops_per_token
+from zili.models.arithmetic import parameter_shapes, training_flops_per_token
 from zili.models.decoder import Decoder
 from zili.objectives import Objective, Terms, objective_of
 from zili.parallel.apply import Materialize, with_first_weights
@@ -33,6 +33,7 @@ from zili.parallel.world import World
 from zili.plugins import place_of
 from zili.training import checkpoints, restoring
 from zili.training.callbacks.base import Callback, StepRecord
+from zili.training.held import StateMemory
 from zili.training.index import TensorIndex
 from zili.training.interruption import Interruption
 from zili.training.optimizers import build_optimizers, set_learning_rate
@@ -102,6 +103,8 @@ class Trainer:
         fused = device.capability("fused_adamw").value
         self.optimizers = build_optimizers(list(self.parallel.named_parameters()), config.optimizer, self._dtype, fused)
         self.saver = self._made_saver()
+        memory = config.checkpoint.memory
+        self._memory = StateMemory(self.world, None if memory == "auto" else memory)
         self._saved_at: int | None = None
         self._last: tuple[Tensor, Tensor] | None = None
         self._own: Terms | None = None
@@ -199,21 +202,43 @@ class Trainer:
         def reads(index: TensorIndex) -> set[str]:
             return restoring.files_to_read(index, tensors, named, world.rank)
 
+        near = self._memory.offered(tensors)
+        if near is not None and near >= world.from_first(self._newest_on_disk):
+            return self._take_up(near, tensors, named)
         found = world.agree(lambda: checkpoints.newest_sound(self.checkpoint_folder, self.note, world, reads))
         if found is None:
+            self._memory.forget_after(0)
             return False
-        state = world.from_first(lambda: self._state_that_belongs(found.path))
+        state = world.from_first(lambda: self._that_belongs(found.path, checkpoints.read_state(found.path)))
         world.from_first(lambda: checkpoints.set_aside_after(found.path))
         rng = world.agree(
             lambda: restoring.restore(found, self.config.model, tensors, named, self.optimizers, world.rank)
         )
-        self._take_up_generators(found.path, rng)
-        self.step = self._saved_at = state.step
-        own_crumbs().resumed(self.step)
-        self.note(f"resumed from {found.path} at step {state.step}")
+        self._take_up_generators(f"{found.path}", rng)
+        self._saved_at = state.step
+        self._go_on_after(state.step, f"{found.path}")
         return True
 
-    def _take_up_generators(self, found: Path, rng: dict[str, Tensor]) -> None:
+    def _newest_on_disk(self) -> int:
+        return max(map(checkpoints.step_of, checkpoints.list_checkpoints(self.checkpoint_folder)), default=0)
+
+    def _take_up(self, step: int, tensors: dict[str, Tensor], named: checkpoints.Named) -> bool:
+        """Go on from the states of the life before, which are in memory."""
+        world, config = self.world, self.config.model
+        found, state = world.agree(lambda: self._memory.take_up(step, parameter_shapes(config)))
+        world.from_first(lambda: self._that_belongs(Path("memory"), state))
+        rng = world.agree(lambda: restoring.restore(found, config, tensors, named, self.optimizers, world.rank))
+        self._take_up_generators("the state in memory", rng)
+        self._go_on_after(step, "memory")
+        return True
+
+    def _go_on_after(self, step: int, found: str) -> None:
+        self.step = step
+        self._memory.forget_after(step)
+        own_crumbs().resumed(step)
+        self.note(f"resumed from {found} at step {step}")
+
+    def _take_up_generators(self, found: str, rng: dict[str, Tensor]) -> None:
         """Go on drawing as the checkpoint says; which processes cannot, only they know themselves."""
         whole = bool(rng) and self.device.set_rng_state(rng)
         if not (self.config.model.hidden_dropout or self.config.model.attention_dropout):
@@ -233,7 +258,17 @@ class Trainer:
         """
         if self._last is not None:
             self._refuse_non_finite(*self._last)
-        state = checkpoints.RunState(
+        self._clock.save_began()
+        with own_crumbs().within("save"):
+            path = self.saver.save(self._state(), self.saved_tensors())
+        self._saved_at = self.step
+        for callback in self.callbacks:
+            callback.on_checkpoint(self)
+        return path
+
+    def _state(self) -> checkpoints.RunState:
+        """Where the run stands and what it is."""
+        return checkpoints.RunState(
             step=self.step,
             samples=self.step * self.config.training.global_batch,
             config=self.config.model_dump(mode="json"),
@@ -243,13 +278,27 @@ class Trainer:
             operations=ops.chosen(),
             versions={"zili": __version__, "torch": torch.__version__, "python": platform.python_version()},
         )
-        self._clock.save_began()
-        with own_crumbs().within("save"):
-            path = self.saver.save(state, self.saved_tensors())
-        self._saved_at = self.step
-        for callback in self.callbacks:
-            callback.on_checkpoint(self)
-        return path
+
+    def _keep_in_memory(self) -> None:
+        """Have this machine's agent hold the present state, if it is one to go on from."""
+        assert self._last is not None
+        if is_sound(*map(float, self._last), saturates=not self.device.capability("inf_nan").value):
+            with own_crumbs().within("copy"):
+                line = self._memory.keep(self._state(), self._held_tensors())
+            if line:
+                self.note(line)
+
+    def _held_tensors(self) -> dict[str, Tensor]:
+        """All that this process has of the run's state, what others have too included."""
+        named = list(self.parallel.named_parameters())
+        return {
+            **checkpoints.model_tensors(self.parallel.named_tensors()),
+            **checkpoints.optimizer_tensors(named, self.optimizers),
+            **self._generators(),
+        }
+
+    def _generators(self) -> dict[str, Tensor]:
+        return {checkpoints.generator_key(k, self.world.rank): v for k, v in self.device.rng_state().items()}
 
     def saved_tensors(self) -> dict[str, Tensor]:
         """This process's part of a checkpoint, by name: weights, what the optimizers keep, generators."""
@@ -260,7 +309,7 @@ class Trainer:
         return {
             **checkpoints.model_tensors(tensors),
             **checkpoints.optimizer_tensors(named, self.optimizers),
-            **{checkpoints.generator_key(k, self.world.rank): v for k, v in self.device.rng_state().items()},
+            **self._generators(),
         }
 
     def fit(self) -> None:
@@ -279,6 +328,8 @@ class Trainer:
             with Prefetcher(self.loader, self.step, rows, self.config.data.prefetch) as batches:
                 while not self.done and not self._stop(interruption):
                     self._one_step(batches)
+                    if self._memory.is_due(self.step):
+                        self._keep_in_memory()
                     if self._saves_here():
                         self.save()
             self.interrupted = not self.done and not self._told_to_stop
@@ -435,9 +486,8 @@ class Trainer:
         error.agreed = True  # both numbers are sums over all processes
         raise error
 
-    def _state_that_belongs(self, path: Path) -> checkpoints.RunState:
-        """`run.json` of `path`; refuses to go on with another model, order of data, teacher or objective than its."""
-        state = checkpoints.read_state(path)
+    def _that_belongs(self, path: Path, state: checkpoints.RunState) -> checkpoints.RunState:
+        """What `path` says of itself; refuses to go on with another model, order of data, teacher or objective."""
         there, here = state.config, self.config.model_dump(mode="json")
         # A run from before a key was there had what is now its default.
         there = {**there, "model": ModelConfig.model_validate(there["model"]).model_dump(mode="json")}
