@@ -50,7 +50,15 @@ class Paper:
 
 
 def hello(name: str, **other: Any) -> dict[str, Any]:
-    table = {"machine": name, "identity": {}, "ago": 0.0, "generation": 0, "endings": [], "state": State().as_table()}
+    table = {
+        "machine": name,
+        "identity": {},
+        "ago": 0.0,
+        "generation": 0,
+        "endings": [],
+        "state": State().as_table(),
+        "held": [],
+    }
     return {**table, **other}
 
 
@@ -96,7 +104,7 @@ def test_a_machine_that_is_back_while_the_others_stop_holds_nobody_up(root: Root
     root._lose(root._members["b"], "is gone")
     root._welcome(hello("b"), cast(Link, Paper()))
     for name in "ac":
-        root._hear(root._members[name], {"say": "stopped", "generation": 1_000_001, "endings": []})
+        root._hear(root._members[name], {"say": "stopped", "generation": 1_000_001, "endings": [], "held": []})
     assert sent(root, "b")[-1] == "prepare"
 
 
@@ -113,7 +121,7 @@ def test_processes_that_nothing_ends_hold_nobody_up(root: Root) -> None:
     """One waits for a dead disk, and hears no signal."""
     root._stop()
     for name in "ac":
-        root._hear(root._members[name], {"say": "stopped", "generation": 1_000_001, "endings": []})
+        root._hear(root._members[name], {"say": "stopped", "generation": 1_000_001, "endings": [], "held": []})
     root._look()
     assert root._state.life == 1, "b has its time"
     link = cast(Paper, root._members["b"].link)
@@ -225,7 +233,7 @@ def test_a_machine_that_is_asked_to_end_leaves_the_others_at_work(root: Root) ->
 
 def stopped(root: Root, names: str, generation: int) -> None:
     for name in names:
-        root._hear(root._members[name], {"say": "stopped", "generation": generation, "endings": []})
+        root._hear(root._members[name], {"say": "stopped", "generation": generation, "endings": [], "held": []})
 
 
 def test_a_drain_is_known_to_the_next_root(root: Root, tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ _PIECE = 4 << 20
 """Bytes sent at once: the loop goes on in between."""
 _REACH = 5.0
 """Seconds for a connection to another machine's agent."""
+_PARTNER = 60.0
+"""Seconds for another machine to take a state. A run does not wait longer for one that does not."""
 Owner = tuple[str, str]
 """A kind of state, and whose it is: a local number of this machine, or another machine's name and number."""
 
@@ -64,7 +66,9 @@ class HeldStates:
     _known: dict[str, dict[int, list[str]]] = field(default_factory=dict)
     """What it found out in this life."""
     _memories: dict[Owner, list[_Memory]] = field(default_factory=dict)
-    _sending: asyncio.Task[None] | None = None
+    _sending: dict[Owner, asyncio.Task[None]] = field(default_factory=dict)
+    _links: dict[Owner, Link] = field(default_factory=dict)
+    """To the partner."""
     _took: dict[str, float] = field(default_factory=dict)
     """By kind, seconds that sending it on took the last time."""
 
@@ -75,6 +79,7 @@ class HeldStates:
     def begin(self, partner: str) -> None:
         """A life begins in which `partner` keeps what no other machine has."""
         self.partner, self._known = partner, {}
+        self._hang_up()
 
     def _all(self) -> Iterator[tuple[Owner, _Memory]]:
         return ((owner, one) for owner, memories in self._memories.items() for one in memories)
@@ -109,8 +114,13 @@ class HeldStates:
         return {"steps": steps, "machine": self.machine}
 
     async def _room(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """Room for a process's next state: its path, and how long sending the last one on took."""
+        """Room for a process's next state: its path, and how long sending the last one on took.
+
+        It waits until that one is where it was sent: so no more is lost with this machine than one state.
+        """
         owner = (asked["kind"], f"own {asked['local']}")
+        if owner in self._sending:
+            await asyncio.wait([self._sending[owner]], timeout=_PARTNER)
         memories = self._memories.setdefault(owner, [])
         room = self._free(memories, asked["size"], _OWN)
         return {"path": _path(room), "number": memories.index(room), "took": self._took.get(asked["kind"], 0.0)}
@@ -134,8 +144,8 @@ class HeldStates:
         owner = (asked["kind"], f"own {asked['local']}")
         memory = self._memories[owner][asked["number"]]
         memory.step, memory.said = asked["step"], asked["said"]
-        if asked["alone"] and self.partner and (self._sending is None or self._sending.done()):
-            self._sending = asyncio.ensure_future(self._send_on(owner, memory))
+        if asked["alone"] and self.partner and (owner not in self._sending or self._sending[owner].done()):
+            self._sending[owner] = asyncio.ensure_future(self._send_on(owner, memory))
         return {}
 
     async def _forget(self, asked: dict[str, Any]) -> dict[str, Any]:
@@ -171,16 +181,16 @@ class HeldStates:
         begun = time.monotonic()
         memory.readers += 1
         try:
-            link = await asyncio.wait_for(connect(self.partner, self.secret), _REACH)
-            try:
-                about = {"do": "keep", "kind": owner[0], "of": f"{self.machine} {owner[1]}"}
-                await _send(link, about, memory)
-                await link.receive()  # it is whole there
-            finally:
-                link.close()
+            async with asyncio.timeout(_PARTNER):
+                if owner not in self._links:
+                    self._links[owner] = await connect(self.partner, self.secret)
+                link = self._links[owner]
+                await _send(link, memory, do="keep", kind=owner[0], of=f"{self.machine} {owner[1]}")
+                await _next(link)  # it is whole there
             self._took[owner[0]] = time.monotonic() - begun
         except (OSError, TimeoutError):
-            pass
+            if owner in self._links:
+                self._links.pop(owner).close()
         finally:
             memory.readers -= 1
 
@@ -198,7 +208,7 @@ class HeldStates:
             return
         memory.readers += 1
         try:
-            await _send(link, {"do": "given"}, memory)
+            await _send(link, memory)
         finally:
             memory.readers -= 1
 
@@ -217,11 +227,17 @@ class HeldStates:
 
     def close(self) -> None:
         """Let go of everything."""
-        if self._sending is not None:
-            self._sending.cancel()
+        for task in self._sending.values():
+            task.cancel()
+        self._hang_up()
         for _, one in self._all():
             one.close()
         self._memories = {}
+
+    def _hang_up(self) -> None:
+        for link in self._links.values():
+            link.close()
+        self._links = {}
 
 
 def _made(size: int) -> int:
@@ -240,7 +256,7 @@ def _say(link: Link, **thing: Any) -> None:
     link.send(Message(About.HELD, word=json.dumps(thing).encode()).packed())
 
 
-async def _send(link: Link, about: dict[str, Any], memory: _Memory) -> None:
+async def _send(link: Link, memory: _Memory, **about: Any) -> None:
     """Send a state in pieces, each with its checksum. Raises: OSError, the other end is gone."""
     _say(link, **about, size=memory.size, step=memory.step, said=memory.said)
     for start in range(0, memory.size, _PIECE):

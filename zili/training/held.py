@@ -30,8 +30,6 @@ from zili.training.checkpoints import RunState, SoundCheckpoint
 from zili.training.index import DTYPES, SHARDING, Box, Place, TensorIndex, read_header, shard_of
 from zili.training.parts import HeldPart, held_parts
 
-_COST = 0.02
-"""Share of the time that copying may take."""
 _DECIDED = (4, 40)
 """Copies after which their cost is known: the first ones fault pages in."""
 _ANSWER = 600.0
@@ -45,11 +43,12 @@ _ELSEWHERE = "elsewhere"
 class StateMemory:
     """Keeps this process's state. Every process of the world calls it alike."""
 
-    def __init__(self, world: World, every: int | None) -> None:
-        """`every`: steps between copies; None: as many as copying is cheap for; 0: none are kept."""
+    def __init__(self, world: World, every: int, share: float) -> None:
+        """`every`: least steps between copies; 0: none are kept. `share`: the largest of the time that they
+        may take."""
         self._world = world
-        self._given = every
-        self._every = 1 if every is None else every
+        self._every = every
+        self._share = share
         self._link: PlainLink | None = None
         self._kind = ""
         self._alone = False
@@ -68,8 +67,10 @@ class StateMemory:
 
         `tensors`: the weights that this process has a part of. Called once, before the first step.
         """
+        if not self.is_kept:
+            return None
         self._kind = kind_of(tensors)
-        found = self._ask(do="offer", kind=self._kind) if self.is_kept else {"steps": [], "machine": ""}
+        found = self._ask(do="offer", kind=self._kind)
         told = self._world.gathered(json.dumps([self._kind, found["machine"], found["steps"]]))
         alone, step = self._world.from_first(lambda: _common([json.loads(one) for one in told]))
         self._alone = self._kind in alone
@@ -94,11 +95,11 @@ class StateMemory:
 
     def is_due(self, step: int) -> bool:
         """Whether the state after `step` is to be kept."""
-        return self.is_kept and step % (self._every or 1) == 0
+        return self.is_kept and step % self._every == 0
 
     def keep(self, state: RunState, tensors: Mapping[str, Tensor]) -> str:
         """Copy `tensors`, this process's part of the run's state, into memory that outlives it. Returns a line for the
-        user where it was found out how often that is cheap."""
+        user where copies follow one another less often from now on."""
         begun = time.perf_counter()
         parts = held_parts(tensors)
         about = {"kind": self._kind, "local": int(os.environ.get("LOCAL_RANK", "0"))}
@@ -116,11 +117,12 @@ class StateMemory:
     def _decide(self, copying: float, steps: float, sending: float) -> str:
         """Find out every how many steps all keep their states from now on: as often as copying takes little of the
         time, and one state has left for another machine before the next one follows."""
-        if self._given is not None:
-            return ""
         told = self._world.gathered(json.dumps([copying, sending, steps / self._every]))
         copying, sending, step = self._world.from_first(lambda: _slowest(told))
-        self._every = max(1, math.ceil(copying / (_COST * step)), math.ceil(sending / step))
+        before = self._every
+        self._every = max(before, math.ceil(copying / (self._share * step)), math.ceil(sending / step))
+        if self._every == before:
+            return ""
         cost = f"a copy takes {1e3 * copying:.0f} ms, a step {1e3 * step:.0f} ms"
         cost += f", sending it to another machine {sending:.1f} s" if sending else ""
         return f"state kept in memory every {counted(self._every, 'step')}: {cost}"

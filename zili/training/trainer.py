@@ -103,8 +103,7 @@ class Trainer:
         fused = device.capability("fused_adamw").value
         self.optimizers = build_optimizers(list(self.parallel.named_parameters()), config.optimizer, self._dtype, fused)
         self.saver = self._made_saver()
-        memory = config.checkpoint.memory
-        self._memory = StateMemory(self.world, None if memory == "auto" else memory)
+        self._memory = StateMemory(self.world, config.checkpoint.memory, config.checkpoint.memory_share)
         self._saved_at: int | None = None
         self._last: tuple[Tensor, Tensor] | None = None
         self._own: Terms | None = None
@@ -204,7 +203,10 @@ class Trainer:
 
         near = self._memory.offered(tensors)
         if near is not None and near >= world.from_first(self._newest_on_disk):
-            return self._take_up(near, tensors, named)
+            try:
+                return self._take_up(near, tensors, named)
+            except CheckpointError as error:  # on all processes, as they agreed
+                self.note(f"{error}; going on from the newest checkpoint")
         found = world.agree(lambda: checkpoints.newest_sound(self.checkpoint_folder, self.note, world, reads))
         if found is None:
             self._memory.forget_after(0)
