@@ -68,7 +68,7 @@ def root(tmp_path: Path) -> Root:
     folder = SupervisionFolder(tmp_path)
     folder.become_root(1, {})
     root = Root(folder, 1, THREE)
-    root._do = asyncio.run  # type: ignore[assignment] - at once, as there is no loop here
+    root._tasks.begin = asyncio.run  # type: ignore[method-assign] - at once, as there is no loop here
     for name in "abc":
         root._welcome(hello(name), cast(Link, Paper()))
     for member in tuple(root._members.values()):
@@ -152,7 +152,7 @@ def test_an_agent_that_cannot_do_what_it_is_told_ends(tmp_path: Path) -> None:
 
     async def serve() -> None:
         agent = agent_in(tmp_path)
-        agent._follow(failing())
+        agent._tasks.begin(failing())
         await agent._serve(cast(Link, Paper()))
 
     with pytest.raises(OSError, match="no such address"):
@@ -240,7 +240,7 @@ def test_a_drain_is_known_to_the_next_root(root: Root, tmp_path: Path) -> None:
     assert "is left after the next step" in root._drain("b")
     state = root._state.as_table()
     other = Root(SupervisionFolder(tmp_path / "elsewhere"), 2, THREE)
-    other._do = asyncio.run  # type: ignore[assignment]
+    other._tasks.begin = asyncio.run  # type: ignore[method-assign]
     papers = {name: Paper() for name in "abc"}
     for name, paper in papers.items():
         other._welcome(hello(name, state=state, generation=1_000_001), cast(Link, paper))

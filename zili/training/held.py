@@ -31,7 +31,7 @@ from zili.training.index import DTYPES, SHARDING, Box, Place, TensorIndex, read_
 from zili.training.parts import HeldPart, held_parts
 
 _DECIDED = (4, 40)
-"""Copies after which their cost is known: the first ones fault pages in."""
+"""Copies after which their cost is known."""
 _ANSWER = 600.0
 """Seconds for the agent to answer, which may fetch a state from another machine."""
 _ALIGNED = 64
@@ -54,6 +54,8 @@ class StateMemory:
         self._alone = False
         self._rooms: dict[str, dict[str, Tensor]] = {}
         self._kept = 0
+        self._copying = self._steps = math.inf
+        """Seconds of the fastest copy and of the fastest step since it was last decided: slower ones were held up."""
         self._ended = time.perf_counter()
         """When the last copy was whole."""
 
@@ -108,17 +110,20 @@ class StateMemory:
             view.copy_(parts[name].tensor)
         said = json.dumps(asdict(state))
         self._ask(do="whole", number=room["number"], step=state.step, said=said, alone=self._alone, **about)
-        now = time.perf_counter()
         self._kept += 1
-        line = self._decide(now - begun, begun - self._ended, room["took"]) if self._kept in _DECIDED else ""
+        if self._kept > 1:  # the first one faults pages in
+            self._copying = min(self._copying, time.perf_counter() - begun)
+            self._steps = min(self._steps, (begun - self._ended) / self._every)
+        line = self._decide(room["took"]) if self._kept in _DECIDED else ""
         self._ended = time.perf_counter()
         return line
 
-    def _decide(self, copying: float, steps: float, sending: float) -> str:
+    def _decide(self, sending: float) -> str:
         """Find out every how many steps all keep their states from now on: as often as copying takes little of the
         time, and one state has left for another machine before the next one follows."""
-        told = self._world.gathered(json.dumps([copying, sending, steps / self._every]))
+        told = self._world.gathered(json.dumps([self._copying, sending, self._steps]))
         copying, sending, step = self._world.from_first(lambda: _slowest(told))
+        self._copying = self._steps = math.inf
         before = self._every
         self._every = max(before, math.ceil(copying / (self._share * step)), math.ceil(sending / step))
         if self._every == before:
