@@ -93,6 +93,12 @@ class Launched:
             assert time.monotonic() < end, self.everything()
             time.sleep(0.05)
 
+    def events(self) -> str:
+        """What the root has written down."""
+        with suppress(OSError):
+            return (self.run / "supervision/events.jsonl").read_text(encoding="utf-8")
+        return ""
+
     def life(self) -> int:
         """Number of the newest life."""
         with suppress(OSError, ValueError):
