@@ -55,7 +55,7 @@ def test_a_machine_that_is_cut_off_is_done_without_until_its_link_is_back(
     run.until(lambda: any("going on with 2" in line for line in run.said()))
     run.until(lambda: len(run.workers(SECOND)) == 2)
     run.await_life(life + 2, run.steps() + 10)
-    run.agents[SECOND].send_signal(signal.SIGTERM)
+    run.agents[SECOND].send_signal(signal.SIGINT)
     assert run.codes() == {130}, run.everything()
     assert weights(run.run)
 

@@ -37,7 +37,7 @@ def answer_for_collectives() -> None:
 
 @contextmanager
 def socket_name(path: Path) -> Iterator[str]:
-    """A name for the socket at `path`, which is in a cache that may lie deep: a system has little room for it."""
+    """A name for the socket at `path`, whose folder may lie deep: a system has little room for it."""
     if len(os.fsencode(path)) < _LONGEST:
         yield str(path)
         return
