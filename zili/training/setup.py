@@ -19,7 +19,7 @@ from zili.parallel.layout import Layout, lay_out, processes
 from zili.planning.exact.job import Job
 from zili.planning.exact.memory import fullest, may_sum_each, reducing, saved_bytes, usable, with_reduce
 from zili.plurals import counted
-from zili.user_cache import cache_folder
+from zili.user_cache import keep_what_is_compiled
 
 if TYPE_CHECKING:
     from zili.ops.timings import Timings
@@ -62,6 +62,8 @@ def set_up(config: RunConfig) -> Setup:
     _, size, here = processes()
     layout = lay_out(config, size)
     selection = chips.choose(config.chip.name)
+    if config.chip.compile:
+        keep_what_is_compiled()
     activation = chips.activate(selection.backend, index=here, deterministic=config.chip.deterministic)
 
     import torch
@@ -81,9 +83,6 @@ def set_up(config: RunConfig) -> Setup:
     resolved, choices = world.from_first(lambda: resolve(config, layout, device))
     lay_out(resolved, size)
     world.from_first(lambda: _refuse_without_room_for_copies(job_here(resolved, layout, device)))
-    if resolved.chip.compile and (folder := cache_folder("compiled")) is not None:
-        # torch's own place is below /tmp, which is everybody's and empty after each start of the machine.
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
     if not world.is_first:
         versions = {c.name.rpartition(".")[2]: c.value for c in choices if c.name.startswith("chip.operations.")}
         unused = [name for name in ops.chosen() if name not in versions]
