@@ -68,6 +68,7 @@ def run(
     from zili.supervision.agent import Agent, ThisMachine
     from zili.supervision.elastic import layouts
     from zili.supervision.folder import SupervisionFolder
+    from zili.supervision.nursery import COMPILES
     from zili.supervision.state import Launch
 
     least, most = _counts(machines)
@@ -83,6 +84,9 @@ def run(
     job = Launch(words, processes, most, {str(count): keys for count, keys in found.items()}, spares, wait, patience)
 
     here = ThisMachine(name, host, chip.name, cold, identity)
+
+    if config.chip.compile is True and chip.device_type == "cpu":  # not tried on a chip: Triton may open one
+        os.environ[COMPILES] = "1"
 
     async def supervise(own: Path) -> int:
         return await Agent(folder, own, job, here, show).run()

@@ -19,7 +19,7 @@ from typing import Any
 from zili.chips import find_backend
 from zili.errors import ConfigError, NoProgressError
 from zili.parallel.control.crumbs import CRUMBS, Crumbs
-from zili.parallel.control.links import Link, address_of, connect, listening_at
+from zili.parallel.control.links import Link, Unproven, address_of, connect, listening_at
 from zili.parallel.control.member import AGENT, AGENT_SECRET, GENERATION
 from zili.parallel.control.node import Node, below
 from zili.parallel.control.recorder import RECORDER
@@ -41,6 +41,10 @@ from zili.supervision.watch import ProgressWatch, state_of_process
 
 _TRIES = 1.0
 """Seconds for which a root that does not answer is asked again, before this machine takes its place."""
+_UNSEEN = 4.0
+"""The same where its machine does not answer at all: it may live, and its signs of life take a while to be seen."""
+_OTHERS = 10.0
+"""Seconds for another machine to begin a root, where this one is cut off from most."""
 _REACH = 2.0
 """Seconds for a connection to the root."""
 _INSISTS = 2
@@ -58,6 +62,28 @@ _WHERE = 5.0
 """Seconds for the root to say where states are."""
 _READING = 2.0
 """Seconds in which the end of a log is read: what ended a run is told without it where the folder does not answer."""
+
+
+class Signs:
+    """A root's signs of life in the run's folder."""
+
+    def __init__(self) -> None:
+        self._last: str | None = None
+        self._count = 0
+        self.generation = 0
+        """Of the newest life."""
+
+    def come(self, sign: str, generation: int) -> bool:
+        """Whether there was another one since the last look."""
+        moved = self._last is not None and sign != self._last
+        self._last, self.generation = sign, generation
+        self._count += moved
+        return moved
+
+    @property
+    def first(self) -> bool:
+        """Whether the last look was the first to find one."""
+        return self._count == 1
 
 
 @dataclass(frozen=True)
@@ -172,27 +198,43 @@ class Agent:
 
         None: the run is over, as the root left word that this machine had.
         """
-        lost = time.monotonic()
+        lost, signs = time.monotonic(), Signs()
         while True:
             term, record = await self._files.patiently(self._folder.root)
             if "over" in record and 0 < self._term <= term:
                 self._over = self._end(**record["over"])
                 return None
+            silent = False
             if "address" in record and term >= self._term:
-                with suppress(OSError):  # an earlier root's port may be anybody's by now
+                try:
                     link = await asyncio.wait_for(connect(record["address"], self._folder.secret), _REACH)
                     self._term = term
                     self._greet(link)
                     return link
+                except (ConnectionRefusedError, Unproven):
+                    pass  # an earlier root's port, which may be anybody's by now
+                except OSError:
+                    silent = True
+            if silent and signs.come(*await self._files.patiently(self._folder.sign)):
+                lost = time.monotonic()
+                await self._stand_aside(record["address"], signs)
             if self._broken is not None:
                 raise self._broken
-            if time.monotonic() - lost > self._patience_with("address" in record):
+            if time.monotonic() - lost > self._patience_with(record, silent=silent):
                 await self._begin_root(term + 1)
                 lost = time.monotonic()
             await asyncio.sleep(0.02)
 
-    def _patience_with(self, another: bool) -> float:
-        """Seconds until a root is begun here. `another`: there is one that does not answer.
+    async def _stand_aside(self, root: str, signs: Signs) -> None:
+        """The root lives, and this machine does not reach it: the others may. To begin another one would take the run
+        from them."""
+        if signs.first:
+            self._show(f"the root at {root} lives, and this machine does not reach it: see its network")
+        if self._processes.alive and signs.generation > self._generation:
+            await self._kill()  # the others went on without it
+
+    def _patience_with(self, record: dict[str, Any], *, silent: bool = False) -> float:
+        """Seconds until a root is begun here, after that of `record`; `silent`: nobody answers at its address.
 
         Raises:
             NoProgressError: those that this machine began end by errors again and again.
@@ -205,7 +247,12 @@ class Agent:
                 f"the root of this run ended {self._crashes} times in a row by an error (exit code {code}), which it "
                 f"has told above; {self._folder.path} may be damaged"
             )
-        return (_TRIES if another else 0.0) + (2.0**self._crashes - 1)
+        waits = 0.0
+        if self._machine.name in record.get("cut_off", ()):
+            waits = _OTHERS
+        elif "address" in record:
+            waits = _UNSEEN if silent else _TRIES
+        return waits + (2.0**self._crashes - 1)
 
     async def _begin_root(self, term: int) -> None:
         """Begin the root of `term` here, unless another machine has that term."""

@@ -3,6 +3,7 @@
 - `secret`: what only those know who can read the run's folder as this user.
 - `root-NNNNNN.json`: who became the root, by terms. The one with the highest term counts. A term is taken once: the
   file appears whole, or not at all, or somebody else has it (`os.link`, on a network file system too).
+- `sign`: other at each look, as long as the root lives, for machines that see the folder and do not reach it.
 - `state.json`: what the root knew; its agents have copies.
 - `generation`: the newest life. A worker of an older one writes no checkpoint any more.
 """
@@ -82,6 +83,24 @@ class SupervisionFolder:
         and so that nobody waits for it."""
         with suppress(OSError):
             write_whole(self._claim(term), json.dumps({"over": {"code": code, "text": text}}))
+
+    def hand_over(self, term: int, machines: list[str]) -> None:
+        """Let others than these machines, which are cut off from most, have the next root."""
+        with suppress(OSError):
+            write_whole(self._claim(term), json.dumps({"cut_off": machines}))
+
+    def give_sign(self) -> None:
+        """Show machines that do not reach the root that it lives."""
+        (self.path / "sign").write_text(secrets.token_hex(4), encoding="ascii")
+
+    def sign(self) -> tuple[str, int]:
+        """A root's last sign of life, and the newest generation."""
+        sign, generation = "", 0
+        with suppress(OSError):
+            sign = (self.path / "sign").read_text(encoding="ascii")
+        with suppress(OSError, ValueError):
+            generation = int((self.run / GENERATION_FILE).read_text(encoding="ascii"))
+        return sign, generation
 
     def look(self) -> tuple[int, int | None]:
         """Term of the newest root, 0: there was none; step of the newest checkpoint, as far as names tell."""
