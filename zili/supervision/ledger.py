@@ -7,7 +7,7 @@ since 1970), `monotonic` and `clock`: two monotonic times compare where the cloc
 - `joined`, `gone`: a machine. `generation`: of the life that it has processes of, 0: none. `silent`: seconds for which
   nothing was heard of it.
 - `preparing`, `started`: a life, its `machines` and `processes`.
-- `progress`: what its processes are at, twice a minute.
+- `progress`: what its processes are at, twice a minute; who needs longest for a step.
 - `stopping`: the first sign that it has to end. `cause`: what was seen; `hang`: only that nobody got further; `wanted`:
   somebody asked for it.
 - `stopped`: all its processes have ended, and what they were at.
@@ -23,7 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from zili.parallel.control.crumbs import Crumbs
@@ -119,7 +119,16 @@ def mean_of(processes: Sequence[Mapping[str, Any]]) -> Table | None:
         # Who got further after it was asked to stop did not stand still before.
         "stood": round(fmean(_before(one) for one in tables), 4),
         "went_on": round(fmean(_after(one) for one in tables), 4),
+        **_paces(tables),
     }
+
+
+def _paces(tables: Sequence[Mapping[str, Any]]) -> Table:
+    """What a step takes, the median, and the processes that need longest, as far as agents measured it (`Pace`)."""
+    steps = [one["step_seconds"] for one in tables if one.get("step_seconds")]
+    slowest = [one for table in tables for one in table.get("slowest", ())]
+    slowest.sort(key=lambda one: -one["step_seconds"])
+    return {"step_seconds": round(median(steps), 4), "slowest": slowest[:_SHOWN]} if steps else {}
 
 
 def waited(endings: Iterable[dict[str, Any]]) -> None:

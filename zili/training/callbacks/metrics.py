@@ -18,6 +18,7 @@ from zili.training.callbacks.base import Callback, StepRecord
 from zili.training.saving import generation_fence
 
 if TYPE_CHECKING:
+    from zili.training.saving import Saved
     from zili.training.trainer import Trainer
 
 METRICS_FILE = "metrics.jsonl"
@@ -49,7 +50,7 @@ class Missing:
 
 
 class MetricsLog(Callback):
-    """Appends one JSON object a line; `kind` says which: start, train, eval or note.
+    """Appends one JSON object a line; `kind` says which: start, train, eval, saved or note.
 
     The base record of a run: the report and every other view are made from it. A run that goes on from a
     checkpoint drops the lines past that step first, since those steps happen again.
@@ -90,6 +91,11 @@ class MetricsLog(Callback):
 
     def on_evaluation(self, step: int, values: dict[str, float]) -> None:
         self.write("eval", step=step, **values)
+
+    def on_saved(self, saved: Saved) -> None:
+        from zili.training.checkpoints import step_of  # torch, which no other view of a run needs
+
+        self.write("saved", step=step_of(saved.path), path=str(saved.path), bytes=saved.bytes, seconds=saved.seconds)
 
     def on_note(self, text: str) -> None:
         self.write("note", text=text)
