@@ -32,6 +32,8 @@ EVENTS = "events.jsonl"
 """File in the supervision's folder."""
 PROGRESS = 30.0
 """Seconds between two events of progress: what is not known where a run's machines all go dark at once."""
+_FIRST = 5.0
+"""Seconds until the first one of a life, for those who watch."""
 _SHOWN = 8
 """Endings that an event tells one by one; all of ten thousand processes would say the same."""
 
@@ -49,7 +51,7 @@ class Ledger:
         self._put = put
         self._clock = clock()
         self._heard: dict[str, Table] = {}
-        self._told = time.monotonic()
+        self._due = time.monotonic() + _FIRST
 
     def write(self, event: str, **facts: Any) -> None:
         """Append an event. Where the disk refuses, it is lost: the run is worth more than its ledger."""
@@ -66,7 +68,7 @@ class Ledger:
 
     def life(self, event: str, **facts: Any) -> None:
         """Append an event of a life that begins or is found to end; what was heard of the one before is forgotten."""
-        self._heard, self._told = {}, time.monotonic()
+        self._heard, self._due = {}, time.monotonic() + _FIRST
         self.write(event, **facts)
 
     def hear(self, machine: str, life: int, at: Table | None) -> None:
@@ -74,8 +76,8 @@ class Ledger:
         if at is None:
             return
         self._heard[machine] = at
-        if time.monotonic() - self._told >= PROGRESS:
-            self._told = time.monotonic()
+        if time.monotonic() >= self._due:
+            self._due = time.monotonic() + PROGRESS
             self.write("progress", life=life, at=mean_of(list(self._heard.values())))
 
 

@@ -170,7 +170,6 @@ class Standing:
             self.evaluation = record
         elif kind == "saved":
             self.saved = record
-            self._notes.append(Happened(record["time"], f"checkpoint of step {record['step']:,} is whole"))
         elif kind == "note":
             self._notes.append(Happened(record["time"], str(record.get("text", ""))))
 
@@ -237,8 +236,8 @@ def _told(event: Record) -> str:
     if what == "preparing":
         machines, processes = counted(len(event["machines"]), "machine"), counted(event["processes"], "process")
         return f"life {event['life']}: {processes} on {machines}"
-    if what == "stopping":
-        return f"life {event['life']} is to end: {event['cause'] or 'a machine is gone'}"
+    if what == "stopping":  # a verdict follows where nobody asked for it
+        return f"life {event['life']} is to end: {event['cause']}" if event.get("wanted") else ""
     if what == "verdict":
         return f"{event['cause']} Zili: {event['decision']}"
     return f"the run is over, exit code {event['code']}" if what == "end" else ""
