@@ -248,7 +248,7 @@ def test_die_after_step_kills(recipe: Recipe) -> None:
 
 def test_a_full_disk_leaves_gaps_in_the_record_and_is_said_once(recipe: Recipe) -> None:
     """/dev/full refuses what is written to it as a full disk does."""
-    config, said = recipe(), list[str]()
+    config, said = recipe("checkpoint.every=100"), list[str]()
     log = MetricsLog(config.folder, said.append)
 
     def fill() -> None:

@@ -15,6 +15,7 @@ from zili.errors import CheckpointError
 from zili.models.arithmetic import count_parameters
 from zili.plurals import counted
 from zili.training.callbacks.base import Callback, StepRecord
+from zili.training.checkpoints import step_of
 from zili.training.saving import generation_fence
 
 if TYPE_CHECKING:
@@ -93,8 +94,6 @@ class MetricsLog(Callback):
         self.write("eval", step=step, **values)
 
     def on_saved(self, saved: Saved) -> None:
-        from zili.training.checkpoints import step_of  # torch, which no other view of a run needs
-
         self.write("saved", step=step_of(saved.path), path=str(saved.path), bytes=saved.bytes, seconds=saved.seconds)
 
     def on_note(self, text: str) -> None:

@@ -21,6 +21,7 @@ from zili.exposition import (
 )
 from zili.parallel.control.crumbs import own_crumbs
 from zili.training.callbacks.base import Callback, StepRecord
+from zili.training.checkpoints import list_checkpoints, step_of
 
 if TYPE_CHECKING:
     from zili.training.saving import Saved
@@ -52,9 +53,6 @@ class PrometheusEndpoint(Callback):
         self._run, self._rank = config.folder.resolve().name, str(trainer.world.rank)
         self._steps, self._batch = config.training.steps, config.training.global_batch
         self._record = {"step": trainer.step, "tokens": trainer.tokens, "time": time.time()}
-        # Not at the top: settings are checked before torch may be imported.
-        from zili.training.checkpoints import list_checkpoints, step_of
-
         with suppress(OSError, IndexError):
             newest = list_checkpoints(trainer.checkpoint_folder)[-1]
             self._checkpoint = step_of(newest), newest.stat().st_mtime, None
@@ -68,8 +66,6 @@ class PrometheusEndpoint(Callback):
         self._evaluation = dict(values)
 
     def on_saved(self, saved: Saved) -> None:
-        from zili.training.checkpoints import step_of
-
         self._checkpoint = step_of(saved.path), time.time(), saved.seconds
 
     def on_end(self, trainer: Trainer) -> None:
