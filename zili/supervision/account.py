@@ -180,7 +180,8 @@ def _is_sound(at: Any) -> bool:
     if at is None:
         return True
     counts = [at.get(name) for name in ("step", "begun_after", "saves", "stood", "went_on")]
-    known = [one for one in (*counts, *at.get("seconds", {}).values()) if one is not None]
+    slowest = [one[name] for one in at.get("slowest", ()) for name in ("rank", "step_seconds", "data_seconds")]
+    known = [one for one in (*counts, *slowest, *at.get("seconds", {}).values()) if one is not None]
     return all(isinstance(one, int | float) for one in known)
 
 
