@@ -185,7 +185,7 @@ def test_what_is_broken_is_counted_and_nothing_more(tmp_path: Path) -> None:
             "{",
             f'{{{timed}, "event": "progress", "at": 3}}',
             f'{{{timed}, "event": "progress", "at": {{"seconds": 3}}}}',
-        f'{{{timed}, "event": "progress", "at": {{"slowest": [{{"rank": 3}}]}}}}',
+            f'{{{timed}, "event": "progress", "at": {{"slowest": [{{"rank": 3}}]}}}}',
         ),
         *(f'{{{timed}, "event": "preparing", "machines": 3}}', f'{{{timed}, "event": "preparing", "life": "x"}}'),
         *(f'{{{timed}, "event": 3}}', f'{{{timed}, "event": "gone"}}', "[" * 100_000),
