@@ -10,6 +10,7 @@ from typing import Any
 DEPLOY = Path(__file__).parents[1] / "deploy"
 RULES = DEPLOY / "prometheus" / "zili.rules.yml"
 BOARD = DEPLOY / "grafana" / "zili.json"
+RUNBOOK = DEPLOY.parent / "docs" / "operations.md"
 OF_EXPORTERS = {"DCGM_FI_DEV_XID_ERRORS", "npu_chip_info_error_code", "npu_chip_info_health_status"}
 """Names of the vendors' own exporters, as their documents have them."""
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 
-from deployed import BOARD, OF_EXPORTERS, RULES, alerts, names_in, queries
+from deployed import BOARD, OF_EXPORTERS, RULES, RUNBOOK, alerts, names_in, queries
 
 from zili.exposition import METRICS
 
@@ -42,3 +43,10 @@ def test_a_name_that_there_is_not_would_be_found() -> None:
     assert names_in('sum by (run) (rate(zili_lost_total{run=~"$run"}[5m])) > 3 * quantile(0.5, zili_x)') == {
         *("zili_lost_total", "zili_x"),
     }
+
+
+def test_the_runbook_has_every_figure_and_every_alert() -> None:
+    page = RUNBOOK.read_text(encoding="utf-8")
+    assert set(re.findall(r"`(zili_\w+)`", page)) == METRICS.keys()
+    section = page.partition("| alert |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"\b[A-Z]\w+[a-z][A-Z]\w+", section)) == alerts().keys()
