@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from zili.cli.options import finite
 from zili.errors import DataError
 from zili.evaluation.run_record import Record, number, values
 from zili.pages.figures import compact, duration, percent
@@ -35,7 +36,7 @@ _SILENT = 60.0
 def top(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder, such as runs/quickstart.")],
     once: Annotated[bool, typer.Option("--once", help="Print one picture and end.")] = False,
-    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
+    every: Annotated[float, typer.Option(min=0.1, callback=finite, help="Seconds between two looks.")] = 2.0,
 ) -> None:
     """Show where a run stands: step, loss, speed, where the time went, who is slow and what happened last. Everything
     comes from the files of its folder, so that any machine which sees them can look. Ctrl-C ends the looking."""

@@ -15,8 +15,6 @@ from zili.errors import CheckpointError
 from zili.models.arithmetic import count_parameters
 from zili.plurals import counted
 from zili.training.callbacks.base import Callback, StepRecord
-from zili.training.checkpoints import step_of
-from zili.training.saving import generation_fence
 
 if TYPE_CHECKING:
     from zili.training.saving import Saved
@@ -59,6 +57,8 @@ class MetricsLog(Callback):
 
     def __init__(self, folder: Path, say: Callable[[str], None] = _say) -> None:
         """`say` is told when the disk refuses."""
+        from zili.training.saving import generation_fence  # not at the top: recipes are checked without torch
+
         self.path = folder / METRICS_FILE
         self._missing = Missing(self.path, say)
         self._newest = generation_fence(folder)
@@ -94,6 +94,8 @@ class MetricsLog(Callback):
         self.write("eval", step=step, **values)
 
     def on_saved(self, saved: Saved) -> None:
+        from zili.training.checkpoints import step_of
+
         self.write("saved", step=step_of(saved.path), path=str(saved.path), bytes=saved.bytes, seconds=saved.seconds)
 
     def on_note(self, text: str) -> None:

@@ -21,7 +21,6 @@ from zili.exposition import (
 )
 from zili.parallel.control.crumbs import own_crumbs
 from zili.training.callbacks.base import Callback, StepRecord
-from zili.training.checkpoints import list_checkpoints, step_of
 
 if TYPE_CHECKING:
     from zili.training.saving import Saved
@@ -49,6 +48,8 @@ class PrometheusEndpoint(Callback):
         """Step, when it was whole, and the seconds that took."""
 
     def on_start(self, trainer: Trainer) -> None:
+        from zili.training.checkpoints import list_checkpoints, step_of  # not at the top: it is checked without torch
+
         config = trainer.config
         self._run, self._rank = config.folder.resolve().name, str(trainer.world.rank)
         self._steps, self._batch = config.training.steps, config.training.global_batch
@@ -66,6 +67,8 @@ class PrometheusEndpoint(Callback):
         self._evaluation = dict(values)
 
     def on_saved(self, saved: Saved) -> None:
+        from zili.training.checkpoints import step_of
+
         self._checkpoint = step_of(saved.path), time.time(), saved.seconds
 
     def on_end(self, trainer: Trainer) -> None:
