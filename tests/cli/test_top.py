@@ -162,3 +162,12 @@ def rest(screen: int) -> bytes:
     except OSError:  # nobody has the other end any more
         pass
     return seen
+
+
+@pytest.mark.parametrize("place", ["x", "127.0.0.1:", "70000"])
+def test_figures_are_served_nowhere_else_than_at_a_place(
+    zili: Zili, recipe_file: Path, tmp_path: Path, place: str
+) -> None:
+    refused = zili("launch", recipe_file, "--metrics", place)
+    assert refused.code == 3 and f"{place!r} is no place for figures: give PORT or HOST:PORT" in refused.err
+    assert not (tmp_path / "run").exists(), "nothing is begun"

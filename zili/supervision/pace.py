@@ -13,8 +13,8 @@ _STEPS = 60
 """Looks, half a second apart, over which a step's seconds are taken, where steps are shorter."""
 _LEAST = 3
 """Looks at least, and so two steps: longer ones are taken over more than half a minute."""
-_SHOWN = 8
-"""Of each machine; the root keeps the longest of all."""
+_TOLD = 2
+"""Slowest processes of each machine; the root, which hears all machines twice a second, keeps the slowest of all."""
 
 
 class Pace:
@@ -43,7 +43,7 @@ class Pace:
         self.processes = found
         together = mean_of(list(found.values()))
         if together is not None and slowest:
-            together["slowest"] = sorted(slowest, key=lambda one: -one["step_seconds"])[:_SHOWN]
+            together["slowest"] = sorted(slowest, key=lambda one: -one["step_seconds"])[:_TOLD]
         return together
 
     def _mean(self, rank: int, at: Mapping[str, Any]) -> tuple[float, float] | None:

@@ -95,6 +95,8 @@ class Standing:
         """Why a file cannot be read."""
         self._notes: deque[Happened] = deque(maxlen=_HAPPENED)
         self._events: deque[Happened] = deque(maxlen=_HAPPENED)
+        self._joined = 0
+        """Machines that the last one of them tells of."""
         self._book: Book | None = None
         self._record = Growing(run / _RECORD, _RECORD_END)
         self._ledger = Growing(run / "supervision" / EVENTS)
@@ -178,6 +180,7 @@ class Standing:
             if line is None:
                 self._book = Book()
                 self._events.clear()
+                self._joined = 0
                 continue
             event = event_in(line)
             try:
@@ -193,6 +196,13 @@ class Standing:
         if event["event"] == "progress" and event.get("at"):
             self.progress = event["at"]
         text = _told(event)
+        if event["event"] == "joined":
+            self._joined += 1
+            if self._joined > 1:  # of thousands that come one is a line
+                self._events.pop()
+                text = f"{counted(self._joined, 'machine')} joined"
+        elif text:
+            self._joined = 0
         if text:
             self._events.append(Happened(event["time"], text))
 
