@@ -68,6 +68,7 @@ FIRES = {
     "ZiliRestartsOften": {'zili_restarts_total{run="a"}': f"{'0 ' * 10} 1 2 3 4x20"},
     "ZiliMachineLeftOut": {'zili_machine_left_out{run="a", node="x"}': "1x30"},
     "ZiliGoodputLow": {'zili_goodput_ratio{run="a"}': "0.5x30", 'zili_phase_seconds{run="a", phase="step"}': "7200x30"},
+    "ZiliStraggler": {'zili_straggler{run="a", rank="3", phase="data"}': "_x20 1x10"},
     "ZiliProcessSlow": {
         **{f'zili_process_step_seconds{{run="a", rank="{rank}"}}': "1x30" for rank in "012"},
         'zili_process_step_seconds{run="a", rank="3"}': "1.2x30",

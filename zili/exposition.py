@@ -72,6 +72,7 @@ METRICS = {
     "zili_process_phase_seconds_total": _counter("Seconds of the process by phase, since its life began."),
     "zili_process_in_phase": _gauge("1 for the phase that the process is in."),
     "zili_process_quiet_seconds": _gauge("Seconds since the process last got further."),
+    "zili_straggler": _gauge("1 for each process that the run found slower than the others, by `rank` and `phase`."),
     # Of a machine under zili launch: also `node` and `chip`.
     "zili_node_processes": _gauge("Processes of the run that are alive on the machine."),
     "zili_node_working": _gauge("Whether the machine is one of the newest life: 1, else 0."),
@@ -128,6 +129,25 @@ def of_process(
         for name, size in seconds.items()
         if size
     )
+
+
+class Stragglers:
+    """The processes that the run has found slow, by what it has said of them. Another thread may ask for them."""
+
+    def __init__(self) -> None:
+        self.found: Mapping[tuple[int, str], Mapping[str, Any]] = {}
+        """By process and phase; replaced and never changed."""
+
+    def hear(self, said: Mapping[str, Any]) -> None:
+        """An event `straggler` of the run; what is none is left out."""
+        rank, phase = said.get("process"), said.get("phase")
+        if isinstance(rank, int) and isinstance(phase, str):
+            others = {key: one for key, one in self.found.items() if key != (rank, phase)}
+            self.found = others if said.get("over") else {**others, (rank, phase): said}
+
+    def figures(self, **labels: str) -> Iterator[ServedFigure]:
+        for rank, phase in self.found:
+            yield ServedFigure("zili_straggler", 1, {**labels, "rank": str(rank), "phase": phase})
 
 
 class Endpoint:

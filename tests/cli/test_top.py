@@ -75,11 +75,14 @@ def test_a_run_without_launch(zili: Zili, plain: Path, width: int, monkeypatch: 
 
 
 def test_a_supervised_run_that_has_ended(zili: Zili, supervised: Path) -> None:
+    slow = {"process": 3, "place": "process 3 on b (cpu)", "phase": "step", "over": False, "seconds": 2, "median": 1.5}
+    record(supervised, {"kind": "straggler", "time": 1.0, "step": 40, **slow})
     shown = zili("top", supervised)  # without --once: it ends since the run has
     assert shown.code == 0
     text = shown.out.replace("\u202f", " ")
     assert "finished" in text and "2 restarts" in text and "43.5% of 1 min" in text
     assert "0.5 s a step is usual · longest 0.9 s: process 3 on b, 0.3 s of it waiting for data" in text
+    assert "process 3 on b (cpu) in step: 2 s a step, where the median is 1.5 s" in text
     assert "machine c failed three times" in text and "the run is over, exit code 0" in text
     for part in ("step 43", "join 22 %", "rest"):
         assert part in text

@@ -92,6 +92,9 @@ def run_folder(folder: Path) -> Path:
         {"kind": "eval", "time": 14.0, "step": 3, "loss": 4.5, "bits_per_byte": 1.25},
         {"kind": "saved", "time": 15.0, "step": 3, "path": "x", "bytes": 7, "seconds": 0.5},
         {"kind": "note", "time": 16.0, "text": "resumed"},
+        *({"kind": "straggler", "time": 17.0, "process": rank, "phase": "data", "over": False} for rank in (2, 3)),
+        {"kind": "straggler", "time": 18.0, "process": 2, "phase": "data", "over": True},
+        {"kind": "straggler", "time": 18.0, "process": "x", "phase": "data", "over": False},
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return folder
@@ -135,6 +138,8 @@ def test_the_first_machine_tells_of_the_run_and_each_of_its_processes(tmp_path: 
     assert value["zili_lives"] == 3 and value["zili_restarts_total"] == 2 and value["zili_machines"] == 2
     assert value["zili_goodput_ratio"] == pytest.approx(told.share)
     assert {one.labels["phase"]: one.value for one in found["zili_phase_seconds"]} == pytest.approx(told.seconds)
+    slow = {"run": "mine", "rank": "3", "phase": "data"}
+    assert found["zili_straggler"] == [ServedFigure("zili_straggler", 1, slow)]
     assert found["zili_machine_left_out"] == [ServedFigure("zili_machine_left_out", 1, {"run": "mine", "node": "c"})]
 
 

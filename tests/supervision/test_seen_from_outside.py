@@ -201,9 +201,14 @@ def _ask_all_that_is_shown(watching: Prometheus) -> None:
             asked = query.replace("$run", ".*").replace("$__rate_interval", "1m")
             if not watching.ask(asked):
                 empty.add(query)
-    assert all(re.search("zili_machine_left_out|zili_eval|changes", query) for query in empty), empty
+    assert all(re.search("zili_machine_left_out|zili_straggler|zili_eval|changes", query) for query in empty), empty
     seen = {name for name in watching.get("label/__name__/values") if name.startswith("zili_")}
-    assert METRICS.keys() - seen == {"zili_machine_left_out", "zili_eval_loss", "zili_eval_bits_per_byte"}
+    assert METRICS.keys() - seen == {
+        "zili_machine_left_out",
+        "zili_straggler",
+        "zili_eval_loss",
+        "zili_eval_bits_per_byte",
+    }
 
 
 @needs_prometheus

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console, Group, RenderableType
@@ -17,7 +17,7 @@ from rich.text import Text
 
 from zili.cli.options import finite
 from zili.errors import DataError
-from zili.evaluation.run_record import Record, number, values
+from zili.evaluation.run_record import number, values
 from zili.pages.figures import compact, duration, percent
 from zili.plurals import counted
 from zili.serving.generate.text_stream import visible
@@ -90,6 +90,7 @@ def picture(standing: Standing, to: Console, *, whole: bool) -> RenderableType:
         "speed": Text(_speed(standing)),
         "checkpoint": Text(_checkpoint(standing)),
         "processes": Text(_processes(standing)),
+        "slow": Text(_slow(standing), style="yellow"),
         "time": _time(standing, to),
         "left out": Text("; ".join(f"machine {name} {why}" for name, why in standing.state.left_out.items())),
         "unread": Text(_unread(standing), style="red"),
@@ -184,6 +185,17 @@ def _processes(standing: Standing) -> str:
     return f"{usual:.3g} s a step is usual · longest {one['step_seconds']:.3g} s: {who}{waits}"
 
 
+def _slow(standing: Standing) -> str:
+    """Whom the run itself has found slow."""
+    found = [
+        f"{one.get('place', f'process {rank}')} in {phase}"
+        + _figure(one, "seconds", ": {:.3g} s a step")
+        + _figure(one, "median", ", where the median is {:.3g} s")
+        for (rank, phase), one in standing.stragglers.found.items()
+    ]
+    return "; ".join(found[:_HAPPENED])
+
+
 def _time(standing: Standing, to: Console) -> RenderableType:
     """Where the time went: a share, a bar and what its parts are."""
     found = standing.account
@@ -233,8 +245,8 @@ def _unread(standing: Standing) -> str:
     return "; ".join([*([broken] if standing.broken else []), *filter(None, [standing.unread])])
 
 
-def _figure(record: Record, key: str, form: str) -> str:
-    value = number(record, key)
+def _figure(record: Mapping[str, Any], key: str, form: str) -> str:
+    value = number(dict(record), key)
     return "" if value is None else form.format(value)
 
 

@@ -44,6 +44,7 @@ def figures_of_run(standing: Standing, state: State, **run: str) -> Iterator[Ser
     last, batch = standing.last, standing.batch
     yield from of_record(last, **run)
     yield from of_evaluation(standing.evaluation, **run)
+    yield from standing.stragglers.figures(**run)
     if standing.planned is not None:
         yield ServedFigure("zili_planned_steps", standing.planned, run)
     if batch is not None:

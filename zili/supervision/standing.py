@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from zili.exposition import Stragglers
 from zili.plurals import counted
 from zili.supervision.account import Account, Book, event_in
 from zili.supervision.ledger import EVENTS
@@ -84,6 +85,7 @@ class Standing:
         self.evaluation: Record = {}
         self.saved: Record = {}
         """The last checkpoint, as the record has it."""
+        self.stragglers = Stragglers()
         self.progress: Record = {}
         """What processes were at when the root last wrote it down."""
         self.state = State()
@@ -167,7 +169,9 @@ class Standing:
         if kind == "train":
             self.steps.append(record)
         elif kind == "start":
-            self.start = record
+            self.start, self.stragglers = record, Stragglers()
+        elif kind == "straggler":
+            self.stragglers.hear(record)
         elif kind == "eval":
             self.evaluation = record
         elif kind == "saved":

@@ -13,6 +13,7 @@ from zili.exposition import (
     LOOPBACK,
     PORT,
     ServedFigure,
+    Stragglers,
     of_evaluation,
     of_process,
     of_record,
@@ -44,6 +45,7 @@ class PrometheusEndpoint(Callback):
         # Replaced whole, never changed: the endpoint's thread reads them.
         self._record: Mapping[str, Any] = {}
         self._evaluation: Mapping[str, Any] = {}
+        self._stragglers = Stragglers()
         self._checkpoint: tuple[int, float, float | None] | None = None
         """Step, when it was whole, and the seconds that took."""
 
@@ -66,6 +68,11 @@ class PrometheusEndpoint(Callback):
     def on_evaluation(self, step: int, values: dict[str, float]) -> None:
         self._evaluation = dict(values)
 
+    def on_event(self, kind: str, values: dict[str, Any]) -> None:
+        """What the run has seen of itself."""
+        if kind == "straggler":
+            self._stragglers.hear(values)
+
     def on_saved(self, saved: Saved) -> None:
         from zili.training.checkpoints import step_of
 
@@ -82,6 +89,7 @@ class PrometheusEndpoint(Callback):
         record, crumbs = self._record, own_crumbs()
         yield from of_record(record, **run)
         yield from of_evaluation(self._evaluation, **run)
+        yield from self._stragglers.figures(**run)
         yield ServedFigure("zili_planned_steps", self._steps, run)
         yield ServedFigure("zili_data_position_samples", record["step"] * self._batch, run)
         yield from _of_checkpoint(self._checkpoint, run)
