@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -81,8 +82,20 @@ def test_a_port_that_is_taken_is_told_and_ends_nothing() -> None:
         with serving(figures, ("127.0.0.1", port), said.append):
             pass
     assert said == [f"no figures for Prometheus at 127.0.0.1:{port}: Address already in use; the run goes on without"]
-    with serving(figures, ("no.such.host.invalid", 9464), said.append):
-        assert "no figures for Prometheus at no.such.host.invalid:9464" in said[1]
+    for host in ("no.such.host.invalid", "a..b", "1.2.3.4"):
+        with serving(figures, (host, 9464), said.append):
+            assert f"no figures for Prometheus at {host}:9464" in said[-1]
+
+
+def test_a_process_without_room_for_a_thread_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def full(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", full)
+    with serving(figures, ("127.0.0.1", 0), said.append):
+        assert "can't start new thread; the run goes on without" in said[0]
 
 
 @pytest.mark.parametrize(

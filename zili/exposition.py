@@ -158,7 +158,8 @@ class Endpoint:
 
         Raises:
             ConfigError: prometheus-client is not installed.
-            OSError: nothing can listen there.
+            OSError, UnicodeError: nothing can listen there.
+            RuntimeError: there are no more threads.
         """
         refuse_missing_client()
         from prometheus_client import CollectorRegistry, make_wsgi_app
@@ -169,7 +170,12 @@ class Endpoint:
         self._server.set_app(make_wsgi_app(registry))
         named = f"[{host}]" if ":" in host else host
         self.url = f"http://{named}:{self._server.server_address[1]}/metrics"
-        threading.Thread(target=self._server.serve_forever, args=(_LOOK,), name="zili-metrics", daemon=True).start()
+        thread = threading.Thread(target=self._server.serve_forever, args=(_LOOK,), name="zili-metrics", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            self._server.server_close()
+            raise
 
     def close(self) -> None:
         """End it. An answer that a client does not take holds up nothing."""
@@ -197,8 +203,8 @@ def serving(figures: Figures, place: tuple[str, int] | None, say: Callable[[str]
         try:
             endpoint = Endpoint(figures, *place)
             say(f"figures for Prometheus at {endpoint.url}")
-        except OSError as error:
-            why = error.strerror or error
+        except (OSError, UnicodeError, RuntimeError) as error:  # no such host, no more threads
+            why = getattr(error, "strerror", None) or error
             say(f"no figures for Prometheus at {place[0]}:{place[1]}: {why}; the run goes on without")
     try:
         yield

@@ -142,7 +142,9 @@ def _left(standing: Standing) -> str:
         for before, after in pairwise(standing.steps)
         if after["step"] > before["step"]
     ]
-    return f"{duration((standing.planned - standing.last['step']) * median(paces))} left" if paces else ""
+    pace = median(paces) if paces else 0.0
+    # A clock that went back gives none.
+    return f"{duration((standing.planned - standing.last['step']) * pace)} left" if pace > 0 else ""
 
 
 def _loss(standing: Standing) -> str:

@@ -6,6 +6,7 @@ Each look reads what has come since the one before. Of a long record only the en
 from __future__ import annotations
 
 import json
+import os
 import time
 import tomllib
 from collections import deque
@@ -57,7 +58,7 @@ class Growing:
         except FileNotFoundError:
             return
         with file:
-            found = self._path.stat()
+            found = os.fstat(file.fileno())
             if (found.st_dev, found.st_ino) != self._file or found.st_size < self._at:
                 self._file = found.st_dev, found.st_ino
                 self._at = 0 if self._end is None else max(0, found.st_size - self._end)
