@@ -75,6 +75,27 @@ def test_silent_and_broken_clients_are_left(monkeypatch: pytest.MonkeyPatch, cap
     assert capfd.readouterr() == ("", "")
 
 
+def test_figures_that_hang_hold_up_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder of the run may lie on a dead file server."""
+    monkeypatch.setattr(exposition, "_PATIENCE", 0.2)
+    answers, asked = threading.Event(), threading.Event()
+
+    def hang() -> Iterator[ServedFigure]:
+        asked.set()
+        answers.wait(30)
+        yield from figures()
+
+    endpoint = Endpoint(hang, port=0)
+    client = threading.Thread(target=lambda: scraped(endpoint.url), daemon=True)
+    client.start()
+    assert asked.wait(20)
+    begun = time.monotonic()
+    endpoint.close()
+    assert time.monotonic() - begun < 10
+    answers.set()
+    client.join(20)
+
+
 def test_a_port_that_is_taken_is_told_and_ends_nothing() -> None:
     said: list[str] = []
     with closing(Endpoint(figures, port=0)) as endpoint:
