@@ -27,9 +27,10 @@ from zili.supervision.file_thread import FileThread
 from zili.supervision.fitness import refuse_foreign_host, refuse_unfit
 from zili.supervision.folder import SupervisionFolder
 from zili.supervision.held import HeldStates
-from zili.supervision.ledger import mean_of, told
+from zili.supervision.ledger import told
 from zili.supervision.members import PATIENCE
 from zili.supervision.nursery import STACKS
+from zili.supervision.pace import Pace
 from zili.supervision.places import Places, end_of
 from zili.supervision.processes import ERROR_FILE, LocalProcesses
 from zili.supervision.proving import Proving
@@ -128,6 +129,7 @@ class Agent:
         self._held = HeldStates(machine.name, folder.secret, self._ask_where)
         self._wheres: dict[str, asyncio.Future[dict[int, list[str]]]] = {}
         """Questions to the root about kinds of states."""
+        self.pace = Pace(machine.name)
         self._stopping = False
         self._stop_asked: float | None = None
         """When this machine's processes were to stop."""
@@ -143,6 +145,11 @@ class Agent:
         self._root: subprocess.Popen[bytes] | None = None
         self._crashes = 0
         """Roots in a row that this machine began and that ended by an error."""
+
+    @property
+    def state(self) -> State:
+        """What the root last told of the run."""
+        return self._state
 
     async def run(self) -> int:
         """Supervise until the run is over; returns its exit code."""
@@ -334,8 +341,7 @@ class Agent:
 
     async def _beat(self) -> None:
         while True:
-            at = mean_of([told(crumbs) for crumbs in self._crumbs.values()])
-            self._say(say="beat", at=at)
+            self._say(say="beat", at=self.pace.look(self._crumbs))
             self._look()
             await asyncio.sleep(BEAT)
 
