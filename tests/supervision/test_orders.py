@@ -21,9 +21,9 @@ from zili.cli.launch import identity_of, show
 from zili.config import RunConfig
 from zili.errors import ConfigError, NoProgressError
 from zili.parallel.control.links import Link, _host_and_port, address_of, connect, listening_at
-from zili.supervision.agent import Agent, Signs, ThisMachine
+from zili.supervision.agent import Agent, ThisMachine
 from zili.supervision.file_thread import FileThread
-from zili.supervision.folder import SupervisionFolder
+from zili.supervision.folder import Signs, SupervisionFolder
 from zili.supervision.members import PATIENCE, Refused, table_in
 from zili.supervision.nursery import Nursery
 from zili.supervision.root import Root

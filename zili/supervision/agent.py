@@ -19,13 +19,13 @@ from typing import Any
 from zili.chips import find_backend
 from zili.errors import ConfigError, NoProgressError
 from zili.parallel.control.crumbs import CRUMBS, Crumbs
-from zili.parallel.control.links import Link, Unproven, address_of, connect, listening_at
+from zili.parallel.control.links import Link, Unproven, address_of, connect
 from zili.parallel.control.member import AGENT, AGENT_SECRET, GENERATION
 from zili.parallel.control.node import Node, below
 from zili.parallel.control.recorder import RECORDER
 from zili.supervision.file_thread import FileThread
-from zili.supervision.fitness import refuse_foreign_host, refuse_unfit
-from zili.supervision.folder import SupervisionFolder
+from zili.supervision.fitness import cannot_listen, listening_here, refuse_unfit
+from zili.supervision.folder import Signs, SupervisionFolder
 from zili.supervision.held import HeldStates
 from zili.supervision.ledger import told
 from zili.supervision.members import PATIENCE
@@ -63,28 +63,6 @@ _WHERE = 5.0
 """Seconds for the root to say where states are."""
 _READING = 2.0
 """Seconds in which the end of a log is read: what ended a run is told without it where the folder does not answer."""
-
-
-class Signs:
-    """A root's signs of life in the run's folder."""
-
-    def __init__(self) -> None:
-        self._last: str | None = None
-        self._count = 0
-        self.generation = 0
-        """Of the newest life."""
-
-    def come(self, sign: str, generation: int) -> bool:
-        """Whether there was another one since the last look."""
-        moved = self._last is not None and sign != self._last
-        self._last, self.generation = sign, generation
-        self._count += moved
-        return moved
-
-    @property
-    def first(self) -> bool:
-        """Whether the last look was the first to find one."""
-        return self._count == 1
 
 
 @dataclass(frozen=True)
@@ -178,7 +156,7 @@ class Agent:
                 await asyncio.to_thread(self._root.wait)
 
     async def _refuse_unfit(self) -> None:
-        refuse_foreign_host(self._machine.host)
+        listening_here(self._machine.host).close()
         look = self._files.do(lambda: refuse_unfit(self._run, find_backend(self._machine.chip), self._launch.processes))
         try:
             await asyncio.wait_for(look, _LOOK)
@@ -263,7 +241,7 @@ class Agent:
 
     async def _begin_root(self, term: int) -> None:
         """Begin the root of `term` here, unless another machine has that term."""
-        with listening_at(self._machine.host, backlog=2048) as listening:
+        with listening_here(self._machine.host, backlog=2048) as listening:
             address = address_of(self._machine.host, listening.getsockname()[1])
             record = {"address": address, "machine": self._machine.name}
             if not await self._files.patiently(lambda: self._folder.become_root(term, record)):
@@ -387,7 +365,10 @@ class Agent:
         self._watch.begin(of * count)
         ranks_here = range(first, first + count)
         self._node = Node(number, ranks_here, below(number, of), self._folder.secret, self._held.take)
-        self._address = address_of(self._machine.host, await self._node.listen(self._machine.host))
+        try:
+            self._address = address_of(self._machine.host, await self._node.listen(self._machine.host))
+        except OSError as error:
+            raise cannot_listen(self._machine.host, error) from error
         self._say(say="prepared", generation=generation, address=self._address)
 
     async def _start(self, generation: int, parent: str, partner: str, keys: list[str]) -> None:

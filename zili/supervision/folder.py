@@ -169,6 +169,28 @@ class SupervisionFolder:
             aside.unlink(missing_ok=True)
 
 
+class Signs:
+    """A root's signs of life in the run's folder."""
+
+    def __init__(self) -> None:
+        self._last: str | None = None
+        self._count = 0
+        self.generation = 0
+        """Of the newest life."""
+
+    def come(self, sign: str, generation: int) -> bool:
+        """Whether there was another one since the last look."""
+        moved = self._last is not None and sign != self._last
+        self._last, self.generation = sign, generation
+        self._count += moved
+        return moved
+
+    @property
+    def first(self) -> bool:
+        """Whether the last look was the first to find one."""
+        return self._count == 1
+
+
 def _held(folder: Path) -> int:
     """Make a folder, empty, that is this process's until it closes the handle. Raises: BlockingIOError, it is not."""
     while True:
