@@ -50,7 +50,15 @@ sys.stdin.read()
 
 
 def hello() -> bytes:
-    table = {"machine": "a", "identity": {}, "ago": 0.0, "generation": 0, "endings": [], "state": State().as_table()}
+    table = {
+        "machine": "a",
+        "identity": {},
+        "ago": 0.0,
+        "generation": 0,
+        "endings": [],
+        "state": State().as_table(),
+        "held": [],
+    }
     return json.dumps(table).encode()
 
 
