@@ -4,8 +4,9 @@
     python benchmarks/recovery.py grow --processes 8 32 128
 
 `kills`: two agents of two processes here train a small model; a process is killed by signal 9 in a step. Rounds
-alternate between cold (`zili launch --cold`) and warm (the default). Printed are medians by phase, from the run's own
-ledger, and the ratios; and what a fresh `zili launch --cold` takes to its first step, with caches filled.
+alternate between cold (`--cold`, state from the disk), warm (forked workers, state from the disk) and memory
+(the default: forked workers, state from memory). Printed are medians by phase, from the run's own ledger, the ratios,
+and how many steps were done again; and what a fresh `zili launch --cold` takes to its first step, with caches filled.
 
 `grow`: the same for a worker that is only a stand-in: it joins, agrees with the others and agrees again for each step.
 It shows what the nursery, the nodes and the root take as processes grow; the model has no part in it.
@@ -46,6 +47,9 @@ BETWEEN = 15
 """Steps that a life does before a process of it is killed."""
 LONGEST = 240.0
 """Seconds for which one step is waited for."""
+DISK = ("--set", "checkpoint.memory=0")
+WAYS = {"cold": ("--cold", *DISK), "warm": DISK, "memory": ("--set", "checkpoint.memory_share=1")}
+"""What differs from `zili launch` by default."""
 PHASES = ("detection", "stopping", "replacement", "init", "join", "reload", "warm_up")
 Times = dict[str, float]
 
@@ -86,7 +90,7 @@ def _kills(folder: Path, rounds: int, kills: int, compiled: bool) -> None:
     rows: dict[str, list[Times]] = defaultdict(list)
     fresh: list[float] = []
     for number in range(rounds):
-        for how, options in (("cold", ["--cold"]), ("warm", [])):
+        for how, options in WAYS.items():
             run = folder / f"{how}-{number}"
             began = time.time()
             agents = [_begin([*launch, "--set", f"folder={run}", *options, "--machine", name]) for name in "ab"]
@@ -114,16 +118,20 @@ def _fill_caches(launch: list[str], run: Path) -> None:
 
 def _recoveries(run: Path, kills: int, agents: list[subprocess.Popen[bytes]]) -> list[Times]:
     """Kill a process after every `BETWEEN` steps, and follow what the run does."""
-    killed: list[float] = []
+    killed: list[tuple[float, int]] = []
     for number in range(kills + 1):
         _wait_for(partial(_has_done, run, number + 1), run)
         if number < kills:
-            killed.append(time.time())
+            killed.append((time.time(), _last_step(run)))
             _kill_a_worker(agents[number % len(agents)].pid)
     agents[0].send_signal(signal.SIGINT)
     for agent in agents:
         agent.wait(LONGEST)
-    return [_phases(run, number + 2, at) for number, at in enumerate(killed)]
+    return [_phases(run, number + 2, *at) for number, at in enumerate(killed)]
+
+
+def _last_step(run: Path) -> int:
+    return max((int(record["step"]) for record in _records(run) if record.get("kind") == "train"), default=0)
 
 
 def _kill_a_worker(agent: int) -> None:
@@ -191,8 +199,9 @@ def _wait_for(so: Callable[[], bool], run: Path) -> None:
         time.sleep(0.1)
 
 
-def _phases(run: Path, number: int, killed: float) -> Times:
-    """From a kill to the first step of life `number`, by the ledger's phases."""
+def _phases(run: Path, number: int, killed: float, step: int = 0) -> Times:
+    """From a kill after `step` to the first step of life `number`, by the ledger's phases; and the steps that it did
+    again."""
     from zili.supervision.account import account
 
     events = _events(run)
@@ -203,6 +212,7 @@ def _phases(run: Path, number: int, killed: float) -> Times:
     found |= {"detection": stop - killed, "stopping": before.get("stopping", 0.0)}
     found["all"] = _lives(run)[number - 1][0] - killed if _lives(run) else sum(found.values())
     found["step"] = lives[number].step_seconds or 0.0
+    found["again"] = max(0.0, step - (lives[number].resumed or 0.0))
     return found
 
 
@@ -219,10 +229,11 @@ def _end(agents: list[subprocess.Popen[bytes]]) -> None:
 
 def _tell(rows: dict[str, list[Times]], fresh: list[float]) -> None:
     print(f"\nseconds, medians of {len(rows['cold'])} kills each; load {os.getloadavg()[0]:.0f}")
-    print(f"{'':<14}{'cold':>8}{'warm':>8}{'ratio':>8}")
-    for name in (*PHASES, "all", "step"):
-        cold, warm = (median(one[name] for one in rows[how]) for how in ("cold", "warm"))
-        print(f"{name:<14}{cold:>8.2f}{warm:>8.2f}{warm / cold if cold else 0:>8.2f}")
+    print(f"{'':<14}" + "".join(f"{how:>8}" for how in rows) + f"{'warm':>8}{'memory':>8} of cold")
+    for name in (*PHASES, "all", "step", "again"):
+        found = {how: median(one[name] for one in row) for how, row in rows.items()}
+        ratios = [found[how] / found["cold"] if found["cold"] else 0.0 for how in ("warm", "memory")]
+        print(f"{name:<14}" + "".join(f"{one:>8.2f}" for one in (*found.values(), *ratios)))
     warm = median(one["all"] for one in rows["warm"])
     print(
         f"fresh `zili launch --cold` to its first step: {median(fresh):.2f} s; warm is {warm / median(fresh):.2f} of it"

@@ -25,7 +25,7 @@ BEGINS = 6
 PLAIN = ("chip.operations.linear=reference", "chip.operations.attention=reference")
 IN_STEPS = ("loop", "sleep", "gil", "stop", "lock", "data", "skip", "save", "evaluate")
 KINDS = ((*IN_STEPS, "join"), (*IN_STEPS, "imports"))
-PHASES = {"data": "data", "save": "save", "evaluate": "evaluate", "imports": "join", "join": "join", "skip": r"\w+"}
+PHASES = {"data": "data", "save": "save", "evaluate": "evaluate", "imports": "init", "join": "init", "skip": r"\w+"}
 SETTINGS = (
     *("checkpoint.every=1", "evaluation.every=1", "training.steps=400", "training.micro_batch=1"),
     *("data.prefetch=1", "checkpoint.asynchronous=false"),
