@@ -1,11 +1,12 @@
 """How long a run under `zili launch` takes from the death of a process to its next finished step, by phase.
 
-    python benchmarks/recovery.py kills --rounds 2 --kills 2
+    python benchmarks/recovery.py kills --rounds 2 --kills 2 [--compile]
     python benchmarks/recovery.py grow --processes 8 32 128
 
 `kills`: two agents of two processes here train a small model; a process is killed by signal 9 in a step. Rounds
-alternate between cold (`zili launch --cold`) and warm (the default). Printed are medians by phase, from the run's own
-ledger, and the ratios; and what a fresh `zili launch --cold` takes to its first step, with caches filled.
+alternate between cold (`--cold`, state from the disk), warm (forked workers, state from the disk) and memory
+(the default: forked workers, state from memory). Printed are medians by phase, from the run's own ledger, the ratios,
+and how many steps were done again; and what a fresh `zili launch --cold` takes to its first step, with caches filled.
 
 `grow`: the same for a worker that is only a stand-in: it joins, agrees with the others and agrees again for each step.
 It shows what the nursery, the nodes and the root take as processes grow; the model has no part in it.
@@ -32,41 +33,23 @@ from statistics import median
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
-from start import _prepare
+from start import prepared
 
 from zili.parallel.control.crumbs import own_crumbs
 
-RECIPE = """
-name = "recovery"
-folder = "{folder}/run"
-[model]
-vocab_size = 4096
-hidden_size = 64
-layers = 2
-heads = 2
-kv_heads = 2
-head_dim = 32
-ffn_hidden_size = 128
-max_length = 256
-[data]
-sources = [{{ store = "{folder}/data/train" }}]
-tokenizer = "{folder}/data/tokenizer"
-[training]
-steps = 100000
-sequence_length = 64
-global_batch = 8
-[chip]
-name = "cpu"
-compile = false
-[checkpoint]
-every = 10
-[logging]
-every = 1
-"""
+SMALL = (
+    *("model.hidden_size=64", "model.layers=2", "model.heads=2", "model.kv_heads=2", "model.ffn_hidden_size=128"),
+    *("training.sequence_length=64", "training.steps=100000", "checkpoint.every=10", "logging.every=1"),
+    "chip.name=cpu",
+)
+"""What differs from the recipe of `start.py`: steps that take little."""
 BETWEEN = 15
 """Steps that a life does before a process of it is killed."""
 LONGEST = 240.0
 """Seconds for which one step is waited for."""
+DISK = ("--set", "checkpoint.memory=0")
+WAYS = {"cold": ("--cold", *DISK), "warm": DISK, "memory": ("--set", "checkpoint.memory_share=1")}
+"""What differs from `zili launch` by default."""
 PHASES = ("detection", "stopping", "replacement", "init", "join", "reload", "warm_up")
 Times = dict[str, float]
 
@@ -77,6 +60,7 @@ def main() -> None:
     kills = does.add_parser("kills")
     kills.add_argument("--rounds", type=int, default=2)
     kills.add_argument("--kills", type=int, default=2, help="in each launch")
+    kills.add_argument("--compile", action="store_true", help="train compiled; what was compiled is kept between lives")
     grow = does.add_parser("grow")
     grow.add_argument("--processes", type=int, nargs="+", default=[8, 32, 128])
     grow.add_argument("--kills", type=int, default=2)
@@ -89,7 +73,7 @@ def main() -> None:
         sys.exit(_agent(arguments.folder, arguments.name, arguments.processes))
     with tempfile.TemporaryDirectory() as scratch:
         if arguments.do == "kills":
-            _kills(Path(scratch), arguments.rounds, arguments.kills)
+            _kills(Path(scratch), arguments.rounds, arguments.kills, arguments.compile)
         else:
             _grow(Path(scratch), arguments.processes, arguments.kills)
 
@@ -97,22 +81,19 @@ def main() -> None:
 # ---- a small model
 
 
-def _kills(folder: Path, rounds: int, kills: int) -> None:
-    _prepare(folder)
-    (folder / "recipe.toml").write_text(RECIPE.format(folder=folder), encoding="utf-8")
+def _kills(folder: Path, rounds: int, kills: int, compiled: bool) -> None:
+    recipe = str(prepared(folder))
     os.environ["ZILI_CACHE"] = str(folder / "cache")
-    words = [sys.executable, "-m", "zili", "train", str(folder / "recipe.toml")]
-    filled = ["--set", "training.steps=2", "--set", f"folder={folder}/filled"]
-    subprocess.run([*words, *filled], check=True, stdout=subprocess.DEVNULL)
+    settings = [word for key in (*SMALL, f"chip.compile={str(compiled).lower()}") for word in ("--set", key)]
+    launch = [sys.executable, "-m", "zili", "launch", recipe, *settings, "--processes", "2", "--machines", "2"]
+    _fill_caches(launch, folder / "filled")
     rows: dict[str, list[Times]] = defaultdict(list)
     fresh: list[float] = []
     for number in range(rounds):
-        for how, options in (("cold", ["--cold"]), ("warm", [])):
+        for how, options in WAYS.items():
             run = folder / f"{how}-{number}"
-            launch = [sys.executable, "-m", "zili", "launch", str(folder / "recipe.toml"), "--set", f"folder={run}"]
-            launch += ["--processes", "2", "--machines", "2", *options]
             began = time.time()
-            agents = [_begin([*launch, "--machine", name]) for name in "ab"]
+            agents = [_begin([*launch, "--set", f"folder={run}", *options, "--machine", name]) for name in "ab"]
             try:
                 found = _recoveries(run, kills, agents)
             finally:
@@ -124,18 +105,33 @@ def _kills(folder: Path, rounds: int, kills: int) -> None:
     _tell(rows, fresh)
 
 
+def _fill_caches(launch: list[str], run: Path) -> None:
+    """Let later launches find what this one measures and compiles."""
+    filled = [*launch, "--set", f"folder={run}", "--set", "training.steps=2"]
+    agents = [_begin([*filled, "--machine", name]) for name in "ab"]
+    try:
+        if any(agent.wait(LONGEST) for agent in agents):
+            raise RuntimeError(f"{run}: {_events(run)[-3:]}")
+    finally:
+        _end(agents)
+
+
 def _recoveries(run: Path, kills: int, agents: list[subprocess.Popen[bytes]]) -> list[Times]:
     """Kill a process after every `BETWEEN` steps, and follow what the run does."""
-    killed: list[float] = []
+    killed: list[tuple[float, int]] = []
     for number in range(kills + 1):
         _wait_for(partial(_has_done, run, number + 1), run)
         if number < kills:
-            killed.append(time.time())
+            killed.append((time.time(), _last_step(run)))
             _kill_a_worker(agents[number % len(agents)].pid)
     agents[0].send_signal(signal.SIGINT)
     for agent in agents:
         agent.wait(LONGEST)
-    return [_phases(run, number + 2, at) for number, at in enumerate(killed)]
+    return [_phases(run, number + 2, *at) for number, at in enumerate(killed)]
+
+
+def _last_step(run: Path) -> int:
+    return max((int(record["step"]) for record in _records(run) if record.get("kind") == "train"), default=0)
 
 
 def _kill_a_worker(agent: int) -> None:
@@ -203,8 +199,9 @@ def _wait_for(so: Callable[[], bool], run: Path) -> None:
         time.sleep(0.1)
 
 
-def _phases(run: Path, number: int, killed: float) -> Times:
-    """From a kill to the first step of life `number`, by the ledger's phases."""
+def _phases(run: Path, number: int, killed: float, step: int = 0) -> Times:
+    """From a kill after `step` to the first step of life `number`, by the ledger's phases; and the steps that it did
+    again."""
     from zili.supervision.account import account
 
     events = _events(run)
@@ -215,6 +212,7 @@ def _phases(run: Path, number: int, killed: float) -> Times:
     found |= {"detection": stop - killed, "stopping": before.get("stopping", 0.0)}
     found["all"] = _lives(run)[number - 1][0] - killed if _lives(run) else sum(found.values())
     found["step"] = lives[number].step_seconds or 0.0
+    found["again"] = max(0.0, step - (lives[number].resumed or 0.0))
     return found
 
 
@@ -231,10 +229,11 @@ def _end(agents: list[subprocess.Popen[bytes]]) -> None:
 
 def _tell(rows: dict[str, list[Times]], fresh: list[float]) -> None:
     print(f"\nseconds, medians of {len(rows['cold'])} kills each; load {os.getloadavg()[0]:.0f}")
-    print(f"{'':<14}{'cold':>8}{'warm':>8}{'ratio':>8}")
-    for name in (*PHASES, "all", "step"):
-        cold, warm = (median(one[name] for one in rows[how]) for how in ("cold", "warm"))
-        print(f"{name:<14}{cold:>8.2f}{warm:>8.2f}{warm / cold if cold else 0:>8.2f}")
+    print(f"{'':<14}" + "".join(f"{how:>8}" for how in rows) + f"{'warm':>8}{'memory':>8} of cold")
+    for name in (*PHASES, "all", "step", "again"):
+        found = {how: median(one[name] for one in row) for how, row in rows.items()}
+        ratios = [found[how] / found["cold"] if found["cold"] else 0.0 for how in ("warm", "memory")]
+        print(f"{name:<14}" + "".join(f"{one:>8.2f}" for one in (*found.values(), *ratios)))
     warm = median(one["all"] for one in rows["warm"])
     print(
         f"fresh `zili launch --cold` to its first step: {median(fresh):.2f} s; warm is {warm / median(fresh):.2f} of it"

@@ -64,8 +64,7 @@ def train(config: RunConfig, fails: int | None = None) -> tuple[Trainer, list[st
 
 
 def state_of(trainer: Trainer) -> dict[str, Tensor]:
-    tensors = {**trainer.saved_tensors(), **trainer._others_tensors()}
-    return {name: part_of(tensor) for name, tensor in tensors.items()}
+    return {name: part_of(tensor) for name, tensor in trainer._held_tensors().items()}
 
 
 def part_of(tensor: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from zili.errors import ConfigError, NoProgressError
 from zili.parallel.control.links import Link, _host_and_port, address_of, connect, listening_at
 from zili.supervision.agent import Agent, ThisMachine
 from zili.supervision.file_thread import FileThread
-from zili.supervision.folder import SupervisionFolder
+from zili.supervision.folder import Signs, SupervisionFolder
 from zili.supervision.members import PATIENCE, Refused, table_in
 from zili.supervision.nursery import Nursery
 from zili.supervision.root import Root
@@ -50,7 +50,15 @@ class Paper:
 
 
 def hello(name: str, **other: Any) -> dict[str, Any]:
-    table = {"machine": name, "identity": {}, "ago": 0.0, "generation": 0, "endings": [], "state": State().as_table()}
+    table = {
+        "machine": name,
+        "identity": {},
+        "ago": 0.0,
+        "generation": 0,
+        "endings": [],
+        "state": State().as_table(),
+        "held": [],
+    }
     return {**table, **other}
 
 
@@ -60,7 +68,7 @@ def root(tmp_path: Path) -> Root:
     folder = SupervisionFolder(tmp_path)
     folder.become_root(1, {})
     root = Root(folder, 1, THREE)
-    root._do = asyncio.run  # type: ignore[assignment] - at once, as there is no loop here
+    root._tasks.begin = asyncio.run  # type: ignore[method-assign] - at once, as there is no loop here
     for name in "abc":
         root._welcome(hello(name), cast(Link, Paper()))
     for member in tuple(root._members.values()):
@@ -73,10 +81,10 @@ def sent(root: Root, name: str) -> list[str]:
 
 
 def test_machines_that_fall_silent_in_one_moment_do_not_end_the_root(root: Root) -> None:
-    for name in "ab":
+    for name in "abc":
         root._members[name].heard -= PATIENCE + 1
     root._look()
-    assert list(root._members) == ["c"] and sent(root, "c")[-1] == "stop"
+    assert not root._members
 
 
 def test_a_root_that_slept_does_without_no_machine(root: Root) -> None:
@@ -96,7 +104,7 @@ def test_a_machine_that_is_back_while_the_others_stop_holds_nobody_up(root: Root
     root._lose(root._members["b"], "is gone")
     root._welcome(hello("b"), cast(Link, Paper()))
     for name in "ac":
-        root._hear(root._members[name], {"say": "stopped", "generation": 1_000_001, "endings": []})
+        root._hear(root._members[name], {"say": "stopped", "generation": 1_000_001, "endings": [], "held": []})
     assert sent(root, "b")[-1] == "prepare"
 
 
@@ -113,7 +121,7 @@ def test_processes_that_nothing_ends_hold_nobody_up(root: Root) -> None:
     """One waits for a dead disk, and hears no signal."""
     root._stop()
     for name in "ac":
-        root._hear(root._members[name], {"say": "stopped", "generation": 1_000_001, "endings": []})
+        root._hear(root._members[name], {"say": "stopped", "generation": 1_000_001, "endings": [], "held": []})
     root._look()
     assert root._state.life == 1, "b has its time"
     link = cast(Paper, root._members["b"].link)
@@ -144,7 +152,7 @@ def test_an_agent_that_cannot_do_what_it_is_told_ends(tmp_path: Path) -> None:
 
     async def serve() -> None:
         agent = agent_in(tmp_path)
-        agent._follow(failing())
+        agent._tasks.begin(failing())
         await agent._serve(cast(Link, Paper()))
 
     with pytest.raises(OSError, match="no such address"):
@@ -225,14 +233,14 @@ def test_a_machine_that_is_asked_to_end_leaves_the_others_at_work(root: Root) ->
 
 def stopped(root: Root, names: str, generation: int) -> None:
     for name in names:
-        root._hear(root._members[name], {"say": "stopped", "generation": generation, "endings": []})
+        root._hear(root._members[name], {"say": "stopped", "generation": generation, "endings": [], "held": []})
 
 
 def test_a_drain_is_known_to_the_next_root(root: Root, tmp_path: Path) -> None:
     assert "is left after the next step" in root._drain("b")
     state = root._state.as_table()
     other = Root(SupervisionFolder(tmp_path / "elsewhere"), 2, THREE)
-    other._do = asyncio.run  # type: ignore[assignment]
+    other._tasks.begin = asyncio.run  # type: ignore[method-assign]
     papers = {name: Paper() for name in "abc"}
     for name, paper in papers.items():
         other._welcome(hello(name, state=state, generation=1_000_001), cast(Link, paper))
@@ -295,6 +303,23 @@ def test_a_folder_that_does_not_answer_costs_no_sign_of_life(tmp_path: Path, mon
     assert code == 130 and heard[-1] - heard[0] < PATIENCE
 
 
+def test_a_root_that_hears_no_more_of_most_hands_over(root: Root, tmp_path: Path) -> None:
+    """Of three machines that with the root is cut off: it cannot go on alone, and the two others could."""
+    for name in "bc":
+        root._members[name].heard -= PATIENCE + 1
+    root._look()
+    assert root._over.is_set() and sent(root, "a")[-1] != "stop", "the others may go on with this life"
+    assert root._folder.root() == (1, {"cut_off": ["a"]})
+    agent = agent_in(tmp_path)
+    assert agent._patience_with({"cut_off": ["a"]}) > agent._patience_with({"cut_off": ["b"]}) == 0
+
+
+def test_a_root_that_lives_is_left_to_those_that_reach_it() -> None:
+    signs = Signs()
+    found = [signs.come(sign, 7) for sign in ("", "a", "a", "b")]
+    assert found == [False, True, False, True] and not signs.first and signs.generation == 7
+
+
 def test_a_folder_that_refuses_for_a_while_is_asked_again() -> None:
     answers: list[Any] = [OSError(errno.ESTALE, "stale"), ConfigError("cannot be read any more"), 3]
 
@@ -326,7 +351,7 @@ def test_roots_that_end_by_errors_again_and_again_end_the_machine(tmp_path: Path
         agent, waits = agent_in(tmp_path), []
         for _ in range(5):
             agent._root = cast(Any, Crashed())
-            waits.append(agent._patience_with(another=False))
+            waits.append(agent._patience_with({}))
 
     with pytest.raises(NoProgressError, match="ended 5 times in a row by an error"):
         asyncio.run(again())

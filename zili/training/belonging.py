@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from zili.config import ModelConfig, RunConfig
 from zili.errors import CheckpointError
-from zili.training.checkpoints import RunState, read_state
+from zili.training.checkpoints import RunState
 
 _DATA_ORDER = ("seed", "training.global_batch", "training.sequence_length", "data.sources")
 
@@ -22,13 +22,12 @@ class Belonging(NamedTuple):
     teacher_fingerprint: str
     classes: dict[str, str]
 
-    def refuse_others(self, path: Path) -> None:
-        """See that the checkpoint in `path` is one to go on from.
+    def refuse_others(self, path: Path, state: RunState) -> None:
+        """See that a checkpoint is one to go on from; `state` is what it says of itself, `path` what an error names.
 
         Raises:
             CheckpointError: it is of another model, order of data, teacher or objective.
         """
-        state = read_state(path)
         there, here = state.config, self.config.model_dump(mode="json")
         # A run from before a key was there had what is now its default.
         there = {**there, "model": ModelConfig.model_validate(there["model"]).model_dump(mode="json")}

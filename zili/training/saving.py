@@ -185,20 +185,20 @@ class Saver:
         self,
         state: RunState,
         tensors: dict[str, Tensor],
-        others: Mapping[str, Tensor] | None = None,
+        held: Mapping[str, Tensor] | None = None,
         *,
         everywhere: bool = True,
         last: bool = False,
     ) -> Path:
         """Begin to write `state.step` into each tier, after the folder's save before is done. Returns its path in the
-        folder. `others`: what this process holds and another one saves. `everywhere`: not only where it is due by its
+        folder. `held`: all that this process holds, if that is more. `everywhere`: not only where it is due by its
         number; a tier that has it already is left out, and so is one that still writes another, but for the `last`.
 
         Where a disk refuses nothing half-written is left; `look` and `settle` tell it to `note`, `wait` raises it.
         """
         self.settle()
         begun = time.perf_counter()
-        copies = self._copied(state, tensors, others or {}, everywhere)
+        copies = self._copied(state, tensors, held or tensors, everywhere)
         if self._asynchronous:
             # Not a daemon: a process that ends lets the checkpoint at hand be finished.
             self._thread = threading.Thread(
@@ -211,11 +211,11 @@ class Saver:
         return self.folder / step_name(state.step)
 
     def _copied(
-        self, state: RunState, tensors: dict[str, Tensor], others: Mapping[str, Tensor], everywhere: bool
+        self, state: RunState, tensors: dict[str, Tensor], held: Mapping[str, Tensor], everywhere: bool
     ) -> Copies:
         parts = parts_to_write(tensors, self._world, is_of_one_process)
         asked = [tier for tier in self.tiers if tier.takes_own and (everywhere or tier.due(state.step))]
-        own = held_parts({**tensors, **others}) if asked else {}
+        own = held_parts(held) if asked else {}
         if self._asynchronous:
             if asked:
                 own = {name: part.copied() for name, part in own.items()}

@@ -22,7 +22,7 @@ from zili.config.run import Precision
 from zili.data.loader import Batch, Batches
 from zili.data.prefetch import Prefetcher
 from zili.errors import CheckpointError, TrainingError
-from zili.models.arithmetic import training_flops_per_token
+from zili.models.arithmetic import parameter_shapes, training_flops_per_token
 from zili.models.decoder import Decoder
 from zili.objectives import Objective, Terms, objective_of
 from zili.parallel.apply import Materialize, with_first_weights
@@ -35,6 +35,7 @@ from zili.training import checkpoints, restoring
 from zili.training.belonging import Belonging
 from zili.training.callbacks.base import Callback, StepRecord
 from zili.training.fence import generation_fence
+from zili.training.held import StateMemory
 from zili.training.interruption import Interruption
 from zili.training.optimizers import build_optimizers, set_learning_rate
 from zili.training.requests import Requests
@@ -43,7 +44,7 @@ from zili.training.run_clock import RunClock
 from zili.training.saving import Saved, Saver
 from zili.training.schedules import learning_rate_share
 from zili.training.throughput import matmul_peak
-from zili.training.tiers.choosing import newest_of, set_aside, tiers_of
+from zili.training.tiers.choosing import newest_of, newest_offered, set_aside, tiers_of
 
 _LOG = logging.getLogger(__name__)
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -104,6 +105,7 @@ class Trainer:
         fused = device.capability("fused_adamw").value
         self.optimizers = build_optimizers(list(self.parallel.named_parameters()), config.optimizer, self._dtype, fused)
         self.saver = self._made_saver()
+        self._memory = StateMemory(self.world, config.checkpoint.memory, config.checkpoint.memory_share)
         self._saved_at: int | None = None
         self._last: tuple[Tensor, Tensor] | None = None
         self._own: Terms | None = None
@@ -200,25 +202,47 @@ class Trainer:
         named = list(self.parallel.named_parameters())
         tensors = checkpoints.model_tensors(self.parallel.named_tensors())
 
-        needs = Needs(tensors, named, world.rank)
-        chosen = newest_of(self.saver.tiers, needs, self.note)
+        near = self._memory.offered(tensors)
+        if near is not None and near >= newest_offered(self.saver.tiers):
+            try:
+                return self._take_up(near, tensors, named)
+            except CheckpointError as error:  # on all processes, as they agreed
+                self.note(f"{error}; going on from the newest checkpoint")
+        chosen = newest_of(self.saver.tiers, Needs(tensors, named, world.rank), self.note)
         if chosen is None:
+            self._memory.forget_after(0)
             return False
         found, step, holders, _ = chosen
-        own = Belonging(self.config, self.loader.fingerprint(), self.teacher_fingerprint, self.classes)
-        world.from_first(lambda: own.refuse_others(found.path))
+        world.from_first(lambda: self._belonging().refuse_others(found.path, checkpoints.read_state(found.path)))
         set_aside(chosen, self.note)
         rng = world.agree(
             lambda: restoring.restore(found, self.config.model, tensors, named, self.optimizers, world.rank)
         )
-        self._take_up_generators(found.path, rng)
-        self.step = step
+        self._take_up_generators(f"{found.path}", rng)
         self.saver.found(step, holders)
-        own_crumbs().resumed(self.step)
-        self.note(f"resumed from {found.path} at step {step}")
+        self._go_on_after(step, f"{found.path}")
         return True
 
-    def _take_up_generators(self, found: Path, rng: dict[str, Tensor]) -> None:
+    def _belonging(self) -> Belonging:
+        return Belonging(self.config, self.loader.fingerprint(), self.teacher_fingerprint, self.classes)
+
+    def _take_up(self, step: int, tensors: dict[str, Tensor], named: checkpoints.Named) -> bool:
+        """Go on from the states of the life before, which are in memory."""
+        world, config = self.world, self.config.model
+        found, state = world.agree(lambda: self._memory.take_up(step, parameter_shapes(config)))
+        world.from_first(lambda: self._belonging().refuse_others(Path("memory"), state))
+        rng = world.agree(lambda: restoring.restore(found, config, tensors, named, self.optimizers, world.rank))
+        self._take_up_generators("the state in memory", rng)
+        self._go_on_after(step, "memory")
+        return True
+
+    def _go_on_after(self, step: int, found: str) -> None:
+        self.step = step
+        self._memory.forget_after(step)
+        own_crumbs().resumed(step)
+        self.note(f"resumed from {found} at step {step}")
+
+    def _take_up_generators(self, found: str, rng: dict[str, Tensor]) -> None:
         """Go on drawing as the checkpoint says; which processes cannot, only they know themselves."""
         whole = bool(rng) and self.device.set_rng_state(rng)
         if not (self.config.model.hidden_dropout or self.config.model.attention_dropout):
@@ -239,7 +263,20 @@ class Trainer:
         """
         if self._last is not None:
             self._refuse_non_finite(*self._last)
-        state = checkpoints.RunState(
+        in_folder = everywhere or self.saver.due_in_folder(self.step)
+        if in_folder:
+            self._clock.save_began()
+            self._saved_at = self.step
+        with own_crumbs().within("save"):
+            tensors, held = self.saved_tensors(), self._held_tensors()
+            path = self.saver.save(self._state(), tensors, held, everywhere=everywhere, last=last)
+        for callback in self.callbacks if in_folder else ():
+            callback.on_checkpoint(self)
+        return path
+
+    def _state(self) -> checkpoints.RunState:
+        """Where the run stands and what it is."""
+        return checkpoints.RunState(
             step=self.step,
             samples=self.step * self.config.training.global_batch,
             config=self.config.model_dump(mode="json"),
@@ -249,17 +286,27 @@ class Trainer:
             operations=ops.chosen(),
             versions={"zili": __version__, "torch": torch.__version__, "python": platform.python_version()},
         )
-        in_folder = everywhere or self.saver.due_in_folder(self.step)
-        if in_folder:
-            self._clock.save_began()
-            self._saved_at = self.step
-        with own_crumbs().within("save"):
-            path = self.saver.save(
-                state, self.saved_tensors(), self._others_tensors(), everywhere=everywhere, last=last
-            )
-        for callback in self.callbacks if in_folder else ():
-            callback.on_checkpoint(self)
-        return path
+
+    def _keep_in_memory(self) -> None:
+        """Have this machine's agent hold the present state, if it is one to go on from."""
+        assert self._last is not None
+        if is_sound(*map(float, self._last), saturates=not self.device.capability("inf_nan").value):
+            with own_crumbs().within("copy"):
+                line = self._memory.keep(self._state(), self._held_tensors())
+            if line:
+                self.note(line)
+
+    def _held_tensors(self) -> dict[str, Tensor]:
+        """All that this process has of the run's state, what others have too included."""
+        named = list(self.parallel.named_parameters())
+        return {
+            **checkpoints.model_tensors(self.parallel.named_tensors()),
+            **checkpoints.optimizer_tensors(named, self.optimizers),
+            **self._generators(),
+        }
+
+    def _generators(self) -> dict[str, Tensor]:
+        return {checkpoints.generator_key(k, self.world.rank): v for k, v in self.device.rng_state().items()}
 
     def saved_tensors(self) -> dict[str, Tensor]:
         """This process's part of a checkpoint, by name: weights, what the optimizers keep, generators."""
@@ -270,15 +317,8 @@ class Trainer:
         return {
             **checkpoints.model_tensors(tensors),
             **checkpoints.optimizer_tensors(named, self.optimizers),
-            **{checkpoints.generator_key(k, self.world.rank): v for k, v in self.device.rng_state().items()},
+            **self._generators(),
         }
-
-    def _others_tensors(self) -> dict[str, Tensor]:
-        """What `saved_tensors` leaves to another process, and this one has too."""
-        second = self.parallel.is_second
-        named = [(name, one) for name, one in self.parallel.named_parameters() if second(name)]
-        tensors = ((name, one) for name, one in self.parallel.named_tensors() if second(name))
-        return {**checkpoints.model_tensors(tensors), **checkpoints.optimizer_tensors(named, self.optimizers)}
 
     def fit(self) -> None:
         """Train to `training.steps`, or until interrupted; a checkpoint is written either way.
@@ -296,6 +336,8 @@ class Trainer:
             with Prefetcher(self.loader, self.step, rows, self.config.data.prefetch) as batches:
                 while not self.done and not self._stop(interruption):
                     self._one_step(batches)
+                    if self._memory.is_due(self.step):
+                        self._keep_in_memory()
                     if self.saver.due(self.step):
                         self.save(everywhere=False)
             self.interrupted = not self.done and not self._told_to_stop

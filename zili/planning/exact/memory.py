@@ -76,9 +76,13 @@ def fullest(job: Job) -> Bytes:
 
 
 def saved_bytes(job: Job) -> float:
-    """Bytes of the host that saves in the background take: weights and what the optimizer keeps, for every tier."""
+    """Bytes of the host that a save in the background copies: weights and what the optimizer keeps."""
     held = Held(job, {})
-    return job.config.checkpoint.copies * (held.weights + held.moments)
+    return held.weights + held.moments
+
+
+STATES_IN_MEMORY = 5
+"""Copies of a process's state that its machine's host has at most: three of its own, and two of another machine's."""
 
 
 def may_sum_each(job: Job) -> bool:

@@ -86,6 +86,12 @@ def newest_of(tiers: Sequence[Tier], needs: Needs, report: Callable[[str], None]
     return None
 
 
+def newest_offered(tiers: Sequence[Tier]) -> int:
+    """The newest step that any of them has, as far as they can be asked; 0: there is none. All processes call it."""
+    offered, _ = _offered(tiers, lambda text: None)
+    return max((offer.step for _, offer in offered if not offer.flaw), default=0)
+
+
 def set_aside(chosen: Chosen, report: Callable[[str], None]) -> None:
     """What was passed over no longer counts; what brought a checkpoint has set aside itself what was in its place."""
     for tier in {tier: None for tier, _ in chosen.passed}:
