@@ -84,7 +84,7 @@ def test_lives_go_on_from_the_machines_disks_and_from_a_store(launch: Launch, tm
     assert weights(run.run) == weights(calm.folder)
     notes = (run.run / "metrics.jsonl").read_text()
     assert "was brought from the store file:" in notes
-    (life,) = account_of(run.run).lives
+    life, *_ = account_of(run.run).lives
     assert life.resumed % 5 == 0 and life.resumed > 5
 
 
