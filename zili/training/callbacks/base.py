@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from zili.training.saving import Saved
@@ -66,6 +66,14 @@ class Callback:
 
     def on_evaluation(self, step: int, values: dict[str, float]) -> None:
         """After the held-out text was scored: `bits_per_byte`, `loss` and what else its kind has (docs/training.md)."""
+
+    def on_event(self, kind: str, values: dict[str, Any]) -> None:
+        """The run has seen something of itself: `decision`, `straggler` or `corruption`, with its figures. A note says
+        the same to the user."""
+
+    def on_roll_back(self, trainer: Trainer) -> None:
+        """The run has gone back to an earlier checkpoint: the steps after `trainer.step` happen again, on other
+        batches."""
 
     def on_note(self, text: str) -> None:
         """Something the user should know: one line."""
