@@ -24,8 +24,8 @@ class WatchConfig(Section):
     spike: Literal["ignore", "stop", "skip", "roll_back"] = "ignore"
     """The same for a loss or gradient norm that is a number, but far above those of the last good steps."""
     threshold: PositiveFloat = 10.0
-    """How far: deviations from the median, in units of 1.4826 times the median absolute deviation, or of a hundredth of
-    the median where that is more."""
+    """How far: deviations from the median, in units of 1.4826 times the median absolute deviation; a deviation
+    is at least 0.01 of a loss's median, and 0.1 of a norm's."""
     window: PositiveInt = 128
     """Good steps that count, the newest; the step before the one at hand is not yet among them."""
     fewest: int = Field(32, ge=2)

@@ -30,8 +30,6 @@ _OVERFLOWN = 1e9
 gives more than this for any batch of less than 18 billion targets."""
 _OF_NORMAL = 1.4826
 """A normal distribution's standard deviation over its median absolute deviation (Rousseeuw and Croux 1993)."""
-_LEAST_DEVIATION = 0.01
-"""Of the median: steps that hardly differ would make spikes of rounding."""
 
 
 class GoodStep(NamedTuple):
@@ -47,6 +45,10 @@ class Limits(NamedTuple):
 
     loss: float
     norm: float
+
+
+_LEAST_DEVIATIONS = Limits(0.01, 0.1)
+"""Of the medians: steps that hardly differ would make spikes of rounding, and norms wander more than losses."""
 
 
 class StepWatch:
@@ -104,8 +106,9 @@ class StepWatch:
         good = [one for one in self.history if one.step < step - LAG][-self.config.window :]
         if self.config.spike == "ignore" or len(good) < self.config.fewest:
             return Limits(most, most)
-        loss, norm = ([one.loss for one in good], [one.norm for one in good])
-        return Limits(*(min(most, limit(values, self.config.threshold)) for values in (loss, norm)))
+        loss = limit([one.loss for one in good], self.config.threshold, _LEAST_DEVIATIONS.loss)
+        norm = limit([one.norm for one in good], self.config.threshold, _LEAST_DEVIATIONS.norm)
+        return Limits(min(most, loss), min(most, norm))
 
     def look(self, step: int | None = None) -> Decision | None:
         """What is to be done about a step before step `step` (from 0) that is there to be read; None for all steps: the
@@ -140,11 +143,12 @@ class StepWatch:
         return Decision(position, position, "skip" if answer == "skip" else "roll_back", step, why)
 
 
-def limit(values: list[float], threshold: float) -> float:
-    """What is `threshold` robust deviations above the median of `values`, rounded to fp32."""
+def limit(values: list[float], threshold: float, least: float) -> float:
+    """What is `threshold` robust deviations above the median of `values`, rounded to fp32; `least`: share of the median
+    that a deviation is at least."""
     middle = median(values)
     deviation = _OF_NORMAL * median(abs(value - middle) for value in values)
-    return float(np.float32(middle + threshold * max(deviation, _LEAST_DEVIATION * abs(middle))))
+    return float(np.float32(middle + threshold * max(deviation, least * abs(middle))))
 
 
 def is_sound(loss: float, norm: float, *, saturates: bool) -> bool:
