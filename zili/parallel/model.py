@@ -121,6 +121,16 @@ class ParallelModel:
         self._join_embeddings()
         return sums.terms(self._once)
 
+    def some_rows(self, batch: Batch) -> Batch:
+        """As few of this process's rows of a step as `accumulate` takes: a micro-batch, on a pipeline all."""
+        return batch if self._pipeline is not None else batch.rows(slice(0, self.micro_batch))
+
+    def forget(self) -> None:
+        """Drop gradients and what was counted, as if no pass had been made."""
+        self._loads = {}
+        for parameter in self.parameters():
+            parameter.grad = None
+
     def _one_by_one(self, micro_batches: list[Batch], forward: Forward) -> None:
         for number, micro_batch in enumerate(micro_batches, 1):
             own_crumbs().at_micro_batch(number)

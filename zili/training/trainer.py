@@ -373,6 +373,8 @@ class Trainer:
         share = learning_rate_share(self.step, self.config.training.steps, self.config.schedule)
         _, batch = next(batches)
         crumbs.enter("step" if self._begun else "warm_up")
+        for callback in self.callbacks:
+            callback.before_step(self, batch)
         loss, norm = self.train_step(batch)
         self._begun = True
         if not self._agrees:

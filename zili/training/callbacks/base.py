@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
+    from zili.data.loader import Batch
     from zili.training.saving import Saved
     from zili.training.trainer import Trainer
 
@@ -51,6 +52,9 @@ class Callback:
 
     def on_start(self, trainer: Trainer) -> None:
         """Before the first step, everything built and restored."""
+
+    def before_step(self, trainer: Trainer, batch: Batch) -> None:
+        """Before every step, with this process's rows of its batch, on the CPU."""
 
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
         """After a step whose record was taken (`logging.every`)."""

@@ -1,0 +1,124 @@
+"""What a process hands to others and takes from them, seen below autograd: its bits, and the time it waits for them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from zili.chips.device import Device
+from zili.torch_private import TorchDispatchMode, tree_leaves, wait_tensor
+
+_SPACES = ("c10d", "_c10d_functional", "_dtensor")
+"""Namespaces of torch's collectives: in place, which groups of weights use; functional; DTensor's own."""
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_KNOWN = {torch.nn.Parameter, Tensor}
+
+
+class Mark(NamedTuple):
+    """Something that a process received, or that it made itself."""
+
+    received: bool
+    sum: Tensor
+    """Of its bits, 0-d int64, on its device."""
+
+
+def bits_of(tensor: Tensor) -> Tensor:
+    """The sum of a tensor's bits, taken as whole numbers: 0-d int64. One bit that flips always changes it."""
+    plain = tensor.detach().contiguous()
+    return plain.view(_BITS[plain.element_size()]).sum(dtype=torch.int64)
+
+
+class Witness(TorchDispatchMode):
+    """Marks all that goes out of this process and all that comes in, in order.
+
+    What comes in is looked at when it is first used: the process has waited for it by then. Two equal passes have equal
+    marks, up to the first thing that went wrong.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.marks: list[Mark] = []
+        self._awaited: dict[int, Tensor] = {}
+
+    def made(self, tensors: Iterator[Tensor]) -> None:
+        """Mark results of this process, after the pass."""
+        for tensor in self._awaited.values():
+            self.marks.append(Mark(True, bits_of(tensor)))
+        self._awaited.clear()
+        self.marks += [Mark(False, bits_of(tensor)) for tensor in tensors]
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        if not _KNOWN.issuperset(types):
+            return NotImplemented  # a DTensor, say: its operations on plain tensors come by here
+        if function is wait_tensor:
+            out = function(*arguments)
+            self.marks.append(Mark(True, bits_of(out)))
+            return out
+        if self._awaited:
+            self._use(tree_leaves((arguments, keywords)))
+        sent, received = _messages(function, arguments)
+        self.marks += [Mark(False, bits_of(tensor)) for tensor in sent]
+        out = function(*arguments, **(keywords or {}))
+        # Kept until it is used, so that no other tensor gets its memory meanwhile.
+        self._awaited |= {tensor.untyped_storage().data_ptr(): tensor for tensor in received}
+        return out
+
+    def _use(self, used: list[Any]) -> None:
+        for tensor in used:
+            if isinstance(tensor, Tensor):
+                there = self._awaited.pop(tensor.untyped_storage().data_ptr(), None)
+                if there is not None:
+                    self.marks.append(Mark(True, bits_of(there)))
+
+
+class Waits(TorchDispatchMode):
+    """Adds up the seconds that this process waits for others. Each collective is waited for where it begins, so that
+    nothing overlaps: for a step now and then. Messages of a pipeline are left out, as two would wait for each other."""
+
+    def __init__(self, device: Device) -> None:
+        super().__init__()
+        self.seconds = 0.0
+        self._device = device
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        if not _KNOWN.issuperset(types):
+            return NotImplemented
+        sent, received = _messages(function, arguments)
+        if not sent or (function.namespace == "c10d" and not received):
+            return function(*arguments, **(keywords or {}))
+        self._device.synchronize()
+        begun = time.perf_counter()
+        out = function(*arguments, **(keywords or {}))
+        for part in tree_leaves(out):
+            if isinstance(part, Tensor) and function.namespace != "c10d":
+                wait_tensor(part)
+            elif isinstance(part, torch.ScriptObject):
+                dist.Work.unbox(part).wait()
+        self._device.synchronize()
+        self.seconds += time.perf_counter() - begun
+        return out
+
+
+def _messages(function: Any, arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """What an operation sends, and what it will have received in place."""
+    if function.namespace not in _SPACES or function is wait_tensor:
+        return [], []
+    if function.namespace != "c10d":
+        return _tensors(arguments), []
+    name = str(function).partition(".")[2].partition(".")[0]
+    if name.startswith("send"):
+        return _tensors(arguments[0]), []
+    if name.startswith("recv"):
+        return [], _tensors(arguments[0])
+    if name.startswith(("allreduce", "broadcast")):
+        return _tensors(arguments[0]), _tensors(arguments[0])
+    return _tensors(arguments[1]), _tensors(arguments[0])
+
+
+def _tensors(some: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(some) if isinstance(leaf, Tensor)]
