@@ -9,14 +9,21 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from zili.chips.device import Device
-from zili.torch_private import TorchDispatchMode, tree_leaves, wait_tensor
+from zili.torch_private import TorchDispatchMode, functional_collectives, tree_leaves, wait_tensor
 
 _SPACES = ("c10d", "_c10d_functional", "_dtensor")
 """Namespaces of torch's collectives: in place, which groups of weights use; functional; DTensor's own."""
+_COLLECTIVES = (
+    *("allgather", "all_gather", "reduce_scatter", "allreduce", "all_reduce"),
+    *("alltoall", "all_to_all", "shard_dim_alltoall", "broadcast", "send", "recv"),
+)
+"""How their names begin."""
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_KNOWN = {torch.nn.Parameter, Tensor}
+_MADE_OF_PLAIN = {DTensor, functional_collectives.AsyncCollectiveTensor}
+"""Kinds of tensors whose operations on plain ones come by after them."""
 
 
 class Mark(NamedTuple):
@@ -53,8 +60,10 @@ class Witness(TorchDispatchMode):
         self.marks += [Mark(False, bits_of(tensor)) for tensor in tensors]
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
-        if not _KNOWN.issuperset(types):
-            return NotImplemented  # a DTensor, say: its operations on plain tensors come by here
+        if _MADE_OF_PLAIN.intersection(types):
+            return NotImplemented
+        if types:  # fake ones, by which DTensor tries out shapes
+            return function(*arguments, **(keywords or {}))
         if function is wait_tensor:
             out = function(*arguments)
             self.marks.append(Mark(True, bits_of(out)))
@@ -86,7 +95,7 @@ class Waits(TorchDispatchMode):
         self._device = device
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
-        if not _KNOWN.issuperset(types):
+        if _MADE_OF_PLAIN.intersection(types):
             return NotImplemented
         sent, received = _messages(function, arguments)
         if not sent or (function.namespace == "c10d" and not received):
@@ -106,18 +115,16 @@ class Waits(TorchDispatchMode):
 
 def _messages(function: Any, arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
     """What an operation sends, and what it will have received in place."""
-    if function.namespace not in _SPACES or function is wait_tensor:
+    name = str(function).partition(".")[2].lstrip("_")
+    # Not what waits, or passes on a tensor that is not there yet.
+    if function.namespace not in _SPACES or not name.startswith(_COLLECTIVES):
         return [], []
     if function.namespace != "c10d":
         return _tensors(arguments), []
-    name = str(function).partition(".")[2].partition(".")[0]
-    if name.startswith("send"):
-        return _tensors(arguments[0]), []
-    if name.startswith("recv"):
-        return [], _tensors(arguments[0])
-    if name.startswith(("allreduce", "broadcast")):
-        return _tensors(arguments[0]), _tensors(arguments[0])
-    return _tensors(arguments[1]), _tensors(arguments[0])
+    first = _tensors(arguments[0])
+    if name.startswith(("send", "recv")):
+        return (first, []) if name.startswith("send") else ([], first)
+    return first if name.startswith(("allreduce", "broadcast")) else _tensors(arguments[1]), first
 
 
 def _tensors(some: Any) -> list[Tensor]:

@@ -76,9 +76,12 @@ def differs(trainer: Trainer, batch: Batch) -> bool:
     """Whether this process makes other bits of the same micro-batch when it computes it again. Nothing stays of it."""
     generators = trainer.device.rng_state()
     first, second = (_marks(trainer, batch, generators) for _ in range(2))
+    if len(first) != len(second):  # what is met for the first time may ask others for more
+        first, second = second, _marks(trainer, batch, generators)
     trainer.device.set_rng_state(generators)
-    sums = torch.stack([torch.stack([mark.sum for mark in marks]) for marks in (first, second[: len(first)])])
-    for mark, one, other in zip(first, *sums.tolist(), strict=True):
+    both = zip(first, second, strict=False)
+    sums = torch.stack([torch.stack((one.sum, other.sum)) for one, other in both]).tolist()
+    for mark, (one, other) in zip(first, sums, strict=False):
         if one != other:
             return not mark.received
     return False

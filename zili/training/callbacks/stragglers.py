@@ -39,10 +39,10 @@ class Slow(NamedTuple):
 
 
 class StragglerWatch(Callback):
-    """Every `every` steps. A step is the same for all processes, since they wait for one another. So what is compared is
-    the time in which a process does not wait: of its data a step, and of the step that is looked at. In that one each
-    collective is waited for where it begins. Between the stages of a pipeline such waits are not told apart from work:
-    there only data is compared.
+    """Every `every` steps. A step takes all processes as long, since they wait for one another. So what is compared is
+    how long each waits for data a step, and how long it does not wait for others in the step that is looked at. In that
+    one each collective is waited for where it begins. Between the stages of a pipeline such waits are not told apart
+    from work: there only data is compared.
     """
 
     everywhere = True
@@ -101,8 +101,8 @@ class StragglerWatch(Callback):
 
     def _say(self, trainer: Trainer, one: Slow) -> None:
         trainer.note(
-            f"step {trainer.step}: {self._places[one.rank]} is slow in {_PHASES[one.phase]}: {one.seconds:.3g} s a step, "
-            f"where the median of all is {one.median:.3g} s, for {PERSISTS} looks in a row"
+            f"step {trainer.step}: {self._places[one.rank]} is slow in {_PHASES[one.phase]}: {one.seconds:.3g} s a "
+            f"step, where the median of all is {one.median:.3g} s, for {PERSISTS} looks in a row"
         )
         self._event(trainer, one[:2], over=False, seconds=one.seconds, median=one.median)
 
