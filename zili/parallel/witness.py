@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -89,10 +89,10 @@ class Waits(TorchDispatchMode):
     """Adds up the seconds that this process waits for others. Each collective is waited for where it begins, so that
     nothing overlaps: for a step now and then. Messages of a pipeline are left out, as two would wait for each other."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, clock: Callable[[], float] = time.perf_counter) -> None:
         super().__init__()
         self.seconds = 0.0
-        self._device = device
+        self._device, self._clock = device, clock
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         if _MADE_OF_PLAIN.intersection(types):
@@ -101,7 +101,7 @@ class Waits(TorchDispatchMode):
         if not sent or (function.namespace == "c10d" and not received):
             return function(*arguments, **(keywords or {}))
         self._device.synchronize()
-        begun = time.perf_counter()
+        begun = self._clock()
         out = function(*arguments, **(keywords or {}))
         for part in tree_leaves(out):
             if isinstance(part, Tensor) and function.namespace != "c10d":
@@ -109,7 +109,7 @@ class Waits(TorchDispatchMode):
             elif isinstance(part, torch.ScriptObject):
                 dist.Work.unbox(part).wait()
         self._device.synchronize()
-        self.seconds += time.perf_counter() - begun
+        self.seconds += self._clock() - begun
         return out
 
 

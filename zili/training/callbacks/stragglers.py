@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from collections.abc import Callable
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -47,12 +48,13 @@ class StragglerWatch(Callback):
 
     everywhere = True
 
-    def __init__(self, every: int) -> None:
-        self._every = every
+    def __init__(self, every: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._every, self._clock = every, clock
         self._waits: Waits | None = None
         self._begun = 0.0
         self._data = (0.0, 0)
         """Seconds that this process had waited for data at the last look, and its step."""
+        self._first = 0
         self._places: list[str] = []
         self._found: Counter[tuple[int, str]] = Counter()
         self._named: set[tuple[int, str]] = set()
@@ -60,23 +62,24 @@ class StragglerWatch(Callback):
     def on_start(self, trainer: Trainer) -> None:
         self._places = trainer.world.gathered(own_place(trainer.world))
         self._data = own_crumbs().seconds()["data"], trainer.step
+        self._first = trainer.step
         if trainer.world.size < FEWEST:
             trainer.note(f"watch.stragglers: nobody is compared among fewer than {FEWEST} processes")
 
     def before_step(self, trainer: Trainer, batch: Batch) -> None:
         # Not the first step that this process makes, which compiles.
-        if trainer.world.size < FEWEST or (trainer.step + 1) % self._every or trainer.step == self._data[1]:
+        if trainer.world.size < FEWEST or (trainer.step + 1) % self._every or trainer.step == self._first:
             return
         trainer.device.synchronize()
-        self._waits = Waits(trainer.device)
+        self._waits = Waits(trainer.device, self._clock)
         self._waits.__enter__()
-        self._begun = time.perf_counter()
+        self._begun = self._clock()
 
     def after_step(self, trainer: Trainer) -> None:
         if self._waits is None:
             return
         trainer.device.synchronize()
-        seconds = time.perf_counter() - self._begun
+        seconds = self._clock() - self._begun
         self._waits.__exit__(None, None, None)
         data, since = own_crumbs().seconds()["data"], trainer.step - self._data[1]
         own = {"data": (data - self._data[0]) / since, "step": seconds - self._waits.seconds}
