@@ -30,6 +30,12 @@ class Faults(zili.Callback):
     def __init__(self, folder: str):
         self.folder = Path(folder)
 
+    def before_step(self, trainer, batch):
+        """A batch on which the last process fails whenever it meets it: its position is in the file `bad-batch`."""
+        bad = self.folder / "bad-batch"
+        if trainer.world.rank and bad.exists() and trainer.watch.position(trainer.step) == int(bad.read_text()):
+            raise IndexError("index out of range in self")
+
     def after_step(self, trainer):
         file = self.folder / f"fault-{trainer.world.rank}"
         if trainer.world.rank == 0:

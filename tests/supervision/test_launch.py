@@ -15,6 +15,7 @@ from many import on_processes, train
 from zili.config import RunConfig
 from zili.supervision.account import account_of
 from zili.supervision.folder import SupervisionFolder, ask_root
+from zili.training.checkpoints import list_checkpoints, read_state
 
 PLAIN = tuple(f"chip.operations.{name}=reference" for name in ("linear", "attention"))
 SETTINGS = (*PLAIN, "chip.precision=fp32", "checkpoint.every=10", "training.micro_batch=1")
@@ -74,6 +75,23 @@ def test_a_run_that_is_broken_again_and_again_ends_as_if_it_was_not(launch: Laun
     # Beside other work a message may be late, and so an order; 1 % is for a machine of one's own.
     assert told.unknown < 0.1, told
     assert "% trained" in said
+
+
+@pytest.mark.slow
+def test_a_batch_that_cannot_be_trained_on_is_left_out_where_the_recipe_says_so(launch: Launch) -> None:
+    """And a run that knows it from its first step has the same bits."""
+    run = launch("training.steps=20", "checkpoint.every=5", "watch.failure=roll_back")
+    (run.run.parent / "bad-batch").write_text("13")
+    run.begin("a")
+    assert run.codes() == {0}, run.everything()
+    said = "\n".join(run.said())
+    assert re.search(r"process 1 on a, after step 13.* Zili: go back to the checkpoint before and skip", said), said
+    assert re.search(r"step 14: life 1: process 1 .*; batch 13 left out, from a checkpoint before", said), said
+    state = read_state(list_checkpoints(run.run / "checkpoints")[-1])
+    assert (state.step, state.samples) == (20, 21 * run.config.training.global_batch)
+    again = run.config.changed(folder=run.run.parent / "again", watch={"decisions": run.run})
+    on_processes(2, train, again)
+    assert weights(run.run) == weights(again.folder)
 
 
 @pytest.mark.slow

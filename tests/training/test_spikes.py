@@ -17,8 +17,8 @@ from zili.config.watch import WatchConfig
 from zili.errors import CheckpointError, ConfigError, TrainingError
 from zili.training.callbacks import Callback, MetricsLog
 from zili.training.checkpoints import list_checkpoints, read_state
-from zili.training.decisions import (
-    Decision,
+from zili.training.left_out import (
+    LeftOut,
     consumed,
     leave_out,
     order_roll_back,
@@ -255,8 +255,8 @@ def test_decisions_that_are_not_there_or_broken_are_named(recipe: Recipe, tmp_pa
 # ------------------------------------------------------------------ the arithmetic
 
 
-def away(first: int, last: int | None = None, action: Any = "roll_back") -> Decision:
-    return Decision(first, first if last is None else last, action, first, "")
+def away(first: int, last: int | None = None, action: Any = "roll_back") -> LeftOut:
+    return LeftOut(first, first if last is None else last, action, first, "")
 
 
 def test_positions_are_those_that_are_not_left_out() -> None:

@@ -30,8 +30,8 @@ from zili.checksums import dealt, read_sums, verify_sums
 from zili.errors import CheckpointError
 from zili.models.decoder import Decoder
 from zili.plugins import place_of
-from zili.training.decisions import Decision, consumed, decisions_in
 from zili.training.index import INDEX_FILE, TensorIndex, read_index
+from zili.training.left_out import LeftOut, consumed, decisions_in
 
 if TYPE_CHECKING:
     from zili.parallel.world import World
@@ -78,7 +78,7 @@ class RunState:
     classes: dict[str, str] = field(default_factory=dict)
     """`objective` and `model`, as `zili.train` takes them: `zili.plugins.place_of` their classes."""
     decisions: list[dict[str, Any]] = field(default_factory=list)
-    """Batches that were left out (`zili.training.decisions`)."""
+    """Batches that were left out (`zili.training.left_out`)."""
     history: list[list[float]] = field(default_factory=list)
     """Number, loss and gradient norm of the last good steps, where every step is judged (`zili.training.spikes`)."""
     operations: dict[str, str] = field(default_factory=dict)
@@ -147,7 +147,7 @@ def _candidates(folder: Path, world: World | None, fits: Callable[[Path], bool])
     yield from reversed(there() if world is None else world.from_first(there))
 
 
-def has_read(path: Path, decisions: Sequence[Decision]) -> bool:
+def has_read(path: Path, decisions: Sequence[LeftOut]) -> bool:
     """Whether the run of a checkpoint had read a batch that `decisions` leave out: then it is none to go on from. Of
     one that cannot be read nothing is known; who verifies it will say so."""
     try:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from zili.errors import TrainingError
 from zili.plurals import counted
 from zili.training import checkpoints
-from zili.training.decisions import (
+from zili.training.left_out import (
     DECISIONS_FILE,
-    Decision,
+    LeftOut,
     leave_out,
     read_decisions,
     refuse_too_many,
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 class RolledBack(Exception):
     """A step was bad, and the recipe says to go back: all processes raise it at the same place."""
 
-    def __init__(self, decision: Decision) -> None:
+    def __init__(self, decision: LeftOut) -> None:
         super().__init__(str(decision))
         self.decision = decision
 
 
-def known_decisions(trainer: Trainer) -> tuple[Decision, ...]:
+def known_decisions(trainer: Trainer) -> tuple[LeftOut, ...]:
     """What the recipe and the run's folder say is left out; a checkpoint may know of more. The first process reads it.
 
     Raises:
@@ -59,7 +59,7 @@ def act(trainer: Trainer, *, everything: bool = False) -> None:
         _decide(trainer, found)
 
 
-def go_back(trainer: Trainer, bad: Decision) -> None:
+def go_back(trainer: Trainer, bad: LeftOut) -> None:
     """To the newest sound checkpoint from before a bad step, whose batch is left out from now on.
 
     Raises:
@@ -78,7 +78,7 @@ def go_back(trainer: Trainer, bad: Decision) -> None:
         callback.on_roll_back(trainer)
 
 
-def _decide(trainer: Trainer, decision: Decision) -> None:
+def _decide(trainer: Trainer, decision: LeftOut) -> None:
     """Write down, and say, what is left out."""
     trainer.watch.decide(together(trainer.watch.decisions, [decision]))
     trainer.world.from_first(lambda: write_decisions(trainer.config.folder, trainer.watch.decisions))

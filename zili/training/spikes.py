@@ -20,8 +20,8 @@ from torch.optim import Optimizer
 from zili.chips.device import Device
 from zili.config.watch import WatchConfig
 from zili.errors import TrainingError
-from zili.training.decisions import Decision, Window, position_of, windows
 from zili.training.late import LateNumbers
+from zili.training.left_out import LeftOut, Window, position_of, windows
 
 LAG = 1
 """Steps before the one at hand that are not read yet."""
@@ -56,7 +56,7 @@ class StepWatch:
 
     def __init__(self, config: WatchConfig, device: Device) -> None:
         self.config = config
-        self.decisions: tuple[Decision, ...] = ()
+        self.decisions: tuple[LeftOut, ...] = ()
         """What the run leaves out, as far as it has decided."""
         self.history: deque[GoodStep] = deque(maxlen=config.window + LAG)
         """The newest good steps, for the limits of those that follow; a checkpoint has them."""
@@ -66,7 +66,7 @@ class StepWatch:
         self._left_out: list[Window] = []
         self._skipped: set[int] = set()
 
-    def take_up(self, decisions: Iterable[Decision], history: Iterable[Iterable[float]] = ()) -> None:
+    def take_up(self, decisions: Iterable[LeftOut], history: Iterable[Iterable[float]] = ()) -> None:
         """Go on as a checkpoint and the run's folder say."""
         self._late.clear()
         self._judged.clear()
@@ -74,7 +74,7 @@ class StepWatch:
         self.history.extend(GoodStep(int(step), loss, norm) for step, loss, norm in history)
         self.decide(decisions)
 
-    def decide(self, decisions: Iterable[Decision]) -> None:
+    def decide(self, decisions: Iterable[LeftOut]) -> None:
         """From now on these are all decisions."""
         self.decisions = tuple(decisions)
         self._left_out = windows(self.decisions)
@@ -110,7 +110,7 @@ class StepWatch:
         norm = limit([one.norm for one in good], self.config.threshold, _LEAST_DEVIATIONS.norm)
         return Limits(min(most, loss), min(most, norm))
 
-    def look(self, step: int | None = None) -> Decision | None:
+    def look(self, step: int | None = None) -> LeftOut | None:
         """What is to be done about a step before step `step` (from 0) that is there to be read; None for all steps: the
         device is waited for.
 
@@ -126,7 +126,7 @@ class StepWatch:
                 return self._answer(number, loss, norm, limits)
         return None
 
-    def _answer(self, step: int, loss: float, norm: float, limits: Limits) -> Decision:
+    def _answer(self, step: int, loss: float, norm: float, limits: Limits) -> LeftOut:
         unsound = not is_sound(loss, norm, saturates=self._saturates)
         answer = self.config.non_finite if unsound else self.config.spike
         why = f"loss {loss:.6g}, gradient norm {norm:.6g}"
@@ -140,7 +140,7 @@ class StepWatch:
             )
             error.agreed = True  # both numbers are sums over all processes
             raise error
-        return Decision(position, position, "skip" if answer == "skip" else "roll_back", step, why)
+        return LeftOut(position, position, "skip" if answer == "skip" else "roll_back", step, why)
 
 
 def limit(values: list[float], threshold: float, least: float) -> float:

@@ -34,9 +34,9 @@ from zili.plugins import place_of
 from zili.training import checkpoints, restoring
 from zili.training.belonging import state_that_belongs
 from zili.training.callbacks.base import Callback, StepRecord
-from zili.training.decisions import as_table, decisions_in, together
 from zili.training.index import TensorIndex
 from zili.training.interruption import Interruption
+from zili.training.left_out import as_table, decisions_in, together
 from zili.training.optimizers import build_optimizers, set_learning_rate
 from zili.training.requests import Requests
 from zili.training.rolling_back import RolledBack, act, go_back, known_decisions

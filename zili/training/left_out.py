@@ -25,7 +25,7 @@ Window = tuple[int, int]
 
 
 @dataclass(frozen=True, order=True)
-class Decision:
+class LeftOut:
     """Batches that are left out: read without an update (skip), or not read at all (roll_back)."""
 
     first: int
@@ -43,7 +43,7 @@ class Decision:
         return f"step {self.step + 1}: {self.why}; {batches} {done}"
 
 
-def windows(decisions: Iterable[Decision]) -> list[Window]:
+def windows(decisions: Iterable[LeftOut]) -> list[Window]:
     """What is not read at all, in order; windows that meet are one."""
     found: list[Window] = []
     for first, last in sorted((one.first, one.last) for one in decisions if one.action == "roll_back"):
@@ -64,16 +64,16 @@ def position_of(step: int, left_out: Sequence[Window]) -> int:
     return position
 
 
-def together(*some: Iterable[Decision]) -> tuple[Decision, ...]:
+def together(*some: Iterable[LeftOut]) -> tuple[LeftOut, ...]:
     """All decisions once each, by position. Two on the same batches are one: the first that is given."""
-    found: list[Decision] = []
+    found: list[LeftOut] = []
     for decision in (decision for every in some for decision in every):
         if all((decision.action, decision.first, decision.last) != (a.action, a.first, a.last) for a in found):
             insort(found, decision)
     return tuple(found)
 
 
-def consumed(decisions: Iterable[Decision], step: int, known: Iterable[Decision]) -> bool:
+def consumed(decisions: Iterable[LeftOut], step: int, known: Iterable[LeftOut]) -> bool:
     """Whether a checkpoint after `step` steps, which came about by the decisions `known`, has read a batch that
     `decisions` leave out."""
     own = windows(known)
@@ -82,7 +82,7 @@ def consumed(decisions: Iterable[Decision], step: int, known: Iterable[Decision]
     return any(all(not first <= p <= last for first, last in own) for p in read)
 
 
-def leave_out(step: int, why: str, decisions: Sequence[Decision], watch: WatchConfig, saved: Iterable[int]) -> Decision:
+def leave_out(step: int, why: str, decisions: Sequence[LeftOut], watch: WatchConfig, saved: Iterable[int]) -> LeftOut:
     """The decision to leave out the batch of step `step` (from 0) and `watch.margin` on each side, as far as
     checkpoints of the steps `saved` allow."""
     left_out = windows(decisions)
@@ -91,10 +91,10 @@ def leave_out(step: int, why: str, decisions: Sequence[Decision], watch: WatchCo
     begins = [position_of(one, left_out) for one in saved if one <= step]
     # Without a checkpoint so far back, what the oldest has read stays read.
     first = wanted if not begins or min(begins) <= wanted else min(begins)
-    return Decision(first, bad + watch.margin, "roll_back", step, why)
+    return LeftOut(first, bad + watch.margin, "roll_back", step, why)
 
 
-def refuse_too_many(decision: Decision, decisions: Iterable[Decision], watch: WatchConfig) -> None:
+def refuse_too_many(decision: LeftOut, decisions: Iterable[LeftOut], watch: WatchConfig) -> None:
     """Raise TrainingError where batches were left out `watch.most` times shortly before."""
     lately = [one for one in decisions if 0 <= decision.last - one.last < watch.within and one != decision]
     if len(lately) >= watch.most:
@@ -107,7 +107,7 @@ def refuse_too_many(decision: Decision, decisions: Iterable[Decision], watch: Wa
         raise error
 
 
-def read_decisions(file: Path) -> tuple[Decision, ...]:
+def read_decisions(file: Path) -> tuple[LeftOut, ...]:
     """What `write_decisions` wrote; nothing where there is no file.
 
     Raises:
@@ -121,26 +121,26 @@ def read_decisions(file: Path) -> tuple[Decision, ...]:
         raise CheckpointError(f"{file} cannot be read: {error!r}; it says which batches are left out") from error
 
 
-def decisions_in(table: Any) -> tuple[Decision, ...]:
+def decisions_in(table: Any) -> tuple[LeftOut, ...]:
     """Of a list as `as_table` makes it. Raises TypeError or ValueError where it is none."""
-    found = together(Decision(**one) for one in table)
+    found = together(LeftOut(**one) for one in table)
     for one in found:
         if not (isinstance(one.first, int) and isinstance(one.last, int) and 0 <= one.first <= one.last):
             raise ValueError(f"no batches: {one}")
     return found
 
 
-def as_table(decisions: Iterable[Decision]) -> list[dict[str, Any]]:
+def as_table(decisions: Iterable[LeftOut]) -> list[dict[str, Any]]:
     return [asdict(one) for one in decisions]
 
 
-def write_decisions(run: Path, decisions: Iterable[Decision]) -> None:
+def write_decisions(run: Path, decisions: Iterable[LeftOut]) -> None:
     """Put them into the run's folder, whole."""
     run.mkdir(parents=True, exist_ok=True)
     write_whole(run / DECISIONS_FILE, json.dumps(as_table(decisions), indent=1) + "\n")
 
 
-def repeated(watch: WatchConfig) -> tuple[Decision, ...]:
+def repeated(watch: WatchConfig) -> tuple[LeftOut, ...]:
     """What the recipe has repeated of another run.
 
     Raises:
@@ -154,8 +154,9 @@ def repeated(watch: WatchConfig) -> tuple[Decision, ...]:
     return read_decisions(file)
 
 
-def order_roll_back(run: Path, step: int, why: str, watch: WatchConfig, saved: Iterable[int]) -> Decision:
+def order_roll_back(run: Path, step: int, why: str, watch: WatchConfig, saved: Iterable[int]) -> LeftOut:
     """Have the next life of `run` go back to before step `step` (from 0), and leave out its batch. For a supervisor.
+    What was ordered for the same reason already is not ordered again.
 
     Raises:
         TrainingError: batches were left out too often.
@@ -163,6 +164,8 @@ def order_roll_back(run: Path, step: int, why: str, watch: WatchConfig, saved: I
         OSError: it cannot be written.
     """
     known = read_decisions(run / DECISIONS_FILE)
+    if (before := next((one for one in known if (one.step, one.why) == (step, why)), None)) is not None:
+        return before
     decision = leave_out(step, why, known, watch, saved)
     refuse_too_many(decision, known, watch)
     write_decisions(run, together(known, [decision]))
