@@ -53,10 +53,17 @@ class Losses(Recorder):
         self.events.append((kind, values))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("kind", FACTOR)
-def test_a_skipped_batch_counts_as_read_and_moves_nothing(recipe: Recipe, kind: str, optimizer: str) -> None:
-    config = recipe(*SPIKES, f"watch.{kind}=skip", f"optimizer.name={optimizer}")
+EXPERTS = (
+    "model.mixture={experts = 4, top_k = 2, ffn_hidden_size = 16, scoring = 'sigmoid', bias = true, "
+    "bias_update_rate = 0.01}"
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "other"), [("spike", EXPERTS), ("spike", "optimizer.name=muon"), ("non_finite", "optimizer.name=adamw")]
+)
+def test_a_skipped_batch_counts_as_read_and_moves_nothing(recipe: Recipe, kind: str, other: str) -> None:
+    config = recipe(*SPIKES, f"watch.{kind}=skip", other)
     before, after = {}, {}
 
     def weights(into: dict[str, torch.Tensor]) -> None:
@@ -73,7 +80,7 @@ def test_a_skipped_batch_counts_as_read_and_moves_nothing(recipe: Recipe, kind: 
     train(config, Hold(), poison, seen, *steps, MetricsLog(config.folder))
     assert poison.met == [BAD] and left_out(config) == [("skip", BAD, BAD)]
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert moved == {"rng.cpu"}, "no weight, no moment, no count of steps"
+    assert moved == {"rng.cpu"}, "no weight, no router's bias, no moment, no count of steps"
     state = read_state(list_checkpoints(config.folder / "checkpoints")[-1])
     assert (state.step, state.samples) == (12, 12 * 4)
     assert [(one["first"], one["step"]) for one in state.decisions] == [(BAD, BAD)]
