@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 3 benchmarks/watching.py [--rounds 20]
 
-A model of 3.5 million parameters on the CPU, replicas, rows of 128 tokens, two micro-batches of four a process. Every kind of
-step is made once a round, so that a machine whose speed drifts slows all of them; medians over the rounds.
+A model of 3.5 million parameters on the CPU, replicas, rows of 128 tokens, two micro-batches of four a process. Every
+kind of step is made once a round, so that a machine whose speed drifts slows all of them; medians over the rounds.
 """
 
 from __future__ import annotations

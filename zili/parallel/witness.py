@@ -26,7 +26,7 @@ _MADE_OF_PLAIN = {DTensor, functional_collectives.AsyncCollectiveTensor}
 """Kinds of tensors whose operations on plain ones come by after them."""
 
 
-class Mark(NamedTuple):
+class BitMark(NamedTuple):
     """Something that a process received, or that it made itself."""
 
     received: bool
@@ -49,15 +49,15 @@ class Witness(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.marks: list[Mark] = []
+        self.marks: list[BitMark] = []
         self._awaited: dict[int, Tensor] = {}
 
     def made(self, tensors: Iterator[Tensor]) -> None:
-        """Mark results of this process, after the pass."""
+        """BitMark results of this process, after the pass."""
         for tensor in self._awaited.values():
-            self.marks.append(Mark(True, bits_of(tensor)))
+            self.marks.append(BitMark(True, bits_of(tensor)))
         self._awaited.clear()
-        self.marks += [Mark(False, bits_of(tensor)) for tensor in tensors]
+        self.marks += [BitMark(False, bits_of(tensor)) for tensor in tensors]
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         if _MADE_OF_PLAIN.intersection(types):
@@ -66,12 +66,12 @@ class Witness(TorchDispatchMode):
             return function(*arguments, **(keywords or {}))
         if function is wait_tensor:
             out = function(*arguments)
-            self.marks.append(Mark(True, bits_of(out)))
+            self.marks.append(BitMark(True, bits_of(out)))
             return out
         if self._awaited:
             self._use(tree_leaves((arguments, keywords)))
         sent, received = _messages(function, arguments)
-        self.marks += [Mark(False, bits_of(tensor)) for tensor in sent]
+        self.marks += [BitMark(False, bits_of(tensor)) for tensor in sent]
         out = function(*arguments, **(keywords or {}))
         # Kept until it is used, so that no other tensor gets its memory meanwhile.
         self._awaited |= {tensor.untyped_storage().data_ptr(): tensor for tensor in received}
@@ -82,7 +82,7 @@ class Witness(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 there = self._awaited.pop(tensor.untyped_storage().data_ptr(), None)
                 if there is not None:
-                    self.marks.append(Mark(True, bits_of(there)))
+                    self.marks.append(BitMark(True, bits_of(there)))
 
 
 class Waits(TorchDispatchMode):

@@ -40,14 +40,14 @@ class GoodStep(NamedTuple):
     norm: float
 
 
-class Limits(NamedTuple):
+class StepLimits(NamedTuple):
     """What a loss and a gradient norm have to be below."""
 
     loss: float
     norm: float
 
 
-_LEAST_DEVIATIONS = Limits(0.01, 0.1)
+_LEAST_DEVIATIONS = StepLimits(0.01, 0.1)
 """Of the medians: steps that hardly differ would make spikes of rounding, and norms wander more than losses."""
 
 
@@ -62,7 +62,7 @@ class StepWatch:
         """The newest good steps, for the limits of those that follow; a checkpoint has them."""
         self._saturates = not device.capability("inf_nan").value
         self._late = LateNumbers(device)
-        self._judged: deque[tuple[int, Limits]] = deque()
+        self._judged: deque[tuple[int, StepLimits]] = deque()
         self._left_out: list[Window] = []
         self._skipped: set[int] = set()
 
@@ -100,15 +100,15 @@ class StepWatch:
         self._judged.append((step, limits))
         return left_out
 
-    def limits(self, step: int) -> Limits:
+    def limits(self, step: int) -> StepLimits:
         """Those of step `step` (from 0), as fp32 has them: a number that is given to a device's kernel is no copy."""
         most = _OVERFLOWN if self._saturates else math.inf
         good = [one for one in self.history if one.step < step - LAG][-self.config.window :]
         if self.config.spike == "ignore" or len(good) < self.config.fewest:
-            return Limits(most, most)
+            return StepLimits(most, most)
         loss = limit([one.loss for one in good], self.config.threshold, _LEAST_DEVIATIONS.loss)
         norm = limit([one.norm for one in good], self.config.threshold, _LEAST_DEVIATIONS.norm)
-        return Limits(min(most, loss), min(most, norm))
+        return StepLimits(min(most, loss), min(most, norm))
 
     def look(self, step: int | None = None) -> LeftOut | None:
         """What is to be done about a step before step `step` (from 0) that is there to be read; None for all steps: the
@@ -126,7 +126,7 @@ class StepWatch:
                 return self._answer(number, loss, norm, limits)
         return None
 
-    def _answer(self, step: int, loss: float, norm: float, limits: Limits) -> LeftOut:
+    def _answer(self, step: int, loss: float, norm: float, limits: StepLimits) -> LeftOut:
         unsound = not is_sound(loss, norm, saturates=self._saturates)
         answer = self.config.non_finite if unsound else self.config.spike
         why = f"loss {loss:.6g}, gradient norm {norm:.6g}"

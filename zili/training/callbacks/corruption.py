@@ -14,7 +14,7 @@ from torch import Tensor
 from zili.errors import CorruptionError, PeerError
 from zili.parallel.machines import own_place
 from zili.parallel.model import plain
-from zili.parallel.witness import Mark, Witness, bits_of
+from zili.parallel.witness import BitMark, Witness, bits_of
 from zili.training.callbacks.base import Callback
 from zili.training.parts import box_of
 
@@ -87,7 +87,7 @@ def differs(trainer: Trainer, batch: Batch) -> bool:
     return False
 
 
-def _marks(trainer: Trainer, batch: Batch, generators: dict[str, Tensor]) -> list[Mark]:
+def _marks(trainer: Trainer, batch: Batch, generators: dict[str, Tensor]) -> list[BitMark]:
     parallel, witness = trainer.parallel, Witness()
     trainer.device.set_rng_state(generators)
     with trainer.uncompiled(), witness:
