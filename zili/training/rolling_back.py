@@ -18,6 +18,7 @@ from zili.training.left_out import (
     together,
     write_decisions,
 )
+from zili.training.saving import generation_fence
 
 if TYPE_CHECKING:
     from zili.training.trainer import Trainer
@@ -39,8 +40,8 @@ def known_decisions(trainer: Trainer) -> tuple[LeftOut, ...]:
     """
     config = trainer.config
     known = together(repeated(config.watch), read_decisions(config.folder / DECISIONS_FILE))
-    if known:
-        trainer.note(f"{counted(len(known), 'decision')} on batches to leave out, taken again")
+    if new := set(known).difference(trainer.watch.decisions):
+        trainer.note(f"{counted(len(new), 'decision')} on batches to leave out, taken again")
     return known
 
 
@@ -81,7 +82,13 @@ def go_back(trainer: Trainer, bad: LeftOut) -> None:
 def _decide(trainer: Trainer, decision: LeftOut) -> None:
     """Write down, and say, what is left out."""
     trainer.watch.decide(together(trainer.watch.decisions, [decision]))
-    trainer.world.from_first(lambda: write_decisions(trainer.config.folder, trainer.watch.decisions))
+    trainer.world.from_first(lambda: _write_down(trainer))
     trainer.note(str(decision))
     for callback in trainer.callbacks:
         callback.on_event("decision", asdict(decision))
+
+
+def _write_down(trainer: Trainer) -> None:
+    folder = trainer.config.folder
+    if generation_fence(folder)():  # a life that was replaced and wakes late decides nothing
+        write_decisions(folder, trainer.watch.decisions)

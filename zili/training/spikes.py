@@ -131,7 +131,7 @@ class StepWatch:
         answer = self.config.non_finite if unsound else self.config.spike
         why = f"loss {loss:.6g}, gradient norm {norm:.6g}"
         if not unsound:
-            why += f", above {limits.loss:.6g} or {limits.norm:.6g} (watch.threshold = {self.config.threshold:g})"
+            why += f", limits {limits.loss:.4g} and {limits.norm:.4g} (watch.threshold = {self.config.threshold:g})"
         position = self.position(step)
         if answer in ("stop", "ignore"):
             error = TrainingError(
