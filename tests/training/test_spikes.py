@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from poisoned import NAN, Poison
+from rich.console import Console
 from tiny_run import At, Recipe, Recorder, assert_same_bits, die, final_tensors, interrupt, run_apart, train
 from torch import nn
 
 from zili.config import RunConfig
 from zili.config.watch import WatchConfig
 from zili.errors import CheckpointError, ConfigError, TrainingError
-from zili.training.callbacks import Callback, MetricsLog
+from zili.training.callbacks import Callback, MetricsLog, ProgressDisplay
+from zili.training.callbacks.named import watches
+from zili.training.callbacks.tensorboard import TensorBoardLog
 from zili.training.checkpoints import list_checkpoints, read_state
 from zili.training.left_out import (
     LeftOut,
@@ -96,7 +100,8 @@ def test_a_skipped_batch_counts_as_read_and_moves_nothing(recipe: Recipe, kind: 
 def test_a_run_goes_back_and_leaves_out_a_window(recipe: Recipe, kind: str, margin: int) -> None:
     config = recipe(*SPIKES, f"watch.{kind}=roll_back", f"watch.margin={margin}")
     poison, seen = Poison(BAD, factor=FACTOR[kind]), Losses()
-    train(config, poison, seen, MetricsLog(config.folder))
+    shown = [ProgressDisplay(Console(file=StringIO())), *([TensorBoardLog()] if margin else [])]
+    train(config, poison, seen, MetricsLog(config.folder), *shown)
     # Checkpoints of steps 2, 4 and 6; two are kept, so 4 is there to go back to where 5 is to be left out.
     assert poison.met == [BAD] and left_out(config) == [("roll_back", BAD - margin, BAD + margin)]
     state = read_state(list_checkpoints(config.folder / "checkpoints")[-1])
@@ -257,6 +262,14 @@ def test_decisions_that_are_not_there_or_broken_are_named(recipe: Recipe, tmp_pa
         broken.write_text(text)
         with pytest.raises(CheckpointError, match="which batches are left out"):
             train(recipe(f"watch.decisions={broken}"))
+
+
+def test_looks_are_taken_where_the_recipe_says_so() -> None:
+    assert watches(WatchConfig()) == []
+    assert [type(one).__name__ for one in watches(WatchConfig(stragglers=5, corruption=9))] == [
+        "StragglerWatch",
+        "CorruptionWatch",
+    ]
 
 
 # ------------------------------------------------------------------ the arithmetic
