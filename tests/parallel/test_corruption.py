@@ -109,7 +109,7 @@ def train(config: RunConfig, fault: Callback | None) -> tuple[str, str, int, lis
 @pytest.mark.parametrize(
     ("layout", "kind", "blamed", "number"),
     [
-        (Layout("shards=2"), "dense", 1, 2),
+        slow(Layout("shards=2"), "dense", 1, 2),
         (Layout("tensor=2"), "mixture", 0, 2),
         (Layout("pipeline=2"), "dense", 0, 8 + 3),
         slow(Layout("pipeline=2"), "dense", 1, 8 + 3),
@@ -166,7 +166,8 @@ def test_of_two_replicas_neither_is_taken_for_the_wrong_one(runs: Runs) -> None:
 @pytest.mark.parametrize(
     ("layout", "kind"),
     [
-        (Layout("replicas=2"), "mixture"),
+        (Layout("shards=2"), "dense"),
+        slow(Layout("replicas=2"), "mixture"),
         slow(Layout("tensor=2 pipeline=2"), "dense"),
         slow(Layout("shards=2 expert=2"), "mixture"),
         slow(Layout("pipeline=2 schedule=zero_bubble"), "dense"),
@@ -176,7 +177,6 @@ def test_of_two_replicas_neither_is_taken_for_the_wrong_one(runs: Runs) -> None:
 def test_looking_changes_no_bit(layout: Layout, kind: Kind, runs: Runs) -> None:
     looked = runs.recipe(kind, *SETTINGS, "watch.corruption=1", *layout.overrides)
     plainly = runs.recipe(kind, *SETTINGS, *layout.overrides)
-    assert [one[0] for one in on_processes(layout.world, train, looked, None)] == [""] * layout.world
     weights = [on_processes(layout.world, _weights_after, config) for config in (looked, plainly)]
     assert weights[0] == weights[1]
 
