@@ -19,6 +19,7 @@ from zili.config import RunConfig, dump_recipe
 from zili.training.checkpoints import list_checkpoints
 
 _PACKAGE = '''
+import os
 from pathlib import Path
 import time
 import zili
@@ -46,6 +47,14 @@ class Faults(zili.Callback):
         file.unlink()
         if what == "raise":
             raise ValueError("the callback does not like this step")
+        if what == "die in the optimizer":
+            optimizer, step = trainer.optimizers[-1], trainer.optimizers[-1].step
+
+            def die():
+                step()  # weights have moved, the step is not counted
+                os.kill(os.getpid(), 9)
+
+            optimizer.step = die
 '''
 
 

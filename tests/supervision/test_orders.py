@@ -53,7 +53,15 @@ class Paper:
 
 
 def hello(name: str, **other: Any) -> dict[str, Any]:
-    table = {"machine": name, "identity": {}, "ago": 0.0, "generation": 0, "endings": [], "state": State().as_table()}
+    table = {
+        "machine": name,
+        "identity": {},
+        "ago": 0.0,
+        "generation": 0,
+        "endings": [],
+        "state": State().as_table(),
+        "held": [],
+    }
     return {**table, **other}
 
 
@@ -63,7 +71,7 @@ def root(tmp_path: Path) -> Root:
     folder = SupervisionFolder(tmp_path)
     folder.become_root(1, {})
     root = Root(folder, 1, THREE)
-    root._do = asyncio.run  # type: ignore[assignment] - at once, as there is no loop here
+    root._tasks.begin = asyncio.run  # type: ignore[method-assign] - at once, as there is no loop here
     for name in "abc":
         root._welcome(hello(name), cast(Link, Paper()))
     for member in tuple(root._members.values()):
@@ -99,7 +107,7 @@ def test_a_machine_that_is_back_while_the_others_stop_holds_nobody_up(root: Root
     root._lose(root._members["b"], "is gone")
     root._welcome(hello("b"), cast(Link, Paper()))
     for name in "ac":
-        root._hear(root._members[name], {"say": "stopped", "generation": 1_000_001, "endings": []})
+        root._hear(root._members[name], {"say": "stopped", "generation": 1_000_001, "endings": [], "held": []})
     assert sent(root, "b")[-1] == "prepare"
 
 
@@ -116,7 +124,7 @@ def test_processes_that_nothing_ends_hold_nobody_up(root: Root) -> None:
     """One waits for a dead disk, and hears no signal."""
     root._stop()
     for name in "ac":
-        root._hear(root._members[name], {"say": "stopped", "generation": 1_000_001, "endings": []})
+        root._hear(root._members[name], {"say": "stopped", "generation": 1_000_001, "endings": [], "held": []})
     root._look()
     assert root._state.life == 1, "b has its time"
     link = cast(Paper, root._members["b"].link)
@@ -147,7 +155,7 @@ def test_an_agent_that_cannot_do_what_it_is_told_ends(tmp_path: Path) -> None:
 
     async def serve() -> None:
         agent = agent_in(tmp_path)
-        agent._follow(failing())
+        agent._tasks.begin(failing())
         await agent._serve(cast(Link, Paper()))
 
     with pytest.raises(OSError, match="no such address"):
@@ -228,14 +236,14 @@ def test_a_machine_that_is_asked_to_end_leaves_the_others_at_work(root: Root) ->
 
 def stopped(root: Root, names: str, generation: int) -> None:
     for name in names:
-        root._hear(root._members[name], {"say": "stopped", "generation": generation, "endings": []})
+        root._hear(root._members[name], {"say": "stopped", "generation": generation, "endings": [], "held": []})
 
 
 def test_a_drain_is_known_to_the_next_root(root: Root, tmp_path: Path) -> None:
     assert "is left after the next step" in root._drain("b")
     state = root._state.as_table()
     other = Root(SupervisionFolder(tmp_path / "elsewhere"), 2, THREE)
-    other._do = asyncio.run  # type: ignore[assignment]
+    other._tasks.begin = asyncio.run  # type: ignore[method-assign]
     papers = {name: Paper() for name in "abc"}
     for name, paper in papers.items():
         other._welcome(hello(name, state=state, generation=1_000_001), cast(Link, paper))

@@ -19,7 +19,7 @@ from zili.models.arithmetic import parameter_shapes
 from zili.ops import lowered
 from zili.parallel.layout import Layout
 from zili.planning.exact.job import Job
-from zili.planning.exact.memory import RESERVED, Peaks, fullest
+from zili.planning.exact.memory import RESERVED, Peaks, fullest, saved_bytes
 from zili.planning.fitted.machine import machine
 from zili.planning.fitted.rates import rates_of
 from zili.planning.search.goodput import Failures
@@ -115,7 +115,21 @@ def test_a_chip_whose_host_has_no_room_for_copies_is_refused(recipe: Recipe, roo
     room(1000)
     config = recipe("training.micro_batch=1", "checkpoint.asynchronous=true", "chip.precision=fp32")
     with pytest.raises(ConfigError, match=r"copies .* set checkpoint.asynchronous = false"):
-        setup._refuse_without_room_for_copies(Job(config, Layout()))
+        setup._with_room_for_copies(Job(config, Layout()))
+
+
+def test_a_host_without_room_keeps_no_states_in_memory(
+    recipe: Recipe, room: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = recipe("training.micro_batch=1", "checkpoint.asynchronous=false", "chip.precision=fp32")
+    job = Job(config, Layout(), on_host=True)
+    states = 5 * saved_bytes(job)
+    monkeypatch.setenv("ZILI_AGENT", "127.0.0.1:1")
+    for free, kept in ((int(2.1 * states), 1), (int(1.9 * states), 0)):
+        room(free)
+        found, choices = setup._with_room_for_copies(job)
+        assert found.checkpoint.memory == kept
+        assert [choice.name for choice in choices] == ["checkpoint.memory"] * (1 - kept)
 
 
 @pytest.mark.parametrize("chip", ["ascend-910b2", "h100-sxm"])

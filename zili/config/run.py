@@ -139,6 +139,12 @@ class CheckpointConfig(Section):
 
     every: NonNegativeInt = 200
     """Steps between checkpoints; 0 saves only at the end and when interrupted."""
+    memory: NonNegativeInt = 1
+    """Under `zili launch`, steps between two copies of each process's state into memory that outlives it, from which
+    the next life goes on; more where copies would cost more than `memory_share`, or the last one is still on its way
+    to another machine. 0: none."""
+    memory_share: float = Field(0.02, gt=0.0, le=1.0)
+    """Largest share of the time that such copies may take."""
     minutes: NonNegativeFloat = 0.0
     """Minutes after which another checkpoint is written, counted from the one before, beside those of `every`. 0: by
     steps alone. At which step a checkpoint is written changes no step."""

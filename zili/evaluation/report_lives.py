@@ -23,7 +23,7 @@ _GROUPS = {
     "load": ("load", "reload"),
     "warm-up": ("warm_up",),
     "data wait": ("data",),
-    "save, evaluate": ("save", "evaluate"),
+    "copy, save, evaluate": ("copy", "save", "evaluate"),
     "end, unaccounted": ("end", "unaccounted"),
 }
 """Parts of the bar: as many as there are colours."""

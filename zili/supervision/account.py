@@ -15,11 +15,12 @@ from zili.supervision.ledger import EVENTS
 
 # fmt: off
 Spent = Literal[
-    "step", "data", "save", "evaluate", "init", "join", "load", "reload", "warm_up", "end",
+    "step", "data", "copy", "save", "evaluate", "init", "join", "load", "reload", "warm_up", "end",
     "lost", "detection", "stopping", "waiting", "replacement", "idle", "unaccounted",
 ]
 # fmt: on
-"""Steps that were kept; waiting for a batch; what a checkpoint keeps the run from training; held-out text; imports and
+"""Steps that were kept; waiting for a batch; copying the state into memory that outlives
+the process; what a checkpoint keeps the run from training; held-out text; imports and
 choices; meeting the others; weights and state, of a first life and of a later one; the first step; the end of the
 processes. Steps done that no later life went on from, and those half done; from when nobody got further until it was
 known; until all processes had ended; machines at the beginning, and after a life; between two launches; not known."""

@@ -26,14 +26,17 @@ from zili.parallel.control.recorder import RECORDER
 from zili.supervision.file_thread import FileThread
 from zili.supervision.fitness import refuse_foreign_host, refuse_unfit
 from zili.supervision.folder import SupervisionFolder
+from zili.supervision.held import HeldStates
 from zili.supervision.ledger import mean_of, told
 from zili.supervision.members import PATIENCE
 from zili.supervision.nursery import STACKS
+from zili.supervision.places import Places, end_of
 from zili.supervision.processes import ERROR_FILE, LocalProcesses
 from zili.supervision.proving import Proving
 from zili.supervision.reports import Subject, ask, at
 from zili.supervision.root import BEAT, INTERRUPTED
 from zili.supervision.state import Launch, State, state_of
+from zili.supervision.tasks import Tasks
 from zili.supervision.watch import ProgressWatch, state_of_process
 
 _TRIES = 1.0
@@ -51,12 +54,10 @@ _STEADY = 30.0
 """Seconds under one root after which those before it do not count."""
 _LOOK = 30.0
 """Seconds that the run's folder has for a first look at it."""
+_WHERE = 5.0
+"""Seconds for the root to say where states are."""
 _READING = 2.0
 """Seconds in which the end of a log is read: what ended a run is told without it where the folder does not answer."""
-_TAIL = 16_384
-"""Bytes of a log's end that are read for why a process ended."""
-_LARGEST_ERROR = 1 << 20
-"""Bytes of an error file that are read."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Agent:
         """`own`: an empty folder on this machine's disk. `show` tells a person a line."""
         self._run = folder.run
         self._folder = folder
-        self._own = own
+        self._places = Places(folder.run, own)
         self._launch = launch
         self._machine = machine
         self._show = show
@@ -98,6 +99,9 @@ class Agent:
         self._watch = ProgressWatch(launch.patience)
         look, cold = self._refuse_unfit, machine.cold
         self._proving = Proving(machine.chip, machine.host, launch.processes, own, show, cold=cold, look=look)
+        self._held = HeldStates(machine.name, folder.secret, self._ask_where)
+        self._wheres: dict[str, asyncio.Future[dict[int, list[str]]]] = {}
+        """Questions to the root about kinds of states."""
         self._stopping = False
         self._stop_asked: float | None = None
         """When this machine's processes were to stop."""
@@ -106,7 +110,7 @@ class Agent:
         self._leaving: float | None = None
         """Since when this machine is to leave the run."""
         self._over = 0
-        self._work: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks(self._break)
         self._burials: set[asyncio.Task[None]] = set()
         self._broken: BaseException | None = None
         """What an order, or what is done beside them, failed with."""
@@ -121,7 +125,7 @@ class Agent:
         loop.add_signal_handler(signal.SIGINT, self._interrupt)
         for number in (signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._leave)
-        self._follow(self._beat())
+        self._tasks.begin(self._beat())
         try:
             await self._proving.prove(self._processes, self._renewed)
             while (over := await self._under_a_root()) is None:
@@ -132,11 +136,11 @@ class Agent:
                 self._root.kill()  # the run goes on elsewhere, if at all, and so does its root
             raise
         finally:
-            for task in tuple(self._work):
-                task.cancel()
+            self._tasks.cancel()
             self._processes.close()
             if self._node is not None:
                 await self._node.close(0)
+            self._held.close()
             if self._root is not None:
                 await asyncio.to_thread(self._root.wait)
 
@@ -230,6 +234,7 @@ class Agent:
             generation=self._generation,
             endings=list(self._endings.values()),
             state=self._state.as_table(),
+            held=self._held.inventory(),
         )
         # The root before may not have heard it, or is gone with what it knew.
         if self._asked:
@@ -256,6 +261,8 @@ class Agent:
                 self._crashes = 0
             if what == "state":
                 self._state = state_of(order["state"])
+            elif what == "where":
+                self._learn_where(order)
             elif what == "note":
                 self._show(order["text"])
             elif what == "end":
@@ -263,7 +270,7 @@ class Agent:
             elif what != "beat":
                 orders: dict[str, Callable[..., Coroutine[Any, Any, None]]]
                 orders = {"prepare": self._prepare, "start": self._start, "stop": self._stop, "report": self._report}
-                self._follow(orders[what](**order))
+                self._tasks.begin(orders[what](**order))
 
     def _end(self, code: int, text: str, alone: bool = False) -> int:
         """`alone`: the run goes on without this machine, and so elsewhere with a root if that is here."""
@@ -285,16 +292,9 @@ class Agent:
             self._look()
             await asyncio.sleep(BEAT)
 
-    def _follow(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.ensure_future(work)
-        self._work.add(task)
-        task.add_done_callback(self._followed)
-        return task
-
-    def _followed(self, task: asyncio.Task[None]) -> None:
-        self._work.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._broken = error  # this machine cannot do what all wait for: it ends, and the others hear that
+    def _break(self, error: BaseException) -> None:
+        """This machine cannot do what all wait for: it ends, and the others hear that."""
+        self._broken = error
 
     def _leave(self) -> None:
         """This machine is taken away: its processes save, and the run goes on without it where it can. Asked again, it
@@ -332,15 +332,17 @@ class Agent:
         self._endings, self._stopping, self._stop_asked = {}, False, None
         self._place = {"life": life, "number": number, "of": of, "first": first, "count": count}
         self._watch.begin(of * count)
-        self._node = Node(number, range(first, first + count), below(number, of), self._folder.secret)
+        ranks_here = range(first, first + count)
+        self._node = Node(number, ranks_here, below(number, of), self._folder.secret, self._held.take)
         self._address = address_of(self._machine.host, await self._node.listen(self._machine.host))
         self._say(say="prepared", generation=generation, address=self._address)
 
-    async def _start(self, generation: int, parent: str, keys: list[str]) -> None:
+    async def _start(self, generation: int, parent: str, partner: str, keys: list[str]) -> None:
         if generation != self._generation or self._node is None:
             return
+        self._held.begin(partner)
         words = [*self._launch.words, *(word for key in keys for word in ("--set", key))]
-        logs = self._logs()
+        logs = self._places.logs(self._place["life"])
         await self._files.patiently(lambda: logs.mkdir(parents=True, exist_ok=True))
         if generation != self._generation or self._stopping:
             return  # it ended meanwhile
@@ -358,22 +360,23 @@ class Agent:
             **{"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(place["count"]), "GROUP_WORLD_SIZE": str(place["of"])},
             "TORCHELASTIC_RUN_ID": str(self._run),
             "TORCHELASTIC_RESTART_COUNT": str(place["life"] - 1),
-            ERROR_FILE: str(self._error_file(rank)),
+            ERROR_FILE: str(self._places.error(rank)),
             **{AGENT: self._address, AGENT_SECRET: self._folder.secret.hex()},
             GENERATION: str(self._generation),
-            **{STACKS: str(self._stacks_file(rank)), CRUMBS: str(self._crumbs_file(rank))},
-            RECORDER: str(self._recorder(rank)),
+            **{STACKS: str(self._places.stacks(rank)), CRUMBS: str(self._places.crumbs(rank))},
+            RECORDER: str(self._places.recorder(rank)),
         }
-        for file in (self._error_file(rank), self._crumbs_file(rank), self._recorder(rank)):
+        for file in (self._places.error(rank), self._places.crumbs(rank), self._places.recorder(rank)):
             file.unlink(missing_ok=True)
-        self._crumbs[rank] = Crumbs(self._crumbs_file(rank))
-        self._processes.begin(rank, words, environment, self._log(rank), shown=rank == 0)
+        self._crumbs[rank] = Crumbs(self._places.crumbs(rank))
+        self._processes.begin(rank, words, environment, self._places.log(self._place["life"], rank), shown=rank == 0)
 
     async def _stop(self, generation: int, gentle: bool) -> None:
         """End this machine's processes: by SIGTERM, at which they save; else at once."""
         if generation == self._generation:
             await self._kill(signal.SIGTERM if gentle else signal.SIGKILL)
-        self._say(say="stopped", generation=generation, endings=list(self._endings.values()))
+        endings = list(self._endings.values())
+        self._say(say="stopped", generation=generation, endings=endings, held=self._held.inventory())
 
     async def _kill(self, number: signal.Signals = signal.SIGKILL) -> None:
         """Send all processes of this machine a signal, and wait until they have ended."""
@@ -392,13 +395,15 @@ class Agent:
             "machine": self._machine.name,
             "code": code,
             "stopped": self._stopping and code in (-signal.SIGKILL, INTERRUPTED, -signal.SIGTERM),
-            "error": self._error(rank),
+            "error": self._places.said(rank),
             "log": "",
             **told(crumbs, self._stop_asked),
         }
         crumbs.close()
         self._endings[rank] = ending
-        burial = self._follow(self._tell_end(self._generation, ending, self._log(rank)))
+        burial = self._tasks.begin(
+            self._tell_end(self._generation, ending, self._places.log(self._place["life"], rank))
+        )
         self._burials.add(burial)
         burial.add_done_callback(self._burials.discard)
 
@@ -406,9 +411,24 @@ class Agent:
         by_itself = not self._stopping
         if ending["code"]:
             with suppress(TimeoutError, OSError):  # the cause is told without it then
-                ending["log"] = await asyncio.wait_for(self._files.do(lambda: _end_of(log)), _READING)
+                ending["log"] = await asyncio.wait_for(self._files.do(lambda: end_of(log)), _READING)
         if by_itself:
             self._say(say="ended", generation=generation, ending=ending)
+
+    # ---------------------------------------------------------------- states in memory
+
+    async def _ask_where(self, kind: str) -> dict[int, list[str]]:
+        """Which other machines have states of a kind: their addresses, by steps."""
+        asked = self._wheres.setdefault(kind, asyncio.get_running_loop().create_future())
+        self._say(say="where", generation=self._generation, kind=kind)
+        with suppress(TimeoutError):  # the root may be gone: then there is the disk
+            return await asyncio.wait_for(asyncio.shield(asked), _WHERE)
+        return {}
+
+    def _learn_where(self, order: dict[str, Any]) -> None:
+        asked = self._wheres.pop(order["kind"], None)
+        if asked is not None and not asked.done():
+            asked.set_result({int(step): addresses for step, addresses in order["steps"].items()})
 
     # ---------------------------------------------------------------- hangs
 
@@ -433,9 +453,9 @@ class Agent:
             machine=self._machine.name,
             pid=pid,
             at=at(self._crumbs[rank], self._watch.quiet(rank)),
-            stacks=self._stacks_file(rank),
-            recorder=self._recorder(rank),
-            keep=partial(self._keep, self._logs() / "hang" / f"rank-{rank:05d}.txt"),
+            stacks=self._places.stacks(rank),
+            recorder=self._places.recorder(rank),
+            keep=partial(self._keep, self._places.hang(self._place["life"], rank)),
             send=lambda number: self._processes.signal(number, rank, alone=True),
         )
 
@@ -447,36 +467,3 @@ class Agent:
             file.write_text(text, encoding="utf-8")
 
         self._files.put(write)
-
-    # ---------------------------------------------------------------- files
-
-    def _logs(self) -> Path:
-        return self._run / "logs" / f"life-{self._place['life']:04d}"
-
-    def _log(self, rank: int) -> Path:
-        return self._logs() / f"rank-{rank:05d}.log"
-
-    def _stacks_file(self, rank: int) -> Path:
-        return self._own / f"stacks-{rank}"
-
-    def _recorder(self, rank: int) -> Path:
-        return self._own / f"asked-{rank}"
-
-    def _error_file(self, rank: int) -> Path:
-        return self._own / f"error-{rank}.json"
-
-    def _crumbs_file(self, rank: int) -> Path:
-        return self._own / f"crumbs-{rank}"
-
-    def _error(self, rank: int) -> str:
-        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-            said = json.loads(_end_of(self._error_file(rank), _LARGEST_ERROR))["message"]
-            return str(said["message"] if isinstance(said, dict) else said)[-_TAIL:]
-        return ""
-
-
-def _end_of(file: Path, most: int = _TAIL) -> str:
-    """Its last `most` bytes."""
-    with file.open("rb") as opened:
-        opened.seek(max(0, os.fstat(opened.fileno()).st_size - most))
-        return opened.read(most).decode("utf-8", "replace")

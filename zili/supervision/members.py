@@ -44,6 +44,8 @@ class Member:
         self.heard = time.monotonic()
         self.address = ""
         self.prepared = self.stopped = False
+        self.held: list[tuple[str, int]] = []
+        """Kinds and steps of the states that it had in memory when it last said so."""
 
     def tell(self, **order: Any) -> None:
         self.link.send(json.dumps(order).encode())
@@ -76,6 +78,15 @@ class Membership(dict[str, Member]):
         if len(self) >= most and name not in state.machines:
             return f"the run has its {counted(most, 'machine')}; --spares lets more stand by"
         return ""
+
+    @staticmethod
+    def having(kind: str, members: Iterable[Member]) -> dict[int, list[str]]:
+        """Addresses of those that have states of a kind in memory, by steps."""
+        found: dict[int, list[str]] = {}
+        for member in members:
+            for step in (step for known, step in member.held if known == kind):
+                found.setdefault(step, []).append(member.address)
+        return found
 
     def silent(self, now: float) -> list[Member]:
         """Those that say nothing any more. It is asked about twice a second."""

@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Coroutine, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from zili.supervision.hangs import Hang, Inquiry
 from zili.supervision.ledger import Ledger
 from zili.supervision.members import PATIENCE, Member, Membership, Refused, Waiting, table_in
 from zili.supervision.state import Launch, State, state_of
+from zili.supervision.tasks import Tasks
 from zili.supervision.verdicts import Failure
 
 BEAT = 0.5
@@ -76,7 +77,7 @@ class Root:
         self._said_slow = False
         self._links: set[Link] = set()
         self._takes: set[asyncio.Task[Any]] = set()
-        self._work: set[asyncio.Task[Any]] = set()
+        self._tasks = Tasks(self._failed)
         self._over = asyncio.Event()
         self._code = 0
 
@@ -84,7 +85,7 @@ class Root:
         """Serve until the run is over; returns the exit code."""
         self._ledger.write("root", running=self._state.running)
         server = await asyncio.start_server(self._take, sock=listening, backlog=2048)
-        self._do(self._watch_folder())
+        self._tasks.begin(self._watch_folder())
         try:
             while not self._over.is_set():
                 self._look()
@@ -99,20 +100,13 @@ class Root:
             await asyncio.wait(self._takes, timeout=1)  # asyncio prints a traceback for each that is cancelled
         return self._code
 
-    def _do(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do what takes a while beside the loop."""
-        task = asyncio.ensure_future(work)
-        self._work.add(task)
-        task.add_done_callback(self._done)
-
-    def _done(self, task: asyncio.Task[None]) -> None:
-        self._work.discard(task)
-        error = None if task.cancelled() else task.exception()
+    def _failed(self, error: BaseException) -> None:
+        """Something that is done beside the loop went wrong."""
         if isinstance(error, ZiliError):
             self._end(error.exit_code, str(error))
         elif isinstance(error, OSError):
             self._end(ConfigError.exit_code, f"{self._folder.path} cannot be used any more: {error}")
-        elif error is not None:
+        else:
             traceback.print_exception(error)  # a defect of ours: another root goes on
             self._code = 1
             self._over.set()
@@ -160,6 +154,7 @@ class Root:
             member.tell(do="end", code=ConfigError.exit_code, text=refusal, alone=True)
             raise Refused(refusal)
         self._members[member.name] = member
+        member.held = said["held"]
         self._ledger.write("joined", machine=member.name, generation=said["generation"], ago=said["ago"])
         if self._take_state(state_of(said["state"])):
             self._mirror()
@@ -237,7 +232,11 @@ class Root:
             self._ask(member.name, said["late"][0])
         elif what == "reports" and self._inquiry is not None:
             self._inquiry.hear(member.name, said["reports"], member.heard)
+        elif what == "where":
+            steps = self._members.having(said["kind"], self._workers())
+            member.tell(do="where", kind=said["kind"], steps=steps)
         elif what == "stopped":
+            member.held = said["held"]
             self._ends.hear_stopped(said["endings"])
             member.stopped = True
             self._look()
@@ -300,7 +299,7 @@ class Root:
         processes = len(machines) * self._launch.processes
         facts = {"life": state.life, "generation": state.generation, "machines": machines, "processes": processes}
         self._ledger.life("preparing", **facts)
-        self._do(self._tell_to_prepare(state.generation))
+        self._tasks.begin(self._tell_to_prepare(state.generation))
 
     async def _tell_to_prepare(self, generation: int) -> None:
         """From here on no process of an earlier life finishes a checkpoint, and only then do the machines begin."""
@@ -337,6 +336,7 @@ class Root:
                 do="start",
                 generation=self._state.generation,
                 parent="" if parent is None else workers[parent].address,
+                partner=workers[(number + 1) % len(workers)].address if len(workers) > 1 else "",
                 keys=self._launch.layouts[str(len(workers))],
             )
         self._mirror()
@@ -473,7 +473,7 @@ class Root:
             # Who begins the run again has looked at what failed.
             self._state = State(self._state.generation, self._state.life)
             self._ledger.life("end", life=self._state.life, code=code, text=text, **self._ends.facts())
-            self._do(self._finish(code, text))
+            self._tasks.begin(self._finish(code, text))
 
     async def _finish(self, code: int, text: str) -> None:
         """Leave word, say where the time went, and let all machines go."""

@@ -23,7 +23,7 @@ _FACTOR = 10
 """A machine that is loaded tenfold for a while is slow and not stuck."""
 _RECOMPILED = 2
 """A later step may compile again what the first one did, under load."""
-_REPEATED: frozenset[Phase] = frozenset({"data", "step", "save", "evaluate"})
+_REPEATED: frozenset[Phase] = frozenset({"data", "step", "copy", "save", "evaluate"})
 """What comes again and again: measured in earlier lives of the run too. What comes once in a life takes as long as what
 it finds: the first life reads no checkpoint."""
 _LOOK = 2.0

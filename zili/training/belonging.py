@@ -9,19 +9,20 @@ from typing import Any
 
 from zili.config import ModelConfig, RunConfig
 from zili.errors import CheckpointError
-from zili.training.checkpoints import RunState, read_state
+from zili.training.checkpoints import RunState
 
 _DATA_ORDER = ("seed", "training.global_batch", "training.sequence_length", "data.sources")
 
 
-def state_that_belongs(path: Path, config: RunConfig, data: str, teacher: str, classes: dict[str, str]) -> RunState:
-    """`run.json` of `path`, where it is of this run: `data` and `teacher` are the fingerprints here, `classes` the
-    names of what is learned and of the kind of model.
+def state_that_belongs(
+    path: Path, state: RunState, config: RunConfig, data: str, teacher: str, classes: dict[str, str]
+) -> RunState:
+    """What `path` says of itself, where it is of this run: `data` and `teacher` are the fingerprints here, `classes`
+    the names of what is learned and of the kind of model.
 
     Raises:
         CheckpointError: it is of another one, and in what.
     """
-    state = read_state(path)
     there, here = state.config, config.model_dump(mode="json")
     # A run from before a key was there had what is now its default.
     there = {**there, "model": ModelConfig.model_validate(there["model"]).model_dump(mode="json")}

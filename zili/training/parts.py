@@ -65,7 +65,7 @@ def parts_to_write(tensors: Mapping[str, Tensor], world: World, alone: Callable[
     Large parts are dealt out among their holders by their bytes, small ones are the first holder's. `alone` says by
     its name that a plain tensor is this process's; others are held by all processes of a pipeline's stage.
     """
-    held = _held(tensors)
+    held = held_parts(tensors)
     dealt: dict[_Holders, dict[str, int]] = defaultdict(dict)
     own = set()
     for name, tensor in tensors.items():
@@ -81,7 +81,8 @@ def parts_to_write(tensors: Mapping[str, Tensor], world: World, alone: Callable[
     return {name: part for name, part in held.items() if name in own}
 
 
-def _held(tensors: Mapping[str, Tensor]) -> dict[str, HeldPart]:
+def held_parts(tensors: Mapping[str, Tensor]) -> dict[str, HeldPart]:
+    """Of each tensor the part that this process holds."""
     # Layers are alike, and what torch computes of a matrix that is cut twice takes time.
     boxes: dict[object, Box] = {}
     found = {}

@@ -74,7 +74,7 @@ def go_back(trainer: Trainer, bad: LeftOut) -> None:
         error.agreed = True  # the figures and the list are the same for all
         raise error
     _decide(trainer, leave_out(bad.step, bad.why, trainer.watch.decisions, trainer.config.watch, saved))
-    trainer.resume()
+    trainer.resume(from_disk=True)
     for callback in trainer.callbacks:
         callback.on_roll_back(trainer)
 

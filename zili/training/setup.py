@@ -15,9 +15,18 @@ from zili.config.model import ModelConfig
 from zili.config.run import ChipConfig, Precision
 from zili.errors import ChipError, ConfigError
 from zili.models.arithmetic import training_flops_per_token
+from zili.parallel.control.member import AGENT
 from zili.parallel.layout import Layout, lay_out, processes
 from zili.planning.exact.job import Job
-from zili.planning.exact.memory import fullest, may_sum_each, reducing, saved_bytes, usable, with_reduce
+from zili.planning.exact.memory import (
+    STATES_IN_MEMORY,
+    fullest,
+    may_sum_each,
+    reducing,
+    saved_bytes,
+    usable,
+    with_reduce,
+)
 from zili.plurals import counted
 from zili.user_cache import cache_folder
 
@@ -34,6 +43,8 @@ _COMPILING = 20.0
 """Seconds for one kind of block that nothing is kept of. What is kept costs less, but two equal runs decide alike."""
 _SHARE_OF_PRODUCT = 0.5
 """What an eager step reaches of the rate of a large product."""
+_FOR_STATES = 0.5
+"""Share of the host's free memory that states of processes may take: others need some too."""
 _KEPT = "as in the run's checkpoint, so that its numbers stay the same bits"
 
 
@@ -80,7 +91,8 @@ def set_up(config: RunConfig) -> Setup:
     started = [Choice("chip.name", device.backend.name, selection.reason), *_environment(activation)]
     resolved, choices = world.from_first(lambda: resolve(config, layout, device))
     lay_out(resolved, size)
-    world.from_first(lambda: _refuse_without_room_for_copies(job_here(resolved, layout, device)))
+    resolved, choice = world.from_first(lambda: _with_room_for_copies(job_here(resolved, layout, device)))
+    choices = [*choices, *choice]
     if resolved.chip.compile and (folder := cache_folder("compiled")) is not None:
         # torch's own place is below /tmp, which is everybody's and empty after each start of the machine.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
@@ -345,17 +357,28 @@ def _too_large(job: Job, device: Device, room: float) -> str:
     )
 
 
-def _refuse_without_room_for_copies(job: Job) -> None:
-    """The first save in the background copies everything to the host, which is late to find out that it cannot."""
-    host = available_bytes()
-    if job.on_host or host is None or not job.config.checkpoint.asynchronous:
-        return  # on the host it is among what fits
-    copies, here = saved_bytes(job), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if copies * here > host:
+def _with_room_for_copies(job: Job) -> tuple[RunConfig, list[Choice]]:
+    """The job's configuration, which keeps no states in memory where the host has no room for them.
+
+    Raises:
+        ConfigError: the host has no room for what is asked for; the first save would be late to find that out.
+    """
+    host, here = available_bytes(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    copies, kept = saved_bytes(job) * here, job.config.checkpoint
+    if host is None:
+        return job.config, []
+    in_background = kept.asynchronous and not job.on_host  # on the host it is among what fits
+    if in_background and copies > host:
         raise ConfigError(
-            f"a save in the background copies {copies / _GIB:.1f} GiB of each of {here} processes to the host, which "
+            f"a save in the background copies {copies / _GIB:.1f} GiB of {counted(here, 'process')} to the host, which "
             f"has {host / _GIB:.1f} GiB; set checkpoint.asynchronous = false"
         )
+    states = (STATES_IN_MEMORY + in_background) * copies
+    if not kept.memory or AGENT not in os.environ or states <= _FOR_STATES * host:
+        return job.config, []
+    each = f"{STATES_IN_MEMORY} states of {counted(here, 'process')}"
+    why = f"{each} take {states / _GIB:.1f} GiB of {host / _GIB:.1f} free"
+    return job.config.changed(checkpoint={"memory": 0}), [Choice("checkpoint.memory", "0", why)]
 
 
 def _free_bytes(device: Device) -> int | None:

@@ -22,7 +22,7 @@ from zili.config.run import Precision
 from zili.data.loader import Batch, Batches
 from zili.data.prefetch import Prefetcher
 from zili.errors import CheckpointError, TrainingError
-from zili.models.arithmetic import training_flops_per_token
+from zili.models.arithmetic import parameter_shapes, training_flops_per_token
 from zili.models.decoder import Decoder
 from zili.objectives import Objective, Terms, objective_of
 from zili.parallel.apply import Materialize, with_first_weights
@@ -34,9 +34,10 @@ from zili.plugins import place_of
 from zili.training import checkpoints, restoring
 from zili.training.belonging import state_that_belongs
 from zili.training.callbacks.base import Callback, StepRecord
+from zili.training.held import StateMemory
 from zili.training.index import TensorIndex
 from zili.training.interruption import Interruption
-from zili.training.left_out import as_table, decisions_in, together
+from zili.training.left_out import LeftOut, as_table, consumed, decisions_in, together
 from zili.training.optimizers import build_optimizers, set_learning_rate
 from zili.training.requests import Requests
 from zili.training.rolling_back import RolledBack, act, go_back, known_decisions
@@ -104,6 +105,7 @@ class Trainer:
         fused = device.capability("fused_adamw").value
         self.optimizers = build_optimizers(list(self.parallel.named_parameters()), config.optimizer, self._dtype, fused)
         self.saver = self._made_saver()
+        self._memory = StateMemory(self.world, config.checkpoint.memory, config.checkpoint.memory_share)
         self._saved_at: int | None = None
         self._last: tuple[Tensor, Tensor] | None = None
         self._own: Terms | None = None
@@ -187,8 +189,9 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_saved(saved)
 
-    def resume(self) -> bool:
-        """Go to the newest sound checkpoint of the run folder, if there is one.
+    def resume(self, *, from_disk: bool = False) -> bool:
+        """Go to the newest sound checkpoint of the run folder, if there is one. A newer state in memory comes first,
+        unless `from_disk`.
 
         Raises:
             CheckpointError: every checkpoint is damaged, or they belong to another model, optimizer, data order,
@@ -206,28 +209,56 @@ class Trainer:
         def fits(path: Path) -> bool:
             return not checkpoints.has_read(path, decisions)
 
+        near = None if from_disk else self._memory.offered(tensors)
+        if near is not None and near >= world.from_first(self._newest_on_disk):
+            try:
+                return self._take_up(near, tensors, named, decisions)
+            except CheckpointError as error:  # on all processes, as they agreed
+                self.note(f"{error}; going on from the newest checkpoint")
         found = world.agree(lambda: checkpoints.newest_sound(self.checkpoint_folder, self.note, world, reads, fits))
         self.watch.take_up(decisions)
         if found is None:
+            self._memory.forget_after(0)
             return False
-        state = world.from_first(lambda: self._state_that_belongs(found.path))
+        state = world.from_first(lambda: self._that_belongs(found.path, checkpoints.read_state(found.path)))
         world.from_first(lambda: checkpoints.set_aside_after(found.path, fits))
         rng = world.agree(
             lambda: restoring.restore(found, self.config.model, tensors, named, self.optimizers, world.rank)
         )
-        self._take_up_generators(found.path, rng)
-        self.watch.take_up(together(decisions_in(state.decisions), decisions), state.history)
-        self.step = self._saved_at = state.step
-        self._last = None
-        own_crumbs().resumed(self.step)
-        self.note(f"resumed from {found.path} at step {state.step}")
+        self._take_up_generators(f"{found.path}", rng)
+        self._saved_at = state.step
+        self._go_on_after(state, f"{found.path}", decisions)
         return True
 
-    def _state_that_belongs(self, path: Path) -> checkpoints.RunState:
-        data = self.loader.fingerprint()
-        return state_that_belongs(path, self.config, data, self.teacher_fingerprint, self.classes)
+    def _newest_on_disk(self) -> int:
+        return max(map(checkpoints.step_of, checkpoints.list_checkpoints(self.checkpoint_folder)), default=0)
 
-    def _take_up_generators(self, found: Path, rng: dict[str, Tensor]) -> None:
+    def _take_up(
+        self, step: int, tensors: dict[str, Tensor], named: checkpoints.Named, decisions: Sequence[LeftOut]
+    ) -> bool:
+        """Go on from the states of the life before, which are in memory."""
+        world, config = self.world, self.config.model
+        found, state = world.agree(lambda: self._memory.take_up(step, parameter_shapes(config)))
+        world.from_first(lambda: self._that_belongs(Path("memory"), state))
+        if consumed(decisions, state.step, decisions_in(state.decisions)):  # all have the same
+            raise CheckpointError(f"the state after step {step} in memory has read a batch that is left out")
+        rng = world.agree(lambda: restoring.restore(found, config, tensors, named, self.optimizers, world.rank))
+        self._take_up_generators("the state in memory", rng)
+        self._go_on_after(state, "memory", decisions)
+        return True
+
+    def _go_on_after(self, state: checkpoints.RunState, found: str, decisions: Sequence[LeftOut]) -> None:
+        self.step, self._last = state.step, None
+        self.watch.take_up(together(decisions_in(state.decisions), decisions), state.history)
+        self._memory.forget_after(self.step)
+        own_crumbs().resumed(self.step)
+        self.note(f"resumed from {found} at step {self.step}")
+
+    def _that_belongs(self, path: Path, state: checkpoints.RunState) -> checkpoints.RunState:
+        data = self.loader.fingerprint()
+        return state_that_belongs(path, state, self.config, data, self.teacher_fingerprint, self.classes)
+
+    def _take_up_generators(self, found: str, rng: dict[str, Tensor]) -> None:
         """Go on drawing as the checkpoint says; which processes cannot, only they know themselves."""
         whole = bool(rng) and self.device.set_rng_state(rng)
         if not (self.config.model.hidden_dropout or self.config.model.attention_dropout):
@@ -249,7 +280,17 @@ class Trainer:
         act(self, everything=True)
         if self._last is not None:
             self._refuse_non_finite(*self._last)
-        state = checkpoints.RunState(
+        self._clock.save_began()
+        with own_crumbs().within("save"):
+            path = self.saver.save(self._state(), self.saved_tensors())
+        self._saved_at = self.step
+        for callback in self.callbacks:
+            callback.on_checkpoint(self)
+        return path
+
+    def _state(self) -> checkpoints.RunState:
+        """Where the run stands and what it is."""
+        return checkpoints.RunState(
             step=self.step,
             samples=self.watch.position(self.step) * self.config.training.global_batch,
             config=self.config.model_dump(mode="json"),
@@ -261,13 +302,28 @@ class Trainer:
             operations=ops.chosen(),
             versions={"zili": __version__, "torch": torch.__version__, "python": platform.python_version()},
         )
-        self._clock.save_began()
-        with own_crumbs().within("save"):
-            path = self.saver.save(state, self.saved_tensors())
-        self._saved_at = self.step
-        for callback in self.callbacks:
-            callback.on_checkpoint(self)
-        return path
+
+    def _keep_in_memory(self) -> None:
+        """Have this machine's agent hold the present state, if it is one to go on from."""
+        assert self._last is not None
+        act(self, everything=True)
+        if is_sound(*map(float, self._last), saturates=not self.device.capability("inf_nan").value):
+            with own_crumbs().within("copy"):
+                line = self._memory.keep(self._state(), self._held_tensors())
+            if line:
+                self.note(line)
+
+    def _held_tensors(self) -> dict[str, Tensor]:
+        """All that this process has of the run's state, what others have too included."""
+        named = list(self.parallel.named_parameters())
+        return {
+            **checkpoints.model_tensors(self.parallel.named_tensors()),
+            **checkpoints.optimizer_tensors(named, self.optimizers),
+            **self._generators(),
+        }
+
+    def _generators(self) -> dict[str, Tensor]:
+        return {checkpoints.generator_key(k, self.world.rank): v for k, v in self.device.rng_state().items()}
 
     def saved_tensors(self) -> dict[str, Tensor]:
         """This process's part of a checkpoint, by name: weights, what the optimizers keep, generators."""
@@ -278,7 +334,7 @@ class Trainer:
         return {
             **checkpoints.model_tensors(tensors),
             **checkpoints.optimizer_tensors(named, self.optimizers),
-            **{checkpoints.generator_key(k, self.world.rank): v for k, v in self.device.rng_state().items()},
+            **self._generators(),
         }
 
     def fit(self) -> None:
@@ -307,6 +363,8 @@ class Trainer:
                 while not self.done and not self._stop(interruption):
                     act(self)
                     self._one_step(batches)
+                    if self._memory.is_due(self.step):
+                        self._keep_in_memory()
                     if self.saves_here:
                         self.save()
             self.interrupted = not self.done and not self._told_to_stop

@@ -16,9 +16,10 @@ from typing import Any, Literal, get_args
 
 CRUMBS = "ZILI_CRUMBS"
 """Variable in which `zili launch` names a worker's file."""
-Phase = Literal["init", "join", "load", "warm_up", "data", "step", "save", "evaluate", "end"]
+Phase = Literal["init", "join", "load", "warm_up", "data", "step", "copy", "save", "evaluate", "end"]
 """Imports, choices and the making of the model; meeting the others; weights and state; the first step; waiting for a
-batch; a step; writing a checkpoint, as far as the step waits for it; held-out text; the end."""
+batch; a step; copying the state into memory that outlives the process; writing a checkpoint, as far as the step waits
+for it; held-out text; the end."""
 PHASES: tuple[Phase, ...] = get_args(Phase)
 _FIELDS = ("changes", "phase", "since", "step", "micro_batch", "changed", "begun_after")
 _SECONDS = len(_FIELDS)

@@ -41,6 +41,14 @@ class Link:
         if not self._writer.is_closing():
             self._writer.write(_LENGTH.pack(len(message)) + message)
 
+    async def sent(self) -> None:
+        """Wait until most of what was sent is on its way: who sends much would fill the memory.
+
+        Raises:
+            OSError: the other end is gone.
+        """
+        await self._writer.drain()
+
     async def receive(self, largest: int = LARGEST) -> bytes | None:
         """The next message; None when the other end is gone, or sends what no end of ours would."""
         try:

@@ -22,6 +22,8 @@ class About(IntEnum):
     """What a process, or all below a node, say in a turn; or the answer to all of them."""
     STORE = 3
     """A question to the store of the run (`word`, `list`), or its answer (`list`)."""
+    HELD = 4
+    """Of states in memory: a question to the machine's agent or its answer (`word`), or a piece of one (`list`)."""
 
 
 class Message(NamedTuple):

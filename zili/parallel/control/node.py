@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -21,6 +21,8 @@ Place = tuple[About, int]
 """A process or node directly below a node: `(About.PROCESS, rank)` or `(About.NODE, number)`."""
 TurnOf = tuple[int, int]
 """Channel and number."""
+Held = Callable[[Link, Message], Awaitable[None]]
+"""Takes a message of states in memory, and answers on the same link."""
 
 
 def above(number: int) -> int | None:
@@ -36,10 +38,14 @@ def below(number: int, count: int) -> range:
 class Node:
     """One machine's node, in one life of a run. Its methods belong to one loop of asyncio."""
 
-    def __init__(self, number: int, ranks: Iterable[int], nodes: Iterable[int], secret: bytes) -> None:
-        """`ranks`: the processes of this machine. `nodes`: the numbers of those directly below."""
+    def __init__(
+        self, number: int, ranks: Iterable[int], nodes: Iterable[int], secret: bytes, held: Held | None = None
+    ) -> None:
+        """`ranks`: the processes of this machine. `nodes`: the numbers of those directly below. `held` takes what comes
+        of states in memory, where this machine's agent keeps some."""
         self.number = number
         self._secret = secret
+        self._held_states = held
         self._lowest: dict[Place, int] = {(About.PROCESS, rank): rank for rank in ranks}
         self._own = min(self._lowest.values())
         self._lowest |= dict.fromkeys([(About.NODE, node) for node in nodes], NOBODY)  # each will say it
@@ -101,7 +107,9 @@ class Node:
             await link.prove(self._secret, above=True)
             while (raw := await link.receive()) is not None:
                 message = unpacked(raw)
-                if message.kind in (About.PROCESS, About.NODE) and place is None:
+                if message.kind is About.HELD and self._held_states is not None:
+                    await self._held_states(link, message)
+                elif message.kind in (About.PROCESS, About.NODE) and place is None:
                     place = self._welcome(link, message)
                 else:
                     self._hear(place, link, message)

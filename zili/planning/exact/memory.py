@@ -81,6 +81,10 @@ def saved_bytes(job: Job) -> float:
     return held.weights + held.moments
 
 
+STATES_IN_MEMORY = 5
+"""Copies of a process's state that its machine's host has at most: three of its own, and two of another machine's."""
+
+
 def may_sum_each(job: Job) -> bool:
     """Whether summing gradients after each micro-batch is possible, and takes less memory than once a step."""
     late = job.layout.pipeline > 1 and job.config.parallel.schedule in ("zero_bubble", "zbv")
