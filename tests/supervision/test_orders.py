@@ -441,7 +441,7 @@ def life_that_met_it(folder: Path, **watch: Any) -> Root:
             asyncio.run(waiting[0])
             del waiting[0]
 
-    root._do = one_after_another  # type: ignore[assignment]
+    root._tasks.begin = one_after_another  # type: ignore[method-assign]
     for name in "abc":
         root._welcome(hello(name), cast(Link, Paper()))
     meet_it(root, 1)
@@ -455,7 +455,7 @@ def meet_it(root: Root, life: int) -> None:
     ending = {**BAD_BATCH, "machine": "b", "log": "", "phase": "step", "stopped": False}
     root._hear(root._members["b"], {"say": "ended", "generation": generation, "ending": ending})
     for name in "abc":
-        root._hear(root._members[name], {"say": "stopped", "generation": generation, "endings": []})
+        root._hear(root._members[name], {"say": "stopped", "generation": generation, "endings": [], "held": []})
 
 
 def test_the_next_life_leaves_out_the_batch_where_the_recipe_allows_it(tmp_path: Path) -> None:
