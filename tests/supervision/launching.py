@@ -31,6 +31,19 @@ class Faults(zili.Callback):
     def __init__(self, folder: str):
         self.folder = Path(folder)
 
+    def on_start(self, trainer):
+        """A batch whose gradient is no number: its position is in the file `nan-batch`."""
+        bad, accumulate = self.folder / "nan-batch", trainer.parallel.accumulate
+
+        def accumulated(batch):
+            own = accumulate(batch)
+            if bad.exists() and trainer.watch.position(trainer.step) == int(bad.read_text()):
+                for parameter in trainer.parallel.parameters():
+                    parameter.grad.mul_(float("nan"))
+            return own
+
+        trainer.parallel.accumulate = accumulated
+
     def before_step(self, trainer, batch):
         """A batch on which the last process fails whenever it meets it: its position is in the file `bad-batch`."""
         bad = self.folder / "bad-batch"

@@ -95,6 +95,23 @@ def test_a_batch_that_cannot_be_trained_on_is_left_out_where_the_recipe_says_so(
 
 
 @pytest.mark.slow
+def test_a_run_that_goes_back_by_itself_forgets_what_memory_has_of_the_way_it_left(launch: Launch) -> None:
+    run = launch("training.steps=60", "checkpoint.every=5", "watch.non_finite=roll_back", "checkpoint.memory_share=1")
+    (run.run.parent / "nan-batch").write_text("13")
+    run.begin("a")
+    run.await_life(1, 30)
+    os.kill(run.workers("a")[1], signal.SIGKILL)
+    assert run.codes() == {0}, run.everything()
+    told = (run.run / "metrics.jsonl").read_text(encoding="utf-8")
+    (gone_back,) = re.findall(r"resumed from \S*step-(\d+) at step", told)
+    assert int(gone_back) == 10 and "batch 13 left out" in told and run.life() == 2
+    assert re.findall(r"resumed from memory at step (\d+)", told)
+    again = run.config.changed(folder=run.run.parent / "again", watch={"decisions": run.run})
+    on_processes(2, train, again)
+    assert weights(run.run) == weights(again.folder)
+
+
+@pytest.mark.slow
 def test_a_machine_that_vanishes_is_done_without_until_it_is_back(launch: Launch) -> None:
     run = launch("training.steps=100000", words=("--machines", "1:2", "--wait", "1"))
     run.begin("a", "b")
