@@ -1,6 +1,6 @@
 """How long a run under `zili launch` takes from the death of a process to its next finished step, by phase.
 
-    python benchmarks/recovery.py kills --rounds 2 --kills 2
+    python benchmarks/recovery.py kills --rounds 2 --kills 2 [--compile]
     python benchmarks/recovery.py grow --processes 8 32 128
 
 `kills`: two agents of two processes here train a small model; a process is killed by signal 9 in a step. Rounds
@@ -32,37 +32,16 @@ from statistics import median
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
-from start import _prepare
+from start import prepared
 
 from zili.parallel.control.crumbs import own_crumbs
 
-RECIPE = """
-name = "recovery"
-folder = "{folder}/run"
-[model]
-vocab_size = 4096
-hidden_size = 64
-layers = 2
-heads = 2
-kv_heads = 2
-head_dim = 32
-ffn_hidden_size = 128
-max_length = 256
-[data]
-sources = [{{ store = "{folder}/data/train" }}]
-tokenizer = "{folder}/data/tokenizer"
-[training]
-steps = 100000
-sequence_length = 64
-global_batch = 8
-[chip]
-name = "cpu"
-compile = false
-[checkpoint]
-every = 10
-[logging]
-every = 1
-"""
+SMALL = (
+    *("model.hidden_size=64", "model.layers=2", "model.heads=2", "model.kv_heads=2", "model.ffn_hidden_size=128"),
+    *("training.sequence_length=64", "training.steps=100000", "checkpoint.every=10", "logging.every=1"),
+    "chip.name=cpu",
+)
+"""What differs from the recipe of `start.py`: steps that take little."""
 BETWEEN = 15
 """Steps that a life does before a process of it is killed."""
 LONGEST = 240.0
@@ -77,6 +56,7 @@ def main() -> None:
     kills = does.add_parser("kills")
     kills.add_argument("--rounds", type=int, default=2)
     kills.add_argument("--kills", type=int, default=2, help="in each launch")
+    kills.add_argument("--compile", action="store_true", help="train compiled; what was compiled is kept between lives")
     grow = does.add_parser("grow")
     grow.add_argument("--processes", type=int, nargs="+", default=[8, 32, 128])
     grow.add_argument("--kills", type=int, default=2)
@@ -89,7 +69,7 @@ def main() -> None:
         sys.exit(_agent(arguments.folder, arguments.name, arguments.processes))
     with tempfile.TemporaryDirectory() as scratch:
         if arguments.do == "kills":
-            _kills(Path(scratch), arguments.rounds, arguments.kills)
+            _kills(Path(scratch), arguments.rounds, arguments.kills, arguments.compile)
         else:
             _grow(Path(scratch), arguments.processes, arguments.kills)
 
@@ -97,22 +77,19 @@ def main() -> None:
 # ---- a small model
 
 
-def _kills(folder: Path, rounds: int, kills: int) -> None:
-    _prepare(folder)
-    (folder / "recipe.toml").write_text(RECIPE.format(folder=folder), encoding="utf-8")
+def _kills(folder: Path, rounds: int, kills: int, compiled: bool) -> None:
+    recipe = str(prepared(folder))
     os.environ["ZILI_CACHE"] = str(folder / "cache")
-    words = [sys.executable, "-m", "zili", "train", str(folder / "recipe.toml")]
-    filled = ["--set", "training.steps=2", "--set", f"folder={folder}/filled"]
-    subprocess.run([*words, *filled], check=True, stdout=subprocess.DEVNULL)
+    settings = [word for key in (*SMALL, f"chip.compile={str(compiled).lower()}") for word in ("--set", key)]
+    launch = [sys.executable, "-m", "zili", "launch", recipe, *settings, "--processes", "2", "--machines", "2"]
+    _fill_caches(launch, folder / "filled")
     rows: dict[str, list[Times]] = defaultdict(list)
     fresh: list[float] = []
     for number in range(rounds):
         for how, options in (("cold", ["--cold"]), ("warm", [])):
             run = folder / f"{how}-{number}"
-            launch = [sys.executable, "-m", "zili", "launch", str(folder / "recipe.toml"), "--set", f"folder={run}"]
-            launch += ["--processes", "2", "--machines", "2", *options]
             began = time.time()
-            agents = [_begin([*launch, "--machine", name]) for name in "ab"]
+            agents = [_begin([*launch, "--set", f"folder={run}", *options, "--machine", name]) for name in "ab"]
             try:
                 found = _recoveries(run, kills, agents)
             finally:
@@ -122,6 +99,17 @@ def _kills(folder: Path, rounds: int, kills: int) -> None:
             rows[how] += found
             print(how, number, [f"{one['all']:.2f} s" for one in found], flush=True)
     _tell(rows, fresh)
+
+
+def _fill_caches(launch: list[str], run: Path) -> None:
+    """Let later launches find what this one measures and compiles."""
+    filled = [*launch, "--set", f"folder={run}", "--set", "training.steps=2"]
+    agents = [_begin([*filled, "--machine", name]) for name in "ab"]
+    try:
+        if any(agent.wait(LONGEST) for agent in agents):
+            raise RuntimeError(f"{run}: {_events(run)[-3:]}")
+    finally:
+        _end(agents)
 
 
 def _recoveries(run: Path, kills: int, agents: list[subprocess.Popen[bytes]]) -> list[Times]:

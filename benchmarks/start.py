@@ -50,29 +50,32 @@ def main() -> None:
     found: dict[str, list[tuple[float, ...]]] = {"empty cache": [], "measured before": []}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        _prepare(folder)
+        recipe = prepared(folder)
         for number in range(arguments.rounds):
             for rows in found.values():
-                rows.append(_start(folder, number, arguments.words))
+                rows.append(_start(recipe, number, arguments.words))
     for name, rows in found.items():
         line, step, cpu = (median(column) for column in zip(*rows, strict=True))
         print(f"{name:<16} first line {line:.1f} s, step 1 {step:.1f} s, CPU {cpu:.1f} s")
 
 
-def _prepare(folder: Path) -> None:
+def prepared(folder: Path) -> Path:
+    """A recipe in a folder, with its text and tokenizer."""
     from zili.data import prepare
 
     library = Path(os.__file__).parent
     packages = [str(library / name) for name in ("asyncio", "email", "json")]
     prepare(packages, folder / "data", vocab_size=4096, held_out_fraction=0.1)
-    (folder / "recipe.toml").write_text(RECIPE.format(folder=folder, steps=STEPS), encoding="utf-8")
+    recipe = folder / "recipe.toml"
+    recipe.write_text(RECIPE.format(folder=folder, steps=STEPS), encoding="utf-8")
+    return recipe
 
 
-def _start(folder: Path, number: int, words: list[str]) -> tuple[float, float, float]:
+def _start(recipe: Path, number: int, words: list[str]) -> tuple[float, float, float]:
     """Seconds to the first line and to step 1, and seconds of CPU until it was stopped there."""
-    run = folder / f"run-{time.time_ns()}"
-    command = [sys.executable, "-m", "zili", "train", str(folder / "recipe.toml"), "--set", f"folder={run}", *words]
-    environment = os.environ | {"ZILI_CACHE": str(folder / f"cache-{number}"), "PYTHONUNBUFFERED": "1"}
+    run = recipe.with_name(f"run-{time.time_ns()}")
+    command = [sys.executable, "-m", "zili", "train", str(recipe), "--set", f"folder={run}", *words]
+    environment = os.environ | {"ZILI_CACHE": str(recipe.with_name(f"cache-{number}")), "PYTHONUNBUFFERED": "1"}
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

@@ -27,6 +27,7 @@ FLOORS = {
         "durable",
         "checksums",
         "user_cache",
+        "exposition",
         "plurals",
         "torch_private",
         "plugins",
@@ -45,7 +46,10 @@ FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 ENTRANCES = ("__init__", "__main__")
 """Files of the package itself; they open the house and stand on no floor."""
 
-WITHOUT_TORCH = ("errors", "torch_private", "plugins", "config", "chips", "pages", "planning", "runs", "api", "cloud")
+WITHOUT_TORCH = (
+    *("errors", "exposition", "torch_private", "plugins", "config", "chips", "pages", "planning", "runs", "api"),
+    "cloud",
+)
 VENDORS = {"ascend", "cambricon", "nvidia"}
 VENDOR_WORDS = VENDORS | {"npu", "mlu", "cuda", "nccl", "hccl", "cncl", "torch_npu", "torch_mlu"}
 

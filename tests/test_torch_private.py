@@ -101,6 +101,16 @@ def recorder() -> None:
     assert group.last == [(1, "gloo:all_reduce", "[[3]]")]
 
 
+def found_once() -> None:
+    """What a fork does not find out again."""
+    from torch._inductor import cpu_vec_isa
+
+    for version in (torch_private.compiler_version, torch_private.triton_version):
+        assert version() is version()
+    assert not inspect.signature(torch_private.vector_instructions).parameters
+    assert cpu_vec_isa.valid_vec_isa_list.cache_info()
+
+
 def recomputing() -> None:
     assert isinstance(torch_private.profiler_enter, torch_private.OpOverload)
     assert torch_private.profiler_exit.name() == "profiler::_record_function_exit._RecordFunction"
@@ -226,6 +236,7 @@ CHECKS: dict[str, Callable[[], None]] = {
         "compute_local_shape_and_global_offset", "global_shape", "mesh", "placements"
     ),
     "WorkerServer": recorder,
+    **dict.fromkeys(("compiler_version", "triton_version", "vector_instructions"), found_once),
     "stage_backward": parameters_of("stage_backward", "stage_output", "output_grads", "input_values"),
     **dict.fromkeys(
         ("TorchDispatchMode", "disable_current_modes", "ExcludeDispatchKeys", "DispatchKey"), dispatch_mode

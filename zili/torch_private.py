@@ -30,6 +30,7 @@ _PYTREE = "a public torch.utils.pytree, which torch 2.13 does not have"
 _NO_OPERATION = "nothing public: torch.nn.functional.linear lets torch choose the library"
 _LIST = "a loop over the tensors, a kernel each"
 _MODE = "torch.overrides.TorchFunctionMode, which sees no operation below autograd"
+_CACHED = "nothing public: each process that compiles finds it out anew, in seconds"
 _PLACES = "DTensor.to_local, which gives the part and not where it lies"
 
 NAMES = {
@@ -96,6 +97,13 @@ NAMES = {
         "torch._C._distributed_c10d:_WorkerServer",
         "tells an agent what its process asked of collectives when the run hangs",
         "torch.distributed.debug.start_debug_server, which listens at all addresses to anybody",
+    ),
+    "compiler_version": PrivateName(
+        "torch._inductor.codecache:torch_key", "reads torch's source once a nursery", _CACHED
+    ),
+    "triton_version": PrivateName("torch._inductor.codecache:triton_key", "reads Triton's the same way", _CACHED),
+    "vector_instructions": PrivateName(
+        "torch._inductor.cpu_vec_isa:pick_vec_isa", "tries once a nursery what this CPU's programs may use", _CACHED
     ),
     "stage_backward": PrivateName(
         "torch.distributed.pipelining._backward:stage_backward", "a backward pass that sums its gradients", "none"

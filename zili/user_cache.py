@@ -12,6 +12,7 @@ from pathlib import Path
 from zili.errors import ConfigError
 
 VARIABLE = "ZILI_CACHE"
+_COMPILED = "TORCHINDUCTOR_CACHE_DIR"
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
@@ -26,6 +27,13 @@ def cache_folder(name: str) -> Path | None:
         return folder if _is_private(folder) else None
     except (OSError, RuntimeError):  # RuntimeError: there is no home
         return None
+
+
+def keep_what_is_compiled() -> None:
+    """Let torch keep here what it compiles, before `torch._dynamo` is imported, which settles the place: torch's own is
+    below /tmp, which is everybody's and empty after each start of the machine."""
+    if (folder := cache_folder("compiled")) is not None:
+        os.environ.setdefault(_COMPILED, str(folder))
 
 
 def machine_folder() -> Path:

@@ -65,7 +65,8 @@ def test_of_your_own(name: str, run, recipe, tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text(dump_recipe(recipe()), encoding="utf-8")
     assert "step 3/3" in run(name, file)
-    last = json.loads((recipe().folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    record = (recipe().folder / "metrics.jsonl").read_text(encoding="utf-8")
+    last = [line for line in map(json.loads, record.splitlines()) if line["kind"] == "train"][-1]
     assert ("z_loss" in last) == (name == "own_objective")
     state = newest_state(recipe().folder / "checkpoints")
     own = {

@@ -30,6 +30,7 @@ from zili.rehearsal.result import Peak, Rehearsal
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 GIB = 2**30
+LIVES = Path(__file__).parents[1] / "supervision" / "two_kills.jsonl"
 
 
 def alignment() -> Alignment:
@@ -62,7 +63,10 @@ def planned(**failing: float) -> Plan:
 
 
 def the_report(folder: Path) -> str:
-    return report.write_report(make_run(folder / "first-light")).read_text(encoding="utf-8")
+    run = make_run(folder / "first-light")
+    (run / "supervision").mkdir()
+    shutil.copy(LIVES, run / "supervision" / "events.jsonl")
+    return report.write_report(run).read_text(encoding="utf-8")
 
 
 def the_comparison(folder: Path) -> str:

@@ -36,7 +36,7 @@ def test_a_recipe_names_a_callback_of_an_installed_package(recipe: Any, monkeypa
 
 REFUSED = {
     "callbacks.slow_stebs.times=1": "no callback 'slow_stebs'; did you mean slow_steps?",
-    "callbacks.zzz.times=1": "there are slow_steps, swanlab, tensorboard, wandb",
+    "callbacks.zzz.times=1": "there are prometheus, slow_steps, swanlab, tensorboard, wandb",
     "callbacks.slow_steps.tims=1": "callbacks.slow_steps: tims: Extra inputs are not permitted. Its settings: times",
     "callbacks.slow_steps.times=often": "callbacks.slow_steps: times: Input should be a valid number",
     "callbacks.wandb.projekt=x": "Its settings: project, entity, name, tags, mode",

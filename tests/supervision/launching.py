@@ -9,112 +9,66 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors import safe_open
 
 from zili.config import RunConfig, dump_recipe
 from zili.training.checkpoints import list_checkpoints
 
-_PACKAGE = '''
-import os
-from pathlib import Path
-import time
-import zili
+Launch = Callable[..., "Launched"]
 
-class Faults(zili.Callback):
-    """After a step: what the file `fault-RANK` of a folder says, once."""
-    everywhere = True
 
-    def __init__(self, folder: str):
-        self.folder = Path(folder)
+class Plugin(NamedTuple):
+    """A callback of this folder, as a recipe names it."""
 
-    def on_start(self, trainer):
-        """A batch whose gradient is no number: its position is in the file `nan-batch`."""
-        bad, accumulate = self.folder / "nan-batch", trainer.parallel.accumulate
-
-        def accumulated(batch):
-            own = accumulate(batch)
-            if bad.exists() and trainer.watch.position(trainer.step) == int(bad.read_text()):
-                for parameter in trainer.parallel.parameters():
-                    parameter.grad.mul_(float("nan"))
-            return own
-
-        trainer.parallel.accumulate = accumulated
-
-    def before_step(self, trainer, batch):
-        """A batch on which the last process fails whenever it meets it: its position is in the file `bad-batch`."""
-        bad = self.folder / "bad-batch"
-        if trainer.world.rank and bad.exists() and trainer.watch.position(trainer.step) == int(bad.read_text()):
-            raise IndexError("index out of range in self")
-
-    def after_step(self, trainer):
-        file = self.folder / f"fault-{trainer.world.rank}"
-        if trainer.world.rank == 0:
-            time.sleep(0.002)  # the faults come from outside, and steps of this size take no time
-        if not file.exists():
-            return
-        what = file.read_text()
-        file.unlink()
-        if what == "raise":
-            raise ValueError("the callback does not like this step")
-        if what == "die in the optimizer":
-            optimizer, step = trainer.optimizers[-1], trainer.optimizers[-1].step
-
-            def die():
-                step()  # weights have moved, the step is not counted
-                os.kill(os.getpid(), 9)
-
-            optimizer.step = die
-'''
+    module: str
+    callback: str
+    options: dict[str, str]
 
 
 class Launched:
     """A run that `zili launch` trains on machines that are processes here; each has an agent and a nursery."""
 
-    def __init__(self, folder: Path, config: RunConfig, *words: str) -> None:
+    def __init__(self, folder: Path, config: RunConfig, *words: str, plugin: Plugin | None = None) -> None:
         """`words` go to every machine's command."""
         self.config = config
         self.run = config.folder
         self._folder = folder
-        site = folder / "site"
-        (site / "zili_faults-1.dist-info").mkdir(parents=True)
-        (site / "zili_faults.py").write_text(_PACKAGE, encoding="utf-8")
-        (site / "zili_faults-1.dist-info" / "METADATA").write_text("Name: zili-faults\nVersion: 1\n", encoding="utf-8")
-        points = "[zili.callbacks]\nfaults = zili_faults:Faults\n"
-        (site / "zili_faults-1.dist-info" / "entry_points.txt").write_text(points, encoding="utf-8")
         self._recipe = folder / "launched.toml"
-        table = f'\n[callbacks.faults]\nfolder = "{folder}"\n'
-        self._recipe.write_text(dump_recipe(config) + table, encoding="utf-8")
-        path = os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))
-        self._environment = {
+        plugin = plugin or Plugin("zili_faults", "Faults", {"folder": str(folder)})
+        table = "".join(f'{key} = "{value}"\n' for key, value in plugin.options.items())
+        self._recipe.write_text(f"{dump_recipe(config)}\n[callbacks.tested]\n{table}", encoding="utf-8")
+        path = (_installed(plugin, folder / "site"), Path(__file__).parent, os.environ.get("PYTHONPATH", ""))
+        self.environment = {
             **os.environ,
-            "PYTHONPATH": path,
+            "PYTHONPATH": os.pathsep.join(filter(None, map(str, path))),
             "OMP_NUM_THREADS": "1",
             "ZILI_CACHE": str(folder / "cache"),
         }
         self._words = words
         self.agents: dict[str, subprocess.Popen[bytes]] = {}
 
-    def begin(self, *machines: str, words: tuple[str, ...] = ()) -> None:
-        """Begin the agents of some machines."""
+    def begin(
+        self,
+        *machines: str,
+        words: Iterable[str] = (),
+        inside: Iterable[str] = (),
+        zili: Iterable[str] = ("-m", "zili"),
+    ) -> None:
+        """Begin the agents of some machines; `inside`: the command that runs theirs, `zili`: what Python is to run."""
         for name in machines:
-            command = [
-                sys.executable,
-                "-m",
-                "zili",
-                "launch",
-                str(self._recipe),
-                "--machine",
-                name,
-                *self._words,
-                *words,
-            ]
+            command = [*inside, sys.executable, *zili, "launch", str(self._recipe), "--machine", name]
             with self.log(name).open("ab") as log:
                 self.agents[name] = subprocess.Popen(
-                    command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=self._environment
+                    [*command, *self._words, *words],
+                    stdout=log,
+                    stderr=log,
+                    stdin=subprocess.DEVNULL,
+                    env=self.environment,
                 )
 
     def log(self, machine: str) -> Path:
@@ -138,6 +92,12 @@ class Launched:
         while not holds():
             assert time.monotonic() < end, self.everything()
             time.sleep(0.05)
+
+    def events(self) -> str:
+        """What the root has written down."""
+        with suppress(OSError):
+            return (self.run / "supervision/events.jsonl").read_text(encoding="utf-8")
+        return ""
 
     def life(self) -> int:
         """Number of the newest life."""
@@ -182,7 +142,7 @@ class Launched:
 
     def everything(self) -> str:
         """What a failed test should show."""
-        files = [*sorted(self._folder.glob("log-*")), *sorted(self.run.glob("logs/*/*.log"))]
+        files = [*sorted(self._folder.glob("log-*")), *sorted(self.run.glob("logs/*/*.log"))[-8:]]
         return "\n".join(f"== {file}\n{file.read_text(encoding='utf-8', errors='replace')[-3000:]}" for file in files)
 
     def end(self) -> None:
@@ -201,6 +161,24 @@ class Launched:
         own = str(self._folder).encode()
         found = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
         return [pid for pid in found if pid != os.getpid() and own in (command_of(pid) + environment_of(pid))]
+
+
+def at_work(launch: Launch) -> Launched:
+    """A run that one machine, `a`, trains without end."""
+    run: Launched = launch("training.steps=100000")
+    run.begin("a")
+    run.await_life(1, 3)
+    return run
+
+
+def _installed(plugin: Plugin, site: Path) -> Path:
+    """A folder of packages from which a recipe may name the plugin's callback `tested`."""
+    about = site / f"{plugin.module}-1.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text(f"Name: {plugin.module}\nVersion: 1\n", encoding="utf-8")
+    points = f"[zili.callbacks]\ntested = {plugin.module}:{plugin.callback}\n"
+    (about / "entry_points.txt").write_text(points, encoding="utf-8")
+    return site
 
 
 def children(pid: int) -> list[int]:

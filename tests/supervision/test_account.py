@@ -231,7 +231,8 @@ def test_the_ledger_tells_progress_now_and_then(tmp_path: Path, monkeypatch: pyt
         ledger.hear("a", 1, table)
         ledger.hear("b", 1, table)
     written = [json.loads(line) for line in (tmp_path / EVENTS).read_text(encoding="utf-8").splitlines()]
-    assert [event["event"] for event in written] == ["started", *["progress"] * 3]
+    assert [event["event"] for event in written] == ["started", *["progress"] * 4]
+    assert [event["monotonic"] - written[0]["monotonic"] for event in written[1:]] == pytest.approx([10, 40, 70, 100])
     assert (tmp_path / EVENTS).stat().st_mode & 0o077 == 0, "for this user alone"
 
 

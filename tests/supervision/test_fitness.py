@@ -13,7 +13,7 @@ import pytest
 from zili.chips import find_backend
 from zili.errors import ChipError, ConfigError
 from zili.supervision import fitness
-from zili.supervision.fitness import refuse_foreign_host, refuse_unfit
+from zili.supervision.fitness import listening_here, refuse_unfit
 
 CPU = find_backend("cpu")
 
@@ -58,5 +58,5 @@ def test_a_disk_that_is_full_absent_or_wrong(tmp_path: Path) -> None:
 @pytest.mark.parametrize("host", ["192.0.2.7", "no such host"])
 def test_an_address_of_another_machine_is_refused(host: str) -> None:
     with pytest.raises(ConfigError, match="cannot listen there"):
-        refuse_foreign_host(host)
-    refuse_foreign_host("127.0.0.1")
+        listening_here(host)
+    listening_here("127.0.0.1").close()

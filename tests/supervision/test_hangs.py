@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-import os
 import random
 import re
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from launching import Launched, Plugin
 from stuck import PLAN, Stuck
 
-from zili.config import RunConfig, dump_recipe
+from zili.config import RunConfig
+from zili.parallel.control import recorder
+from zili.supervision import reports
 
+Hangs = Callable[..., dict[str, Stuck]]
 RANKS = 4
 BEGINS = 6
 PLAIN = ("chip.operations.linear=reference", "chip.operations.attention=reference")
@@ -29,67 +32,45 @@ SETTINGS = (
 )
 
 
-class Run:
-    """A run on machines of two processes, each life of which hangs as planned."""
+@pytest.fixture
+def hangs(recipe: Callable[..., RunConfig], tmp_path: Path) -> Iterator[Callable[..., dict[str, Stuck]]]:
+    """`hangs(3, plan, "ab", "training.steps=9", patience=1, seconds=60)`: the first 3 that are said by a run on a
+    machine of two processes a letter, each life of which hangs as planned."""
+    runs: list[Launched] = []
 
-    def __init__(self, folder: Path, config: RunConfig, plan: list[Stuck], machines: str, patience: float) -> None:
-        """`machines`: a letter each."""
-        self._folder, self._plan, self._machines = folder, plan, machines
-        site = folder / "site" / "stuck-1.dist-info"
-        site.mkdir(parents=True)
-        (site / "METADATA").write_text("Name: stuck\nVersion: 1\n", encoding="utf-8")
-        (site / "entry_points.txt").write_text("[zili.callbacks]\nstuck = stuck:callback\n", encoding="utf-8")
-        (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
-        recipe = folder / "stuck.toml"
-        recipe.write_text(dump_recipe(config) + "\n[callbacks.stuck]\n", encoding="utf-8")
-        path = (site.parent, Path(__file__).parent, os.environ.get("PYTHONPATH", ""))
-        self._environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(map(str, path)),
-            "OMP_NUM_THREADS": "1",
-            PLAN: str(folder / "plan.json"),
-        }
-        words = ["--processes", "2", "--machines", str(len(machines)), "--patience", str(patience)]
-        self._command = [sys.executable, "-m", "zili", "launch", str(recipe), *words]
-        self._agents: dict[str, subprocess.Popen[bytes]] = {}
-        self._begins = 0
+    def make(count: int, plan: list[Stuck], machines: str, *overrides: str, patience: float, seconds: float) -> Any:
+        words = ("--processes", "2", "--machines", str(len(machines)), "--patience", str(patience))
+        run = Launched(tmp_path, recipe(*overrides), *words, plugin=Plugin("stuck", "callback", {}))
+        runs.append(run)
+        (tmp_path / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+        run.environment |= {PLAN: str(tmp_path / "plan.json")}
+        return said_in_time(run, plan, machines, count, seconds)
 
-    def hangs(self, count: int, seconds: float) -> dict[str, Stuck]:
-        """The first `count` hangs that are said, each a line, and what was done in that life.
+    yield make
+    for run in runs:
+        run.end()
+        assert not run.left(), "nothing is left behind"
 
-        A machine so busy that an agent says nothing for seconds costs a life, or ends the run: then it is begun again.
-        """
-        end = time.monotonic() + seconds
-        try:
-            while len(found := self._said()) < count and time.monotonic() < end:
-                self._begin()
-                time.sleep(0.2)
-        finally:
-            for agent in self._agents.values():
-                agent.kill()  # its nursery ends the processes
-                agent.wait()
-        assert len(found) >= count, self._everything()
-        return dict(list(found.items())[:count])
 
-    def _begin(self) -> None:
-        for name in self._machines:
-            if name not in self._agents or self._agents[name].poll() is not None:
-                self._begins += 1
-                assert self._begins <= BEGINS, self._everything()
-                with (self._folder / f"said-{name}").open("ab") as said:
-                    self._agents[name] = subprocess.Popen(
-                        [*self._command, "--machine", name], stdout=said, stderr=said, env=self._environment
-                    )
+def said_in_time(run: Launched, plan: list[Stuck], machines: str, count: int, seconds: float) -> dict[str, Stuck]:
+    """The first `count` hangs that are said, each a line, and what was done in that life.
 
-    def _said(self) -> dict[str, Stuck]:
-        files = sorted(self._folder.glob("said-*"))
-        text = "".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
-        lines = re.findall(r"^zili launch: (process \d+ on \w+ hangs .*life-(\d+)/hang)$", text, flags=re.M)
-        return {line: self._plan[int(life) - 1] for line, life in lines}
+    A machine so busy that an agent says nothing for seconds costs a life, or ends the run: then it is begun again.
+    """
+    begins, end = 0, time.monotonic() + seconds
+    while len(found := said_by(run, plan)) < count and time.monotonic() < end:
+        ended = [name for name in machines if name not in run.agents or run.agents[name].poll() is not None]
+        begins += len(ended)
+        assert begins <= BEGINS, run.everything()
+        run.begin(*ended)
+        time.sleep(0.2)
+    assert len(found) >= count, run.everything()
+    return dict(list(found.items())[:count])
 
-    def _everything(self) -> str:
-        files = [*sorted(self._folder.glob("said-*")), *sorted(self._folder.glob("run/logs/*/*.log"))[-4:]]
-        return "\n".join(f"== {file}\n{file.read_text(encoding='utf-8', errors='replace')[-4000:]}" for file in files)
+
+def said_by(run: Launched, plan: list[Stuck]) -> dict[str, Stuck]:
+    lines = [re.fullmatch(r"process \d+ on \w+ hangs .*life-(\d+)/hang", line) for line in run.said()]
+    return {line[0]: plan[int(line[1]) - 1] for line in lines if line}
 
 
 def wrong(line: str, stuck: Stuck) -> str:
@@ -111,14 +92,22 @@ def drawn(seed: int) -> list[Stuck]:
     return plan
 
 
+def test_a_recorder_answers_in_a_folder_that_lies_deep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name of a socket has 107 bytes."""
+    deep = tmp_path / ("deep" * 30)
+    deep.mkdir()
+    monkeypatch.setenv(recorder.RECORDER, str(deep / "asked-0"))
+    monkeypatch.setattr(recorder, "_server", None)
+    recorder.answer_for_collectives()
+    assert b"200 OK" in asyncio.run(asyncio.wait_for(reports._answer(deep / "asked-0"), 20))
+
+
 @pytest.mark.slow
-def test_hangs_are_named_by_process_and_line(recipe: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_hangs_are_named_by_process_and_line(hangs: Hangs, tmp_path: Path) -> None:
     """A C call that keeps Python's lock, a stopped process, and a batch that never comes, each in another life."""
     plan = [Stuck("gil", 1, 3), Stuck("stop", 0, 5), Stuck("data", 1, 8)]
-    config = recipe(
-        *PLAIN, "checkpoint.every=1", "training.micro_batch=1", "training.steps=40", f"folder={tmp_path / 'run'}"
-    )
-    found = Run(tmp_path, config, plan, "a", patience=1).hangs(3, seconds=120)
+    settings = (*PLAIN, "checkpoint.every=1", "training.micro_batch=1", "training.steps=40")
+    found = hangs(3, plan, "a", *settings, patience=1, seconds=120)
     assert not "".join(wrong(line, stuck) for line, stuck in found.items())
     assert "last collective: gloo:" in next(iter(found)), "also while Python's lock is held"
     kept = sorted(path.name for path in (tmp_path / "run/logs/life-0001/hang").iterdir())
@@ -127,29 +116,19 @@ def test_hangs_are_named_by_process_and_line(recipe: Callable[..., RunConfig], t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
-def test_fifty_hangs_are_named_by_process_and_line(recipe: Callable[..., RunConfig], tmp_path: Path, seed: int) -> None:
+def test_fifty_hangs_are_named_by_process_and_line(hangs: Hangs, tiny_data: Path, seed: int) -> None:
     """Ten in each run, some of which have two mesh dimensions."""
-    data = recipe().data.tokenizer.parent
-    config = recipe(
-        *SETTINGS,
-        f"parallel.tensor={1 + seed % 2}",
-        "model.kv_heads=2",
-        f"data.held_out={data / 'held_out'}",
-        f"folder={tmp_path / 'run'}",
-    )
-    found = Run(tmp_path, config, drawn(seed), "ab", patience=2).hangs(10, seconds=900)
+    mesh = (f"parallel.tensor={1 + seed % 2}", "model.kv_heads=2", f"data.held_out={tiny_data / 'held_out'}")
+    found = hangs(10, drawn(seed), "ab", *SETTINGS, *mesh, patience=2, seconds=900)
     print("\n".join(f"{stuck}: {line}" for line, stuck in found.items()))
     wrongs = [text for line, stuck in found.items() if (text := wrong(line, stuck))]
     assert not wrongs, f"{len(wrongs)} of 10:\n" + "".join(wrongs)
 
 
 @pytest.mark.slow
-def test_a_collective_of_another_kind_than_the_others_is_named(
-    recipe: Callable[..., RunConfig], tmp_path: Path
-) -> None:
+def test_a_collective_of_another_kind_than_the_others_is_named(hangs: Hangs) -> None:
     """All wait, and each in its own collective: what a process asks for in place of the one that it left out."""
     plan = [Stuck("mismatch", 2, 3), Stuck("mismatch", 0, 6)]
-    config = recipe(*SETTINGS, f"folder={tmp_path / 'run'}")
-    found = Run(tmp_path, config, plan, "ab", patience=2).hangs(2, seconds=300)
+    found = hangs(2, plan, "ab", *SETTINGS, patience=2, seconds=300)
     print("\n".join(found))
     assert not "".join(wrong(line, stuck) for line, stuck in found.items())

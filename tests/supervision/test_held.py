@@ -5,17 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
-from launching import Launched, weights
+from launching import Launch, Launched, weights
 from many import on_processes, train
 from safetensors.torch import load_file
 
-from zili.config import RunConfig
 from zili.parallel.control.links import Link
 from zili.parallel.control.messages import About, Message, unpacked
 from zili.parallel.control.node import Node
@@ -24,24 +22,7 @@ from zili.training.held import StateMemory, _common, _laid_out
 from zili.training.index import read_header
 from zili.training.parts import held_parts
 
-PLAIN = tuple(f"chip.operations.{name}=reference" for name in ("linear", "attention"))
-SETTINGS = (*PLAIN, "chip.precision=fp32", "checkpoint.every=0", "checkpoint.memory_share=1", "training.micro_batch=1")
-
-
-@pytest.fixture
-def launch(recipe: Callable[..., RunConfig], tmp_path: Path) -> Iterator[Callable[..., Launched]]:
-    runs: list[Launched] = []
-
-    def make(*overrides: str, words: tuple[str, ...] = ()) -> Launched:
-        folder = tmp_path / f"run-{len(runs)}"
-        folder.mkdir()
-        config = recipe(*SETTINGS, *overrides, f"folder={folder / 'run'}")
-        runs.append(Launched(folder, config, "--processes", "2", *words))
-        return runs[-1]
-
-    yield make
-    for run in runs:
-        run.end()
+STATES = ("checkpoint.every=0", "checkpoint.memory_share=1")
 
 
 def resumed(run: Launched) -> list[int]:
@@ -50,10 +31,10 @@ def resumed(run: Launched) -> list[int]:
     return [int(step) for step in re.findall(r"resumed from memory at step (\d+)", notes)]
 
 
-def test_a_run_without_a_checkpoint_loses_a_step_at_most(launch: Callable[..., Launched]) -> None:
+def test_a_run_without_a_checkpoint_loses_a_step_at_most(launch: Launch) -> None:
     """Two machines, each with half of the state: a worker is killed in the optimizer's step, then a machine vanishes
     whose state another one has."""
-    run = launch("training.steps=60", words=("--machines", "2", "--wait", "30"))
+    run = launch(*STATES, "training.steps=60", words=("--machines", "2", "--wait", "30"))
     run.begin("a", "b")
     run.await_life(1, 10)
     run.fault(1, "die in the optimizer")
@@ -73,10 +54,10 @@ def test_a_run_without_a_checkpoint_loses_a_step_at_most(launch: Callable[..., L
 
 
 @pytest.mark.slow
-def test_who_is_left_has_the_state_of_the_replica_that_is_gone(launch: Callable[..., Launched]) -> None:
+def test_who_is_left_has_the_state_of_the_replica_that_is_gone(launch: Launch) -> None:
     """Two machines that each have all of the state: with one less the run goes on from the other's memory."""
     words = ("--machines", "1:2", "--wait", "1")
-    run = launch("training.steps=80", "parallel.replicas=2", "parallel.shards=2", words=words)
+    run = launch(*STATES, "training.steps=80", "parallel.replicas=2", "parallel.shards=2", words=words)
     run.begin("a", "b")
     run.until(lambda: any("on 2 machines" in line for line in run.said()) and run.steps() > 10)
     gone = run.steps()

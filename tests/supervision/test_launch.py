@@ -5,39 +5,15 @@ from __future__ import annotations
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from launching import Launched, weights
+from launching import Launch, at_work, weights
 from many import on_processes, train
 
-from zili.config import RunConfig
 from zili.supervision.account import account_of
 from zili.supervision.folder import SupervisionFolder, ask_root
 from zili.training.checkpoints import list_checkpoints, read_state
-
-PLAIN = tuple(f"chip.operations.{name}=reference" for name in ("linear", "attention"))
-SETTINGS = (*PLAIN, "chip.precision=fp32", "checkpoint.every=10", "training.micro_batch=1")
-Launch = Callable[..., Launched]
-
-
-@pytest.fixture
-def launch(recipe: Callable[..., RunConfig], tmp_path: Path) -> Iterator[Launch]:
-    """`launch("training.steps=9", words=("--machines", "2"), name="run")`: a run that is ready to begin."""
-    runs: list[Launched] = []
-
-    def make(*overrides: str, words: tuple[str, ...] = (), name: str = "run") -> Launched:
-        folder = tmp_path / name
-        folder.mkdir()
-        config = recipe(*SETTINGS, *overrides, f"folder={folder / 'run'}")
-        runs.append(Launched(folder, config, "--processes", "2", *words))
-        return runs[-1]
-
-    yield make
-    for run in runs:
-        run.end()
-        assert not run.left(), "nothing is left behind"
 
 
 def test_a_run_that_is_broken_again_and_again_ends_as_if_it_was_not(launch: Launch) -> None:
@@ -154,9 +130,7 @@ def test_a_machine_that_is_stopped_does_not_keep_the_run_from_the_others(launch:
 
 
 def test_a_supervisor_that_is_killed_leaves_no_process(launch: Launch) -> None:
-    run = launch("training.steps=100000")
-    run.begin("a")
-    run.await_life(1, 3)
+    run = at_work(launch)
     os.kill(run.agents["a"].pid, signal.SIGKILL)
     run.agents["a"].wait()
     run.until(lambda: not run.left(), 30)
@@ -165,9 +139,7 @@ def test_a_supervisor_that_is_killed_leaves_no_process(launch: Launch) -> None:
 @pytest.mark.slow
 def test_a_nursery_that_is_killed_and_a_job_that_is_asked_to_end(launch: Launch) -> None:
     """Schedulers send SIGTERM to all processes of a job: the root lives on to end the run."""
-    run = launch("training.steps=100000")
-    run.begin("a")
-    run.await_life(1, 3)
+    run = at_work(launch)
     workers = run.workers("a")
     os.kill(run.nursery("a"), signal.SIGKILL)
     run.await_life(2, run.steps() + 3)
@@ -195,9 +167,7 @@ def test_a_machine_is_drained_that_has_the_root(launch: Launch) -> None:
 
 
 def test_two_supervisors_of_one_machine_and_a_request_to_end(launch: Launch) -> None:
-    run = launch("training.steps=100000")
-    run.begin("a")
-    run.await_life(1, 3)
+    run = at_work(launch)
     first = run.agents["a"]
     run.begin("a")
     assert run.agents["a"].wait(60) == 3

@@ -25,7 +25,7 @@ from zili.parallel.control.links import Link, _host_and_port, address_of, connec
 from zili.supervision.agent import Agent, ThisMachine
 from zili.supervision.decisions import leave_out_batch
 from zili.supervision.file_thread import FileThread
-from zili.supervision.folder import SupervisionFolder
+from zili.supervision.folder import Signs, SupervisionFolder
 from zili.supervision.members import PATIENCE, Refused, table_in
 from zili.supervision.nursery import Nursery
 from zili.supervision.root import Root
@@ -84,10 +84,10 @@ def sent(root: Root, name: str) -> list[str]:
 
 
 def test_machines_that_fall_silent_in_one_moment_do_not_end_the_root(root: Root) -> None:
-    for name in "ab":
+    for name in "abc":
         root._members[name].heard -= PATIENCE + 1
     root._look()
-    assert list(root._members) == ["c"] and sent(root, "c")[-1] == "stop"
+    assert not root._members
 
 
 def test_a_root_that_slept_does_without_no_machine(root: Root) -> None:
@@ -306,6 +306,23 @@ def test_a_folder_that_does_not_answer_costs_no_sign_of_life(tmp_path: Path, mon
     assert code == 130 and heard[-1] - heard[0] < PATIENCE
 
 
+def test_a_root_that_hears_no_more_of_most_hands_over(root: Root, tmp_path: Path) -> None:
+    """Of three machines that with the root is cut off: it cannot go on alone, and the two others could."""
+    for name in "bc":
+        root._members[name].heard -= PATIENCE + 1
+    root._look()
+    assert root._over.is_set() and sent(root, "a")[-1] != "stop", "the others may go on with this life"
+    assert root._folder.root() == (1, {"cut_off": ["a"]})
+    agent = agent_in(tmp_path)
+    assert agent._patience_with({"cut_off": ["a"]}) > agent._patience_with({"cut_off": ["b"]}) == 0
+
+
+def test_a_root_that_lives_is_left_to_those_that_reach_it() -> None:
+    signs = Signs()
+    found = [signs.come(sign, 7) for sign in ("", "a", "a", "b")]
+    assert found == [False, True, False, True] and not signs.first and signs.generation == 7
+
+
 def test_a_folder_that_refuses_for_a_while_is_asked_again() -> None:
     answers: list[Any] = [OSError(errno.ESTALE, "stale"), ConfigError("cannot be read any more"), 3]
 
@@ -337,7 +354,7 @@ def test_roots_that_end_by_errors_again_and_again_end_the_machine(tmp_path: Path
         agent, waits = agent_in(tmp_path), []
         for _ in range(5):
             agent._root = cast(Any, Crashed())
-            waits.append(agent._patience_with(another=False))
+            waits.append(agent._patience_with({}))
 
     with pytest.raises(NoProgressError, match="ended 5 times in a row by an error"):
         asyncio.run(again())

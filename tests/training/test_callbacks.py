@@ -6,20 +6,25 @@ import io
 import json
 import re
 import resource
+import socket
 import time
+import urllib.request
 from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tiny_run import PEAK, At, Recipe, Recorder, die_after_step, interrupt, run_apart, train
 
+from zili.errors import ConfigError
 from zili.models.arithmetic import parameter_shapes
 from zili.training.callbacks import Callback, MetricsLog, ProgressDisplay, StepRecord
+from zili.training.callbacks.named import named_callbacks
 from zili.training.callbacks.tensorboard import TensorBoardLog
 from zili.training.saving import Saved
 
@@ -38,7 +43,8 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 def test_the_record_holds_every_step_as_it_was(recipe: Recipe) -> None:
     recorder, config = Recorder(), recipe()
     train(config, MetricsLog(config.folder), recorder)
-    first, *rest = lines(config.folder)
+    first, *others = lines(config.folder)
+    rest = [line for line in others if line["kind"] == "train"]
     parameters = sum(
         rows * (columns[0] if columns else 1) for rows, *columns in parameter_shapes(config.model).values()
     )
@@ -47,7 +53,10 @@ def test_the_record_holds_every_step_as_it_was(recipe: Recipe) -> None:
     assert [{k: v for k, v in line.items() if k not in ("kind", "time")} for line in rest] == [
         record.figures() for record in recorder.records
     ]
-    times = [line["time"] for line in (first, *rest)]
+    saved = [line for line in others if line["kind"] == "saved"]
+    assert [line["step"] for line in saved] == [2, 4, 6]
+    assert saved and all(line["bytes"] > 0 and line["seconds"] > 0 for line in saved)
+    times = [line["time"] for line in (first, *others)]
     assert times == sorted(times)
 
 
@@ -239,7 +248,7 @@ def test_die_after_step_kills(recipe: Recipe) -> None:
 
 def test_a_full_disk_leaves_gaps_in_the_record_and_is_said_once(recipe: Recipe) -> None:
     """/dev/full refuses what is written to it as a full disk does."""
-    config, said = recipe(), list[str]()
+    config, said = recipe("checkpoint.every=100"), list[str]()
     log = MetricsLog(config.folder, said.append)
 
     def fill() -> None:
@@ -247,7 +256,7 @@ def test_a_full_disk_leaves_gaps_in_the_record_and_is_said_once(recipe: Recipe) 
         log.path.symlink_to("/dev/full")
 
     assert train(config, log, At(2, fill), At(4, log.path.unlink)).done
-    assert [line["step"] for line in lines(config.folder)] == [5, 6]
+    assert [line["step"] for line in lines(config.folder) if line["kind"] == "train"] == [5, 6]
     first, last = said
     assert "No space left on device" in first and str(log.path) in first and "failed 2 times" in last
 
@@ -311,3 +320,40 @@ def test_a_log_on_a_full_disk_ends_no_run() -> None:
         display.on_evaluation(3, {"loss": 1.0})
         with pytest.raises(OSError, match="No space"):
             full.flush()
+
+
+def test_the_trainer_serves_its_figures_while_it_trains(recipe: Recipe) -> None:
+    recorder = Recorder()
+    found: dict[tuple[str, str | None], Any] = {}
+
+    def scrape() -> None:
+        url = next(note for note in recorder.notes if "Prometheus" in note).split()[-1]
+        with urllib.request.urlopen(url, timeout=20) as answer:
+            for family in text_string_to_metric_families(answer.read().decode()):
+                found.update({(one.name, one.labels.get("phase")): one for one in family.samples})
+
+    endpoint = named_callbacks(recipe("callbacks.prometheus.port=0"))[0]
+    config = recipe("checkpoint.every=2", "checkpoint.asynchronous=false")
+    train(config, recorder, endpoint, At(5, scrape))
+    value = {name: one.value for (name, _), one in found.items()}
+    fifth = recorder.records[4]
+    assert value["zili_loss"] == fifth.loss and value["zili_grad_norm"] == fifth.gradient_norm
+    assert value["zili_step"] == 5 and value["zili_planned_steps"] == 6 and value["zili_mfu"] == fifth.matmul_share
+    assert value["zili_data_position_samples"] == 5 * config.training.global_batch
+    assert value["zili_checkpoint_step"] == 4 and 0 <= value["zili_checkpoint_age_seconds"] < 600
+    assert value["zili_restarts_total"] == 0 and 0 < value["zili_goodput_ratio"] <= 1
+    assert found["zili_process_in_phase", "step"].labels == {"run": config.folder.name, "rank": "0", "phase": "step"}
+    url = next(note for note in recorder.notes if "Prometheus" in note).split()[-1]
+    with pytest.raises(OSError):
+        urllib.request.urlopen(url, timeout=20)
+
+
+def test_a_port_that_is_taken_is_a_note_and_the_run_goes_on(recipe: Recipe) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        recorder = Recorder()
+        train(recipe(), recorder, *named_callbacks(recipe(f"callbacks.prometheus.port={port}")))
+    assert len(recorder.records) == 6
+    assert any(f"no figures for Prometheus at 127.0.0.1:{port}" in note for note in recorder.notes)
+    with pytest.raises(ConfigError, match="port 65536 is not between 0 and 65535"):
+        named_callbacks(recipe("callbacks.prometheus.port=65536"))

@@ -87,6 +87,7 @@ _GROUPS = {
         "train": ("train:train", "Train a recipe, or go on from its newest checkpoint."),
         "launch": ("launch:app", "Train on several processes or machines, and begin anew what breaks."),
         "dialogues": ("dialogues:dialogues", "Make the data of fine-tuning from conversations."),
+        "top": ("top:top", "Watch a run in the terminal: step, loss, where the time goes, what happened last."),
         "report": ("report:report", "Write a run's report.html, or compare several runs."),
         "config": ("config:app", "Show what a recipe means, list presets."),
     },

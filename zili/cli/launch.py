@@ -56,6 +56,10 @@ def run(
     patience: Annotated[
         float, typer.Option(min=0.1, help="Seconds without progress that are never a hang; longer steps allow more.")
     ] = 60,
+    metrics: Annotated[
+        str | None,
+        typer.Option(help="Serve figures for Prometheus at PORT (0: a free one) or HOST:PORT; else on loopback."),
+    ] = None,
     cold: Annotated[bool, typer.Option("--cold", help="Begin every process anew, and fork no warm one.")] = False,
 ) -> None:
     """Train a recipe as `zili train` does, on several processes, and begin them anew when something breaks.
@@ -65,15 +69,21 @@ def run(
     """
     config = read_recipe(recipe, overrides or ())
     from zili import chips
+    from zili.exposition import place_of_endpoint, refuse_missing_client, serving
     from zili.supervision.agent import Agent, ThisMachine
     from zili.supervision.elastic import layouts
+    from zili.supervision.figures import MachineFigures
     from zili.supervision.folder import SupervisionFolder
+    from zili.supervision.nursery import COMPILES
     from zili.supervision.state import Launch
 
     least, most = _counts(machines)
     for option, seconds in (("--wait", wait), ("--patience", patience)):
         if not math.isfinite(seconds):
             raise ConfigError(f"{option} {seconds}: give seconds")
+    place = None if metrics is None else place_of_endpoint(metrics)
+    if place is not None:
+        refuse_missing_client()
     words = ["train", str(recipe), *(word for text in overrides or () for word in ("--set", text))]
     chip = chips.choose(config.chip.name).backend
     identity = identity_of(config, chip.name, processes, f"{least}:{most}")
@@ -85,8 +95,13 @@ def run(
     job = Launch(words, processes, most, keys, spares, wait, patience, watch)
     here = ThisMachine(name, host, chip.name, cold, identity)
 
+    if config.chip.compile is True and chip.device_type == "cpu":  # not tried on a chip: Triton may open one
+        os.environ[COMPILES] = "1"
+
     async def supervise(own: Path) -> int:
-        return await Agent(folder, own, job, here, show).run()
+        agent = Agent(folder, own, job, here, show)
+        with serving(MachineFigures(config.folder, chip.name, agent.pace, lambda: agent.state), place, show):
+            return await agent.run()
 
     with folder.machine(name) as own:
         raise typer.Exit(asyncio.run(supervise(own)))

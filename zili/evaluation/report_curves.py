@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from statistics import median
 
-from zili.evaluation.run_record import Record, RunRecord, number
+from zili.evaluation.run_record import Record, RunRecord, number, values
 from zili.pages.charts import Chart, Drawing, Level, Line, Point, draw, rising_ceiling, smoothed
 from zili.pages.figures import byte_size, compact
 from zili.plurals import counted
@@ -43,6 +43,8 @@ def compressor_levels(run: RunRecord) -> list[Level]:
 _CROSS_ENTROPY = ("Cross entropy in nats a token", "nats a token")
 """What the loss is of next tokens, and its unit."""
 
+_MOST_MARKS = 100
+
 
 def _loss(run: RunRecord) -> Chart:
     raw = series(run.train, "loss")
@@ -58,7 +60,13 @@ def _loss(run: RunRecord) -> Chart:
     caption = f"{measure}; lower is better."
     if ceiling is not None:
         caption += f" It began at {compact(above)}, above the chart."
-    return Chart("Loss", caption, lines, unit=unit, ceiling=ceiling, wide=True, identity="loss")
+    loss = Chart("Loss", caption, lines, unit=unit, ceiling=ceiling, wide=True, identity="loss")
+    return replace(loss, marks=_went_on(run), marked="went on from a checkpoint")
+
+
+def _went_on(run: RunRecord) -> list[float]:
+    """Steps after which the run was begun again; of many the last ones."""
+    return sorted({step for step in values(run.starts, "step") if step > 0})[-_MOST_MARKS:]
 
 
 def _bits(run: RunRecord) -> Chart:

@@ -43,7 +43,7 @@ class Lives(NamedTuple):
 
 
 PHASES_HEAD = ["Phase", "Time", "Share"]
-ROWS_HEAD = ["Life", "Began", "Machines", "Steps", "Took", "Cause", "Verdict"]
+ROWS_HEAD = ["Life", "Began", "Machines", "Steps", "Took", "Trained", "What ended it"]
 
 
 def lives(run: Path) -> Lives | None:
@@ -54,7 +54,9 @@ def lives(run: Path) -> Lives | None:
         return None
     if not found.lives or found.wall <= 0:
         return None
-    return Lives(summary(found) + ".", _bar(found), _notes(found), _phases(found), _rows(found.lives))
+    each = {counted(life.processes // life.machines, "process") for life in found.lives if life.machines}
+    lead = f"{summary(found)}. {' or '.join(sorted(each))} on each machine."
+    return Lives(lead, _bar(found), _notes(found), _phases(found), _rows(found.lives))
 
 
 def _bar(found: Account) -> Bar:
@@ -70,6 +72,9 @@ def _notes(found: Account) -> list[str]:
         notes.append(f"Between launches {duration(found.idle)} passed in which nobody supervised the run.")
     if not found.balances:
         notes.append(f"Of {100 * found.unknown:.1f} % of the time the phase is not known.")
+    if len(found.lives) > _MOST:
+        last = found.lives[-_MOST // 2]
+        notes.append(f"The table leaves out lives {found.lives[_MOST // 2].number} to {last.number - 1}.")
     if found.code is None:
         notes.append("The run goes on, or its supervisors are gone: this reaches to the last event.")
     return notes
@@ -85,15 +90,23 @@ def _rows(found: list[Life]) -> list[list[str]]:
     return [
         [
             str(life.number),
-            f"{datetime.fromtimestamp(life.began):%Y-%m-%d %H:%M:%S}",
-            f"{life.machines:,} ({counted(life.processes, 'process')})",
+            f"{datetime.fromtimestamp(life.began):%Y-%m-%d %H:%M}",
+            f"{life.machines:,}",
             _steps(life),
             duration(life.wall),
-            visible(life.cause) or ("" if life.over else "goes on"),
-            visible(life.verdict),
+            f"{100 * life.seconds.get('step', 0.0) / life.wall:.0f} %" if life.wall > 0 else "",
+            _ended(life),
         ]
         for life in shown
     ]
+
+
+def _ended(life: Life) -> str:
+    """What ended it, and what Zili did then."""
+    cause = visible(life.cause) or ("" if life.over else "goes on")
+    if not life.verdict:
+        return cause
+    return f"{cause}{'' if cause.endswith('.') else '.'} Zili: {visible(life.verdict)}"
 
 
 def _steps(life: Life) -> str:

@@ -60,6 +60,9 @@ class Chart:
     ceiling: float | None = None
     last_step: float | None = None
     """Where the axis ends if the points end earlier, so that the charts of a run stand under one another."""
+    marks: Sequence[float] = ()
+    """Where something happened, along the axis; `marked` says what."""
+    marked: str = ""
     wide: bool = False
     identity: str = field(default="chart")
 
@@ -109,6 +112,8 @@ class Drawing:
     chart: Chart
     curves: list[Curve]
     levels: list[Tick]
+    marks: list[str]
+    """Where they are in an SVG, from the left."""
     ticks_x: list[Tick]
     ticks_y: list[Tick]
     legend: list[LegendItem]
@@ -135,8 +140,10 @@ def draw(chart: Chart) -> Drawing | None:
         for i, level in enumerate(chart.levels)
     ]
     levels = [Tick(y.at(level.value), level.name) for level in chart.levels]
+    marks = [f"{WIDTH * x.at(mark):.1f}" for mark in chart.marks if x.low <= mark <= x.high]
+    legend += [("mark", chart.marked, "")] if marks else []
     described, data = _described(chart, lines), _for_script(lines, chart, x)
-    return Drawing(chart, curves, levels, _whole_ticks(x), ticks(y), legend, described, data)
+    return Drawing(chart, curves, levels, marks, _whole_ticks(x), ticks(y), legend, described, data)
 
 
 class BarPart(NamedTuple):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -11,7 +13,7 @@ from typing import Any, Literal, get_args
 from zili.errors import DataError
 from zili.pages.figures import duration
 from zili.plurals import counted
-from zili.supervision.ledger import EVENTS
+from zili.supervision.ledger import EVENTS, clock
 
 # fmt: off
 Spent = Literal[
@@ -155,20 +157,39 @@ def read_events(run: Path) -> tuple[list[dict[str, Any]], int]:
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise DataError(f"{run} has no events of a supervisor ({file}): start it with `zili launch`") from error
-    found = [event for line in lines if (event := _event(line)) is not None]
+    found = [event for line in lines if (event := event_in(line)) is not None]
     if not found:
         raise DataError(f"{file} holds no event")
     return found, len([line for line in lines if line.strip()]) - len(found)
 
 
-def _event(line: str) -> dict[str, Any] | None:
+def event_in(line: str | bytes) -> dict[str, Any] | None:
+    """The event of a line; None: it holds none."""
     try:
         read = json.loads(line)
-        if all(isinstance(read[key], int | float) for key in ("time", "monotonic", "term")) and read["event"]:
+        timed = all(isinstance(read[key], int | float) for key in ("time", "monotonic", "term"))
+        if timed and isinstance(read["event"], str) and _is_sound(read.get("at")):
             return dict(read)
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         pass
     return None
+
+
+def _is_sound(at: Any) -> bool:
+    """Whether it says what processes were at; nothing is sound too."""
+    if at is None:
+        return True
+    counts = [at.get(name) for name in ("step", "begun_after", "saves", "stood", "went_on")]
+    slowest = [one[name] for one in at.get("slowest", ()) for name in ("rank", "step_seconds", "data_seconds")]
+    known = [one for one in (*counts, *slowest, *at.get("seconds", {}).values()) if one is not None]
+    return all(isinstance(one, int | float) for one in known)
+
+
+def _going_on(at: Mapping[str, Any]) -> dict[str, Any]:
+    """What processes are at that live: who gets no further for a moment has lost nothing yet."""
+    phase, stood = at["phase"], at["stood"]
+    seconds = at["seconds"]
+    return {**at, "seconds": {**seconds, phase: seconds.get(phase, 0.0) + stood}, "stood": 0.0}
 
 
 def account_of(run: Path) -> Account:
@@ -189,14 +210,14 @@ def account_of(run: Path) -> Account:
 def account(events: Iterable[Mapping[str, Any]]) -> Account:
     """Seconds by phase from the events of a run. A root that has lost its term may have written after its successor:
     what it says then is left out."""
-    book = _Book()
+    book = Book()
     for event in events:
         book.take(event)
     return book.close()
 
 
-class _Book:
-    """The events, one after the other."""
+class Book:
+    """The events, one after the other, for those who read on while a run goes."""
 
     def __init__(self) -> None:
         self._account = Account([])
@@ -212,6 +233,7 @@ class _Book:
         """Seconds for which the first machine of this launch had been at work then."""
 
     def take(self, event: Mapping[str, Any]) -> None:
+        """The next event."""
         if self._last is not None and event["term"] < self._last["term"]:
             return
         self._now += self._passed(event)
@@ -340,7 +362,16 @@ class _Book:
         assert self._open is not None
         self._open.life.over, self._open = True, None
 
+    def so_far(self, at: Mapping[str, Any] | None = None) -> Account:
+        """The account up to the last event; with `at`, what processes are at, up to now. More events may follow."""
+        copy = deepcopy(self)
+        if at is not None and copy._last is not None and copy._open is not None:
+            now = {"time": time.time(), "monotonic": time.monotonic(), "clock": clock()}
+            copy.take({"event": "progress", "term": copy._last["term"], **now, "at": _going_on(at)})
+        return copy.close()
+
     def close(self) -> Account:
+        """The account; nothing is taken after it."""
         found = self._account
         if self._open:
             life = self._open.life

@@ -19,17 +19,18 @@ from typing import Any
 from zili.chips import find_backend
 from zili.errors import ConfigError, NoProgressError
 from zili.parallel.control.crumbs import CRUMBS, Crumbs
-from zili.parallel.control.links import Link, address_of, connect, listening_at
+from zili.parallel.control.links import Link, Unproven, address_of, connect
 from zili.parallel.control.member import AGENT, AGENT_SECRET, GENERATION
 from zili.parallel.control.node import Node, below
 from zili.parallel.control.recorder import RECORDER
 from zili.supervision.file_thread import FileThread
-from zili.supervision.fitness import refuse_foreign_host, refuse_unfit
-from zili.supervision.folder import SupervisionFolder
+from zili.supervision.fitness import cannot_listen, listening_here, refuse_unfit
+from zili.supervision.folder import Signs, SupervisionFolder
 from zili.supervision.held import HeldStates
-from zili.supervision.ledger import mean_of, told
+from zili.supervision.ledger import told
 from zili.supervision.members import PATIENCE
 from zili.supervision.nursery import STACKS
+from zili.supervision.pace import Pace
 from zili.supervision.places import Places, end_of
 from zili.supervision.processes import ERROR_FILE, LocalProcesses
 from zili.supervision.proving import Proving
@@ -41,6 +42,10 @@ from zili.supervision.watch import ProgressWatch, state_of_process
 
 _TRIES = 1.0
 """Seconds for which a root that does not answer is asked again, before this machine takes its place."""
+_UNSEEN = 4.0
+"""The same where its machine does not answer at all: it may live, and its signs of life take a while to be seen."""
+_OTHERS = 10.0
+"""Seconds for another machine to begin a root, where this one is cut off from most."""
 _REACH = 2.0
 """Seconds for a connection to the root."""
 _INSISTS = 2
@@ -102,6 +107,7 @@ class Agent:
         self._held = HeldStates(machine.name, folder.secret, self._ask_where)
         self._wheres: dict[str, asyncio.Future[dict[int, list[str]]]] = {}
         """Questions to the root about kinds of states."""
+        self.pace = Pace(machine.name)
         self._stopping = False
         self._stop_asked: float | None = None
         """When this machine's processes were to stop."""
@@ -117,6 +123,11 @@ class Agent:
         self._root: subprocess.Popen[bytes] | None = None
         self._crashes = 0
         """Roots in a row that this machine began and that ended by an error."""
+
+    @property
+    def state(self) -> State:
+        """What the root last told of the run."""
+        return self._state
 
     async def run(self) -> int:
         """Supervise until the run is over; returns its exit code."""
@@ -145,7 +156,7 @@ class Agent:
                 await asyncio.to_thread(self._root.wait)
 
     async def _refuse_unfit(self) -> None:
-        refuse_foreign_host(self._machine.host)
+        listening_here(self._machine.host).close()
         look = self._files.do(lambda: refuse_unfit(self._run, find_backend(self._machine.chip), self._launch.processes))
         try:
             await asyncio.wait_for(look, _LOOK)
@@ -172,27 +183,43 @@ class Agent:
 
         None: the run is over, as the root left word that this machine had.
         """
-        lost = time.monotonic()
+        lost, signs = time.monotonic(), Signs()
         while True:
             term, record = await self._files.patiently(self._folder.root)
             if "over" in record and 0 < self._term <= term:
                 self._over = self._end(**record["over"])
                 return None
+            silent = False
             if "address" in record and term >= self._term:
-                with suppress(OSError):  # an earlier root's port may be anybody's by now
+                try:
                     link = await asyncio.wait_for(connect(record["address"], self._folder.secret), _REACH)
                     self._term = term
                     self._greet(link)
                     return link
+                except (ConnectionRefusedError, Unproven):
+                    pass  # an earlier root's port, which may be anybody's by now
+                except OSError:
+                    silent = True
+            if silent and signs.come(*await self._files.patiently(self._folder.sign)):
+                lost = time.monotonic()
+                await self._stand_aside(record["address"], signs)
             if self._broken is not None:
                 raise self._broken
-            if time.monotonic() - lost > self._patience_with("address" in record):
+            if time.monotonic() - lost > self._patience_with(record, silent=silent):
                 await self._begin_root(term + 1)
                 lost = time.monotonic()
             await asyncio.sleep(0.02)
 
-    def _patience_with(self, another: bool) -> float:
-        """Seconds until a root is begun here. `another`: there is one that does not answer.
+    async def _stand_aside(self, root: str, signs: Signs) -> None:
+        """The root lives, and this machine does not reach it: the others may. To begin another one would take the run
+        from them."""
+        if signs.first:
+            self._show(f"the root at {root} lives, and this machine does not reach it: see its network")
+        if self._processes.alive and signs.generation > self._generation:
+            await self._kill()  # the others went on without it
+
+    def _patience_with(self, record: dict[str, Any], *, silent: bool = False) -> float:
+        """Seconds until a root is begun here, after that of `record`; `silent`: nobody answers at its address.
 
         Raises:
             NoProgressError: those that this machine began end by errors again and again.
@@ -205,11 +232,16 @@ class Agent:
                 f"the root of this run ended {self._crashes} times in a row by an error (exit code {code}), which it "
                 f"has told above; {self._folder.path} may be damaged"
             )
-        return (_TRIES if another else 0.0) + (2.0**self._crashes - 1)
+        waits = 0.0
+        if self._machine.name in record.get("cut_off", ()):
+            waits = _OTHERS
+        elif "address" in record:
+            waits = _UNSEEN if silent else _TRIES
+        return waits + (2.0**self._crashes - 1)
 
     async def _begin_root(self, term: int) -> None:
         """Begin the root of `term` here, unless another machine has that term."""
-        with listening_at(self._machine.host, backlog=2048) as listening:
+        with listening_here(self._machine.host, backlog=2048) as listening:
             address = address_of(self._machine.host, listening.getsockname()[1])
             record = {"address": address, "machine": self._machine.name}
             if not await self._files.patiently(lambda: self._folder.become_root(term, record)):
@@ -287,8 +319,7 @@ class Agent:
 
     async def _beat(self) -> None:
         while True:
-            at = mean_of([told(crumbs) for crumbs in self._crumbs.values()])
-            self._say(say="beat", at=at)
+            self._say(say="beat", at=self.pace.look(self._crumbs))
             self._look()
             await asyncio.sleep(BEAT)
 
@@ -334,7 +365,10 @@ class Agent:
         self._watch.begin(of * count)
         ranks_here = range(first, first + count)
         self._node = Node(number, ranks_here, below(number, of), self._folder.secret, self._held.take)
-        self._address = address_of(self._machine.host, await self._node.listen(self._machine.host))
+        try:
+            self._address = address_of(self._machine.host, await self._node.listen(self._machine.host))
+        except OSError as error:
+            raise cannot_listen(self._machine.host, error) from error
         self._say(say="prepared", generation=generation, address=self._address)
 
     async def _start(self, generation: int, parent: str, partner: str, keys: list[str]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import time
 from pathlib import Path
 
@@ -49,17 +50,22 @@ def refuse_unfit(run: Path, backend: Backend, processes: int) -> None:
     _try_disk(run)
 
 
-def refuse_foreign_host(host: str) -> None:
-    """Raise where this machine cannot listen at `host`.
+def listening_here(host: str, backlog: int | None = None) -> socket.socket:
+    """A socket that listens at `host`, which is an address or name of this machine.
 
     Raises:
-        ConfigError: it is another machine's, or no address.
+        ConfigError: it is another machine's, or no address, or no port is free.
     """
     try:
-        listening_at(host).close()
+        return listening_at(host, backlog=backlog)
     except OSError as error:
-        reason = error.strerror or error
-        raise ConfigError(f"--host {host}: this machine cannot listen there ({reason}); name one of its own") from error
+        raise cannot_listen(host, error) from error
+
+
+def cannot_listen(host: str, error: OSError) -> ConfigError:
+    """What to say of it."""
+    reason = error.strerror or error
+    return ConfigError(f"--host {host}: this machine cannot listen there ({reason}); name one of its own")
 
 
 def _try_disk(run: Path) -> None:

@@ -3,6 +3,7 @@
 - `secret`: what only those know who can read the run's folder as this user.
 - `root-NNNNNN.json`: who became the root, by terms. The one with the highest term counts. A term is taken once: the
   file appears whole, or not at all, or somebody else has it (`os.link`, on a network file system too).
+- `sign`: other at each look, as long as the root lives, for machines that see the folder and do not reach it.
 - `state.json`: what the root knew; its agents have copies.
 - `generation`: the newest life. A worker of an older one writes no checkpoint any more.
 """
@@ -83,6 +84,24 @@ class SupervisionFolder:
         with suppress(OSError):
             write_whole(self._claim(term), json.dumps({"over": {"code": code, "text": text}}))
 
+    def hand_over(self, term: int, machines: list[str]) -> None:
+        """Let others than these machines, which are cut off from most, have the next root."""
+        with suppress(OSError):
+            write_whole(self._claim(term), json.dumps({"cut_off": machines}))
+
+    def give_sign(self) -> None:
+        """Show machines that do not reach the root that it lives."""
+        (self.path / "sign").write_text(secrets.token_hex(4), encoding="ascii")
+
+    def sign(self) -> tuple[str, int]:
+        """A root's last sign of life, and the newest generation."""
+        sign, generation = "", 0
+        with suppress(OSError):
+            sign = (self.path / "sign").read_text(encoding="ascii")
+        with suppress(OSError, ValueError):
+            generation = int((self.run / GENERATION_FILE).read_text(encoding="ascii"))
+        return sign, generation
+
     def look(self) -> tuple[int, int | None]:
         """Term of the newest root, 0: there was none; step of the newest checkpoint, as far as names tell."""
         names = [path.name.removeprefix("step-") for path in (self.run / "checkpoints").glob("step-*")]
@@ -148,6 +167,28 @@ class SupervisionFolder:
             os.link(aside, file)
         finally:
             aside.unlink(missing_ok=True)
+
+
+class Signs:
+    """A root's signs of life in the run's folder."""
+
+    def __init__(self) -> None:
+        self._last: str | None = None
+        self._count = 0
+        self.generation = 0
+        """Of the newest life."""
+
+    def come(self, sign: str, generation: int) -> bool:
+        """Whether there was another one since the last look."""
+        moved = self._last is not None and sign != self._last
+        self._last, self.generation = sign, generation
+        self._count += moved
+        return moved
+
+    @property
+    def first(self) -> bool:
+        """Whether the last look was the first to find one."""
+        return self._count == 1
 
 
 def _held(folder: Path) -> int:

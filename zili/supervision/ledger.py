@@ -7,7 +7,7 @@ since 1970), `monotonic` and `clock`: two monotonic times compare where the cloc
 - `joined`, `gone`: a machine. `generation`: of the life that it has processes of, 0: none. `silent`: seconds for which
   nothing was heard of it.
 - `preparing`, `started`: a life, its `machines` and `processes`.
-- `progress`: what its processes are at, twice a minute.
+- `progress`: what its processes are at, twice a minute; who needs longest for a step.
 - `stopping`: the first sign that it has to end. `cause`: what was seen; `hang`: only that nobody got further; `wanted`:
   somebody asked for it.
 - `stopped`: all its processes have ended, and what they were at.
@@ -23,7 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from zili.parallel.control.crumbs import Crumbs
@@ -32,6 +32,8 @@ EVENTS = "events.jsonl"
 """File in the supervision's folder."""
 PROGRESS = 30.0
 """Seconds between two events of progress: what is not known where a run's machines all go dark at once."""
+_FIRST = 5.0
+"""Seconds until the first one of a life, for those who watch."""
 _SHOWN = 8
 """Endings that an event tells one by one; all of ten thousand processes would say the same."""
 
@@ -49,7 +51,7 @@ class Ledger:
         self._put = put
         self._clock = clock()
         self._heard: dict[str, Table] = {}
-        self._told = time.monotonic()
+        self._due = time.monotonic() + _FIRST
 
     def write(self, event: str, **facts: Any) -> None:
         """Append an event. Where the disk refuses, it is lost: the run is worth more than its ledger."""
@@ -66,7 +68,7 @@ class Ledger:
 
     def life(self, event: str, **facts: Any) -> None:
         """Append an event of a life that begins or is found to end; what was heard of the one before is forgotten."""
-        self._heard, self._told = {}, time.monotonic()
+        self._heard, self._due = {}, time.monotonic() + _FIRST
         self.write(event, **facts)
 
     def hear(self, machine: str, life: int, at: Table | None) -> None:
@@ -74,8 +76,8 @@ class Ledger:
         if at is None:
             return
         self._heard[machine] = at
-        if time.monotonic() - self._told >= PROGRESS:
-            self._told = time.monotonic()
+        if time.monotonic() >= self._due:
+            self._due = time.monotonic() + PROGRESS
             self.write("progress", life=life, at=mean_of(list(self._heard.values())))
 
 
@@ -119,7 +121,16 @@ def mean_of(processes: Sequence[Mapping[str, Any]]) -> Table | None:
         # Who got further after it was asked to stop did not stand still before.
         "stood": round(fmean(_before(one) for one in tables), 4),
         "went_on": round(fmean(_after(one) for one in tables), 4),
+        **_paces(tables),
     }
+
+
+def _paces(tables: Sequence[Mapping[str, Any]]) -> Table:
+    """What a step takes, the median, and the processes that need longest, as far as agents measured it (`Pace`)."""
+    steps = [one["step_seconds"] for one in tables if one.get("step_seconds")]
+    slowest = [one for table in tables for one in table.get("slowest", ())]
+    slowest.sort(key=lambda one: -one["step_seconds"])
+    return {"step_seconds": round(median(steps), 4), "slowest": slowest[:_SHOWN]} if steps else {}
 
 
 def waited(endings: Iterable[dict[str, Any]]) -> None:

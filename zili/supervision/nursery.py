@@ -38,6 +38,9 @@ _WARM = (
     *("zili.training.callbacks.named", "zili.evaluation.during_training", "zili.release"),
 )
 """What a worker imports. `torch._dynamo` alone takes a second, which each would spend at its first DTensor."""
+_COMPILER = ("torch._inductor.compile_fx", "torch._dynamo.backends.inductor", "torch._dynamo.repro.after_dynamo")
+COMPILES = "ZILI_COMPILES"
+"""Variable by which `zili launch` says that workers compile."""
 _ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SET_DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of Linux."""
@@ -45,12 +48,27 @@ STACKS = "ZILI_STACKS"
 """Variable that names the file into which a worker writes its threads' stacks at SIGUSR1."""
 
 
-def warm() -> None:
-    """Import what a worker imports, without opening a device."""
+def warm(*, compiles: bool = False) -> None:
+    """Import what a worker imports, without opening a device; `compiles`: also what compiles."""
     for name in _WARM:
         import_module(name)
+    if compiles:
+        _warm_compiler()
     gc.collect()
     gc.freeze()  # a child's collector would touch, and so copy, everything that was imported
+
+
+def _warm_compiler() -> None:
+    """Import it, and find out what each worker would find out by itself: the versions by which kernels are kept, and
+    the vector instructions of this CPU, for which torch compiles and runs programs."""
+    os.environ.setdefault("TORCH_WARM_POOL", "0")  # of processes, and threads, for Triton: a fork would not have them
+    with suppress(Exception):  # what is wrong a worker meets too, and says
+        for name in _COMPILER:
+            import_module(name)
+        from zili.torch_private import compiler_version, triton_version, vector_instructions
+
+        for find_out in (compiler_version, triton_version, vector_instructions):
+            find_out()
 
 
 class Nursery:
@@ -183,9 +201,11 @@ def main() -> None:
     begun = time.monotonic()
     if not cold:
         from zili.chips import apply_environment, find_backend
+        from zili.user_cache import keep_what_is_compiled
 
         apply_environment(find_backend(chip))
-        warm()
+        keep_what_is_compiled()
+        warm(compiles=COMPILES in os.environ)
     nursery = Nursery(link, cold=cold)
     nursery._say(say="ready", seconds=time.monotonic() - begun)
     words = nursery.run()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from zili.parallel.control.crumbs import Crumbs
+from zili.parallel.control.recorder import socket_name
 from zili.supervision.stacks import place_in
 from zili.supervision.watch import state_of_process
 
@@ -180,7 +181,8 @@ async def _groups(recorder: Path) -> dict[str, GroupRecord]:
 
 
 async def _answer(recorder: Path) -> bytes:
-    reader, writer = await asyncio.open_unix_connection(str(recorder))
+    with socket_name(recorder) as name:
+        reader, writer = await asyncio.open_unix_connection(name)
     try:
         writer.write(_QUESTION)
         pieces, size = [], 0

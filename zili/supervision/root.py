@@ -117,6 +117,7 @@ class Root:
             newest, self._saved = await self._files.patiently(self._folder.look)
             if newest > self._term:
                 self._over.set()
+            self._files.put(self._folder.give_sign)
             await asyncio.sleep(BEAT)
 
     # ---------------------------------------------------------------- machines come and go
@@ -246,7 +247,10 @@ class Root:
     def _look(self) -> None:
         """See whether what the root waits for is there. Called whenever something has changed, and twice a second."""
         now = time.monotonic()
-        for member in self._members.silent(now):  # of several in one moment the first is the cause
+        silent = self._members.silent(now)
+        if self._is_cut_off(silent):
+            return
+        for member in silent:  # of several in one moment the first is the cause
             self._forget(member, f"says nothing for {PATIENCE:.0f} s")
         self._say_slow()
         if self._inquiry is not None and self._phase in (Waiting.RUNNING, Waiting.STOPPING):
@@ -267,6 +271,21 @@ class Root:
             self._leave_what_does_not_end(now)
             if all(member.stopped for member in self._workers()):
                 self._conclude()
+
+    def _is_cut_off(self, silent: list[Member]) -> bool:
+        """Whether most machines of the life fell silent in one moment, though no link of theirs ended. This one's cable
+        is the likelier cause, and one of the others is to have the root."""
+        names = {member.name for member in silent}
+        here = [name for name in self._members if name not in names]
+        if not here or 2 * len(names & set(self._state.machines)) <= len(self._state.machines):
+            return False
+        self._turn(Waiting.OVER)
+        self._tasks.begin(self._hand_over(here))
+        return True
+
+    async def _hand_over(self, here: list[str]) -> None:
+        await self._files.do(lambda: self._folder.hand_over(self._term, here))
+        self._over.set()
 
     def _say_slow(self) -> None:
         slow = self._files.busy > _SLOW

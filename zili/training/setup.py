@@ -28,7 +28,7 @@ from zili.planning.exact.memory import (
     with_reduce,
 )
 from zili.plurals import counted
-from zili.user_cache import cache_folder
+from zili.user_cache import keep_what_is_compiled
 
 if TYPE_CHECKING:
     from zili.ops.timings import Timings
@@ -73,6 +73,8 @@ def set_up(config: RunConfig) -> Setup:
     _, size, here = processes()
     layout = lay_out(config, size)
     selection = chips.choose(config.chip.name)
+    if config.chip.compile:
+        keep_what_is_compiled()
     activation = chips.activate(selection.backend, index=here, deterministic=config.chip.deterministic)
 
     import torch
@@ -93,9 +95,6 @@ def set_up(config: RunConfig) -> Setup:
     lay_out(resolved, size)
     resolved, choice = world.from_first(lambda: _with_room_for_copies(job_here(resolved, layout, device)))
     choices = [*choices, *choice]
-    if resolved.chip.compile and (folder := cache_folder("compiled")) is not None:
-        # torch's own place is below /tmp, which is everybody's and empty after each start of the machine.
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
     if not world.is_first:
         versions = {c.name.rpartition(".")[2]: c.value for c in choices if c.name.startswith("chip.operations.")}
         unused = [name for name in ops.chosen() if name not in versions]

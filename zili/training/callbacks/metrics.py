@@ -15,9 +15,9 @@ from zili.errors import CheckpointError
 from zili.models.arithmetic import count_parameters
 from zili.plurals import counted
 from zili.training.callbacks.base import Callback, StepRecord
-from zili.training.saving import generation_fence
 
 if TYPE_CHECKING:
+    from zili.training.saving import Saved
     from zili.training.trainer import Trainer
 
 METRICS_FILE = "metrics.jsonl"
@@ -51,7 +51,7 @@ class Missing:
 
 
 class MetricsLog(Callback):
-    """Appends one JSON object a line; `kind` says which: start, train, eval, note or an event's.
+    """Appends one JSON object a line; `kind` says which: start, train, eval, saved, note or an event's.
 
     The base record of a run: the report and every other view are made from it. A run that goes on from a
     checkpoint drops the lines past that step first, since those steps happen again.
@@ -59,6 +59,8 @@ class MetricsLog(Callback):
 
     def __init__(self, folder: Path, say: Callable[[str], None] = _say) -> None:
         """`say` is told when the disk refuses."""
+        from zili.training.saving import generation_fence  # not at the top: recipes are checked without torch
+
         self.path = folder / METRICS_FILE
         self._missing = Missing(self.path, say)
         self._newest = generation_fence(folder)
@@ -99,6 +101,11 @@ class MetricsLog(Callback):
     def on_roll_back(self, trainer: Trainer) -> None:
         with self._missing.counted():
             self._drop_after(trainer.step)
+
+    def on_saved(self, saved: Saved) -> None:
+        from zili.training.checkpoints import step_of
+
+        self.write("saved", step=step_of(saved.path), path=str(saved.path), bytes=saved.bytes, seconds=saved.seconds)
 
     def on_note(self, text: str) -> None:
         self.write("note", text=text)

@@ -17,6 +17,7 @@ from zili.training.callbacks.base import Callback
 
 OWN = {
     "tensorboard": "zili.training.callbacks.tensorboard:TensorBoardLog",
+    "prometheus": "zili.training.callbacks.prometheus:PrometheusEndpoint",
     "wandb": "zili.training.callbacks.trackers:WandbLog",
     "swanlab": "zili.training.callbacks.trackers:SwanLabLog",
 }
