@@ -18,7 +18,7 @@ import re
 import secrets
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,6 +31,7 @@ from zili.errors import CheckpointError
 from zili.models.decoder import Decoder
 from zili.plugins import place_of
 from zili.training.index import INDEX_FILE, TensorIndex, read_index
+from zili.training.left_out import LeftOut, consumed, decisions_in
 
 if TYPE_CHECKING:
     from zili.parallel.world import World
@@ -76,17 +77,22 @@ class RunState:
     """Fingerprint of the teacher's weights (`zili.release.weights_fingerprint`); empty: there is none."""
     classes: dict[str, str] = field(default_factory=dict)
     """`objective` and `model`, as `zili.train` takes them: `zili.plugins.place_of` their classes."""
+    decisions: list[dict[str, Any]] = field(default_factory=list)
+    """Batches that were left out (`zili.training.left_out`)."""
+    history: list[list[float]] = field(default_factory=list)
+    """Number, loss and gradient norm of the last good steps, where every step is judged (`zili.training.spikes`)."""
     operations: dict[str, str] = field(default_factory=dict)
     """Version of each operation by name; a resumed run keeps them, so that its numbers stay the same bits."""
     versions: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
 
-def set_aside_after(path: Path) -> None:
-    """Rename the checkpoints newer than `path`, which a run passed over as damaged: they no longer count as kept."""
+def set_aside_after(path: Path, fits: Callable[[Path], bool] = lambda path: True) -> None:
+    """Rename the checkpoints newer than `path`, which a run passed over: they no longer count as kept. What `fits` and
+    was passed over is damaged."""
     for later in list_checkpoints(path.parent):
         if later.name > path.name:
-            aside = later.with_name(f"damaged-{later.name}")
+            aside = later.with_name(f"{'damaged' if fits(later) else 'rolled-back'}-{later.name}")
             shutil.rmtree(aside, ignore_errors=True)
             if aside.exists():  # one from before that cannot be deleted
                 aside = aside.with_name(f"{aside.name}-{secrets.token_hex(4)}")
@@ -105,17 +111,22 @@ def step_of(path: Path) -> int:
 
 
 def newest_sound(
-    folder: Path, report: Callable[[str], None], world: World | None = None, reads: Reads = lambda index: set()
+    folder: Path,
+    report: Callable[[str], None],
+    world: World | None = None,
+    reads: Reads = lambda index: set(),
+    fits: Callable[[Path], bool] = lambda path: True,
 ) -> SoundCheckpoint | None:
     """The newest checkpoint whose hashes hold; each damaged one is named through `report` and passed over.
 
-    With a `world` all its processes call it and share the work, each by what it `reads`.
+    With a `world` all its processes call it and share the work, each by what it `reads`. `fits`: whether one may be
+    taken at all; the first process asks.
 
     Raises:
         CheckpointError: there are checkpoints and none of them is sound.
     """
     passed = 0
-    for path in _candidates(folder, world):
+    for path in _candidates(folder, world, fits):
         try:
             _LOG.debug("hashing %s", path)
             return SoundCheckpoint(path, verify(path, world, reads))
@@ -127,11 +138,23 @@ def newest_sound(
     return None
 
 
-def _candidates(folder: Path, world: World | None) -> Iterator[Path]:
+def _candidates(folder: Path, world: World | None, fits: Callable[[Path], bool]) -> Iterator[Path]:
     """Where a run may go on, the best place first: what else holds its state comes in here."""
-    yield from reversed(
-        list_checkpoints(folder) if world is None else world.from_first(lambda: list_checkpoints(folder))
-    )
+
+    def there() -> list[Path]:
+        return [path for path in list_checkpoints(folder) if fits(path)]
+
+    yield from reversed(there() if world is None else world.from_first(there))
+
+
+def has_read(path: Path, decisions: Sequence[LeftOut]) -> bool:
+    """Whether the run of a checkpoint had read a batch that `decisions` leave out: then it is none to go on from. Of
+    one that cannot be read nothing is known; who verifies it will say so."""
+    try:
+        state = read_state(path)
+        return consumed(decisions, state.step, decisions_in(state.decisions))
+    except (CheckpointError, ValueError, TypeError):
+        return False
 
 
 def verify(path: Path, world: World | None = None, reads: Reads = lambda index: set()) -> TensorIndex:

@@ -6,9 +6,9 @@ import logging
 import math
 import platform
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import cached_property, reduce
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from zili import __version__, ops
 from zili.chips.device import Device
-from zili.config import ModelConfig, RunConfig
+from zili.config import RunConfig
 from zili.config.run import Precision
 from zili.data.loader import Batch, Batches
 from zili.data.prefetch import Prefetcher
@@ -32,23 +32,23 @@ from zili.parallel.model import ParallelModel
 from zili.parallel.world import World
 from zili.plugins import place_of
 from zili.training import checkpoints, restoring
+from zili.training.belonging import state_that_belongs
 from zili.training.callbacks.base import Callback, StepRecord
 from zili.training.held import StateMemory
 from zili.training.index import TensorIndex
 from zili.training.interruption import Interruption
+from zili.training.left_out import LeftOut, as_table, consumed, decisions_in, together
 from zili.training.optimizers import build_optimizers, set_learning_rate
 from zili.training.requests import Requests
+from zili.training.rolling_back import RolledBack, act, go_back, known_decisions
 from zili.training.run_clock import RunClock
 from zili.training.saving import Saved, Saver, generation_fence
 from zili.training.schedules import learning_rate_share
+from zili.training.spikes import StepWatch, is_sound, update_unless
 from zili.training.throughput import matmul_peak
 
 _LOG = logging.getLogger(__name__)
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_OVERFLOWN = 1e9
-"""A norm is the root of a sum of squares, over the targets of a batch: a sum stuck at fp32's largest number, 3.4e38,
-gives more than this for any batch of less than 18 billion targets."""
-_DATA_ORDER = ("seed", "training.global_batch", "training.sequence_length", "data.sources")
 
 
 class Trainer:
@@ -84,6 +84,8 @@ class Trainer:
         self.step = 0
         self.interrupted = False
         """Whether the run was stopped before its last step, to go on later: by a signal, or since its time is over."""
+        self.watch = StepWatch(config.watch, device)
+        """What judges the steps, and knows which batches are left out."""
         self._requests = Requests(self.world)
         self._told_to_stop = False
         self._begun = False
@@ -187,8 +189,9 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_saved(saved)
 
-    def resume(self) -> bool:
-        """Go to the newest sound checkpoint of the run folder, if there is one.
+    def resume(self, *, from_disk: bool = False) -> bool:
+        """Go to the newest sound checkpoint of the run folder, if there is one. A newer state in memory comes first,
+        unless `from_disk`.
 
         Raises:
             CheckpointError: every checkpoint is damaged, or they belong to another model, optimizer, data order,
@@ -201,44 +204,59 @@ class Trainer:
         def reads(index: TensorIndex) -> set[str]:
             return restoring.files_to_read(index, tensors, named, world.rank)
 
-        near = self._memory.offered(tensors)
+        decisions = world.from_first(lambda: known_decisions(self))
+
+        def fits(path: Path) -> bool:
+            return not checkpoints.has_read(path, decisions)
+
+        near = None if from_disk else self._memory.offered(tensors)
         if near is not None and near >= world.from_first(self._newest_on_disk):
             try:
-                return self._take_up(near, tensors, named)
+                return self._take_up(near, tensors, named, decisions)
             except CheckpointError as error:  # on all processes, as they agreed
                 self.note(f"{error}; going on from the newest checkpoint")
-        found = world.agree(lambda: checkpoints.newest_sound(self.checkpoint_folder, self.note, world, reads))
+        found = world.agree(lambda: checkpoints.newest_sound(self.checkpoint_folder, self.note, world, reads, fits))
+        self.watch.take_up(decisions)
         if found is None:
             self._memory.forget_after(0)
             return False
         state = world.from_first(lambda: self._that_belongs(found.path, checkpoints.read_state(found.path)))
-        world.from_first(lambda: checkpoints.set_aside_after(found.path))
+        world.from_first(lambda: checkpoints.set_aside_after(found.path, fits))
         rng = world.agree(
             lambda: restoring.restore(found, self.config.model, tensors, named, self.optimizers, world.rank)
         )
         self._take_up_generators(f"{found.path}", rng)
         self._saved_at = state.step
-        self._go_on_after(state.step, f"{found.path}")
+        self._go_on_after(state, f"{found.path}", decisions)
         return True
 
     def _newest_on_disk(self) -> int:
         return max(map(checkpoints.step_of, checkpoints.list_checkpoints(self.checkpoint_folder)), default=0)
 
-    def _take_up(self, step: int, tensors: dict[str, Tensor], named: checkpoints.Named) -> bool:
+    def _take_up(
+        self, step: int, tensors: dict[str, Tensor], named: checkpoints.Named, decisions: Sequence[LeftOut]
+    ) -> bool:
         """Go on from the states of the life before, which are in memory."""
         world, config = self.world, self.config.model
         found, state = world.agree(lambda: self._memory.take_up(step, parameter_shapes(config)))
         world.from_first(lambda: self._that_belongs(Path("memory"), state))
+        if consumed(decisions, state.step, decisions_in(state.decisions)):  # all have the same
+            raise CheckpointError(f"the state after step {step} in memory has read a batch that is left out")
         rng = world.agree(lambda: restoring.restore(found, config, tensors, named, self.optimizers, world.rank))
         self._take_up_generators("the state in memory", rng)
-        self._go_on_after(step, "memory")
+        self._go_on_after(state, "memory", decisions)
         return True
 
-    def _go_on_after(self, step: int, found: str) -> None:
-        self.step = step
-        self._memory.forget_after(step)
-        own_crumbs().resumed(step)
-        self.note(f"resumed from {found} at step {step}")
+    def _go_on_after(self, state: checkpoints.RunState, found: str, decisions: Sequence[LeftOut]) -> None:
+        self.step, self._last = state.step, None
+        self.watch.take_up(together(decisions_in(state.decisions), decisions), state.history)
+        self._memory.forget_after(self.step)
+        own_crumbs().resumed(self.step)
+        self.note(f"resumed from {found} at step {self.step}")
+
+    def _that_belongs(self, path: Path, state: checkpoints.RunState) -> checkpoints.RunState:
+        data = self.loader.fingerprint()
+        return state_that_belongs(path, state, self.config, data, self.teacher_fingerprint, self.classes)
 
     def _take_up_generators(self, found: str, rng: dict[str, Tensor]) -> None:
         """Go on drawing as the checkpoint says; which processes cannot, only they know themselves."""
@@ -257,7 +275,9 @@ class Trainer:
 
         Raises:
             ZiliError: the last step left weights that are no longer finite numbers.
+            RolledBack: a step was bad, and the run is to go back.
         """
+        act(self, everything=True)
         if self._last is not None:
             self._refuse_non_finite(*self._last)
         self._clock.save_began()
@@ -272,11 +292,13 @@ class Trainer:
         """Where the run stands and what it is."""
         return checkpoints.RunState(
             step=self.step,
-            samples=self.step * self.config.training.global_batch,
+            samples=self.watch.position(self.step) * self.config.training.global_batch,
             config=self.config.model_dump(mode="json"),
             data_fingerprint=self.loader.fingerprint(),
             teacher_fingerprint=self.teacher_fingerprint,
             classes=self.classes,
+            decisions=as_table(self.watch.decisions),
+            history=[list(one) for one in self.watch.history],
             operations=ops.chosen(),
             versions={"zili": __version__, "torch": torch.__version__, "python": platform.python_version()},
         )
@@ -284,6 +306,7 @@ class Trainer:
     def _keep_in_memory(self) -> None:
         """Have this machine's agent hold the present state, if it is one to go on from."""
         assert self._last is not None
+        act(self, everything=True)
         if is_sound(*map(float, self._last), saturates=not self.device.capability("inf_nan").value):
             with own_crumbs().within("copy"):
                 line = self._memory.keep(self._state(), self._held_tensors())
@@ -325,25 +348,38 @@ class Trainer:
         self.parallel.train()
         for callback in self.callbacks:
             callback.on_start(self)
-        rows = self.world.rows(self.config.training.global_batch)
         with Interruption() as interruption:
-            with Prefetcher(self.loader, self.step, rows, self.config.data.prefetch) as batches:
+            while not self._run(interruption):
+                pass
+        own_crumbs().enter("end")
+        for callback in self.callbacks:
+            callback.on_end(self)
+
+    def _run(self, interruption: Interruption) -> bool:
+        """Steps up to the end or a stop, and the last checkpoint; False: a step was bad, and the run has gone back."""
+        rows, depth = self.world.rows(self.config.training.global_batch), self.config.data.prefetch
+        try:
+            with Prefetcher(self.loader, self.step, rows, depth, self.watch.position) as batches:
                 while not self.done and not self._stop(interruption):
+                    act(self)
                     self._one_step(batches)
                     if self._memory.is_due(self.step):
                         self._keep_in_memory()
-                    if self._saves_here():
+                    if self.saves_here:
                         self.save()
             self.interrupted = not self.done and not self._told_to_stop
             if self._saved_at != self.step:
                 self.save()
             with own_crumbs().within("save"):
                 self.saver.wait()
-        own_crumbs().enter("end")
-        for callback in self.callbacks:
-            callback.on_end(self)
+        except RolledBack as bad:
+            with own_crumbs().within("load"):
+                go_back(self, bad.decision)
+            return False
+        return True
 
-    def _saves_here(self) -> bool:
+    @property
+    def saves_here(self) -> bool:
         """Whether a checkpoint of this step is asked for, by number."""
         kept = self.config.checkpoint
         return any(every and self.step % every == 0 for every in (kept.every, kept.keep_every))
@@ -395,6 +431,8 @@ class Trainer:
         share = learning_rate_share(self.step, self.config.training.steps, self.config.schedule)
         _, batch = next(batches)
         crumbs.enter("step" if self._begun else "warm_up")
+        for callback in self.callbacks:
+            callback.before_step(self, batch)
         loss, norm = self.train_step(batch)
         self._begun = True
         if not self._agrees:
@@ -402,7 +440,8 @@ class Trainer:
         if self.step % self.config.logging.every == 0 or self.done:
             record = self._record(loss, norm, share, started, batches.waited - waited)
             self._refuse_non_finite(loss, norm)
-            for callback in self.callbacks:
+            # Figures that are no numbers are told with the decision on them.
+            for callback in self.callbacks if math.isfinite(record.loss + record.gradient_norm) else ():
                 callback.on_step(self, record)
         for callback in self.callbacks:
             callback.after_step(self)
@@ -418,10 +457,11 @@ class Trainer:
         set_learning_rate(self.optimizers, share)
         self._own = self.parallel.accumulate(batch)
         loss, norm = self._average(self._own)
+        left_out = self.watch.judge(self.step, loss, norm)
+        update_unless(self.optimizers, left_out)
         for optimizer in self.optimizers:
-            optimizer.step()
             optimizer.zero_grad()
-        self._loads = self.parallel.balance()
+        self._loads = self.parallel.balance(left_out)
         self.step += 1
         self._last = loss, norm
         return loss, norm
@@ -476,7 +516,10 @@ class Trainer:
         )
 
     def _refuse_non_finite(self, loss: Tensor, norm: Tensor) -> None:
-        if is_sound(float(loss), float(norm), saturates=not self.device.capability("inf_nan").value):
+        """Where the recipe says no more: stop at a step that is looked at."""
+        if self.config.watch.judges or is_sound(
+            float(loss), float(norm), saturates=not self.device.capability("inf_nan").value
+        ):
             return
         self.saver.settle()
         kept = checkpoints.list_checkpoints(self.checkpoint_folder)
@@ -487,60 +530,6 @@ class Trainer:
         )
         error.agreed = True  # both numbers are sums over all processes
         raise error
-
-    def _that_belongs(self, path: Path, state: checkpoints.RunState) -> checkpoints.RunState:
-        """What `path` says of itself; refuses to go on with another model, order of data, teacher or objective."""
-        there, here = state.config, self.config.model_dump(mode="json")
-        # A run from before a key was there had what is now its default.
-        there = {**there, "model": ModelConfig.model_validate(there["model"]).model_dump(mode="json")}
-        shape = _differences(there, here, [f"model.{key}" for key in here["model"]])
-        if shape:
-            raise CheckpointError(f"{path} is of another shape: {shape}; match it, or give the run another folder")
-        same_data = state.data_fingerprint == self.loader.fingerprint()
-        if not same_data or there["training"]["global_batch"] != here["training"]["global_batch"]:
-            order = _differences(there, here, _DATA_ORDER) or "the token stores hold other tokens"
-            raise CheckpointError(
-                f"{path} was trained on other data, or on the same in another order: {order}; "
-                "restore it, or give the run another folder"
-            )
-        self._refuse_other_learning(path, state)
-        return state
-
-    def _refuse_other_learning(self, path: Path, state: checkpoints.RunState) -> None:
-        """Another teacher, objective or kind of model; of one from before they were written down nothing is known."""
-        before, here = state.teacher_fingerprint, self.teacher_fingerprint
-        if here and before not in ("", here):
-            raise CheckpointError(
-                f"{path} learned from another teacher: the fingerprint of its weights was {before[:12]}, that of "
-                f"objective.distill.teacher is {here[:12]}; name the one before, or give the run another folder and "
-                f"training.start_from = '{self.config.folder}'"
-            )
-        for argument, kind in self.classes.items():
-            if state.classes.get(argument, kind) != kind:
-                raise CheckpointError(
-                    f"{path} was trained with {argument}={state.classes[argument]}, and this run has {kind}; give the "
-                    f"same, by zili.train({argument}=...) if it was given so, or give the run another folder"
-                )
-
-
-def is_sound(loss: float, norm: float, *, saturates: bool) -> bool:
-    """Whether a mean loss and a gradient norm are those of a step that computed, not of one that overflowed.
-
-    Where a chip `saturates`, inf became its largest number and nan became zero.
-    """
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        return False
-    return not saturates or (0 < loss < _OVERFLOWN and 0 < norm < _OVERFLOWN)
-
-
-def _differences(there: dict[str, Any], here: dict[str, Any], keys: Iterable[str]) -> str:
-    """`seed 0 there, 1 here, ...` of the dotted keys in which two configurations differ."""
-    pairs = [(key, _at(there, key), _at(here, key)) for key in keys]
-    return ", ".join(f"{key} {old} there, {new} here" for key, old, new in pairs if old != new)
-
-
-def _at(config: dict[str, Any], key: str) -> Any:
-    return reduce(lambda table, part: table.get(part, {}), key.split("."), config)
 
 
 def further_figures(loads: Tensor | None, means: dict[str, Tensor]) -> dict[str, float]:
