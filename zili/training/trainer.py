@@ -456,6 +456,7 @@ class Trainer:
         share = learning_rate_share(self.step, self.config.training.steps, self.config.schedule)
         set_learning_rate(self.optimizers, share)
         self._own = self.parallel.accumulate(batch)
+        self._memory.settle()
         loss, norm = self._average(self._own)
         left_out = self.watch.judge(self.step, loss, norm)
         update_unless(self.optimizers, left_out)
