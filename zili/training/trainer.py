@@ -155,6 +155,11 @@ class Trainer:
         return self.step * self.config.training.global_batch * self.config.training.sequence_length
 
     @property
+    def samples(self) -> int:
+        """Samples of the data read since then, those of batches that were left out too."""
+        return self.watch.position(self.step) * self.config.training.global_batch
+
+    @property
     def done(self) -> bool:
         return self.step >= self.config.training.steps
 
@@ -292,7 +297,7 @@ class Trainer:
         """Where the run stands and what it is."""
         return checkpoints.RunState(
             step=self.step,
-            samples=self.watch.position(self.step) * self.config.training.global_batch,
+            samples=self.samples,
             config=self.config.model_dump(mode="json"),
             data_fingerprint=self.loader.fingerprint(),
             teacher_fingerprint=self.teacher_fingerprint,
@@ -505,6 +510,7 @@ class Trainer:
         return StepRecord(
             step=self.step,
             tokens=self.tokens,
+            samples=self.samples,
             loss=loss_value,
             learning_rate=self.config.optimizer.learning_rate * share,
             gradient_norm=norm_value,

@@ -19,6 +19,8 @@ class StepRecord:
     """Steps done, this one included."""
     tokens: int
     """Tokens consumed since the beginning of the run."""
+    samples: int
+    """Samples of the data read since then, those of batches that were left out too."""
     loss: float
     """Mean cross entropy over the step's targets, nats a token; of preferences, over its pairs."""
     learning_rate: float
