@@ -57,6 +57,12 @@ class PeerError(ZiliError):
     exit_code = 11
 
 
+class CorruptionError(ZiliError):
+    """A chip or its memory that gave other bits than it should: what this process computes is not to be trusted."""
+
+    exit_code = 13
+
+
 class NoProgressError(ZiliError):
     """A run that fails again and again without a new step, so that a person has to look; not to be requeued."""
 

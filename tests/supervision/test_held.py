@@ -137,7 +137,7 @@ def test_a_state_of_a_way_that_was_not_taken_is_forgotten() -> None:
     asyncio.run(forget())
 
 
-def test_the_partner_has_a_state_before_the_next_one_is_written(tmp_path: Path) -> None:
+def test_the_partner_has_a_state_before_the_next_step_is_done(tmp_path: Path) -> None:
     """And gives it to whoever takes the machine's place; damaged pieces are not taken."""
 
     async def two() -> None:
@@ -149,7 +149,7 @@ def test_the_partner_has_a_state_before_the_next_one_is_written(tmp_path: Path) 
         wire = Wire(here)
         for step in (1, 2, 3, 4):
             await wire.keep(step)
-        await wire.ask(do="room", kind="k", local=0, size=8)
+            await wire.ask(do="settle", kind="k", local=0)
         assert there.inventory() == [("k", 3), ("k", 4)]
         here.close()
 

@@ -14,6 +14,7 @@ from many import on_processes, train
 
 from zili.supervision.account import account_of
 from zili.supervision.folder import SupervisionFolder, ask_root
+from zili.training.checkpoints import list_checkpoints, read_state
 
 
 def test_a_run_that_is_broken_again_and_again_ends_as_if_it_was_not(launch: Launch) -> None:
@@ -86,6 +87,40 @@ def test_lives_go_on_from_the_machines_disks_and_from_a_store(launch: Launch, tm
     assert "was brought from the store file:" in notes
     life, *_ = account_of(run.run).lives
     assert life.resumed % 5 == 0 and life.resumed > 5
+
+
+@pytest.mark.slow
+def test_a_batch_that_cannot_be_trained_on_is_left_out_where_the_recipe_says_so(launch: Launch) -> None:
+    """And a run that knows it from its first step has the same bits."""
+    run = launch("training.steps=20", "checkpoint.every=5", "watch.failure=roll_back")
+    (run.run.parent / "bad-batch").write_text("13")
+    run.begin("a")
+    assert run.codes() == {0}, run.everything()
+    said = "\n".join(run.said())
+    assert re.search(r"process 1 on a, after step 13.* Zili: go back to the checkpoint before and skip", said), said
+    assert re.search(r"step 14: life 1: process 1 .*; batch 13 left out, from a checkpoint before", said), said
+    state = read_state(list_checkpoints(run.run / "checkpoints")[-1])
+    assert (state.step, state.samples) == (20, 21 * run.config.training.global_batch)
+    again = run.config.changed(folder=run.run.parent / "again", watch={"decisions": run.run})
+    on_processes(2, train, again)
+    assert weights(run.run) == weights(again.folder)
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_back_by_itself_forgets_what_memory_has_of_the_way_it_left(launch: Launch) -> None:
+    run = launch("training.steps=60", "checkpoint.every=5", "watch.non_finite=roll_back", "checkpoint.memory_share=1")
+    (run.run.parent / "nan-batch").write_text("13")
+    run.begin("a")
+    run.await_life(1, 30)
+    os.kill(run.workers("a")[1], signal.SIGKILL)
+    assert run.codes() == {0}, run.everything()
+    told = (run.run / "metrics.jsonl").read_text(encoding="utf-8")
+    (gone_back,) = re.findall(r"resumed from \S*step-(\d+) at step", told)
+    assert int(gone_back) == 10 and "batch 13 left out" in told and run.life() == 2
+    assert re.findall(r"resumed from memory at step (\d+)", told)
+    again = run.config.changed(folder=run.run.parent / "again", watch={"decisions": run.run})
+    on_processes(2, train, again)
+    assert weights(run.run) == weights(again.folder)
 
 
 @pytest.mark.slow

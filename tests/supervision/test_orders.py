@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,15 +20,17 @@ import pytest
 
 from zili.cli.launch import identity_of, show
 from zili.config import RunConfig
-from zili.errors import ConfigError, NoProgressError
+from zili.errors import ConfigError, NoProgressError, TrainingError
 from zili.parallel.control.links import Link, _host_and_port, address_of, connect, listening_at
 from zili.supervision.agent import Agent, ThisMachine
+from zili.supervision.decisions import leave_out_batch
 from zili.supervision.file_thread import FileThread
 from zili.supervision.folder import Signs, SupervisionFolder
 from zili.supervision.members import PATIENCE, Refused, table_in
 from zili.supervision.nursery import Nursery
 from zili.supervision.root import Root
 from zili.supervision.state import Launch, State, state_of
+from zili.training.left_out import read_decisions
 
 THREE = Launch(["train"], 1, 3, {"2": [], "3": []}, spares=5)
 
@@ -432,3 +435,65 @@ def test_machines_that_were_told_other_counts_are_not_of_one_run(recipe: Callabl
     others.append(identity_of(config, "cpu", 2, "1:2"))
     manifest.write_text(said, encoding="utf-8")
     assert all(other != alike[0] for other in others)
+
+
+# ------------------------------------------------------------------ batches that end a life
+
+
+BAD_BATCH = {"rank": 1, "code": 1, "signal": None, "error": "IndexError: index out of range in self", "step": 7}
+
+
+def life_that_met_it(folder: Path, **watch: Any) -> Root:
+    """Of three machines, b's process cannot train on the batch after step 7."""
+    found = SupervisionFolder(folder)
+    found.become_root(1, {})
+    root = Root(found, 1, replace(THREE, watch=watch))
+    waiting: list[Any] = []
+
+    def one_after_another(work: Any) -> None:
+        waiting.append(work)
+        if len(waiting) > 1:
+            return  # ordered by what is being done
+        while waiting:
+            asyncio.run(waiting[0])
+            del waiting[0]
+
+    root._tasks.begin = one_after_another  # type: ignore[method-assign]
+    for name in "abc":
+        root._welcome(hello(name), cast(Link, Paper()))
+    meet_it(root, 1)
+    return root
+
+
+def meet_it(root: Root, life: int) -> None:
+    generation = 1_000_000 + life
+    for member in tuple(root._members.values()):
+        root._hear(member, {"say": "prepared", "generation": generation, "address": "nowhere"})
+    ending = {**BAD_BATCH, "machine": "b", "log": "", "phase": "step", "stopped": False}
+    root._hear(root._members["b"], {"say": "ended", "generation": generation, "ending": ending})
+    for name in "abc":
+        root._hear(root._members[name], {"say": "stopped", "generation": generation, "endings": [], "held": []})
+
+
+def test_the_next_life_leaves_out_the_batch_where_the_recipe_allows_it(tmp_path: Path) -> None:
+    for step in (4, 6):
+        (tmp_path / f"checkpoints/step-{step:08d}").mkdir(parents=True)
+    root = life_that_met_it(tmp_path, failure="roll_back", margin=2, most=2)
+    assert root._state.life == 2 and root._state.bad_batch is None and sent(root, "a")[-1] == "prepare"
+    (decision,) = read_decisions(tmp_path / "decisions.json")
+    assert (decision.action, decision.first, decision.last, decision.step) == ("roll_back", 5, 9, 7)
+    meet_it(root, 2)
+    assert [(one.first, one.last) for one in read_decisions(tmp_path / "decisions.json")] == [(5, 9), (10, 14)]
+    meet_it(root, 3)
+    assert root._code == TrainingError.exit_code and "watch.most = 2" in root._folder.root()[1]["over"]["text"]
+
+
+def test_a_recipe_that_says_nothing_leaves_out_nothing(tmp_path: Path) -> None:
+    root = life_that_met_it(tmp_path)
+    assert root._state.life == 1 and root._code and not (tmp_path / "decisions.json").exists()
+
+
+def test_a_root_that_comes_after_orders_the_same_once(tmp_path: Path) -> None:
+    bad = {"step": 7, "why": "life 1: process 1 on b"}
+    assert leave_out_batch(tmp_path, bad, {"failure": "roll_back"}) == leave_out_batch(tmp_path, bad, {})
+    assert len(read_decisions(tmp_path / "decisions.json")) == 1

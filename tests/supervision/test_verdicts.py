@@ -248,6 +248,7 @@ EXITS = {
     errors.DataError: "stop",
     errors.CheckpointError: "restart",
     errors.ChipError: "replace",
+    errors.CorruptionError: "replace",
     errors.LayoutError: "stop",
     errors.TrainingError: "stop",
     errors.PeerError: "restart",

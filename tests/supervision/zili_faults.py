@@ -19,6 +19,26 @@ class Faults(zili.Callback):
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
 
+    def on_start(self, trainer: Any) -> None:
+        """A batch whose gradient is no number: its position is in the file `nan-batch`."""
+        bad, accumulate = self.folder / "nan-batch", trainer.parallel.accumulate
+
+        def accumulated(batch: zili.Batch) -> Any:
+            own = accumulate(batch)
+            if bad.exists() and trainer.watch.position(trainer.step) == int(bad.read_text()):
+                for parameter in trainer.parallel.parameters():
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(float("nan"))
+            return own
+
+        trainer.parallel.accumulate = accumulated
+
+    def before_step(self, trainer: Any, batch: zili.Batch) -> None:
+        """A batch on which the last process fails whenever it meets it: its position is in the file `bad-batch`."""
+        bad = self.folder / "bad-batch"
+        if trainer.world.rank and bad.exists() and trainer.watch.position(trainer.step) == int(bad.read_text()):
+            raise IndexError("index out of range in self")
+
     def after_step(self, trainer: Any) -> None:
         file = self.folder / f"fault-{trainer.world.rank}"
         if trainer.world.rank == 0:

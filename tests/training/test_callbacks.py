@@ -158,7 +158,8 @@ def shown(recipe: Recipe, steps: int, seconds: float, *overrides: str, until: in
     for step in range(1, (until or steps) + 1):
         clock.now += seconds
         display.on_step(
-            trainer, StepRecord(step, step * 100, 2.5, 1e-3, 1.25, 0.1, 0.0, 12_345.6, 0.789, memory_bytes=3 * 10**9)
+            trainer,
+            StepRecord(step, step * 100, step, 2.5, 1e-3, 1.25, 0.1, 0.0, 12_345.6, 0.789, memory_bytes=3 * 10**9),
         )
     display.on_end(trainer)
     lines = output.getvalue().splitlines()
@@ -226,7 +227,7 @@ def test_the_newest_evaluation_is_shown_from_then_on(recipe: Recipe) -> None:
     output = io.StringIO()
     display = ProgressDisplay(Console(file=output, width=200))
     display.on_evaluation(3, {"bits_per_byte": 2.3456})
-    display.on_step(Steps(recipe("training.steps=4")), StepRecord(4, 1, 2.5, 0, 0, 1, 0, 1, 0))  # type: ignore[arg-type]
+    display.on_step(Steps(recipe("training.steps=4")), StepRecord(4, 1, 1, 2.5, 0, 0, 1, 0, 1, 0))  # type: ignore[arg-type]
     assert "2.346 bits/byte" in output.getvalue()
 
 

@@ -371,6 +371,16 @@ def test_what_falls_back_is_said_and_what_is_not_used_is_not(recipe: Recipe) -> 
     assert [choice for choice in set_up(recipe(*PLAIN)).choices if "capabilities" in choice.name] == []
 
 
+def test_it_is_said_whether_steps_are_judged_and_what_waits_for_it(recipe: Recipe) -> None:
+    def said(*overrides: str) -> str:
+        return next(str(choice) for choice in set_up(recipe(*overrides)).choices if choice.name == "watch")
+
+    assert said() == "watch = what is logged or saved: [watch] leaves out no batch; what is no number ends the run"
+    spikes = ("watch.spike=skip", "watch.fewest=2")
+    assert "spike skip" in said(*spikes) and "nothing waits" in said(*spikes)
+    assert "each update waits" in said(*spikes, "optimizer.name=muon")
+
+
 def test_an_operation_that_needs_what_the_chip_lacks_is_not_tried(recipe: Recipe) -> None:
     mixture = "model.mixture={experts=4,top_k=2,ffn_hidden_size=32}"
     result = set_up(recipe(*PLAIN, mixture, "chip.capabilities.grouped_matmul=false"))

@@ -15,7 +15,7 @@ from zili.chips.cpu import compiler
 from zili.config import RunConfig
 from zili.errors import ZiliError
 from zili.training.checkpoints import list_checkpoints
-from zili.training.trainer import is_sound
+from zili.training.spikes import is_sound
 
 
 def losses(config: RunConfig) -> list[float]:

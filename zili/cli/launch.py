@@ -90,7 +90,9 @@ def run(
     name = machine or socket.gethostname()
     folder = SupervisionFolder(config.folder)
     found = layouts(config, processes, least, most)
-    job = Launch(words, processes, most, {str(count): keys for count, keys in found.items()}, spares, wait, patience)
+    keys = {str(count): changed for count, changed in found.items()}
+    watch = config.watch.model_dump(mode="json")
+    job = Launch(words, processes, most, keys, spares, wait, patience, watch)
     here = ThisMachine(name, host, chip.name, cold, identity)
 
     if config.chip.compile is True and chip.device_type == "cpu":  # not tried on a chip: Triton may open one

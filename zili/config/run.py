@@ -13,6 +13,7 @@ from zili.config.objective import ObjectiveConfig
 from zili.config.parallel import ParallelConfig
 from zili.config.section import Section
 from zili.config.tiers import TierConfig
+from zili.config.watch import WatchConfig
 
 Precision = Literal["fp32", "bf16"]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -218,6 +219,7 @@ class RunConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     chip: ChipConfig = ChipConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    watch: WatchConfig = WatchConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
     callbacks: dict[str, dict[str, Any]] = Field(default_factory=dict)
@@ -244,6 +246,7 @@ class RunConfig(Section):
             )
         self._check_objective()
         self._check_tiers()
+        self._check_watch()
         if self.preference is not None and training.start_from is None:
             raise ValueError(
                 "preference: what is preferred is said of a model: name it, training.start_from or model.folder"
@@ -259,6 +262,18 @@ class RunConfig(Section):
             place = Path(expandvars(rest)).expanduser().resolve()
             if own in (place, *place.parents):
                 raise ValueError(f"checkpoint.tiers: {tier.place} is in the run's own folder, which is no other place")
+
+    def _check_watch(self) -> None:
+        watch, kept = self.watch, self.checkpoint
+        if watch.spike != "ignore" and watch.fewest >= self.training.steps:
+            raise ValueError(
+                f"watch.fewest ({watch.fewest}) good steps come before the first spike, and training.steps is "
+                f"{self.training.steps}: nothing would be watched"
+            )
+        if watch.rolls_back and not (kept.every or kept.minutes or kept.keep_every):
+            raise ValueError(
+                "watch: roll_back goes back to a checkpoint, and none is written before the end; set checkpoint.every"
+            )
 
     def of_teacher(self, teacher: ModelConfig) -> RunConfig:
         """A run of a teacher alone, laid out as this one is. It only answers: nothing is balanced or recomputed."""

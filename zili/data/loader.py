@@ -1,4 +1,5 @@
-"""Batches for training: step k's is a pure function of the seed, k and the stores."""
+"""Batches for training: that of a position is a pure function of the seed, the position and the stores. It is the
+step's number, unless batches before it are left out."""
 
 from __future__ import annotations
 
@@ -75,7 +76,7 @@ class Batches(Protocol):
         """Targets a position of a batch, in the mean over the data: labels that count, or pairs of answers."""
 
     def batch(self, step: int, rows: slice = ...) -> Batch:
-        """The batch of step `step` (from 0), or those of its rows that one data-parallel rank takes."""
+        """The batch of position `step` (from 0), or those of its rows that one data-parallel rank takes."""
 
     def fingerprint(self) -> str:
         """Identity of the sequence of samples: equal means that sample n is the same row. For checkpoints."""
@@ -127,7 +128,7 @@ class MixedRows(ABC):
         """The rows of these global sample numbers: the data position of a run is one such number."""
 
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
-        """The batch of step `step` (from 0), or those of its rows that one data-parallel rank takes."""
+        """The batch of position `step` (from 0), or those of its rows that one data-parallel rank takes."""
         first = step * self.global_batch
         return self.samples(np.arange(first, first + self.global_batch)[rows])
 

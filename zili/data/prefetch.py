@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Protocol
 
@@ -28,8 +28,17 @@ class Prefetcher:
     block) ends the thread. `waited` is the seconds the consumer stood still: near 0 when the data keeps up.
     """
 
-    def __init__(self, loader: BatchSource, start: int = 0, rows: slice = slice(None), depth: int = 4) -> None:
+    def __init__(
+        self,
+        loader: BatchSource,
+        start: int = 0,
+        rows: slice = slice(None),
+        depth: int = 4,
+        position: Callable[[int], int] = lambda step: step,
+    ) -> None:
+        """`position`: which of the loader's batches is a step's, where some are left out."""
         self._loader = loader
+        self._position = position
         self._rows = rows
         self._ready: queue.Queue[tuple[int, Batch | BaseException]] = queue.Queue(maxsize=depth)
         self._closed = threading.Event()
@@ -41,7 +50,7 @@ class Prefetcher:
         item: Batch | BaseException
         while not self._closed.is_set():
             try:
-                item = self._loader.batch(step, self._rows)
+                item = self._loader.batch(self._position(step), self._rows)
             except BaseException as error:
                 item = error
             self._put((step, item))

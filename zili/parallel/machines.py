@@ -43,6 +43,13 @@ def check_same(world: World, what: str, identity: str) -> None:
     world.agree(lambda: _refuse_other(what, world.rank, identity == first))
 
 
+def own_place(world: World) -> str:
+    """This process, its machine and its chip, for a person who has to find them."""
+    device = world.device
+    number = "" if device.torch.index is None else f" {device.torch.index}"
+    return f"process {world.rank} on {socket.gethostname()} ({device.name()}{number})"
+
+
 def _refuse_other(what: str, rank: int, same: bool) -> None:
     if not same:
         raise DataError(

@@ -121,6 +121,16 @@ class ParallelModel:
         self._join_embeddings()
         return sums.terms(self._once)
 
+    def some_rows(self, batch: Batch) -> Batch:
+        """As few of this process's rows of a step as `accumulate` takes: a micro-batch, on a pipeline all."""
+        return batch if self._pipeline is not None else batch.rows(slice(0, self.micro_batch))
+
+    def forget(self) -> None:
+        """Drop gradients and what was counted, as if no pass had been made."""
+        self._loads = {}
+        for parameter in self.parameters():
+            parameter.grad = None
+
     def _one_by_one(self, micro_batches: list[Batch], forward: Forward) -> None:
         for number, micro_batch in enumerate(micro_batches, 1):
             own_crumbs().at_micro_batch(number)
@@ -291,8 +301,9 @@ class ParallelModel:
         return self.world.size / self.world.layout.pipeline / pieces
 
     @torch.no_grad()
-    def balance(self) -> Tensor | None:
-        """Move the routers' biases by the load of the step, and begin to count anew.
+    def balance(self, left_out: Tensor | None = None) -> Tensor | None:
+        """Move the routers' biases by the load of the step, and begin to count anew. They stay where `left_out` (0-d)
+        is 1: the step's update is left out.
 
         Returns tokens an expert `[L, E]` over all processes, or None for a model without experts.
         """
@@ -305,7 +316,8 @@ class ParallelModel:
         self._loads = {}
         self.world.sum(loads)
         for router in (router for part in self.parts for router in part.routers() if config.lora is None):
-            router.balance(loads[router.layer])  # beside adapters they stay as they are
+            load = loads[router.layer]  # beside adapters they stay as they are
+            router.balance(load if left_out is None else load * (1 - left_out))  # of no load none is above the mean
         return torch.stack([loads[layer] for layer in range(len(loads)) if config.has_experts(layer)])
 
     @torch.no_grad()

@@ -26,14 +26,15 @@ def _of_run(checkpoint: Path, model: OpenModel) -> dict[str, Any]:
 
     state = read_state(checkpoint)
     recipe = {part: state.config[part] for part in _RECORDED if part in state.config}
-    recipe["training"] = {key: value for key, value in recipe.get("training", {}).items() if key != "start_from"}
+    training = recipe["training"] = {k: v for k, v in recipe.get("training", {}).items() if k != "start_from"}
     chip = state.config.get("chip", {})
     return {
         "kind": "run",
         "name": state.config.get("name"),
         "step": state.step,
         "samples": state.samples,
-        "tokens": state.samples * recipe["training"].get("sequence_length", 0),
+        # Of the steps: the samples have those that were left out too.
+        "tokens": state.step * training.get("global_batch", 0) * training.get("sequence_length", 0),
         "data_fingerprint": state.data_fingerprint,
         "recipe": recipe,
         "chip": {key: chip.get(key) for key in ("name", "precision")},

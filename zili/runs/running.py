@@ -76,12 +76,12 @@ def _of_every_run(
     """Those of this process: one process speaks, all of them compute."""
     from zili.evaluation.during_training import HeldOutEvaluation, measure_of
     from zili.training.callbacks import MetricsLog
-    from zili.training.callbacks.named import named_callbacks
+    from zili.training.callbacks.named import named_callbacks, watches
 
     config, world = opened.setup.config, opened.setup.world
     measured = [] if held_out is None else [HeldOutEvaluation(measure_of(held_out, opened.tokenizer))]
     named = world.agree(lambda: named_callbacks(config))
-    found = [*measured, MetricsLog(config.folder, say), *named]
+    found = [*measured, MetricsLog(config.folder, say), *watches(config.watch), *named]
     return [callback for callback in found if world.is_first or callback.everywhere]
 
 

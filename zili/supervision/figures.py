@@ -48,7 +48,7 @@ def figures_of_run(standing: Standing, state: State, **run: str) -> Iterator[Ser
     if standing.planned is not None:
         yield ServedFigure("zili_planned_steps", standing.planned, run)
     if batch is not None:
-        yield ServedFigure("zili_data_position_samples", last.get("step", 0) * batch, run)
+        yield ServedFigure("zili_data_position_samples", last.get("samples", last.get("step", 0) * batch), run)
     newest = standing.checkpoint()
     if newest is not None:
         yield ServedFigure("zili_checkpoint_step", newest[0], run)

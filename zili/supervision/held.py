@@ -91,6 +91,7 @@ class HeldStates:
         asked = json.loads(message.word)
         orders = {
             "offer": self._offer,
+            "settle": self._settle,
             "room": self._room,
             "whole": self._whole,
             "forget": self._forget,
@@ -114,16 +115,18 @@ class HeldStates:
         return {"steps": steps, "machine": self.machine}
 
     async def _room(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """Room for a process's next state: its path, and how long sending the last one on took.
-
-        It waits until that one is where it was sent: so no more is lost with this machine than one state.
-        """
+        """Room for a process's next state: its path, and how long sending the last one on took."""
         owner = (asked["kind"], f"own {asked['local']}")
-        if owner in self._sending:
-            await asyncio.wait([self._sending[owner]], timeout=_PARTNER)
         memories = self._memories.setdefault(owner, [])
         room = self._free(memories, asked["size"], _OWN)
         return {"path": _path(room), "number": memories.index(room), "took": self._took.get(asked["kind"], 0.0)}
+
+    async def _settle(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """Answer when a process's last state is where it was sent."""
+        owner = (asked["kind"], f"own {asked['local']}")
+        if owner in self._sending:
+            await asyncio.wait([self._sending[owner]], timeout=_PARTNER)
+        return {}
 
     def _free(self, memories: list[_Memory], size: int, most: int) -> _Memory:
         """One that is neither the newest whole one nor being sent; it is not whole from here on."""

@@ -25,7 +25,7 @@ from zili.parallel.control.links import Link, Unproven
 from zili.parallel.control.node import above
 from zili.plurals import counted
 from zili.supervision.account import last_line
-from zili.supervision.decisions import decide
+from zili.supervision.decisions import decide, leave_out_batch
 from zili.supervision.endings import Endings
 from zili.supervision.file_thread import FileThread
 from zili.supervision.folder import SupervisionFolder, generation_of
@@ -323,6 +323,14 @@ class Root:
     async def _tell_to_prepare(self, generation: int) -> None:
         """From here on no process of an earlier life finishes a checkpoint, and only then do the machines begin."""
         await self._files.patiently(lambda: self._folder.begin(generation))
+        if (bad := self._state.bad_batch) is not None:
+            try:
+                told = await self._files.patiently(lambda: leave_out_batch(self._folder.run, bad, self._launch.watch))
+            except ZiliError as error:
+                self._end(error.exit_code, str(error))
+                return
+            self._state.bad_batch = None
+            self._note(told)
         if generation != self._state.generation or self._phase is not Waiting.PREPARING:
             return
         for number, member in enumerate(self._workers()):
@@ -414,7 +422,8 @@ class Root:
     def _decide(self, failure: Failure) -> None:
         """Find out what follows a failure, say it, and do it."""
         without = self._members.sizes_without(failure.machine, self._state)
-        decision = decide(failure, self._state, can_do_without=bool(without))
+        skips = self._launch.watch.get("failure") == "roll_back"
+        decision = decide(failure, self._state, can_do_without=bool(without), may_skip_data=skips)
         verdict = decision.verdict
         self._ledger.write("verdict", decision=decision.action, cause=verdict.reason, rule=verdict.rule)
         self._note(f"{verdict.reason} {failure.hint} Zili: {decision.action} (rule {verdict.rule})")

@@ -31,6 +31,8 @@ class Launch:
     """Seconds to wait for a machine that is missing, before a life begins with fewer."""
     patience: float = PATIENCE
     """Seconds without progress that are never a hang."""
+    watch: dict[str, Any] = field(default_factory=dict)
+    """The recipe's `[watch]`: whether batches may be left out, and how many."""
 
     def sizes(self, here: int | None = None) -> list[int]:
         """Numbers of machines that a life may have, with `here` machines at most."""
@@ -59,6 +61,9 @@ class State:
     """Machines that are not to be used any more, and why."""
     leaving: dict[str, int] = field(default_factory=dict)
     """Machines that go after the next step, and the exit codes of their supervisors."""
+
+    bad_batch: dict[str, Any] | None = None
+    """What the next life is to leave out: `step`, done before it, and `why`."""
 
     def remember(self, failure: dict[str, Any]) -> None:
         """Keep what ended a life; the oldest ones make room."""

@@ -18,7 +18,7 @@ import re
 import secrets
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,6 +31,7 @@ from zili.errors import CheckpointError
 from zili.models.decoder import Decoder
 from zili.plugins import place_of
 from zili.training.index import INDEX_FILE, TensorIndex, read_index
+from zili.training.left_out import LeftOut, consumed, decisions_in
 
 if TYPE_CHECKING:
     from zili.parallel.world import World
@@ -78,15 +79,19 @@ class RunState:
     """Fingerprint of the teacher's weights (`zili.release.weights_fingerprint`); empty: there is none."""
     classes: dict[str, str] = field(default_factory=dict)
     """`objective` and `model`, as `zili.train` takes them: `zili.plugins.place_of` their classes."""
+    decisions: list[dict[str, Any]] = field(default_factory=list)
+    """Batches that were left out (`zili.training.left_out`)."""
+    history: list[list[float]] = field(default_factory=list)
+    """Number, loss and gradient norm of the last good steps, where every step is judged (`zili.training.spikes`)."""
     operations: dict[str, str] = field(default_factory=dict)
     """Version of each operation by name; a resumed run keeps them, so that its numbers stay the same bits."""
     versions: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
 
-def set_aside(path: Path) -> None:
+def set_aside(path: Path, why: str = "damaged") -> None:
     """Rename a checkpoint, so that it is none any more and can be looked at."""
-    aside = path.with_name(f"damaged-{path.name}")
+    aside = path.with_name(f"{why}-{path.name}")
     shutil.rmtree(aside, ignore_errors=True)
     if aside.exists():  # one from before that cannot be deleted
         aside = aside.with_name(f"{aside.name}-{secrets.token_hex(4)}")
@@ -132,6 +137,14 @@ def _candidates(folder: Path, world: World | None) -> Iterator[Path]:
     yield from reversed(
         list_checkpoints(folder) if world is None else world.from_first(lambda: list_checkpoints(folder))
     )
+
+
+def has_read(state: RunState, decisions: Sequence[LeftOut]) -> bool:
+    """Whether the run of a checkpoint had read a batch that `decisions` leave out: then it is none to go on from."""
+    try:
+        return consumed(decisions, state.step, decisions_in(state.decisions))
+    except (ValueError, TypeError, CheckpointError):
+        return False
 
 
 def verify(path: Path, world: World | None = None, reads: Reads = lambda index: set()) -> TensorIndex:

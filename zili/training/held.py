@@ -52,6 +52,8 @@ class StateMemory:
         self._link: PlainLink | None = None
         self._kind = ""
         self._alone = False
+        """Whether no process on another machine has the same state."""
+        self._on_its_way = False
         self._rooms: dict[str, dict[str, Tensor]] = {}
         self._kept = 0
         self._copying = self._steps = math.inf
@@ -90,6 +92,10 @@ class StateMemory:
         file = Path(found["path"])
         return SoundCheckpoint(file.parent, _index(file, wanted)), RunState(**json.loads(found["said"]))
 
+    @property
+    def _about(self) -> dict[str, Any]:
+        return {"kind": self._kind, "local": int(os.environ.get("LOCAL_RANK", "0"))}
+
     def forget_after(self, step: int) -> None:
         """The run goes on after `step`."""
         if self.is_kept:
@@ -99,17 +105,24 @@ class StateMemory:
         """Whether the state after `step` is to be kept."""
         return self.is_kept and step % self._every == 0
 
+    def settle(self) -> None:
+        """Wait until the state that was kept last is where it was sent. All call it before the sum of a step: so when
+        one has finished a step, the state before it outlives every machine."""
+        if self._on_its_way:
+            self._ask(do="settle", **self._about)
+            self._on_its_way = False
+
     def keep(self, state: RunState, tensors: Mapping[str, Tensor]) -> str:
         """Copy `tensors`, this process's part of the run's state, into memory that outlives it. Returns a line for the
         user where copies follow one another less often from now on."""
         begun = time.perf_counter()
         parts = held_parts(tensors)
-        about = {"kind": self._kind, "local": int(os.environ.get("LOCAL_RANK", "0"))}
-        room = self._ask(do="room", size=_laid_out(parts).size, **about)
+        room = self._ask(do="room", size=_laid_out(parts).size, **self._about)
         for name, view in self._views(room["path"], parts).items():
             view.copy_(parts[name].tensor)
         said = json.dumps(asdict(state))
-        self._ask(do="whole", number=room["number"], step=state.step, said=said, alone=self._alone, **about)
+        self._ask(do="whole", number=room["number"], step=state.step, said=said, alone=self._alone, **self._about)
+        self._on_its_way = self._alone
         self._kept += 1
         if self._kept > 1:  # the first one faults pages in
             self._copying = min(self._copying, time.perf_counter() - begun)

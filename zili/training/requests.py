@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from zili.parallel.world import World
+from zili.training.late import LateNumbers
 
 Request = Literal["interrupt", "give_up", "over", "save", "stop"]
 """Stop, to go on later; end, since saves fail; stop, since the time is over; save, since it is time; end as if done."""
@@ -29,9 +30,7 @@ class Requests:
         self._alone = world.size == 1
         # Kept, as a copy to the device would wait for what the device is at.
         self._nothing = torch.zeros(len(_NAMES), device=world.device.torch)
-        # Copies on a stream of their own wait for the sum alone, not for the step that follows it.
-        self._aside = None if world.device.type == "cpu" else torch.Stream(world.device.torch)
-        self._summed: list[tuple[Tensor, torch.Event | None]] = []
+        self._summed = LateNumbers(world.device)
 
     def terms(self) -> Tensor:
         """What this process asks for, on its device, to be added up over all `[5]`."""
@@ -41,12 +40,8 @@ class Requests:
 
     def take(self, summed: Tensor) -> None:
         """`terms` of all processes, added up; on a device it may still be on its way."""
-        if self._alone:
-            return
-        there = None if self._aside is None else torch.Event(self._nothing.device)
-        if there is not None:
-            there.record()
-        self._summed.append((summed, there))
+        if not self._alone:
+            self._summed.put(summed)
 
     def due(self) -> set[Request]:
         """What is to be done now. All processes are told the same after the same step."""
@@ -54,12 +49,5 @@ class Requests:
             return {name for name, asked in self.own.items() if asked}
         if len(self._summed) < 2:
             return set()
-        counts = self._read(*self._summed.pop(0))
+        counts = self._summed.take()
         return {name for name, count in zip(_NAMES, counts, strict=True) if count}
-
-    def _read(self, summed: Tensor, there: torch.Event | None) -> list[float]:
-        if self._aside is None or there is None:
-            return summed.tolist()
-        self._aside.wait_event(there)
-        with self._aside:
-            return summed.tolist()

@@ -275,6 +275,13 @@ class Saver:
         self._join()
         self._hear()
 
+    def rest(self) -> None:
+        """Wait until no tier writes any more, and tell how it went."""
+        self._join()
+        for lane in self._lanes:
+            lane.wait()
+        self._hear()
+
     def wait(self) -> None:
         """Until every save at hand is whole. Raises what the folder's failed with, unless another tier that all
         machines read has the same step."""

@@ -133,7 +133,7 @@ def resolve(config: RunConfig, layout: Layout, device: Device) -> tuple[RunConfi
                 f"what is left of {counted(layout.world, 'process')}",
             )
         )
-    choices += _fallbacks(config.model, layout, device, precision)
+    choices += [*_fallbacks(config.model, layout, device, precision), _watched(config, device)]
     unused = () if config.model.mixture else OF_EXPERTS
     lacking = device.lacking() | ({EAGER: "blocks are compiled, which fuses it"} if compiled else {})
     own, kept = config.chip.operations, _kept_operations(previous, device, precision)
@@ -162,6 +162,19 @@ def _fallbacks(model: ModelConfig, layout: Layout, device: Device, precision: Pr
         for name, reason in device.lacking().items()
         if concerned.get(name)
     ]
+
+
+def _watched(config: RunConfig, device: Device) -> Choice:
+    """Whether steps are judged, and what that costs."""
+    watch = config.watch
+    if not watch.judges:
+        return Choice("watch", "what is logged or saved", "[watch] leaves out no batch; what is no number ends the run")
+    value = f"every step, non_finite {watch.non_finite}, spike {watch.spike}"
+    fused = device.capability("fused_adamw").value and config.optimizer.name == "adamw"
+    how = "AdamW's kernel leaves an update out by itself; nothing waits"
+    if not fused:
+        how = "each update waits until its figures are read: only AdamW's fused kernel leaves one out by itself"
+    return Choice("watch", value, f"as [watch] says; {how}")
 
 
 def _environment(activation: chips.Activation) -> list[Choice]:

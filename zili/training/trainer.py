@@ -32,25 +32,25 @@ from zili.parallel.model import ParallelModel
 from zili.parallel.world import World
 from zili.plugins import place_of
 from zili.training import checkpoints, restoring
-from zili.training.belonging import Belonging
+from zili.training.belonging import state_that_belongs
 from zili.training.callbacks.base import Callback, StepRecord
 from zili.training.fence import generation_fence
 from zili.training.held import StateMemory
 from zili.training.interruption import Interruption
+from zili.training.left_out import LeftOut, as_table, consumed, decisions_in, together
 from zili.training.optimizers import build_optimizers, set_learning_rate
 from zili.training.requests import Requests
 from zili.training.restoring import Needs
+from zili.training.rolling_back import RolledBack, act, go_back, known_decisions
 from zili.training.run_clock import RunClock
 from zili.training.saving import Saved, Saver
 from zili.training.schedules import learning_rate_share
+from zili.training.spikes import StepWatch, is_sound, update_unless
 from zili.training.throughput import matmul_peak
 from zili.training.tiers.choosing import newest_of, newest_offered, set_aside, tiers_of
 
 _LOG = logging.getLogger(__name__)
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_OVERFLOWN = 1e9
-"""A norm is the root of a sum of squares, over the targets of a batch: a sum stuck at fp32's largest number, 3.4e38,
-gives more than this for any batch of less than 18 billion targets."""
 
 
 class Trainer:
@@ -86,6 +86,8 @@ class Trainer:
         self.step = 0
         self.interrupted = False
         """Whether the run was stopped before its last step, to go on later: by a signal, or since its time is over."""
+        self.watch = StepWatch(config.watch, device)
+        """What judges the steps, and knows which batches are left out."""
         self._requests = Requests(self.world)
         self._told_to_stop = False
         self._begun = False
@@ -157,6 +159,11 @@ class Trainer:
         return self.step * self.config.training.global_batch * self.config.training.sequence_length
 
     @property
+    def samples(self) -> int:
+        """Samples of the data read since then, those of batches that were left out too."""
+        return self.watch.position(self.step) * self.config.training.global_batch
+
+    @property
     def done(self) -> bool:
         return self.step >= self.config.training.steps
 
@@ -191,8 +198,9 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_saved(saved)
 
-    def resume(self) -> bool:
-        """Go to the newest sound checkpoint of the run's folder and its other tiers, if there is one.
+    def resume(self, *, from_disk: bool = False) -> bool:
+        """Go to the newest sound checkpoint of the run's folder and its other tiers, if there is one. A newer state in
+        memory comes first, unless `from_disk`.
 
         Raises:
             CheckpointError: every checkpoint is damaged, or they belong to another model, optimizer, data order,
@@ -202,45 +210,54 @@ class Trainer:
         named = list(self.parallel.named_parameters())
         tensors = checkpoints.model_tensors(self.parallel.named_tensors())
 
-        near = self._memory.offered(tensors)
+        decisions = world.from_first(lambda: known_decisions(self))
+        near = None if from_disk else self._memory.offered(tensors)
         if near is not None and near >= newest_offered(self.saver.tiers):
             try:
-                return self._take_up(near, tensors, named)
+                return self._take_up(near, tensors, named, decisions)
             except CheckpointError as error:  # on all processes, as they agreed
                 self.note(f"{error}; going on from the newest checkpoint")
-        chosen = newest_of(self.saver.tiers, Needs(tensors, named, world.rank), self.note)
+        needs = Needs(tensors, named, world.rank)
+        chosen = newest_of(self.saver.tiers, needs, self.note, world, decisions)
+        self.watch.take_up(decisions)
         if chosen is None:
             self._memory.forget_after(0)
             return False
-        found, step, holders, _ = chosen
-        world.from_first(lambda: self._belonging().refuse_others(found.path, checkpoints.read_state(found.path)))
+        found = chosen.found
+        state = world.from_first(lambda: self._that_belongs(found.path, checkpoints.read_state(found.path)))
         set_aside(chosen, self.note)
         rng = world.agree(
             lambda: restoring.restore(found, self.config.model, tensors, named, self.optimizers, world.rank)
         )
         self._take_up_generators(f"{found.path}", rng)
-        self.saver.found(step, holders)
-        self._go_on_after(step, f"{found.path}")
+        self.saver.found(chosen.step, chosen.holders)
+        self._go_on_after(state, f"{found.path}", decisions)
         return True
 
-    def _belonging(self) -> Belonging:
-        return Belonging(self.config, self.loader.fingerprint(), self.teacher_fingerprint, self.classes)
-
-    def _take_up(self, step: int, tensors: dict[str, Tensor], named: checkpoints.Named) -> bool:
+    def _take_up(
+        self, step: int, tensors: dict[str, Tensor], named: checkpoints.Named, decisions: Sequence[LeftOut]
+    ) -> bool:
         """Go on from the states of the life before, which are in memory."""
         world, config = self.world, self.config.model
         found, state = world.agree(lambda: self._memory.take_up(step, parameter_shapes(config)))
-        world.from_first(lambda: self._belonging().refuse_others(Path("memory"), state))
+        world.from_first(lambda: self._that_belongs(Path("memory"), state))
+        if consumed(decisions, state.step, decisions_in(state.decisions)):  # all have the same
+            raise CheckpointError(f"the state after step {step} in memory has read a batch that is left out")
         rng = world.agree(lambda: restoring.restore(found, config, tensors, named, self.optimizers, world.rank))
         self._take_up_generators("the state in memory", rng)
-        self._go_on_after(step, "memory")
+        self._go_on_after(state, "memory", decisions)
         return True
 
-    def _go_on_after(self, step: int, found: str) -> None:
-        self.step = step
-        self._memory.forget_after(step)
-        own_crumbs().resumed(step)
-        self.note(f"resumed from {found} at step {step}")
+    def _go_on_after(self, state: checkpoints.RunState, found: str, decisions: Sequence[LeftOut]) -> None:
+        self.step, self._last = state.step, None
+        self.watch.take_up(together(decisions_in(state.decisions), decisions), state.history)
+        self._memory.forget_after(self.step)
+        own_crumbs().resumed(self.step)
+        self.note(f"resumed from {found} at step {self.step}")
+
+    def _that_belongs(self, path: Path, state: checkpoints.RunState) -> checkpoints.RunState:
+        data = self.loader.fingerprint()
+        return state_that_belongs(path, state, self.config, data, self.teacher_fingerprint, self.classes)
 
     def _take_up_generators(self, found: str, rng: dict[str, Tensor]) -> None:
         """Go on drawing as the checkpoint says; which processes cannot, only they know themselves."""
@@ -260,7 +277,9 @@ class Trainer:
 
         Raises:
             ZiliError: the last step left weights that are no longer finite numbers.
+            RolledBack: a step was bad, and the run is to go back.
         """
+        act(self, everything=True)
         if self._last is not None:
             self._refuse_non_finite(*self._last)
         in_folder = everywhere or self.saver.due_in_folder(self.step)
@@ -278,11 +297,13 @@ class Trainer:
         """Where the run stands and what it is."""
         return checkpoints.RunState(
             step=self.step,
-            samples=self.step * self.config.training.global_batch,
+            samples=self.samples,
             config=self.config.model_dump(mode="json"),
             data_fingerprint=self.loader.fingerprint(),
             teacher_fingerprint=self.teacher_fingerprint,
             classes=self.classes,
+            decisions=as_table(self.watch.decisions),
+            history=[list(one) for one in self.watch.history],
             operations=ops.chosen(),
             versions={"zili": __version__, "torch": torch.__version__, "python": platform.python_version()},
         )
@@ -290,6 +311,7 @@ class Trainer:
     def _keep_in_memory(self) -> None:
         """Have this machine's agent hold the present state, if it is one to go on from."""
         assert self._last is not None
+        act(self, everything=True)
         if is_sound(*map(float, self._last), saturates=not self.device.capability("inf_nan").value):
             with own_crumbs().within("copy"):
                 line = self._memory.keep(self._state(), self._held_tensors())
@@ -331,23 +353,40 @@ class Trainer:
         self.parallel.train()
         for callback in self.callbacks:
             callback.on_start(self)
-        rows = self.world.rows(self.config.training.global_batch)
         with Interruption() as interruption:
-            with Prefetcher(self.loader, self.step, rows, self.config.data.prefetch) as batches:
+            while not self._run(interruption):
+                pass
+        own_crumbs().enter("end")
+        for callback in self.callbacks:
+            callback.on_end(self)
+
+    def _run(self, interruption: Interruption) -> bool:
+        """Steps up to the end or a stop, and the last checkpoint; False: a step was bad, and the run has gone back."""
+        rows, depth = self.world.rows(self.config.training.global_batch), self.config.data.prefetch
+        try:
+            with Prefetcher(self.loader, self.step, rows, depth, self.watch.position) as batches:
                 while not self.done and not self._stop(interruption):
+                    act(self)
                     self._one_step(batches)
                     if self._memory.is_due(self.step):
                         self._keep_in_memory()
-                    if self.saver.due(self.step):
+                    if self.saves_here:
                         self.save(everywhere=False)
             self.interrupted = not self.done and not self._told_to_stop
             if self.saver.lacks(self.step):
                 self.save(last=True)
             with own_crumbs().within("save"):
                 self.saver.wait()
-        own_crumbs().enter("end")
-        for callback in self.callbacks:
-            callback.on_end(self)
+        except RolledBack as bad:
+            with own_crumbs().within("load"):
+                go_back(self, bad.decision)
+            return False
+        return True
+
+    @property
+    def saves_here(self) -> bool:
+        """Whether a checkpoint of this step is asked for, by number, in any tier."""
+        return self.saver.due(self.step)
 
     def _stop(self, interruption: Interruption) -> bool:
         """Whether any process was interrupted or told to stop, or the time is over: all stop after the same step. A
@@ -396,6 +435,8 @@ class Trainer:
         share = learning_rate_share(self.step, self.config.training.steps, self.config.schedule)
         _, batch = next(batches)
         crumbs.enter("step" if self._begun else "warm_up")
+        for callback in self.callbacks:
+            callback.before_step(self, batch)
         loss, norm = self.train_step(batch)
         self._begun = True
         if not self._agrees:
@@ -403,7 +444,8 @@ class Trainer:
         if self.step % self.config.logging.every == 0 or self.done:
             record = self._record(loss, norm, share, started, batches.waited - waited)
             self._refuse_non_finite(loss, norm)
-            for callback in self.callbacks:
+            # Figures that are no numbers are told with the decision on them.
+            for callback in self.callbacks if math.isfinite(record.loss + record.gradient_norm) else ():
                 callback.on_step(self, record)
         for callback in self.callbacks:
             callback.after_step(self)
@@ -418,11 +460,13 @@ class Trainer:
         share = learning_rate_share(self.step, self.config.training.steps, self.config.schedule)
         set_learning_rate(self.optimizers, share)
         self._own = self.parallel.accumulate(batch)
+        self._memory.settle()
         loss, norm = self._average(self._own)
+        left_out = self.watch.judge(self.step, loss, norm)
+        update_unless(self.optimizers, left_out)
         for optimizer in self.optimizers:
-            optimizer.step()
             optimizer.zero_grad()
-        self._loads = self.parallel.balance()
+        self._loads = self.parallel.balance(left_out)
         self.step += 1
         self._last = loss, norm
         return loss, norm
@@ -465,6 +509,7 @@ class Trainer:
         return StepRecord(
             step=self.step,
             tokens=self.tokens,
+            samples=self.samples,
             loss=loss_value,
             learning_rate=self.config.optimizer.learning_rate * share,
             gradient_norm=norm_value,
@@ -477,7 +522,10 @@ class Trainer:
         )
 
     def _refuse_non_finite(self, loss: Tensor, norm: Tensor) -> None:
-        if is_sound(float(loss), float(norm), saturates=not self.device.capability("inf_nan").value):
+        """Where the recipe says no more: stop at a step that is looked at."""
+        if self.config.watch.judges or is_sound(
+            float(loss), float(norm), saturates=not self.device.capability("inf_nan").value
+        ):
             return
         self.saver.settle()
         kept = checkpoints.list_checkpoints(self.checkpoint_folder)
@@ -488,16 +536,6 @@ class Trainer:
         )
         error.agreed = True  # both numbers are sums over all processes
         raise error
-
-
-def is_sound(loss: float, norm: float, *, saturates: bool) -> bool:
-    """Whether a mean loss and a gradient norm are those of a step that computed, not of one that overflowed.
-
-    Where a chip `saturates`, inf became its largest number and nan became zero.
-    """
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        return False
-    return not saturates or (0 < loss < _OVERFLOWN and 0 < norm < _OVERFLOWN)
 
 
 def further_figures(loads: Tensor | None, means: dict[str, Tensor]) -> dict[str, float]:

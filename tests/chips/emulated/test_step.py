@@ -118,6 +118,14 @@ def test_so_does_one_of_preferences(
     _stays_on_the_device("dense", layout, waits, fused, runs, with_plugins, pairs, *longer)
 
 
+LEAVES_OUT = ("watch.spike=skip", "watch.non_finite=skip", "watch.fewest=2")
+
+
+def test_so_does_one_whose_update_may_be_left_out(runs: Runs, with_plugins: Environment) -> None:
+    """AdamW's kernel looks by itself; what was decided is read a step late."""
+    _stays_on_the_device("dense", "", {}, False, runs, with_plugins, *LEAVES_OUT)
+
+
 def by_place(found: Counter[str]) -> dict[str, int]:
     """Counts by file and function; a failing test shows the lines."""
     counts: Counter[str] = Counter()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
+    from zili.data.loader import Batch
     from zili.training.saving import Saved
     from zili.training.trainer import Trainer
 
@@ -18,6 +19,8 @@ class StepRecord:
     """Steps done, this one included."""
     tokens: int
     """Tokens consumed since the beginning of the run."""
+    samples: int
+    """Samples of the data read since then, those of batches that were left out too."""
     loss: float
     """Mean cross entropy over the step's targets, nats a token; of preferences, over its pairs."""
     learning_rate: float
@@ -52,6 +55,9 @@ class Callback:
     def on_start(self, trainer: Trainer) -> None:
         """Before the first step, everything built and restored."""
 
+    def before_step(self, trainer: Trainer, batch: Batch) -> None:
+        """Before every step, with this process's rows of its batch, on the CPU."""
+
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
         """After a step whose record was taken (`logging.every`)."""
 
@@ -66,6 +72,14 @@ class Callback:
 
     def on_evaluation(self, step: int, values: dict[str, float]) -> None:
         """After the held-out text was scored: `bits_per_byte`, `loss` and what else its kind has (docs/training.md)."""
+
+    def on_event(self, kind: str, values: dict[str, Any]) -> None:
+        """The run has seen something of itself: `decision`, `straggler` or `corruption`, with its figures. A note says
+        the same to the user."""
+
+    def on_roll_back(self, trainer: Trainer) -> None:
+        """The run has gone back to an earlier checkpoint: the steps after `trainer.step` happen again, on other
+        batches."""
 
     def on_note(self, text: str) -> None:
         """Something the user should know: one line."""

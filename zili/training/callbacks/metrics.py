@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from zili.training.trainer import Trainer
 
 METRICS_FILE = "metrics.jsonl"
+_STAY = ("decision", "straggler", "corruption")
+"""Kinds of lines that stay when the steps after a checkpoint happen again."""
 
 
 _say = logging.getLogger(__name__).warning
@@ -49,7 +51,7 @@ class Missing:
 
 
 class MetricsLog(Callback):
-    """Appends one JSON object a line; `kind` says which: start, train, eval, saved or note.
+    """Appends one JSON object a line; `kind` says which: start, train, eval, saved, note or an event's.
 
     The base record of a run: the report and every other view are made from it. A run that goes on from a
     checkpoint drops the lines past that step first, since those steps happen again.
@@ -93,6 +95,13 @@ class MetricsLog(Callback):
     def on_evaluation(self, step: int, values: dict[str, float]) -> None:
         self.write("eval", step=step, **values)
 
+    def on_event(self, kind: str, values: dict[str, Any]) -> None:
+        self.write(kind, **values)
+
+    def on_roll_back(self, trainer: Trainer) -> None:
+        with self._missing.counted():
+            self._drop_after(trainer.step)
+
     def on_saved(self, saved: Saved) -> None:
         from zili.training.checkpoints import step_of
 
@@ -128,6 +137,8 @@ def _ends_cut(file: BinaryIO) -> bool:
 
 def _is_upto(line: str, step: int) -> bool:
     try:
-        return json.loads(line).get("step", 0) <= step
+        record = json.loads(line)
+        # What was decided stands: a run that goes back does so by it, and does not decide it again.
+        return record.get("kind") in _STAY or record.get("step", 0) <= step
     except (ValueError, AttributeError, TypeError):
         return False  # a line cut short when the machine went down

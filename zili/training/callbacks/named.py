@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from zili.config import RunConfig
+from zili.config.watch import WatchConfig
 from zili.errors import ConfigError
 from zili.plugins import CALLBACKS, OURS, checked, find, look_up
 from zili.training.callbacks.base import Callback
@@ -44,6 +45,15 @@ def named_callbacks(config: RunConfig) -> list[Callback]:
     """
     asked = {**({"tensorboard": {}} if config.logging.tensorboard else {}), **config.callbacks}
     return [_made(name, settings) for name, settings in asked.items()]
+
+
+def watches(config: WatchConfig) -> list[Callback]:
+    """Those by which a run watches its processes, as far as the recipe asks for them."""
+    from zili.training.callbacks.corruption import CorruptionWatch
+    from zili.training.callbacks.stragglers import StragglerWatch
+
+    kinds = ((StragglerWatch, config.stragglers), (CorruptionWatch, config.corruption))
+    return [kind(every) for kind, every in kinds if every]
 
 
 def _made(name: str, settings: Mapping[str, Any]) -> Callback:

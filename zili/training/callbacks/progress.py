@@ -118,6 +118,9 @@ class ProgressDisplay(Callback):
         if self._progress is None:
             self._print(f"saved {saved.where}: {decimal(saved.bytes)} in {saved.seconds:.1f} s")
 
+    def on_roll_back(self, trainer: Trainer) -> None:
+        self._pace.clear()
+
     def on_note(self, text: str) -> None:
         self._print(text)
 

@@ -54,8 +54,9 @@ class PrometheusEndpoint(Callback):
 
         config = trainer.config
         self._run, self._rank = config.folder.resolve().name, str(trainer.world.rank)
-        self._steps, self._batch = config.training.steps, config.training.global_batch
-        self._record = {"step": trainer.step, "tokens": trainer.tokens, "time": time.time()}
+        self._steps = config.training.steps
+        told = {"step": trainer.step, "tokens": trainer.tokens, "samples": trainer.samples}
+        self._record = {**told, "time": time.time()}
         with suppress(OSError, IndexError):
             newest = list_checkpoints(trainer.checkpoint_folder)[-1]
             self._checkpoint = step_of(newest), newest.stat().st_mtime, None
@@ -91,7 +92,7 @@ class PrometheusEndpoint(Callback):
         yield from of_evaluation(self._evaluation, **run)
         yield from self._stragglers.figures(**run)
         yield ServedFigure("zili_planned_steps", self._steps, run)
-        yield ServedFigure("zili_data_position_samples", record["step"] * self._batch, run)
+        yield ServedFigure("zili_data_position_samples", record["samples"], run)
         yield from _of_checkpoint(self._checkpoint, run)
         seconds: dict[str, float] = dict(crumbs.seconds().items())
         yield ServedFigure("zili_goodput_ratio", seconds["step"] / max(sum(seconds.values()), 1e-9), run)

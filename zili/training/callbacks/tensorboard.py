@@ -41,6 +41,10 @@ class TensorBoardLog(Callback):
             # A run that is killed goes on from here and would not write these again.
             self._attempt(lambda writer: writer.flush())
 
+    def on_roll_back(self, trainer: Trainer) -> None:
+        self._attempt(lambda writer: writer.close())
+        self._open(trainer.step)
+
     def on_end(self, trainer: Trainer) -> None:
         self._attempt(lambda writer: writer.close())
         self._missing.sum_up()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from zili.chips.device import Device
@@ -10,8 +11,9 @@ from zili.config import RunConfig
 from zili.errors import CheckpointError
 from zili.parallel.layout import Layout
 from zili.parallel.world import World
-from zili.training.checkpoints import RunState, SoundCheckpoint
+from zili.training.checkpoints import RunState, SoundCheckpoint, has_read
 from zili.training.fence import generation_fence
+from zili.training.left_out import LeftOut
 from zili.training.restoring import Needs
 from zili.training.tiers.local_disk import LocalDisk
 from zili.training.tiers.object_store import ObjectStore
@@ -27,7 +29,9 @@ class Chosen(NamedTuple):
     holders: list[Tier]
     """Those that have that step, as far as is known."""
     passed: list[tuple[Tier, int]]
-    """What was passed over."""
+    """What was passed over as damaged or incomplete."""
+    unfit: list[tuple[Tier, int]]
+    """What has read a batch that is left out."""
 
 
 def tiers_of(config: RunConfig, world: World) -> Callable[[RunFolder], list[Tier]]:
@@ -49,10 +53,17 @@ def tiers_of(config: RunConfig, world: World) -> Callable[[RunFolder], list[Tier
     return made
 
 
-def newest_of(tiers: Sequence[Tier], needs: Needs, report: Callable[[str], None]) -> Chosen | None:
+def newest_of(
+    tiers: Sequence[Tier],
+    needs: Needs,
+    report: Callable[[str], None],
+    world: World,
+    decisions: Sequence[LeftOut] = (),
+) -> Chosen | None:
     """The newest sound checkpoint; each one that is passed over is named through `report`. All processes call it.
 
-    `tiers`: the run's folder is the first.
+    `tiers`: the run's folder is the first. `decisions`: what the run leaves out; a checkpoint that has read of it is
+    none to go on from.
 
     Raises:
         CheckpointError: there are checkpoints and none of them is sound, or nothing was found and a tier, which may
@@ -60,6 +71,8 @@ def newest_of(tiers: Sequence[Tier], needs: Needs, report: Callable[[str], None]
     """
     offered, silent = _offered(tiers, report)
     passed: list[tuple[Tier, int]] = []
+    unfit = _unfit(offered, world, decisions)
+    offered = [one for number, one in enumerate(offered) if number not in unfit]
     for tier, offer in offered:
         try:
             if offer.flaw:
@@ -73,7 +86,7 @@ def newest_of(tiers: Sequence[Tier], needs: Needs, report: Callable[[str], None]
         if brought:
             report(f"step {offer.step} was brought from {tier.title}")
         holders = [one for one, other in offered if other.step == offer.step and (one, other.step) not in passed]
-        return Chosen(found, offer.step, [*holders, *brought], passed)
+        return Chosen(found, offer.step, [*holders, *brought], passed, list(unfit.values()))
     if silent:
         raise CheckpointError(
             f"{silent[0]}; no other place has a sound checkpoint, and the run would begin anew: bring it back, or take "
@@ -86,21 +99,44 @@ def newest_of(tiers: Sequence[Tier], needs: Needs, report: Callable[[str], None]
     return None
 
 
+def _unfit(
+    offered: Sequence[tuple[Tier, Offered]], world: World, decisions: Sequence[LeftOut]
+) -> dict[int, tuple[Tier, int]]:
+    """Those of the offered that have read what is left out, by their number in the list. The first process reads."""
+
+    def numbers() -> list[int]:
+        found = []
+        for number, (tier, offer) in enumerate(offered):
+            with suppress(CheckpointError):  # who verifies it will say so
+                if has_read(tier.state_of(offer.step), decisions):
+                    found.append(number)
+        return found
+
+    found = world.from_first(numbers) if decisions and offered else []
+    return {number: (offered[number][0], offered[number][1].step) for number in found}
+
+
+def steps_offered(tiers: Sequence[Tier]) -> list[int]:
+    """All steps that any of them has, as far as they can be asked. All processes call it."""
+    offered, _ = _offered(tiers, lambda text: None)
+    return sorted({offer.step for _, offer in offered if not offer.flaw})
+
+
 def newest_offered(tiers: Sequence[Tier]) -> int:
     """The newest step that any of them has, as far as they can be asked; 0: there is none. All processes call it."""
-    offered, _ = _offered(tiers, lambda text: None)
-    return max((offer.step for _, offer in offered if not offer.flaw), default=0)
+    return max(steps_offered(tiers), default=0)
 
 
 def set_aside(chosen: Chosen, report: Callable[[str], None]) -> None:
     """What was passed over no longer counts; what brought a checkpoint has set aside itself what was in its place."""
-    for tier in {tier: None for tier, _ in chosen.passed}:
-        mine = (step for one, step in chosen.passed if one is tier)
-        steps = [step for step in mine if step > chosen.step or tier not in chosen.holders]
-        try:
-            tier.set_aside(steps)
-        except CheckpointError as error:
-            report(f"{tier.title} keeps what was passed over: {error}")
+    for why, passed in (("damaged", chosen.passed), ("rolled-back", chosen.unfit)):
+        for tier in {tier: None for tier, _ in passed}:
+            mine = (step for one, step in passed if one is tier)
+            steps = [step for step in mine if step > chosen.step or tier not in chosen.holders]
+            try:
+                tier.set_aside(steps, why)
+            except CheckpointError as error:
+                report(f"{tier.title} keeps what was passed over: {error}")
 
 
 def _offered(

@@ -95,7 +95,10 @@ class LocalDisk(Tier):
             self.told.put(line)
         return sum(size for size, _ in each)
 
-    def set_aside(self, steps: Sequence[int]) -> None:
+    def state_of(self, step: int) -> RunState:
+        return read_state(self.folder / step_name(step))
+
+    def set_aside(self, steps: Sequence[int], why: str = "damaged") -> None:
         for path in self._steps():
             if step_of(path) in steps:
                 with suppress(OSError):

@@ -93,13 +93,16 @@ class ObjectStore(Tier):
         every = self._world.gathered(json.dumps(own), channel)
         return int(together(lambda: self._appear(copies, every)))
 
-    def set_aside(self, steps: Sequence[int]) -> None:
+    def state_of(self, step: int) -> RunState:
+        return parsed_state(self._store.text(f"{step_name(step)}/{RUN_FILE}"), self.where(step))
+
+    def set_aside(self, steps: Sequence[int], why: str = "damaged") -> None:
         self._world.from_first(lambda: self._set_aside(steps))
 
     def newest_state(self) -> RunState | None:
         for step in reversed(self._steps(SUMS_FILE)):
             with suppress(CheckpointError):
-                return parsed_state(self._store.text(f"{step_name(step)}/{RUN_FILE}"), self.where(step))
+                return self.state_of(step)
         return None
 
     def _steps(self, having: str) -> list[int]:

@@ -57,11 +57,14 @@ class RunFolder(Tier):
         path = self.folder / step_name(step)
         return SoundCheckpoint(path, checkpoints.verify(path, self._world, needs.files))
 
-    def set_aside(self, steps: Sequence[int]) -> None:
+    def state_of(self, step: int) -> RunState:
+        return checkpoints.read_state(self.folder / step_name(step))
+
+    def set_aside(self, steps: Sequence[int], why: str = "damaged") -> None:
         def rename() -> None:
             for path in list_checkpoints(self.folder):
                 if step_of(path) in steps:
-                    checkpoints.set_aside(path)
+                    checkpoints.set_aside(path, why)
 
         self._world.from_first(rename)
 

@@ -96,8 +96,16 @@ class Tier(ABC):
         """
 
     @abstractmethod
-    def set_aside(self, steps: Sequence[int]) -> None:
-        """No longer count these: they were passed over, and the run will come there anew.
+    def state_of(self, step: int) -> RunState:
+        """What the checkpoint of `step` says of itself, as this process alone reads it.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+
+    @abstractmethod
+    def set_aside(self, steps: Sequence[int], why: str = "damaged") -> None:
+        """No longer count these: they were passed over, and the run will come there anew. `why`, in one word.
 
         Raises:
             CheckpointError: it cannot be written.
