@@ -24,7 +24,7 @@ def cache_folder(name: str) -> Path | None:
     try:
         folder = _root() / name
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return folder if _is_private(folder) else None
+        return folder if _is_private(folder, folder.stat()) else None
     except (OSError, RuntimeError):  # RuntimeError: there is no home
         return None
 
@@ -47,7 +47,7 @@ def machine_folder() -> Path:
     try:
         with suppress(FileExistsError):
             folder.mkdir(mode=0o700)
-        if not folder.is_symlink() and _is_private(folder):  # anybody may make one of this name there
+        if _is_private(folder, folder.lstat()):  # anybody may make one of this name there, or a link
             return folder
         reason = "it is somebody else's"
     except OSError as error:
@@ -55,9 +55,8 @@ def machine_folder() -> Path:
     raise ConfigError(f"{folder} cannot be used: {reason}; name a folder of yours on this machine in TMPDIR")
 
 
-def _is_private(folder: Path) -> bool:
+def _is_private(folder: Path, found: os.stat_result) -> bool:
     """Whether it is this user's and can be written; others are shut out of it."""
-    found = folder.stat()
     if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode):
         return False
     if found.st_mode & _OTHERS:

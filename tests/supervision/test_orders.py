@@ -61,14 +61,19 @@ def hello(name: str, **other: Any) -> dict[str, Any]:
         "endings": [],
         "state": State().as_table(),
         "held": [],
+        "stopping": False,
     }
     return {**table, **other}
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Root:
-    """One with machines a, b and c at work."""
-    folder = SupervisionFolder(tmp_path)
+    return three_at_work(tmp_path)
+
+
+def three_at_work(run: Path) -> Root:
+    """A root with machines a, b and c at work."""
+    folder = SupervisionFolder(run)
     folder.become_root(1, {})
     root = Root(folder, 1, THREE)
     root._tasks.begin = asyncio.run  # type: ignore[method-assign] - at once, as there is no loop here

@@ -58,6 +58,7 @@ def hello() -> bytes:
         "endings": [],
         "state": State().as_table(),
         "held": [],
+        "stopping": False,
     }
     return json.dumps(table).encode()
 

@@ -14,19 +14,19 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from zili.chips import find_backend
 from zili.errors import ConfigError, NoProgressError
 from zili.parallel.control.crumbs import CRUMBS, Crumbs
 from zili.parallel.control.links import Link, Unproven, address_of, connect
-from zili.parallel.control.member import AGENT, AGENT_SECRET, GENERATION
+from zili.parallel.control.member import AGENT, AGENT_SECRET, GENERATION, HELD_BYTES
 from zili.parallel.control.node import Node, below
 from zili.parallel.control.recorder import RECORDER
 from zili.supervision.file_thread import FileThread
 from zili.supervision.fitness import cannot_listen, listening_here, refuse_unfit
 from zili.supervision.folder import Signs, SupervisionFolder
-from zili.supervision.held import HeldStates
+from zili.supervision.held import HeldStates, Mark, mark_of
 from zili.supervision.ledger import told
 from zili.supervision.members import PATIENCE
 from zili.supervision.nursery import STACKS
@@ -40,6 +40,7 @@ from zili.supervision.state import Launch, State, state_of
 from zili.supervision.tasks import Tasks
 from zili.supervision.watch import ProgressWatch, state_of_process
 
+Result = TypeVar("Result")
 _TRIES = 1.0
 """Seconds for which a root that does not answer is asked again, before this machine takes its place."""
 _UNSEEN = 4.0
@@ -105,7 +106,7 @@ class Agent:
         look, cold = self._refuse_unfit, machine.cold
         self._proving = Proving(machine.chip, machine.host, launch.processes, own, show, cold=cold, look=look)
         self._held = HeldStates(machine.name, folder.secret, self._ask_where)
-        self._wheres: dict[str, asyncio.Future[dict[int, list[str]]]] = {}
+        self._wheres: dict[str, asyncio.Future[dict[Mark, list[str]]]] = {}
         """Questions to the root about kinds of states."""
         self.pace = Pace(machine.name)
         self._stopping = False
@@ -120,6 +121,7 @@ class Agent:
         self._burials: set[asyncio.Task[None]] = set()
         self._broken: BaseException | None = None
         """What an order, or what is done beside them, failed with."""
+        self._broke = asyncio.Event()
         self._root: subprocess.Popen[bytes] | None = None
         self._crashes = 0
         """Roots in a row that this machine began and that ended by an error."""
@@ -185,7 +187,7 @@ class Agent:
         """
         lost, signs = time.monotonic(), Signs()
         while True:
-            term, record = await self._files.patiently(self._folder.root)
+            term, record = await self._unless_broken(self._files.patiently(self._folder.root))
             if "over" in record and 0 < self._term <= term:
                 self._over = self._end(**record["over"])
                 return None
@@ -203,12 +205,22 @@ class Agent:
             if silent and signs.come(*await self._files.patiently(self._folder.sign)):
                 lost = time.monotonic()
                 await self._stand_aside(record["address"], signs)
-            if self._broken is not None:
-                raise self._broken
             if time.monotonic() - lost > self._patience_with(record, silent=silent):
                 await self._begin_root(term + 1)
                 lost = time.monotonic()
             await asyncio.sleep(0.02)
+
+    async def _unless_broken(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """What `work` gives; where this machine is to end meanwhile it does, though a folder hangs."""
+        doing, broke = asyncio.ensure_future(work), asyncio.ensure_future(self._broke.wait())
+        try:
+            await asyncio.wait([doing, broke], return_when=asyncio.FIRST_COMPLETED)
+            if self._broken is not None:
+                raise self._broken
+            return await doing
+        finally:
+            doing.cancel()
+            broke.cancel()
 
     async def _stand_aside(self, root: str, signs: Signs) -> None:
         """The root lives, and this machine does not reach it: the others may. To begin another one would take the run
@@ -267,6 +279,7 @@ class Agent:
             endings=list(self._endings.values()),
             state=self._state.as_table(),
             held=self._held.inventory(),
+            stopping=self._stopping,
         )
         # The root before may not have heard it, or is gone with what it knew.
         if self._asked:
@@ -325,7 +338,8 @@ class Agent:
 
     def _break(self, error: BaseException) -> None:
         """This machine cannot do what all wait for: it ends, and the others hear that."""
-        self._broken = error
+        self._broken = self._broken or error
+        self._broke.set()
 
     def _leave(self) -> None:
         """This machine is taken away: its processes save, and the run goes on without it where it can. Asked again, it
@@ -335,7 +349,7 @@ class Agent:
             self._leaving = now
             self._say(say="leave")
         elif now - self._leaving > _TWICE:
-            self._broken = self._broken or SystemExit(INTERRUPTED)
+            self._break(SystemExit(INTERRUPTED))
 
     def _interrupt(self) -> None:
         """A person wants the run to end."""
@@ -348,7 +362,7 @@ class Agent:
 
     async def _prepare(self, generation: int, life: int, number: int, of: int, ranks: tuple[int, int]) -> None:
         """Make this machine's node of a new life."""
-        self._generation = generation
+        self._generation, self._endings = generation, {}
         if self._node is not None:
             await self._node.close(0)
         if self._processes.alive:  # of a life that went on without this machine
@@ -360,7 +374,7 @@ class Agent:
         if generation != self._generation:
             return  # a newer one began meanwhile
         first, count = ranks
-        self._endings, self._stopping, self._stop_asked = {}, False, None
+        self._stopping, self._stop_asked = False, None
         self._place = {"life": life, "number": number, "of": of, "first": first, "count": count}
         self._watch.begin(of * count)
         ranks_here = range(first, first + count)
@@ -371,10 +385,11 @@ class Agent:
             raise cannot_listen(self._machine.host, error) from error
         self._say(say="prepared", generation=generation, address=self._address)
 
-    async def _start(self, generation: int, parent: str, partner: str, keys: list[str]) -> None:
+    async def _start(self, generation: int, parent: str, partner: str, newest: int, keys: list[str]) -> None:
         if generation != self._generation or self._node is None:
             return
-        self._held.begin(partner)
+        self._held.begin(partner, newest)
+        self._wheres = {}
         words = [*self._launch.words, *(word for key in keys for word in ("--set", key))]
         logs = self._places.logs(self._place["life"])
         await self._files.patiently(lambda: logs.mkdir(parents=True, exist_ok=True))
@@ -396,7 +411,7 @@ class Agent:
             "TORCHELASTIC_RESTART_COUNT": str(place["life"] - 1),
             ERROR_FILE: str(self._places.error(rank)),
             **{AGENT: self._address, AGENT_SECRET: self._folder.secret.hex()},
-            GENERATION: str(self._generation),
+            **{GENERATION: str(self._generation), HELD_BYTES: str(self._held.bytes)},
             **{STACKS: str(self._places.stacks(rank)), CRUMBS: str(self._places.crumbs(rank))},
             RECORDER: str(self._places.recorder(rank)),
         }
@@ -409,7 +424,7 @@ class Agent:
         """End this machine's processes: by SIGTERM, at which they save; else at once."""
         if generation == self._generation:
             await self._kill(signal.SIGTERM if gentle else signal.SIGKILL)
-        endings = list(self._endings.values())
+        endings = list(self._endings.values()) if generation == self._generation else []
         self._say(say="stopped", generation=generation, endings=endings, held=self._held.inventory())
 
     async def _kill(self, number: signal.Signals = signal.SIGKILL) -> None:
@@ -451,18 +466,18 @@ class Agent:
 
     # ---------------------------------------------------------------- states in memory
 
-    async def _ask_where(self, kind: str) -> dict[int, list[str]]:
-        """Which other machines have states of a kind: their addresses, by steps."""
-        asked = self._wheres.setdefault(kind, asyncio.get_running_loop().create_future())
+    async def _ask_where(self, kind: str) -> dict[Mark, list[str]]:
+        """Which other machines have states of a kind: their addresses, by marks."""
+        asked = self._wheres[kind] = asyncio.get_running_loop().create_future()
         self._say(say="where", generation=self._generation, kind=kind)
         with suppress(TimeoutError):  # the root may be gone: then there is the disk
             return await asyncio.wait_for(asyncio.shield(asked), _WHERE)
         return {}
 
     def _learn_where(self, order: dict[str, Any]) -> None:
-        asked = self._wheres.pop(order["kind"], None)
-        if asked is not None and not asked.done():
-            asked.set_result({int(step): addresses for step, addresses in order["steps"].items()})
+        asked = self._wheres.get(order["kind"])
+        if asked is not None and not asked.done() and order["generation"] == self._generation:
+            asked.set_result({mark_of(mark): addresses for mark, addresses in order["marks"]})
 
     # ---------------------------------------------------------------- hangs
 

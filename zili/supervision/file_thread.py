@@ -6,9 +6,9 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
 from queue import SimpleQueue
 from typing import TypeVar
 
@@ -77,6 +77,10 @@ class FileThread:
         while True:
             work = self._given.get()
             self._since = time.monotonic()
-            with suppress(OSError):
+            try:
                 work()
+            except OSError:
+                pass
+            except Exception:
+                traceback.print_exc()  # a defect of ours: what comes after is to be done nevertheless
             self._since = None

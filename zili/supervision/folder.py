@@ -120,9 +120,12 @@ class SupervisionFolder:
         with suppress(OSError):
             write_whole(self.path / "state.json", json.dumps(state))
 
-    def begin(self, generation: int) -> None:
-        """A new life is the newest from now on."""
+    def begin(self, generation: int) -> bool:
+        """A new life is the newest from now on; False: a later root has begun one meanwhile."""
+        if self.sign()[1] > generation:
+            return False
         write_whole(self.run / GENERATION_FILE, str(generation))
+        return True
 
     @contextmanager
     def machine(self, name: str) -> Iterator[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from enum import Enum, auto
 from typing import Any
@@ -44,8 +45,8 @@ class Member:
         self.heard = time.monotonic()
         self.address = ""
         self.prepared = self.stopped = False
-        self.held: list[tuple[str, int]] = []
-        """Kinds and steps of the states that it had in memory when it last said so."""
+        self.held: list[tuple[str, Any]] = []
+        """Kinds and marks of the states that it had in memory when it last said so."""
 
     def tell(self, **order: Any) -> None:
         self.link.send(json.dumps(order).encode())
@@ -59,6 +60,8 @@ class Membership(dict[str, Member]):
         self._launch = launch
         self._identity: dict[str, str] = {}
         self._listened = time.monotonic()
+        self._having: dict[str, dict[Any, list[str]]] = {}
+        """By kinds and marks, who had a state in memory when the life began."""
 
     def refusal(self, name: str, identity: Any, state: State) -> str:
         """Why a machine may not take part; "": it may."""
@@ -75,18 +78,26 @@ class Membership(dict[str, Member]):
         if name in state.left_out:
             return f"machine {name} is left out of this run: {state.left_out[name]}"
         most = self._launch.most + self._launch.spares
-        if len(self) >= most and name not in state.machines:
+        if len(self.staying(state)) >= most and name not in state.machines:
             return f"the run has its {counted(most, 'machine')}; --spares lets more stand by"
         return ""
 
-    @staticmethod
-    def having(kind: str, members: Iterable[Member]) -> dict[int, list[str]]:
-        """Addresses of those that have states of a kind in memory, by steps."""
-        found: dict[int, list[str]] = {}
-        for member in members:
-            for step in (step for known, step in member.held if known == kind):
-                found.setdefault(step, []).append(member.address)
-        return found
+    def learn_held(self) -> int:
+        """Take down what all have in memory, for a life that begins; the newest life of which there is a state, 0:
+        there is none."""
+        self._having = defaultdict(dict)
+        for member in self.values():
+            for kind, mark in member.held:
+                way, step = mark
+                self._having[kind].setdefault((tuple(way), step), []).append(member.name)
+        return max((way[0] for marks in self._having.values() for way, _ in marks), default=0)
+
+    def having(self, kind: str) -> list[tuple[Any, list[str]]]:
+        """Marks of the states of a kind that machines have in memory, each with their addresses."""
+        found = self._having.get(kind, {})
+        return [
+            (mark, [member.address for member in self.of(names) if member.address]) for mark, names in found.items()
+        ]
 
     def silent(self, now: float) -> list[Member]:
         """Those that say nothing any more. It is asked about twice a second."""

@@ -42,6 +42,10 @@ _LONELY = 5.0
 """Seconds that a root without any machine waits for one."""
 _GIVING_UP = 10
 """Times `--wait` after which a run without machines ends."""
+_LEAST_WAIT = 60.0
+"""Seconds that it waits at least: machines are not begun in one moment."""
+_PREPARES = 300.0
+"""Seconds for a machine to be ready for a life: its processes may have to import everything anew."""
 _DYING = 30.0
 """Seconds in which processes end that were killed: a device lets go of its memory within them."""
 _HINDSIGHT = 2.0
@@ -168,14 +172,19 @@ class Root:
 
     def _adopt(self, member: Member, said: dict[str, Any]) -> None:
         """Go on with the life whose processes this machine still has, after another root began it."""
-        life, running = said["generation"], self._phase is Waiting.RUNNING
+        life = said["generation"]
+        at_work = self._phase in (Waiting.RUNNING, Waiting.STOPPING)
         member.stopped = life != self._state.generation  # it has no process of the newest life
-        if running and life == self._state.generation:
+        if at_work and not member.stopped:
             for ending in said["endings"]:
                 self._ended(ending)
+            if said["stopping"] and self._phase is Waiting.RUNNING:  # so did the root before
+                self._stop(gentle=True)
+            elif self._phase is Waiting.STOPPING:
+                member.tell(do="stop", generation=life, gentle=self._killed is None)
         elif life:
             member.tell(do="stop", generation=life, gentle=False)
-        elif running:
+        elif self._phase is Waiting.RUNNING:
             self._missed(member.name, "came back without its processes")
 
     def _grow(self) -> None:
@@ -192,8 +201,8 @@ class Root:
         if newer:
             self._state = theirs
             self._ends = Endings(theirs.machines, self._launch.processes)
-            if self._phase is Waiting.GATHERING and theirs.running:
-                self._turn(Waiting.RUNNING)
+            if self._phase in (Waiting.GATHERING, Waiting.RUNNING):
+                self._turn(Waiting.RUNNING if theirs.running else Waiting.GATHERING)
         return newer
 
     def _lose(self, member: Member, how: str) -> None:
@@ -208,7 +217,8 @@ class Root:
         self._missed(member.name, how)
 
     def _missed(self, name: str, how: str) -> None:
-        if self._phase in (Waiting.RUNNING, Waiting.PREPARING) and name in self._state.machines:
+        saves = self._phase is Waiting.STOPPING and self._killed is None
+        if (saves or self._phase in (Waiting.RUNNING, Waiting.PREPARING)) and name in self._state.machines:
             self._ends.lost.append(name)
             self._note(f"machine {name} {how}")
             self._stop()
@@ -234,9 +244,11 @@ class Root:
         elif what == "reports" and self._inquiry is not None:
             self._inquiry.hear(member.name, said["reports"], member.heard)
         elif what == "where":
-            steps = self._members.having(said["kind"], self._workers())
-            member.tell(do="where", kind=said["kind"], steps=steps)
+            marks = self._members.having(said["kind"])
+            member.tell(do="where", generation=life, kind=said["kind"], marks=marks)
         elif what == "stopped":
+            if self._phase is Waiting.RUNNING:  # the root before had told all of them to stop
+                self._turn(Waiting.STOPPING)
             member.held = said["held"]
             self._ends.hear_stopped(said["endings"])
             member.stopped = True
@@ -259,8 +271,8 @@ class Root:
             self._over.set()
         elif self._phase is Waiting.GATHERING:
             self._gather(now - self._since)
-        elif self._phase is Waiting.PREPARING and all(member.prepared for member in self._workers()):
-            self._start()
+        elif self._phase is Waiting.PREPARING:
+            self._await_preparations(now)
         elif self._phase is Waiting.RUNNING:
             absent = [name for name in self._state.machines if name not in self._members]
             if absent and now - self._since > PATIENCE:  # a new root waits for them that long
@@ -271,6 +283,13 @@ class Root:
             self._leave_what_does_not_end(now)
             if all(member.stopped for member in self._workers()):
                 self._conclude()
+
+    def _await_preparations(self, now: float) -> None:
+        late = [member.name for member in self._workers() if not member.prepared]
+        if not late:
+            self._start()
+        elif now - self._since > _PREPARES and self._files.busy < _SLOW:
+            self._missed(late[0], f"is not ready for a life within {_PREPARES:.0f} s")
 
     def _is_cut_off(self, silent: list[Member]) -> bool:
         """Whether most machines of the life fell silent in one moment, though no link of theirs ended. This one's cable
@@ -284,8 +303,10 @@ class Root:
         return True
 
     async def _hand_over(self, here: list[str]) -> None:
-        await self._files.do(lambda: self._folder.hand_over(self._term, here))
-        self._over.set()
+        try:
+            await self._files.do(lambda: self._folder.hand_over(self._term, here))
+        finally:
+            self._over.set()
 
     def _say_slow(self) -> None:
         slow = self._files.busy > _SLOW
@@ -298,7 +319,7 @@ class Root:
         sizes = self._launch.sizes(len(order))
         if self._launch.most in sizes or (sizes and waited > self._launch.wait):
             self._prepare(order[: max(sizes)])
-        elif waited > _GIVING_UP * self._launch.wait:
+        elif waited > max(_GIVING_UP * self._launch.wait, _LEAST_WAIT):
             least = min(self._launch.sizes())
             came = f"{counted(len(order), 'machine')} of {least} came within {waited:.0f} s"
             self._end(
@@ -322,7 +343,9 @@ class Root:
 
     async def _tell_to_prepare(self, generation: int) -> None:
         """From here on no process of an earlier life finishes a checkpoint, and only then do the machines begin."""
-        await self._files.patiently(lambda: self._folder.begin(generation))
+        if not await self._files.patiently(lambda: self._folder.begin(generation)):
+            self._over.set()  # another root has come
+            return
         if (bad := self._state.bad_batch) is not None:
             try:
                 told = await self._files.patiently(lambda: leave_out_batch(self._folder.run, bad, self._launch.watch))
@@ -346,7 +369,7 @@ class Root:
     def _start(self) -> None:
         self._turn(Waiting.RUNNING)
         self._ledger.life("started", life=self._state.life)
-        workers = self._workers()
+        workers, newest = self._workers(), self._members.learn_held() if self._may_trust_memory() else 0
         world = counted(len(workers) * self._launch.processes, "process")
         self._note(f"life {self._state.life}: {world} on {counted(len(workers), 'machine')}")
         for number, member in enumerate(workers):
@@ -355,10 +378,18 @@ class Root:
                 do="start",
                 generation=self._state.generation,
                 parent="" if parent is None else workers[parent].address,
+                newest=newest,
                 partner=workers[(number + 1) % len(workers)].address if len(workers) > 1 else "",
                 keys=self._launch.layouts[str(len(workers))],
             )
         self._mirror()
+        self._grow()  # a machine may have come while the others prepared themselves
+
+    def _may_trust_memory(self) -> bool:
+        """Whether a life may go on from states in memory. Two that ended without a step further may have ended by what
+        they had from there."""
+        steps = [failure.get("step") for failure in self._state.failures[-2:]]
+        return len(steps) < 2 or steps[0] != steps[1]
 
     def _ended(self, ending: dict[str, Any]) -> None:
         """A process has ended by itself."""
@@ -445,7 +476,7 @@ class Root:
     def _interrupt(self, *, hard: bool) -> None:
         self._interrupted = True
         if self._phase is Waiting.GATHERING:
-            self._end(INTERRUPTED, "interrupted before a life began")
+            self._end(INTERRUPTED, "" if self._state.life else "interrupted before a life began")
         elif self._phase is not Waiting.OVER:
             self._stop(gentle=not hard)
 
@@ -460,7 +491,7 @@ class Root:
 
     def _let_leave(self, name: str, code: int) -> None:
         """A machine goes after the next step, its supervisor ends with `code`. Where it was the last the run ends."""
-        if name in self._state.leaving or self._phase is Waiting.OVER:
+        if name not in self._members or name in self._state.leaving or self._phase is Waiting.OVER:
             return
         self._state.leaving[name] = code
         if not self._members.staying(self._state):
@@ -474,8 +505,9 @@ class Root:
         self._mirror()
 
     def _part(self) -> None:
-        """Let the machines go that are to be left."""
-        for name in [member.name for member in self._members.of(self._state.leaving)]:
+        """Let the machines go that are to be left, and have no process of a life that goes on."""
+        busy = self._state.machines if self._phase is not Waiting.GATHERING else ()
+        for name in [member.name for member in self._members.of(self._state.leaving) if member.name not in busy]:
             self._ledger.write("gone", machine=name, how="is left", silent=0.0)
             self._dismiss(name, self._state.leaving.pop(name), "this machine is left, as was asked; take it away")
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import mmap
 import os
@@ -18,18 +19,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 
 from zili.errors import CheckpointError, PeerError
 from zili.parallel.control.links import PlainLink
-from zili.parallel.control.member import AGENT, AGENT_SECRET
+from zili.parallel.control.member import AGENT, AGENT_SECRET, GENERATION
 from zili.parallel.control.messages import About, Message, unpacked
 from zili.parallel.world import World
 from zili.plurals import counted
 from zili.training.checkpoints import RunState, SoundCheckpoint
 from zili.training.index import DTYPES, SHARDING, Box, Place, TensorIndex, read_header, shard_of
 from zili.training.parts import HeldPart, held_parts
+from zili.training.restoring import restore
 
+_LOG = logging.getLogger(__name__)
 _DECIDED = (4, 40)
 """Copies after which their cost is known."""
 _ANSWER = 600.0
@@ -53,8 +58,12 @@ class StateMemory:
         self._kind = ""
         self._alone = False
         """Whether no process on another machine has the same state."""
-        self._on_its_way = False
-        self._rooms: dict[str, dict[str, Tensor]] = {}
+        self._on_its_way = self._late = False
+        self._chosen: tuple[list[int], int] | None = None
+        """Mark of the state that all take up."""
+        self._back = -1
+        """How often this life has gone back by itself."""
+        self._rooms: dict[int, dict[str, Tensor]] = {}
         self._kept = 0
         self._copying = self._steps = math.inf
         """Seconds of the fastest copy and of the fastest step since it was last decided: slower ones were held up."""
@@ -66,40 +75,43 @@ class StateMemory:
         """Whether there is an agent, and states are to be kept."""
         return self._every != 0 and AGENT in os.environ
 
+    @property
+    def _about(self) -> dict[str, Any]:
+        return {"kind": self._kind, "local": int(os.environ.get("LOCAL_RANK", "0"))}
+
     def offered(self, tensors: Mapping[str, Tensor]) -> int | None:
         """The newest step of which every process can take up its state; None: there is none.
 
-        `tensors`: the weights that this process has a part of. Called once, before the first step.
+        `tensors`: the weights that this process has a part of. Called before the first step.
         """
         if not self.is_kept:
             return None
         self._kind = kind_of(tensors)
         found = self._ask(do="offer", kind=self._kind)
-        told = self._world.gathered(json.dumps([self._kind, found["machine"], found["steps"]]))
-        alone, step = self._world.from_first(lambda: _common([json.loads(one) for one in told]))
+        told = self._world.gathered(json.dumps([self._kind, found.get("machine", ""), found.get("marks", [])]))
+        alone, self._chosen = self._world.from_first(lambda: _common([json.loads(one) for one in told]))
         self._alone = self._kind in alone
-        return step
+        return None if self._chosen is None else self._chosen[1]
 
-    def take_up(self, step: int, wanted: Mapping[str, tuple[int, ...]]) -> tuple[SoundCheckpoint, RunState]:
-        """The state of that step, as a checkpoint of one file. `wanted`: shapes of all weights of the model.
+    def take_up(self, wanted: Mapping[str, tuple[int, ...]]) -> tuple[SoundCheckpoint, RunState]:
+        """The state that was offered, as a checkpoint of one file. `wanted`: shapes of all weights of the model.
 
         Raises:
             CheckpointError: it is not there any more.
         """
-        found = self._ask(do="find", kind=self._kind, step=step)
-        if not found:
-            raise CheckpointError(f"the state after step {step} is in no machine's memory any more")
+        assert self._chosen is not None
+        found = self._ask(do="find", mark=self._chosen, **self._about)
+        if "path" not in found:
+            raise CheckpointError(f"the state after step {self._chosen[1]} is in no machine's memory any more")
         file = Path(found["path"])
         return SoundCheckpoint(file.parent, _index(file, wanted)), RunState(**json.loads(found["said"]))
 
-    @property
-    def _about(self) -> dict[str, Any]:
-        return {"kind": self._kind, "local": int(os.environ.get("LOCAL_RANK", "0"))}
-
     def forget_after(self, step: int) -> None:
-        """The run goes on after `step`."""
+        """The run goes on after `step`, and makes states of another history from here on."""
         if self.is_kept:
-            self._ask(do="forget", step=step, kinds=[self._kind])
+            self._back += 1
+            self._rooms = {}
+            self._ask(do="forget", step=step, **self._about)
 
     def is_due(self, step: int) -> bool:
         """Whether the state after `step` is to be kept."""
@@ -109,25 +121,30 @@ class StateMemory:
         """Wait until the state that was kept last is where it was sent. All call it before the sum of a step: so when
         one has finished a step, the state before it outlives every machine."""
         if self._on_its_way:
-            self._ask(do="settle", **self._about)
             self._on_its_way = False
+            if self._ask(do="settle", **self._about).get("late") and not self._late:
+                self._late = True
+                _LOG.warning("a state takes longer to another machine than steps do: with this one more is lost")
 
     def keep(self, state: RunState, tensors: Mapping[str, Tensor]) -> str:
         """Copy `tensors`, this process's part of the run's state, into memory that outlives it. Returns a line for the
         user where copies follow one another less often from now on."""
         begun = time.perf_counter()
-        parts = held_parts(tensors)
+        parts = {name: part for name, part in held_parts(tensors).items() if part.tensor.numel()}
         room = self._ask(do="room", size=_laid_out(parts).size, **self._about)
-        for name, view in self._views(room["path"], parts).items():
-            view.copy_(parts[name].tensor)
-        said = json.dumps(asdict(state))
-        self._ask(do="whole", number=room["number"], step=state.step, said=said, alone=self._alone, **self._about)
-        self._on_its_way = self._alone
+        if "path" in room:
+            for name, view in self._views(room["path"], room["number"], parts).items():
+                view.copy_(parts[name].tensor)
+            said, mark = json.dumps(asdict(state)), ((_life(), self._back), state.step)
+            self._ask(do="whole", number=room["number"], mark=mark, said=said, alone=self._alone, **self._about)
+            self._on_its_way = self._alone
+        elif not self._kept:
+            _LOG.warning("no state is kept in memory: %s", room.get("refused"))
         self._kept += 1
         if self._kept > 1:  # the first one faults pages in
             self._copying = min(self._copying, time.perf_counter() - begun)
             self._steps = min(self._steps, (begun - self._ended) / self._every)
-        line = self._decide(room["took"]) if self._kept in _DECIDED else ""
+        line = self._decide(room.get("took", 0.0)) if self._kept in _DECIDED else ""
         self._ended = time.perf_counter()
         return line
 
@@ -145,20 +162,20 @@ class StateMemory:
         cost += f", sending it to another machine {sending:.1f} s" if sending else ""
         return f"state kept in memory every {counted(self._every, 'step')}: {cost}"
 
-    def _views(self, path: str, parts: Mapping[str, HeldPart]) -> dict[str, Tensor]:
-        """The tensors of a file in memory, to write into."""
-        if path not in self._rooms:
+    def _views(self, path: str, number: int, parts: Mapping[str, HeldPart]) -> dict[str, Tensor]:
+        """The tensors of memory `number`, which is at `path`, to write into."""
+        if self._rooms.get(number, {}).keys() != parts.keys():
             layout = _laid_out(parts)
             with Path(path).open("r+b") as file:
                 room = mmap.mmap(file.fileno(), layout.size)
             room[: len(layout.header)] = layout.header
-            self._rooms[path] = {
+            self._rooms[number] = {
                 name: torch.frombuffer(room, dtype=part.tensor.dtype, count=part.tensor.numel(), offset=start).view(
                     part.tensor.shape
                 )
                 for (name, part), start in zip(layout.parts.items(), layout.starts, strict=True)
             }
-        return self._rooms[path]
+        return self._rooms[number]
 
     def _ask(self, **question: Any) -> dict[str, Any]:
         try:
@@ -197,19 +214,36 @@ def _laid_out(parts: Mapping[str, HeldPart]) -> _LaidOut:
     return _LaidOut(header, ordered, [len(header) + start for start in starts], len(header) + end)
 
 
+def restored_from_memory(found: SoundCheckpoint, *given: Any) -> dict[str, Tensor]:
+    """`restoring.restore` of a state in memory.
+
+    Raises:
+        CheckpointError: it cannot be read, for whatever reason: then there are checkpoints.
+    """
+    try:
+        return restore(found, *given)
+    except (CheckpointException, SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"the state in memory cannot be read: {error}") from error
+
+
 def kind_of(tensors: Mapping[str, Tensor]) -> str:
     """The same for processes that hold the same parts of the same weights, and for no others."""
     held = [(name, str(part.tensor.dtype), tuple(part.size), *part.box) for name, part in held_parts(tensors).items()]
     return hashlib.sha256(json.dumps(sorted(held)).encode()).hexdigest()[:32]
 
 
-def _common(told: list[tuple[str, str, list[int]]]) -> tuple[list[str], int | None]:
-    """Kinds that one machine alone has, and the newest step of which every process can have its state."""
+def _common(told: list[tuple[str, str, list[Any]]]) -> tuple[list[str], Any]:
+    """Kinds that one machine alone has, and the mark of the newest state that every process can have."""
     machines: dict[str, set[str]] = defaultdict(set)
     for kind, machine, _ in told:
         machines[kind].add(machine)
-    steps = set.intersection(*(set(steps) for _, _, steps in told))
-    return [kind for kind, having in machines.items() if len(having) == 1], max(steps, default=None)
+    marks = set.intersection(*({(tuple(way), step) for way, step in marks} for _, _, marks in told))
+    newest = max(marks, key=lambda mark: (mark[1], mark[0]), default=None)
+    return [kind for kind, having in machines.items() if len(having) == 1], newest
+
+
+def _life() -> int:
+    return int(os.environ.get(GENERATION, "0"))
 
 
 def _slowest(told: list[str]) -> tuple[float, float, float]:

@@ -15,7 +15,7 @@ from zili.config.model import ModelConfig
 from zili.config.run import ChipConfig, Precision
 from zili.errors import ChipError, ConfigError
 from zili.models.arithmetic import training_flops_per_token
-from zili.parallel.control.member import AGENT
+from zili.parallel.control.member import AGENT, HELD_BYTES
 from zili.parallel.layout import Layout, lay_out, processes
 from zili.planning.exact.job import Job
 from zili.planning.exact.memory import (
@@ -373,6 +373,7 @@ def _with_room_for_copies(job: Job) -> tuple[RunConfig, list[Choice]]:
             f"a save in the background copies {in_background * copies / _GIB:.1f} GiB of {counted(here, 'process')} to "
             f"the host, which has {host / _GIB:.1f} GiB; {less}set checkpoint.asynchronous = false"
         )
+    host += int(os.environ.get(HELD_BYTES, "0"))  # what a life before left there is these states
     states = (STATES_IN_MEMORY + in_background) * copies
     if not kept.memory or AGENT not in os.environ or states <= _FOR_STATES * host:
         return job.config, []

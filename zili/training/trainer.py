@@ -35,7 +35,7 @@ from zili.training import checkpoints, restoring
 from zili.training.belonging import state_that_belongs
 from zili.training.callbacks.base import Callback, StepRecord
 from zili.training.fence import generation_fence
-from zili.training.held import StateMemory
+from zili.training.held import StateMemory, restored_from_memory
 from zili.training.interruption import Interruption
 from zili.training.left_out import LeftOut, as_table, consumed, decisions_in, together
 from zili.training.optimizers import build_optimizers, set_learning_rate
@@ -209,16 +209,14 @@ class Trainer:
         world = self.world
         named = list(self.parallel.named_parameters())
         tensors = checkpoints.model_tensors(self.parallel.named_tensors())
-
         decisions = world.from_first(lambda: known_decisions(self))
-        near = None if from_disk else self._memory.offered(tensors)
-        if near is not None and near >= newest_offered(self.saver.tiers):
-            try:
-                return self._take_up(near, tensors, named, decisions)
-            except CheckpointError as error:  # on all processes, as they agreed
-                self.note(f"{error}; going on from the newest checkpoint")
         needs = Needs(tensors, named, world.rank)
+        near = None if from_disk else self._memory.offered(tensors)
+        if near is not None and near >= newest_offered(self.saver.tiers) and self._take_up(near, needs, decisions):
+            return True
         chosen = newest_of(self.saver.tiers, needs, self.note, world, decisions)
+        if near is not None and near > (chosen.step if chosen else 0) and self._take_up(near, needs, decisions):
+            return True  # what is newer in the tiers is damaged
         self.watch.take_up(decisions)
         if chosen is None:
             self._memory.forget_after(0)
@@ -234,19 +232,24 @@ class Trainer:
         self._go_on_after(state, f"{found.path}", decisions)
         return True
 
-    def _take_up(
-        self, step: int, tensors: dict[str, Tensor], named: checkpoints.Named, decisions: Sequence[LeftOut]
-    ) -> bool:
-        """Go on from the states of the life before, which are in memory."""
-        world, config = self.world, self.config.model
-        found, state = world.agree(lambda: self._memory.take_up(step, parameter_shapes(config)))
-        world.from_first(lambda: self._that_belongs(Path("memory"), state))
-        if consumed(decisions, state.step, decisions_in(state.decisions)):  # all have the same
-            raise CheckpointError(f"the state after step {step} in memory has read a batch that is left out")
-        rng = world.agree(lambda: restoring.restore(found, config, tensors, named, self.optimizers, world.rank))
+    def _take_up(self, step: int, needs: Needs, decisions: Sequence[LeftOut]) -> bool:
+        """Go on from the states of the life before, which are in memory; whether they could be."""
+        world, config, (tensors, named, rank) = self.world, self.config.model, needs
+        try:
+            found, state = world.agree(lambda: self._memory.take_up(parameter_shapes(config)))
+            world.agree(lambda: self._refuse_left_out(state, decisions))
+            world.from_first(lambda: self._that_belongs(Path("memory"), state))
+            rng = world.agree(lambda: restored_from_memory(found, config, tensors, named, self.optimizers, rank))
+        except CheckpointError as error:  # on all processes, as they agreed
+            self.note(f"{error}; going on from the newest checkpoint")
+            return False
         self._take_up_generators("the state in memory", rng)
         self._go_on_after(state, "memory", decisions)
         return True
+
+    def _refuse_left_out(self, state: checkpoints.RunState, decisions: Sequence[LeftOut]) -> None:
+        if consumed(decisions, state.step, decisions_in(state.decisions)):
+            raise CheckpointError(f"the state after step {state.step} in memory has read a batch that is left out")
 
     def _go_on_after(self, state: checkpoints.RunState, found: str, decisions: Sequence[LeftOut]) -> None:
         self.step, self._last = state.step, None

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 AGENT, AGENT_SECRET = "ZILI_AGENT", "ZILI_AGENT_SECRET"
 """Variables in which `zili launch` gives its processes the address of their machine's node, and the run's secret."""
+HELD_BYTES = "ZILI_HELD_BYTES"
+"""Variable in which it says what states in memory take on this machine when a life begins."""
 GENERATION = "ZILI_GENERATION"
 """Variable in which it gives them the number of their life."""
 GENERATION_FILE = "supervision/generation"
