@@ -49,7 +49,7 @@ def test_a_run_without_a_checkpoint_loses_a_step_at_most(launch: Launch) -> None
     run.begin("b")
     run.await_life(3, gone + 4)
     assert run.codes() == {0}, run.everything()
-    first, second = resumed(run)
+    first, *_, second = resumed(run)  # a machine beside other work may cost a life
     assert first >= killed - 1 and second >= gone - 1, (first, killed, second, gone)
     calm = run.config.changed(folder=run.run.parent / "calm")
     on_processes(4, train, calm)

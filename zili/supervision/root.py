@@ -386,10 +386,10 @@ class Root:
         self._grow()  # a machine may have come while the others prepared themselves
 
     def _may_trust_memory(self) -> bool:
-        """Whether a life may go on from states in memory. Two that ended without a step further may have ended by what
-        they had from there."""
-        steps = [failure.get("step") for failure in self._state.failures[-2:]]
-        return len(steps) < 2 or steps[0] != steps[1]
+        """Whether a life may go on from states in memory. Two that did and got no step further may have failed by what
+        they had from there: the next one, which is the last, reads the disk."""
+        steps = [failure.get("step") for failure in self._state.failures[-3:]]
+        return len(steps) < 3 or len(set(steps)) > 1
 
     def _ended(self, ending: dict[str, Any]) -> None:
         """A process has ended by itself."""
