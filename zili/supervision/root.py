@@ -136,6 +136,8 @@ class Root:
             while (said := table_in(await link.receive())) is not None:
                 if "drain" in said:
                     link.send(json.dumps({"text": self._drain(said["drain"])}).encode())
+                elif "fault" in said:
+                    link.send(json.dumps({"text": self._pass_on(said["machine"], said["fault"])}).encode())
                 elif member is None:
                     member = self._welcome(said, link)
                 else:
@@ -488,6 +490,13 @@ class Root:
             return f"the run cannot do without {name}: bring another machine first"
         self._let_leave(name, 0)
         return f"{name} is left after the next step; take it away when its supervisor has ended"
+
+    def _pass_on(self, name: str, fault: dict[str, Any]) -> str:
+        """Have a machine carry out a fault of a drill; "": it was told."""
+        if name not in self._members:
+            return f"there is no machine {name}; there are {', '.join(sorted(self._members))}"
+        self._members[name].tell(do="fault", fault=fault)
+        return ""
 
     def _let_leave(self, name: str, code: int) -> None:
         """A machine goes after the next step, its supervisor ends with `code`. Where it was the last the run ends."""
