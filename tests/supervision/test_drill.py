@@ -127,9 +127,10 @@ def test_the_folder_tells_what_is_new(tmp_path: Path) -> None:
         assert [event["event"] for event in watched.events()] == ["verdict"], "half a line is not read"
         events.write('rted"}\nno json\n')
     assert [event["event"] for event in watched.events()] == ["started"]
-    lines = [{"kind": "train", "step": 3, "time": 1.5}, {"kind": "note", "time": 2}]
+    lines = [{"kind": "train", "step": 3, "time": 1.5}, {"kind": "note", "time": 2, "text": "resumed from memory"}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines), encoding="utf-8")
     assert watched.newest_step() == (3, 1.5)
+    assert (watched.went_on(1.9), watched.went_on(2.0)) == ("resumed from memory", "")
 
 
 # -------------------------------------------------------------------- orders

@@ -142,7 +142,8 @@ def _line(one: Followed) -> str:
     if not one.fired:
         return f"{what}: not fired: {one.why}"
     ended = f"the run ended with {one.code}" if one.code is not None else "NO STEP FOLLOWED"
-    return f"{what}: {ended if one.seconds is None else f'next step after {one.seconds:.2f} s'}. {one.cause}"
+    after = ended if one.seconds is None else f"next step after {one.seconds:.2f} s"
+    return ". ".join(filter(None, (f"{what}: {after}", one.went_on, one.cause)))
 
 
 def _show(found: Sequence[Followed]) -> None:

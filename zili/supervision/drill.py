@@ -57,6 +57,8 @@ class Followed:
     """What the run said."""
     rule: str = ""
     decision: str = ""
+    went_on: str = ""
+    """From where the next life went on, in its own words."""
     seconds: float | None = None
     """From the fault until the next finished step was recorded; None: there was none."""
     code: int | None = None
@@ -97,10 +99,21 @@ class Watched:
 
     def newest_step(self) -> tuple[int, float]:
         """The last step on record, and when that was written (seconds since 1970); zeros: there is none."""
-        for line in reversed(_tail(self._steps)):
-            if (record := _table(line)) is not None and record.get("kind") == "train":
-                return int(record["step"]), float(record["time"])
+        for record in self._newest("train"):
+            return int(record["step"]), float(record["time"])
         return 0, 0.0
+
+    def went_on(self, after: float) -> str:
+        """From where a life went on that did so after that time; "": none did."""
+        for note in self._newest("note"):
+            if note["time"] > after and str(note.get("text")).startswith("resumed from"):
+                return str(note["text"])
+        return ""
+
+    def _newest(self, kind: str) -> Iterator[dict[str, Any]]:
+        """Records of a kind, the newest first."""
+        records = (_table(line) for line in reversed(_tail(self._steps)))
+        return (one for one in records if one is not None and one.get("kind") == kind)
 
 
 class Drill:
@@ -198,7 +211,7 @@ class Drill:
                     return
             _, recorded = watched.newest_step()
             if began is not None and recorded > began:
-                found.seconds = round(recorded - fired, 3)
+                found.seconds, found.went_on = round(recorded - fired, 3), watched.went_on(fired)
                 return
 
     def _keep(self, found: Followed) -> None:

@@ -15,8 +15,10 @@ MOST_FAULTS = 100_000
 AT_A_BEGINNING: frozenset[Phase] = frozenset({"init", "join", "load", "warm_up"})
 """Phases that a process passes once: a fault in them needs a life that begins, so a kill comes before it."""
 _LOOP: tuple[Phase, ...] = ("data", "step")
-_WORK: tuple[Phase, ...] = (*_LOOP, "copy", "save")
-_EVERYWHERE: tuple[Phase, ...] = ("init", "join", "load", "warm_up", *_WORK)
+_EVERYWHERE: tuple[Phase, ...] = ("init", "join", "load", "warm_up", *_LOOP, "copy", "save")
+_ORDERED: tuple[Phase, ...] = ("join", "load", "warm_up", *_LOOP)
+"""A process meets an order when it enters a phase, and `init` it is in from the beginning. What it raises in a save
+stops the run."""
 
 
 class FaultKind(NamedTuple):
@@ -36,20 +38,22 @@ class FaultKind(NamedTuple):
 KINDS: dict[str, FaultKind] = {
     "kill": FaultKind("SIGKILL to a process", _EVERYWHERE),
     "hang": FaultKind("SIGSTOP to a process", _LOOP),
-    "pause": FaultKind("SIGSTOP to a process, and SIGCONT a second later", _WORK, follows=""),
-    "term": FaultKind("SIGTERM to a process", _LOOP),
-    "nursery": FaultKind("SIGKILL to a machine's nursery", _WORK),
-    "root": FaultKind("SIGKILL to the root", _WORK, follows="root"),
-    "agent": FaultKind("SIGKILL to a machine's agent: somebody has to begin it again", _WORK, usual=False),
-    "raise": FaultKind("a process raises an error", _LOOP),
-    "exit": FaultKind("a process ends too early, with exit code 0", _LOOP),
-    "leak": FaultKind("a process takes 256 MiB more and is killed", _LOOP),
+    "pause": FaultKind("SIGSTOP to a process, and SIGCONT a second later", _EVERYWHERE, follows=""),
+    "term": FaultKind("SIGTERM to a process", _EVERYWHERE),
+    "nursery": FaultKind("SIGKILL to a machine's nursery", _EVERYWHERE),
+    "root": FaultKind("SIGKILL to the root", _EVERYWHERE, follows="root"),
+    "agent": FaultKind("SIGKILL to a machine's agent: somebody has to begin it again", _EVERYWHERE, usual=False),
+    "raise": FaultKind("a process raises an error", _ORDERED),
+    "exit": FaultKind("a process ends too early, with exit code 0", _ORDERED),
+    "leak": FaultKind("a process takes 256 MiB more and is killed", _ORDERED),
     "truncate": FaultKind("a file of the newest checkpoint is cut to half, and a process killed", ("step",)),
     "flip": FaultKind("a bit of a file of the newest checkpoint is flipped, and a process killed", ("step",)),
     "remove": FaultKind("a file of the newest checkpoint is removed, and a process killed", ("step",)),
     "nan": FaultKind("a gradient becomes NaN: the run ends", ("step",), ends_run=(8, 12), usual=False),
 }
 # fmt: on
+DAMAGES = ("truncate", "flip", "remove")
+"""Kinds that damage a checkpoint first."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from zili.errors import ZiliError
 from zili.parallel.control.crumbs import Crumbs
 from zili.parallel.control.orders import ORDERS
 from zili.supervision.damage import damage
-from zili.supervision.faults import AT_A_BEGINNING, Fault
+from zili.supervision.faults import AT_A_BEGINNING, DAMAGES, Fault
 from zili.supervision.file_thread import FileThread
 from zili.supervision.folder import SupervisionFolder
 from zili.supervision.places import Places
@@ -38,7 +38,6 @@ _POLL = 0.001
 _STOPS = 0.5
 """Seconds in which a process is stopped."""
 _PAUSE = 1.0
-_DAMAGES = ("truncate", "flip", "remove")
 
 
 class Firing:
@@ -82,7 +81,7 @@ class Firing:
 
     async def _carry_out(self, fault: Fault) -> None:
         self._rank = await self._rank_of(fault.process)
-        if fault.kind in _DAMAGES:
+        if fault.kind in DAMAGES:
             self._report["file"] = await self._files.do(lambda: damage(self._folder.run, fault.kind, fault.draw))
         if fault.phase in AT_A_BEGINNING:
             await self._begin_a_life()
