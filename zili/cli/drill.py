@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from zili.cli.options import Overrides
+from zili.cli.options import Overrides, finite
 from zili.cli.output import console, table
 from zili.errors import ConfigError
-from zili.runs.recipes import read_recipe
 
 if TYPE_CHECKING:
     from zili.supervision.drill import Followed
@@ -37,10 +35,10 @@ def drill(
     faults: Annotated[int, typer.Option(min=1, max=100_000, help="How many.")] = 10,
     kinds: Annotated[str | None, typer.Option(help="Which, as kill,hang; else all that need no hand.")] = None,
     phases: Annotated[str | None, typer.Option(help="In which phases of a process, as save,load; else all.")] = None,
-    every: Annotated[float, typer.Option(min=0, help="Seconds between two, at least.")] = 0,
+    every: Annotated[float, typer.Option(min=0, callback=finite, help="Seconds between two, at least.")] = 0,
     machines: Annotated[int, typer.Option(min=1, max=8, help="Of a recipe: machines, which are processes here.")] = 2,
     processes: Annotated[int, typer.Option(min=1, help="Of a recipe: processes on each.")] = 2,
-    patience: Annotated[float, typer.Option(min=0.1, help="Of a recipe: as of `zili launch`.")] = 10,
+    patience: Annotated[float, typer.Option(min=0.1, callback=finite, help="Of a recipe: as of `zili launch`.")] = 10,
     compare: Annotated[
         bool, typer.Option("--compare", help="Of a recipe: compare the weights with an undisturbed run's, bit by bit.")
     ] = False,
@@ -54,8 +52,6 @@ def drill(
     from zili.supervision.drill import exit_code, sum_up
     from zili.supervision.faults import kinds_named, phases_named, schedule
 
-    if not math.isfinite(every):
-        raise ConfigError(f"--every {every}: give seconds")
     asked = _Asked(seed, faults, kinds_named(kinds), every, phases)
     schedule(seed, 1, asked.kinds, phases_named(phases, asked.kinds), ["a"], 1)  # what is refused is refused at once
     if _is_run(target):
@@ -92,6 +88,7 @@ def _on_a_recipe(
     recipe: Path, overrides: list[str], asked: _Asked, size: tuple[int, int], patience: float, compare: bool
 ) -> tuple[list[Followed], bool]:
     """What followed; whether the weights are those of an undisturbed run, where that is asked."""
+    from zili.runs.recipes import read_recipe
     from zili.supervision.drill import Watched
     from zili.supervision.own_machines import OwnMachines, environment
 

@@ -485,7 +485,7 @@ class Agent:
 
     async def _break_something(self, fault: dict[str, Any]) -> None:
         """Carry out a fault of a drill."""
-        await Firing(self._folder, self._places, lambda: self._processes, lambda: self._root, self._files).fire(fault)
+        await Firing(self._folder, self._places, lambda: self._processes, self._say, self._files).fire(fault)
 
     # ---------------------------------------------------------------- hangs
 

@@ -162,19 +162,18 @@ class Drill:
 
     def _follow(self, fault: Fault) -> Followed:
         watched, found = Watched(self._folder.run), Followed(fault)
-        machine = fault.machine if fault.kind != "root" else self._folder.root()[1].get("machine", fault.machine)
-        found.why = self._order(machine, fault)
+        found.why = self._order(fault)
         if not found.why:
             self._hear(found, watched)
         return found
 
-    def _order(self, machine: str, fault: Fault) -> str:
+    def _order(self, fault: Fault) -> str:
         """Have the machine carry out a fault; "": it was told, else why not."""
-        order = {**fault.as_table(), "machine": machine, "drill": self._name, "seconds": FIRING}
+        order = {**fault.as_table(), "drill": self._name, "seconds": FIRING}
         said = ""
         for _ in self._waiting(_REACH):
             try:
-                said = ask_root(self._folder, {"machine": machine, "fault": order})
+                said = ask_root(self._folder, {"machine": fault.machine, "fault": order})
             except ConfigError as error:  # another root is begun
                 said = str(error)
             if not said:

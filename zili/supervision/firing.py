@@ -12,7 +12,6 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -48,12 +47,12 @@ class Firing:
         folder: SupervisionFolder,
         places: Places,
         processes: Callable[[], LocalProcesses],
-        root: Callable[[], subprocess.Popen[bytes] | None],
+        tell_root: Callable[..., None],
         files: FileThread,
     ) -> None:
-        """`processes`, `root`: those that the machine has at the moment."""
+        """`processes`: those that the machine has at the moment. `tell_root` says something to the root."""
         self._folder, self._places, self._files = folder, places, files
-        self._processes, self._root = processes, root
+        self._processes, self._tell_root = processes, tell_root
         self._rank = 0
         self._report: dict[str, Any] = {"fired": False}
 
@@ -170,11 +169,7 @@ class Firing:
             self._processes().kill_nursery()
             return
         elif kind == "root":
-            root = self._root()
-            if root is None or root.poll() is not None:
-                self._report |= {"fired": False, "why": "the root is on another machine"}
-            else:
-                root.kill()
+            self._tell_root(say="die")  # it may be on any machine, and outlives the agent that began it
         elif kind == "pause":
             await asyncio.sleep(_PAUSE)
         else:

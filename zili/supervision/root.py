@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import sys
@@ -230,6 +231,8 @@ class Root:
         what, life = said["say"], said.get("generation")
         if what == "interrupt":
             self._interrupt(hard=said["hard"])
+        elif what == "die":  # a fault of a drill
+            os.kill(os.getpid(), signal.SIGKILL)
         elif what == "leave":
             self._let_leave(member.name, INTERRUPTED)
         elif what == "beat":
