@@ -46,7 +46,7 @@ def drill(
     """Break a run on purpose and report what it did. RUN trains under `zili launch`, and is yours; a RECIPE is begun
     here first. Each fault is made when a process is in the phase that it is meant for.
 
-    Exit codes: 0 the run went on after each fault, or ended as it should; 13 it did not, or no fault could be made; 3
+    Exit codes: 0 the run went on after each fault, or ended as it should; 14 it did not, or no fault could be made; 3
     the run is over, or somebody else's, or there is no such kind or phase.
     """
     from zili.supervision.drill import exit_code, sum_up

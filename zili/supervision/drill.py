@@ -25,7 +25,7 @@ from zili.supervision.ledger import EVENTS
 
 DRILLS = "drill.jsonl"
 """File in the supervision's folder: a line of JSON for each fault of each drill."""
-NOT_SURVIVED = 13
+NOT_SURVIVED = 14
 """Exit code of a drill that found a run which did not go on as it should, or none of whose faults fired."""
 FIRING = 30.0
 """Seconds for a process to be in the phase that a fault is meant for."""
