@@ -270,3 +270,18 @@ def test_faults_fire_in_their_phase_and_no_other(machine: Machine) -> None:
     report = machine.fire("kill", "data")
     assert report["phase"] == "data" == machine.crumbs.phase and report["rank"] == 0
     assert child.wait(30) == -signal.SIGKILL
+
+
+def test_the_next_fault_waits_for_steps_that_are_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that went back to an earlier step has none until it is further than it was: three lives would end it."""
+    monkeypatch.setattr("zili.supervision.drill._FOLLOWS", 0.1)
+    run = a_run(tmp_path)
+    drill = Drill(SupervisionFolder(run), 1)
+
+    def at(step: int) -> bool:
+        (run / "metrics.jsonl").write_text(json.dumps({"kind": "train", "step": step, "time": 1.0}), encoding="utf-8")
+        return drill._steady(0.0)
+
+    assert at(83) and not at(84) and not at(82) and at(85)
+    SupervisionFolder(run).lay_down(1, 0, "")
+    assert not at(99)

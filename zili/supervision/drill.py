@@ -123,6 +123,9 @@ class Drill:
         """`tend` is called again and again while it waits."""
         self._folder, self._seed, self._tend = folder, seed, tend
         self._name = f"{seed}-{secrets.token_hex(4)}"
+        self._over = False
+        self._furthest = 0
+        """The largest step that the run was seen to have done."""
         (folder.path / REPORTS).mkdir(mode=0o700, exist_ok=True)
 
     def run(self, faults: Sequence[Fault], every: float) -> Iterator[Followed]:
@@ -137,8 +140,6 @@ class Drill:
             if found.code is not None:
                 self._over = True
 
-    _over = False
-
     def _waiting(self, seconds: float) -> Iterator[float]:
         """Look now and then, for so long; the seconds that have passed."""
         begun = time.monotonic()
@@ -148,15 +149,14 @@ class Drill:
             time.sleep(_POLL)
 
     def _steady(self, every: float) -> bool:
-        """Wait until the run has made some steps; whether it did."""
+        """Wait until the run has made some steps that it had not made before; whether it did."""
         watched = Watched(self._folder.run)
-        first, _ = watched.newest_step()
         for passed in self._waiting(every + _FOLLOWS):
             if self._over or "over" in self._folder.root()[1]:
                 return False
             step, _ = watched.newest_step()
-            first = min(first, step)
-            if passed >= every and step >= first + _APART:
+            if passed >= every and step >= self._furthest + _APART:
+                self._furthest = step
                 return True
         return False
 
@@ -189,6 +189,7 @@ class Drill:
                 found.fired, found.phase = bool(report["fired"]), str(report.get("phase", ""))
                 found.step, found.file = report.get("step"), str(report.get("file", ""))
                 found.why = str(report.get("why", ""))
+                self._furthest = max(self._furthest, found.step or 0)
                 file.unlink(missing_ok=True)
                 if found.fired:
                     self._watch(found, watched, float(report["time"]))
@@ -208,7 +209,8 @@ class Drill:
                 elif event["event"] == "end":
                     found.code, found.cause = event["code"], found.cause or event["text"]
                     return
-            _, recorded = watched.newest_step()
+            step, recorded = watched.newest_step()
+            self._furthest = max(self._furthest, step)
             if began is not None and recorded > began:
                 found.seconds, found.went_on = round(recorded - fired, 3), watched.went_on(fired)
                 return
