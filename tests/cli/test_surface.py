@@ -56,6 +56,9 @@ REFUSED = {
     "export nowhere --to x": (5, "nowhere does not exist"),
     "import gpt2 --to x": (5, "hf:OWNER/NAME"),
     "dialogues tiny.toml --model nowhere --to x": (5, "nowhere does not exist"),
+    "drill empty": (3, "empty is no run that `zili launch` has begun"),
+    "drill tiny.toml --kinds kil": (3, "there is no fault 'kil'"),
+    "drill tiny.toml --seed -3": (3, "--seed -3: give a whole number"),
     "sample tiny.toml": (5, "tiny.toml is a recipe, not a model: train it first"),
     "--version": (0, ""),
 }

@@ -73,8 +73,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     epilog="Exit codes: 0 done, 1 a defect of ours, 2 wrong usage, 3 configuration, 4 data, 5 checkpoint, 6 chip, "
-    "7 layout, 8 training diverged, 9 and 10 what doctor and align found, 11 another process of the run is gone, 130 "
-    "interrupted, or out of time (a run that had begun wrote a checkpoint).",
+    "7 layout, 8 training diverged, 9 and 10 what doctor and align found, 11 another process of the run is gone, "
+    "12 no progress, 13 other bits than there should be, "
+    "14 what drill found, 130 interrupted, or out of time (a run that had begun wrote a checkpoint).",
 )
 _GROUPS = {
     "Begin here": {
@@ -86,6 +87,7 @@ _GROUPS = {
     "Train": {
         "train": ("train:train", "Train a recipe, or go on from its newest checkpoint."),
         "launch": ("launch:app", "Train on several processes or machines, and begin anew what breaks."),
+        "drill": ("drill:drill", "Break a run on purpose, by a seeded schedule, and see it go on."),
         "dialogues": ("dialogues:dialogues", "Make the data of fine-tuning from conversations."),
         "top": ("top:top", "Watch a run in the terminal: step, loss, where the time goes, what happened last."),
         "report": ("report:report", "Write a run's report.html, or compare several runs."),

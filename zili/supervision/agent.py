@@ -24,6 +24,7 @@ from zili.parallel.control.member import AGENT, AGENT_SECRET, GENERATION, HELD_B
 from zili.parallel.control.node import Node, below
 from zili.parallel.control.recorder import RECORDER
 from zili.supervision.file_thread import FileThread
+from zili.supervision.firing import Firing
 from zili.supervision.fitness import cannot_listen, listening_here, refuse_unfit
 from zili.supervision.folder import Signs, SupervisionFolder
 from zili.supervision.held import HeldStates, Mark, mark_of
@@ -315,6 +316,7 @@ class Agent:
             elif what != "beat":
                 orders: dict[str, Callable[..., Coroutine[Any, Any, None]]]
                 orders = {"prepare": self._prepare, "start": self._start, "stop": self._stop, "report": self._report}
+                orders["fault"] = self._break_something
                 self._tasks.begin(orders[what](**order))
 
     def _end(self, code: int, text: str, alone: bool = False) -> int:
@@ -478,6 +480,12 @@ class Agent:
         asked = self._wheres.get(order["kind"])
         if asked is not None and not asked.done() and order["generation"] == self._generation:
             asked.set_result({mark_of(mark): addresses for mark, addresses in order["marks"]})
+
+    # ---------------------------------------------------------------- drills
+
+    async def _break_something(self, fault: dict[str, Any]) -> None:
+        """Carry out a fault of a drill."""
+        await Firing(self._folder, self._places, lambda: self._processes, self._say, self._files).fire(fault)
 
     # ---------------------------------------------------------------- hangs
 

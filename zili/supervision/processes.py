@@ -58,6 +58,10 @@ class LocalProcesses:
         """Send a signal to one process, or to all that the nursery has; also to what they began, unless `alone`."""
         self._say(do="signal", rank=rank, signal=int(number), alone=alone)
 
+    def kill_nursery(self) -> None:
+        """Kill it as a fault would; its children end with it."""
+        self._nursery.kill()
+
     def close(self) -> None:
         """End the nursery, which ends its children first."""
         self._reading.cancel()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import sys
@@ -136,6 +137,8 @@ class Root:
             while (said := table_in(await link.receive())) is not None:
                 if "drain" in said:
                     link.send(json.dumps({"text": self._drain(said["drain"])}).encode())
+                elif "fault" in said:
+                    link.send(json.dumps({"text": self._pass_on(said["machine"], said["fault"])}).encode())
                 elif member is None:
                     member = self._welcome(said, link)
                 else:
@@ -228,6 +231,8 @@ class Root:
         what, life = said["say"], said.get("generation")
         if what == "interrupt":
             self._interrupt(hard=said["hard"])
+        elif what == "die":  # a fault of a drill
+            os.kill(os.getpid(), signal.SIGKILL)
         elif what == "leave":
             self._let_leave(member.name, INTERRUPTED)
         elif what == "beat":
@@ -488,6 +493,13 @@ class Root:
             return f"the run cannot do without {name}: bring another machine first"
         self._let_leave(name, 0)
         return f"{name} is left after the next step; take it away when its supervisor has ended"
+
+    def _pass_on(self, name: str, fault: dict[str, Any]) -> str:
+        """Have a machine carry out a fault of a drill; "": it was told."""
+        if name not in self._members:
+            return f"there is no machine {name}; there are {', '.join(sorted(self._members))}"
+        self._members[name].tell(do="fault", fault=fault)
+        return ""
 
     def _let_leave(self, name: str, code: int) -> None:
         """A machine goes after the next step, its supervisor ends with `code`. Where it was the last the run ends."""

@@ -464,6 +464,8 @@ class Trainer:
         set_learning_rate(self.optimizers, share)
         self._own = self.parallel.accumulate(batch)
         self._memory.settle()
+        if own_crumbs().takes("nan"):
+            self._spoil_a_gradient()
         loss, norm = self._average(self._own)
         left_out = self.watch.judge(self.step, loss, norm)
         update_unless(self.optimizers, left_out)
@@ -473,6 +475,10 @@ class Trainer:
         self.step += 1
         self._last = loss, norm
         return loss, norm
+
+    def _spoil_a_gradient(self) -> None:
+        """A drill wants to see what follows."""
+        next(one.grad for one in self.parallel.parameters() if one.grad is not None).mul_(math.nan)
 
     def _refuse_other_sums(self) -> None:
         """After the first step: whether the objective knows that vocabularies are cut."""

@@ -1,7 +1,8 @@
 """What a process is at, left where its machine's agent reads it: in a small file that both have in memory.
 
 Writing costs no system call, and what was written last is there after the process was killed. A process without an
-agent writes into memory of its own.
+agent writes into memory of its own. The agent leaves one thing there too: the order of a drill (`orders`), which the
+process meets when it enters the phase that the order names.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from zili.parallel.control.orders import ORDERS, Order, obey
+
 CRUMBS = "ZILI_CRUMBS"
 """Variable in which `zili launch` names a worker's file."""
 Phase = Literal["init", "join", "load", "warm_up", "data", "step", "copy", "save", "evaluate", "end"]
@@ -21,7 +24,10 @@ Phase = Literal["init", "join", "load", "warm_up", "data", "step", "copy", "save
 batch; a step; copying the state into memory that outlives the process; writing a checkpoint, as far as the step waits
 for it; held-out text; the end."""
 PHASES: tuple[Phase, ...] = get_args(Phase)
-_FIELDS = ("changes", "phase", "since", "step", "micro_batch", "changed", "begun_after")
+_FIELDS = (
+    *("changes", "phase", "since", "step", "micro_batch", "changed", "begun_after"),
+    *("ordered", "ordered_in", "obeyed_in"),
+)
 _SECONDS = len(_FIELDS)
 _LONGEST = _SECONDS + len(PHASES)
 _TIMES = _LONGEST + len(PHASES)
@@ -87,6 +93,35 @@ class Crumbs:
     def _change(self) -> None:
         self._cells[5] = time.monotonic()
         self._cells[0] += 1
+        if self._cells[7] and (order := self.ordered) not in (None, "nan") and self.takes(order):
+            obey(order)
+
+    def order(self, what: Order, phase: Phase) -> None:
+        """Have the process do `what` when it is in `phase` next."""
+        self._cells[8], self._cells[9] = PHASES.index(phase), 0
+        self._cells[7] = ORDERS.index(what) + 1
+
+    def withdraw(self) -> None:
+        """Take an order back that was not met."""
+        self._cells[7] = 0
+
+    def takes(self, what: Order) -> bool:
+        """Whether this process was ordered to do `what` in the phase that it is in; it is asked once."""
+        cells = self._cells
+        if not cells[7] or self.ordered != what or cells[8] != cells[1]:
+            return False
+        cells[7], cells[9] = 0, cells[1] + 1
+        return True
+
+    @property
+    def ordered(self) -> Order | None:
+        """What the process was ordered to do and has not met."""
+        return ORDERS[int(self._cells[7]) - 1] if self._cells[7] else None
+
+    @property
+    def obeyed_in(self) -> Phase | None:
+        """The phase in which it did what was ordered; None: it has not."""
+        return PHASES[int(self._cells[9]) - 1] if self._cells[9] else None
 
     @property
     def changes(self) -> int:
