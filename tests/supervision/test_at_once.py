@@ -18,7 +18,7 @@ from test_orders import THREE, Paper, agent_in, hello, sent, stopped, three_at_w
 from zili.parallel.control.links import Link
 from zili.supervision.file_thread import FileThread
 from zili.supervision.folder import SupervisionFolder
-from zili.supervision.held import Mark
+from zili.supervision.held import StateMark
 from zili.supervision.members import Membership, Waiting
 from zili.supervision.root import Root
 from zili.supervision.state import Launch, State
@@ -184,7 +184,7 @@ def test_an_answer_of_an_earlier_life_is_none(tmp_path: Path) -> None:
         await asyncio.sleep(0)
         agent._learn_where({"kind": "k", "generation": 1, "marks": [[[[1, 0], 7], ["gone:1"]]]})
         agent._learn_where({"kind": "k", "generation": 2, "marks": [[[[1, 0], 9], ["here:1"]]]})
-        assert await asyncio.wait_for(second, 1) == {Mark((1, 0), 9): ["here:1"]}
+        assert await asyncio.wait_for(second, 1) == {StateMark((1, 0), 9): ["here:1"]}
 
     asyncio.run(ask())
 

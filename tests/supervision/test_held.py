@@ -20,7 +20,7 @@ from zili.parallel.control.links import Link
 from zili.parallel.control.messages import About, Message, unpacked
 from zili.parallel.control.node import Node
 from zili.supervision import held
-from zili.supervision.held import HeldStates, Mark, Owner
+from zili.supervision.held import HeldStates, Owner, StateMark
 from zili.training.held import StateMemory, _common, _laid_out
 from zili.training.index import read_header
 from zili.training.parts import held_parts
@@ -104,7 +104,7 @@ class Wire:
         await self.ask(do="forget", step=step, kind=kind, local=local)
 
 
-async def nowhere(kind: str) -> dict[Mark, list[str]]:
+async def nowhere(kind: str) -> dict[StateMark, list[str]]:
     return {}
 
 
@@ -177,9 +177,9 @@ def test_old_states_of_its_own_do_not_hide_what_others_have() -> None:
     async def offered() -> None:
         asked = []
 
-        async def elsewhere(kind: str) -> dict[Mark, list[str]]:
+        async def elsewhere(kind: str) -> dict[StateMark, list[str]]:
             asked.append(kind)
-            return {Mark((2, 0), 1012): ["x:1"]}
+            return {StateMark((2, 0), 1012): ["x:1"]}
 
         states = HeldStates("b", b"secret", elsewhere)
         await Wire(states).keep(10)
@@ -203,8 +203,8 @@ def test_what_other_machines_had_is_let_go() -> None:
             node = Node(0, [0], [], b"secret", source.take)  # each life has another port
             address = f"127.0.0.1:{await node.listen('127.0.0.1')}"
 
-            async def there(kind: str, address: str = address, life: int = life) -> dict[Mark, list[str]]:
-                return {Mark((1, 0), life): [address]}
+            async def there(kind: str, address: str = address, life: int = life) -> dict[StateMark, list[str]]:
+                return {StateMark((1, 0), life): [address]}
 
             states.elsewhere = there
             states.begin("", 99)
@@ -282,7 +282,7 @@ def test_a_memory_that_is_read_is_not_written_into() -> None:
         states = HeldStates("a", b"secret", nowhere)
         memories = states._memories.setdefault(Owner("k", None, "b 0"), [])
         first, second = (states._free(memories, 8, 2) for _ in range(2))
-        first.mark, second.mark, first.busy, second.busy = Mark((1, 0), 9), Mark((1, 0), 10), 1, 1
+        first.mark, second.mark, first.busy, second.busy = StateMark((1, 0), 9), StateMark((1, 0), 10), 1, 1
         assert states._free(memories, 8, 2) not in (first, second)
         states.close()
 
@@ -327,7 +327,7 @@ def test_the_partner_has_a_state_before_the_next_step_is_done(tmp_path: Path) ->
         assert steps(there) == [3, 4]
         here.close()
 
-        async def known(kind: str) -> dict[Mark, list[str]]:
+        async def known(kind: str) -> dict[StateMark, list[str]]:
             return {mark: ["127.0.0.1:1", address] for known, mark in there.inventory() if known == kind}
 
         third.elsewhere = known

@@ -27,7 +27,7 @@ from zili.supervision.file_thread import FileThread
 from zili.supervision.firing import Firing
 from zili.supervision.fitness import cannot_listen, listening_here, refuse_unfit
 from zili.supervision.folder import Signs, SupervisionFolder
-from zili.supervision.held import HeldStates, Mark, mark_of
+from zili.supervision.held import HeldStates, StateMark, mark_of
 from zili.supervision.ledger import told
 from zili.supervision.members import PATIENCE
 from zili.supervision.nursery import STACKS
@@ -107,7 +107,7 @@ class Agent:
         look, cold = self._refuse_unfit, machine.cold
         self._proving = Proving(machine.chip, machine.host, launch.processes, own, show, cold=cold, look=look)
         self._held = HeldStates(machine.name, folder.secret, self._ask_where)
-        self._wheres: dict[str, asyncio.Future[dict[Mark, list[str]]]] = {}
+        self._wheres: dict[str, asyncio.Future[dict[StateMark, list[str]]]] = {}
         """Questions to the root about kinds of states."""
         self.pace = Pace(machine.name)
         self._stopping = False
@@ -468,7 +468,7 @@ class Agent:
 
     # ---------------------------------------------------------------- states in memory
 
-    async def _ask_where(self, kind: str) -> dict[Mark, list[str]]:
+    async def _ask_where(self, kind: str) -> dict[StateMark, list[str]]:
         """Which other machines have states of a kind: their addresses, by marks."""
         asked = self._wheres[kind] = asyncio.get_running_loop().create_future()
         self._say(say="where", generation=self._generation, kind=kind)

@@ -42,7 +42,7 @@ _GARBAGE = (LookupError, TypeError, ValueError, AttributeError)
 _serial = count()
 
 
-class Mark(NamedTuple):
+class StateMark(NamedTuple):
     """Which state it is: two of the same mark are of one history of the run."""
 
     way: tuple[int, int]
@@ -69,7 +69,7 @@ class _Memory:
     size: int
     number: int = field(default_factory=lambda: next(_serial))
     """No other memory of this agent ever has it, as numbers of handles are given again."""
-    mark: Mark | None = None
+    mark: StateMark | None = None
     """None: it is not whole."""
     said: str = ""
     """What its process said of it, for the one that takes it up."""
@@ -91,13 +91,13 @@ class HeldStates:
 
     machine: str
     secret: bytes
-    elsewhere: Callable[[str], Awaitable[dict[Mark, list[str]]]]
+    elsewhere: Callable[[str], Awaitable[dict[StateMark, list[str]]]]
     """Finds out which agents, by their addresses, have states of a kind, by their marks."""
     partner: str = ""
     """Address of the agent that keeps what nobody else has; "": there is none."""
     newest: int = 0
     """The newest life of which any machine has a state; 0: none has one."""
-    _known: dict[str, Awaitable[dict[Mark, list[str]]]] = field(default_factory=dict)
+    _known: dict[str, Awaitable[dict[StateMark, list[str]]]] = field(default_factory=dict)
     """What was found out in this life."""
     _memories: dict[Owner, list[_Memory]] = field(default_factory=dict)
     _sending: dict[Owner, asyncio.Task[None]] = field(default_factory=dict)
@@ -107,7 +107,7 @@ class HeldStates:
     """By kind, seconds that sending it on took the last time."""
     _fetching: dict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
 
-    def inventory(self) -> list[tuple[str, Mark]]:
+    def inventory(self) -> list[tuple[str, StateMark]]:
         """Kinds and marks of the whole states that are here."""
         return sorted({(owner.kind, one.mark) for owner, one in self._all() if one.mark is not None})
 
@@ -228,7 +228,7 @@ class HeldStates:
         memory = self._here(kind, mark, asked["local"])
         return {} if memory is None else {"path": _path(memory), "said": memory.said}
 
-    def _here(self, kind: str, mark: Mark, local: int | None = None) -> _Memory | None:
+    def _here(self, kind: str, mark: StateMark, local: int | None = None) -> _Memory | None:
         """A process's own, which has its generators, before that of another one that holds the same."""
         found = [(owner, one) for owner, one in self._all() if owner.kind == kind and one.mark == mark]
         return min(found, key=lambda pair: pair[0].local != local, default=(None, None))[1]
@@ -275,7 +275,7 @@ class HeldStates:
         finally:
             memory.busy -= 1
 
-    async def _fetch(self, address: str, kind: str, mark: Mark) -> None:
+    async def _fetch(self, address: str, kind: str, mark: StateMark) -> None:
         """Raises: OSError, TimeoutError, ValueError, LookupError, TypeError: it is not to be had there."""
         link = await asyncio.wait_for(connect(address, self.secret), _REACH)
         try:
@@ -325,10 +325,10 @@ async def _answered(
         return {"refused": str(error)}
 
 
-def mark_of(raw: Any) -> Mark:
+def mark_of(raw: Any) -> StateMark:
     """Through JSON. Raises: TypeError, ValueError, it is none."""
     (life, back), step = raw
-    return Mark((int(life), int(back)), int(step))
+    return StateMark((int(life), int(back)), int(step))
 
 
 def _size(about: dict[str, Any]) -> int:
