@@ -24,6 +24,7 @@ from zili.errors import ConfigError, NoProgressError, TrainingError
 from zili.parallel.control.links import Link, _host_and_port, address_of, connect, listening_at
 from zili.supervision.agent import Agent, ThisMachine
 from zili.supervision.decisions import leave_out_batch
+from zili.supervision.endings import Endings
 from zili.supervision.file_thread import FileThread
 from zili.supervision.folder import Signs, SupervisionFolder
 from zili.supervision.members import PATIENCE, Refused, table_in
@@ -502,3 +503,33 @@ def test_a_root_that_comes_after_orders_the_same_once(tmp_path: Path) -> None:
     bad = {"step": 7, "why": "life 1: process 1 on b"}
     assert leave_out_batch(tmp_path, bad, {"failure": "roll_back"}) == leave_out_batch(tmp_path, bad, {})
     assert len(read_decisions(tmp_path / "decisions.json")) == 1
+
+
+def ending(rank: int, machine: str, **other: Any) -> dict[str, Any]:
+    at = {"phase": "step", "step": 54, "begun_after": 0, "seconds": {}, "stood": 0.0, "saves": 0, "stopping": 0.0}
+    return {"rank": rank, "machine": machine, "code": 0, "stopped": False, "error": "", "log": "", **at, **other}
+
+
+def test_a_process_that_ends_too_early_without_an_error_is_the_cause(root: Root) -> None:
+    """Its peers say that they lost it, or say nothing and wait: with nobody's error."""
+    lost = {"code": 1, "log": "RuntimeError: [../gloo/transport/tcp/pair.cc:525] Connection closed by peer"}
+    for others in ([], [ending(0, "a", **lost), ending(2, "c", **lost)]):
+        ends = Endings("abc", 1)
+        assert not any(ends.hear(one) for one in (ending(1, "b", phase="warm_up"), *others))
+        assert ends.doubt is not None and not ends.all_done
+        failure = ends.failure(None)
+        assert failure is not None and (failure.rule, failure.machine) == ("ended-early", "b")
+    calm = Endings("abc", 1)
+    for rank, machine in enumerate("abc"):
+        calm.hear(ending(rank, machine, phase="end"))
+    assert calm.all_done and calm.doubt is None and calm.failure(None) is None
+
+
+def test_a_failure_before_a_lifes_first_step_is_after_the_runs_last_one(root: Root) -> None:
+    """Though it went on from memory, and the disk has only what is older."""
+    root._hear(root._members["a"], {"say": "beat", "at": {"step": 28}})
+    root._hear(
+        root._members["b"], {"say": "ended", "generation": 1_000_001, "ending": ending(1, "b", code=-9, step=None)}
+    )
+    stopped(root, "abc", 1_000_001)
+    assert root._state.failures[0]["step"] == 28

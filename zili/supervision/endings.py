@@ -39,6 +39,8 @@ class Endings:
         self._told.setdefault(ending["rank"], {**ending, "heard": now})
         if ending["code"] == 0:
             self._done.add(ending["rank"])
+            if ending["phase"] != "end":  # others wait for it, unless all of them end so
+                self.doubt = self.doubt or now
             return False
         if rule_for(as_ending(ending)).consequence:
             self.doubt = self.doubt or now  # who met the cause may be slower to say so
@@ -56,7 +58,8 @@ class Endings:
         return len(self._done) == len(self._machines) * self._processes
 
     def failure(self, saved: int | None) -> Failure | None:
-        """What ended the life; None: it was asked to end. `saved`: the step of the run's newest checkpoint."""
+        """What ended the life; None: it was asked to end. `saved`: the last step that the run is known to have done,
+        for processes that had not come to one."""
         own = [as_ending(one, saved) for one in self._told.values() if one["code"]]
         met = [one for one in own if not one.stopped]
         if self.hang is not None:
@@ -66,7 +69,21 @@ class Endings:
             rank = self._machines.index(self.lost[0]) * self._processes
             steps = max((one.step or 0 for one in own), default=saved or 0)
             return failure_of(Ending(rank, self.lost[0], step=steps or None), seen="machine-lost")
-        return failure_of(cause_of(met)) if met else None
+        cause = cause_of(met) if met else None
+        early = self._early()
+        if early and (cause is None or rule_for(cause).consequence):
+            return failure_of(as_ending(early, saved), seen="ended-early")
+        return None if cause is None else failure_of(cause)
+
+    def _early(self) -> dict[str, Any] | None:
+        """A process that ended as if all was done, and had not come to the end."""
+        found = [one for one in self._told.values() if one["code"] == 0 and one["phase"] != "end"]
+        return min(found, key=lambda one: one["rank"], default=None)
+
+    @property
+    def step(self) -> int:
+        """The last step that a process is known to have done."""
+        return max((one["step"] or 0 for one in self._told.values()), default=0)
 
     def code_that_says_why(self, rank: int) -> int | None:
         """Exit code of process `rank`, where that says what it was."""

@@ -236,7 +236,9 @@ class Root:
         elif what == "leave":
             self._let_leave(member.name, INTERRUPTED)
         elif what == "beat":
-            self._ledger.hear(member.name, self._state.life, said.get("at"))
+            at = said.get("at")
+            self._state.step = max(self._state.step, (at or {}).get("step") or 0)
+            self._ledger.hear(member.name, self._state.life, at)
         elif life != self._state.generation:
             return  # of an earlier life
         elif what == "prepared":
@@ -448,7 +450,8 @@ class Root:
         if self._interrupted:
             self._end(INTERRUPTED, "")
             return
-        failure = self._ends.failure(self._saved)
+        self._state.step = max(self._state.step, self._ends.step, self._saved or 0)
+        failure = self._ends.failure(self._state.step or None)
         self._ledger.life("stopped", life=self._state.life, failed=failure is not None, **self._ends.facts())
         if failure is None:
             self._go_on()

@@ -53,6 +53,8 @@ class State:
     """Of the newest life, in the order of their ranks."""
     running: bool = False
     """Whether that life was begun and is not known to have ended."""
+    step: int = 0
+    """The last step that the run is known to have done."""
     failures: list[dict[str, Any]] = field(default_factory=list)
     """What ended the lives before, oldest first."""
     doubtful: list[str] = field(default_factory=list)
