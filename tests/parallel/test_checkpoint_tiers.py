@@ -21,7 +21,7 @@ from zili.training.callbacks import Callback
 from zili.training.checkpoints import list_checkpoints, verify
 from zili.training.trainer import Trainer
 
-LAYOUTS = ["shards=2", slow("replicas=2"), "pipeline=2"]
+LAYOUTS = ["shards=2", slow("replicas=2"), slow("pipeline=2")]
 
 
 class FailsAt(Callback):

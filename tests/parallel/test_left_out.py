@@ -44,7 +44,7 @@ def train(config: RunConfig, factor: float) -> Curve:
 @pytest.mark.parametrize(
     ("layout", "kind", "watch", "factor"),
     [
-        (Layout("tensor=2"), "dense", "spike=skip", 60.0),
+        slow(Layout("tensor=2"), "dense", "spike=skip", 60.0),
         (Layout("pipeline=2"), "dense", "non_finite=roll_back", NAN),
         slow(Layout("replicas=2"), "mixture", "spike=skip", 60.0),
         slow(Layout("tensor=2"), "dense", "non_finite=roll_back", NAN),

@@ -34,6 +34,7 @@ def resumed(run: Launched) -> list[int]:
     return [int(step) for step in re.findall(r"resumed from memory at step (\d+)", notes)]
 
 
+@pytest.mark.slow
 def test_a_run_without_a_checkpoint_loses_a_step_at_most(launch: Launch) -> None:
     """Two machines, each with half of the state: a worker is killed in the optimizer's step, then a machine vanishes
     whose state another one has."""

@@ -129,7 +129,7 @@ def test_a_chip_that_computes_wrongly_is_refused(with_plugins: Environment) -> N
 @pytest.mark.parametrize(
     ("plugin", "seconds", "why"),
     [
-        pytest.param(RAISES, 60, "no context after a fork", id="raises"),
+        pytest.param(RAISES, 60, "no context after a fork", id="raises", marks=pytest.mark.slow),
         pytest.param("if fork: os.kill(os.getpid(), signal.SIGSEGV)", 60, "ended by SIGSEGV", id="dies"),
         pytest.param("if fork: time.sleep(1000)", 3, "did not end in 3 s, at ", id="hangs"),
     ],
@@ -145,6 +145,7 @@ def test_where_forks_cannot_use_a_chip_workers_begin_cold(
     assert "at " not in why or "torch_xyz.py:5 in <module>" in line, "where it hangs"
 
 
+@pytest.mark.slow
 def test_a_chip_that_hangs_in_any_process_is_refused_in_time(with_plugins: Environment) -> None:
     found = proof(UNHEARD_OF, with_plugins, "time.sleep(1000)", 2)
     assert found.error.startswith("6: ") and "did not end in 2 s, at " in found.error and found.said == []
