@@ -9,7 +9,7 @@ import ast
 import re
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -306,3 +306,9 @@ ALLOWED = [
 @pytest.mark.parametrize(("rule", "files"), ALLOWED)
 def test_what_is_allowed_passes(rule, files, tmp_path):
     assert not rule(plant(tmp_path, **files))
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest takes the second for the first, where a whole suite is collected."""
+    names = Counter(file.name for file in Path(__file__).parent.rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
