@@ -165,10 +165,14 @@ def test_a_machine_that_is_stopped_does_not_keep_the_run_from_the_others(launch:
     assert run.codes() == {130}, run.everything()
 
 
-def test_a_supervisor_that_is_killed_leaves_no_process(launch: Launch) -> None:
+def test_a_second_supervisor_is_refused_and_one_that_is_killed_leaves_no_process(launch: Launch) -> None:
     run = at_work(launch)
-    os.kill(run.agents["a"].pid, signal.SIGKILL)
-    run.agents["a"].wait()
+    first = run.agents["a"]
+    run.begin("a")
+    assert run.agents["a"].wait(60) == 3
+    assert "has a supervisor of" in run.log("a").read_text()
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
     run.until(lambda: not run.left(), 30)
 
 
@@ -200,13 +204,3 @@ def test_a_machine_is_drained_that_has_the_root(launch: Launch) -> None:
     run.await_life(run.life(), run.steps() + 10)
     run.agents["b"].send_signal(signal.SIGINT)
     assert run.codes() == {130}, run.everything()
-
-
-def test_two_supervisors_of_one_machine_and_a_request_to_end(launch: Launch) -> None:
-    run = at_work(launch)
-    first = run.agents["a"]
-    run.begin("a")
-    assert run.agents["a"].wait(60) == 3
-    assert "has a supervisor of" in run.log("a").read_text()
-    first.send_signal(signal.SIGTERM)
-    assert first.wait(60) == 130
