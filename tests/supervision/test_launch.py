@@ -76,6 +76,7 @@ def test_lives_go_on_from_the_machines_disks_and_from_a_store(launch: Launch, tm
     for machine in ("a", "b"):
         run.vanish(machine)
     assert f"resumed from {tmp_path}/disk/mine/step-" in (run.run / "metrics.jsonl").read_text()
+    run.until(lambda: not run.left())  # the root waits a while for a machine, and writes
     shutil.rmtree(run.run)
     shutil.rmtree(tmp_path / "disk")
     run.begin("a", "b")
