@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 CASES = 24
-"""Of `make test-chaos`; each has `FAULTS` faults."""
+"""`make test-chaos` runs these; each has `FAULTS` faults."""
 FAULTS = 14
 FOUND = pytest.StashKey[list[dict[str, Any]]]()
 

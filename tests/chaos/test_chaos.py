@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 SHAPES = ((2, 1), (2, 2), (3, 1), (3, 2), (2, 3))
 """Machines, and processes on each."""
 STEPS = 15
-"""Of a run, for each fault."""
+"""So long is a run, for each fault."""
 PLAIN = tuple(f"chip.operations.{name}=reference" for name in ("linear", "attention"))
 SETTINGS = (*PLAIN, "training.micro_batch=1", "training.global_batch=12", "checkpoint.every=10", "checkpoint.keep=3")
 OVER = 900.0

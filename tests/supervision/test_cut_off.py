@@ -40,7 +40,7 @@ def on_both(launch: Launch, switch: Switch) -> Launched:
 def test_a_machine_that_is_cut_off_is_done_without_until_its_link_is_back(
     launch: Launch, switch: Switch, cut: str
 ) -> None:
-    """Of two machines those go on that have the root; the other does nothing meanwhile, though it sees the folder."""
+    """The machine with the root goes on. The other one does nothing meanwhile, though it sees the folder."""
     run = on_both(launch, switch)
     life = run.life()
     switch.pull(cut)

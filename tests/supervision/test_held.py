@@ -135,7 +135,7 @@ def test_a_copy_that_is_cut_off_costs_no_whole_one() -> None:
 
 
 def test_states_of_a_way_that_was_not_taken_are_forgotten_and_no_others() -> None:
-    """Of two processes of a machine, which hold different halves; and of processes that it had in an earlier layout."""
+    """Two processes of a machine hold different halves. It still has states of processes of an earlier layout."""
 
     async def forget() -> None:
         states = HeldStates("a", b"secret", nowhere)

@@ -313,7 +313,7 @@ def test_a_folder_that_does_not_answer_costs_no_sign_of_life(tmp_path: Path, mon
 
 
 def test_a_root_that_hears_no_more_of_most_hands_over(root: Root, tmp_path: Path) -> None:
-    """Of three machines that with the root is cut off: it cannot go on alone, and the two others could."""
+    """The machine with the root is cut off. It cannot go on alone, and the two others could."""
     for name in "bc":
         root._members[name].heard -= PATIENCE + 1
     root._look()
@@ -450,7 +450,7 @@ BAD_BATCH = {"rank": 1, "code": 1, "signal": None, "error": "IndexError: index o
 
 
 def life_that_met_it(folder: Path, **watch: Any) -> Root:
-    """Of three machines, b's process cannot train on the batch after step 7."""
+    """The process of b cannot train on the batch after step 7."""
     found = SupervisionFolder(folder)
     found.become_root(1, {})
     root = Root(found, 1, replace(THREE, watch=watch))

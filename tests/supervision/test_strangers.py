@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from launching import Launch, Launched, at_work
 from namespaces import Switch, why_not
+from test_orders import hello
 
 import zili
 from zili.errors import ConfigError
@@ -23,7 +24,6 @@ from zili.supervision.agent import Agent, ThisMachine
 from zili.supervision.folder import SupervisionFolder
 from zili.supervision.root import Root
 from zili.supervision.state import Launch as Job
-from zili.supervision.state import State
 
 JOB = Job(["train"], 1, 1, {"1": []})
 GARBAGE = {
@@ -49,20 +49,6 @@ sys.stdin.read()
 """
 
 
-def hello() -> bytes:
-    table = {
-        "machine": "a",
-        "identity": {},
-        "ago": 0.0,
-        "generation": 0,
-        "endings": [],
-        "state": State().as_table(),
-        "held": [],
-        "stopping": False,
-    }
-    return json.dumps(table).encode()
-
-
 async def served(folder: SupervisionFolder, listening: socket.socket, stranger: socket.socket) -> str:
     """What a machine hears from a root to which a stranger spoke before; only who said nothing still has its link."""
     folder.become_root(1, {})
@@ -72,7 +58,7 @@ async def served(folder: SupervisionFolder, listening: socket.socket, stranger: 
         while await asyncio.to_thread(stranger.recv, 4096):
             pass
     link = await connect("{}:{}".format(*listening.getsockname()), folder.secret)
-    link.send(hello())
+    link.send(json.dumps(hello("a")).encode())
     while (order := json.loads(await link.receive() or b"{}")["do"]) in ("state", "beat"):
         pass
     assert list(root._members) == ["a"]

@@ -145,6 +145,7 @@ def test_a_repetition_of_skips_has_the_same_bits_without_the_rule(recipe: Recipe
     assert any(not torch.equal(final_tensors(other)[name], one) for name, one in final_tensors(config).items())
 
 
+@pytest.mark.slow
 def test_who_is_killed_after_going_back_does_not_go_back_again(recipe: Recipe) -> None:
     """The decision is on the disk before the first step that follows it, and no checkpoint has it yet."""
     config = recipe(*SPIKES, "watch.spike=roll_back", "checkpoint.asynchronous=false")

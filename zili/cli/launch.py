@@ -78,9 +78,7 @@ def run(
     from zili.supervision.state import Launch
 
     least, most = _counts(machines)
-    for option, seconds in (("--wait", wait), ("--patience", patience)):
-        if not math.isfinite(seconds):
-            raise ConfigError(f"{option} {seconds}: give seconds")
+    _refuse_endless(wait=wait, patience=patience)
     place = None if metrics is None else place_of_endpoint(metrics)
     if place is not None:
         refuse_missing_client()
@@ -89,8 +87,7 @@ def run(
     identity = identity_of(config, chip.name, processes, f"{least}:{most}")
     name = machine or socket.gethostname()
     folder = SupervisionFolder(config.folder)
-    found = layouts(config, processes, least, most)
-    keys = {str(count): changed for count, changed in found.items()}
+    keys = {str(count): changed for count, changed in layouts(config, processes, least, most).items()}
     watch = config.watch.model_dump(mode="json")
     job = Launch(words, processes, most, keys, spares, wait, patience, watch)
     here = ThisMachine(name, host, chip.name, cold, identity)
@@ -173,3 +170,9 @@ def _counts(text: str) -> tuple[int, int]:
     if not 0 < found[0] <= found[1]:
         raise ConfigError(f"--machines {text}: give a number, or LEAST:MOST")
     return found
+
+
+def _refuse_endless(**options: float) -> None:
+    for option, seconds in options.items():
+        if not math.isfinite(seconds):
+            raise ConfigError(f"--{option} {seconds}: give seconds")
